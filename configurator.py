@@ -1,0 +1,192 @@
+"""Settings from config files and the command line, into one typed dataclass.
+
+    python train.py config/a.py config/b.py --batch_size=32 --out_dir=x
+
+Any number of files and overrides, read from left to right: later wins. A config file is plain Python
+assignments, run in a namespace of its own; names that start with an underscore, modules and functions are
+ignored. Text from the command line is parsed by the field's declared type, never guessed; a bare `--flag`
+sets a bool to True. A file may carry `on_cpu = dict(...)`: values that replace the file's own where there is
+no accelerator; the command line still wins.
+
+An unknown name or a wrong type stops the run with one line that says what, where and the nearest valid name.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import errno
+import inspect
+import os
+import re
+import sys
+import types
+import typing
+
+TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+
+
+class UserError(ValueError):
+    """Something the user can put right: shown as one line, without a traceback."""
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Turns what the user can put right into one line on stderr and exit status 2; bugs keep their traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+            raise
+        rank = os.environ.get("RANK", "0")
+        print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+def from_command_line(cls, doc, has_accelerator=None, base=None):
+    """`parse` for a script: answers --help, and exits with one line on an error."""
+    argv = sys.argv[1:]
+    if "--help" in argv or "-h" in argv:
+        print(help_text(cls, doc))
+        raise SystemExit(0)
+    with one_line_errors():
+        return parse(cls, argv, has_accelerator, base)
+
+
+def parse(cls, argv, has_accelerator=None, base=None):
+    """(settings, given): an instance of the dataclass `cls`, and {name: value} of what was named in `argv`.
+
+    has_accelerator(device) decides whether the files' `on_cpu` values apply; it is asked only if there are any.
+    base(given), where passed, returns values that are older than all of these (of a run that is resumed, say).
+    Raises UserError for an unknown name, a value of the wrong type, or a file that can't be read.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    layers = []  # (name, value, on_cpu?), oldest first
+    for arg in argv:
+        if arg.startswith("-"):
+            name, equals, text = arg.lstrip("-").partition("=")
+            check_name(name, fields, "on the command line", dashes="--")
+            layers.append((name, parse_text(name, text, hints[name], bare=not equals), False))
+        else:
+            layers += read_file(arg, fields, hints)
+    plain = {name: value for name, value, on_cpu in layers if not on_cpu}
+    if any(on_cpu for *_, on_cpu in layers):
+        device = plain.get("device", fields["device"].default if "device" in fields else "auto")
+        if has_accelerator is None or has_accelerator(device):
+            layers = [layer for layer in layers if not layer[2]]
+    given = {name: value for name, value, _ in layers}
+    return cls(**{**(base(given) if base else {}), **given}), given
+
+
+def read_file(path, fields, hints):
+    """The assignments of one config file, in order, its on_cpu values last: [(name, value, on_cpu?)]."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            source = file.read()
+    except OSError as error:
+        raise UserError(f"can't read the config file {path!r}: {error.strerror}"
+                        " (settings are written --name=value)") from None
+    namespace = {"__file__": path, "__name__": "config"}
+    try:
+        exec(compile(source, path, "exec"), namespace)
+    except Exception as error:
+        line = getattr(error, "lineno", None) or error.__traceback__.tb_next.tb_lineno
+        raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
+    on_cpu = namespace.pop("on_cpu", {})
+    if not isinstance(on_cpu, dict):
+        raise UserError(f"{path}: on_cpu must be a dict(name=value, ...), not {on_cpu!r}")
+    layers = []
+    for values, is_on_cpu in ((namespace, False), (on_cpu, True)):
+        for name, value in values.items():
+            if not name.startswith("_") and not isinstance(value, (types.ModuleType, types.FunctionType)):
+                check_name(name, fields, f"in {path}" + (", on_cpu" if is_on_cpu else ""))
+                layers.append((name, check_value(name, value, hints[name], path), is_on_cpu))
+    return layers
+
+
+def check_name(name, fields, where, dashes=""):
+    if name not in fields:
+        near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
+        hint = f"; did you mean {dashes}{near[0]}?" if near else "; --help lists all settings"
+        raise UserError(f"unknown setting {dashes}{name} {where}{hint}")
+
+
+def check_value(name, value, hint, where):
+    """A value from a config file: it must already have the declared type, save that an int may serve as a float."""
+    if typing.get_origin(hint) is typing.Literal:
+        if any(value == choice and type(value) is type(choice) for choice in typing.get_args(hint)):
+            return value
+    elif hint is float and type(value) is int:
+        return float(value)
+    elif type(value) is hint:
+        return value
+    raise UserError(f"{name} = {value!r} in {where}: {name} must be {describe(hint)}")
+
+
+def parse_text(name, text, hint, bare=False):
+    """A value from the command line, read as the declared type."""
+    choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else None
+    if bare and hint is bool:
+        return True
+    if bare:
+        raise UserError(f"--{name} needs a value: write --{name}=VALUE, where VALUE is {describe(hint)}")
+    if hint is str:
+        return text
+    low = text.strip().lower()
+    if choices:
+        for choice in choices:
+            if low == str(choice).lower() or (type(choice) is bool and low in (TRUE if choice else FALSE)):
+                return choice
+    elif hint is bool and low in TRUE + FALSE:
+        return low in TRUE
+    elif hint in (int, float):
+        with contextlib.suppress(ValueError):
+            return hint(text)
+    raise UserError(f"--{name}={text}: {name} must be {describe(hint)}")
+
+
+def describe(hint):
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(str(choice) for choice in typing.get_args(hint))
+    return {int: "a whole number", float: "a number", bool: "True or False", str: "text"}[hint]
+
+
+def check_ranges(settings, **least):
+    """Raises UserError for the first named field that is below its least value (or is no number)."""
+    for name, low in least.items():
+        value = getattr(settings, name)
+        if not value >= low:
+            raise UserError(f"{name} = {value}: must be at least {low}")
+
+
+def comments(cls):
+    """[(field or None, text)] in source order: each field's trailing comment; None marks a heading."""
+    rows = []
+    for line in inspect.getsource(cls).splitlines():
+        if match := re.match(r"    (\w+): .*?(?:  # (.*))?$", line):
+            rows.append((match[1], match[2] or ""))
+        elif match := re.match(r"    # (.*)", line):
+            rows.append((None, match[1]))
+        elif line.startswith("    def ") or line.startswith("    @"):
+            break
+    return rows
+
+
+def help_text(cls, doc):
+    """The script's docstring and every setting with its default and its comment in the source."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    lines = [doc.strip(), "", "settings (--name=value; config files are Python assignments of the same names):"]
+    for name, text in comments(cls):
+        if name is None:
+            lines.append(f"\n  {text}")
+        elif name in fields:
+            lines.append(f"  {f'--{name}={fields[name].default}':40} {text}")
+    return "\n".join(lines)
+
+
+def differences(settings):
+    """What differs from the defaults: {name: value}, in the order of the fields."""
+    return {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)
+            if getattr(settings, f.name) != f.default}

@@ -1,0 +1,132 @@
+"""What this machine has, and what to make of it: device, precision, compilation, peak speed.
+
+Every setting that may be "auto" is resolved here, once, with the reason in words for the run to print.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import sys
+import time
+
+import torch
+
+from configurator import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Dense 16-bit tensor-core peaks in FLOP/s, without sparsity, from the makers' data sheets.
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "A40": 150e12,
+              "A10": 125e12, "A10G": 70e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12,
+              "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12}
+
+# Below these the fixed costs win on a CPU; measured on 2 cores with AMX, see EXPERIMENTS.md.
+CPU_BF16_MIN_WIDTH = 256
+CPU_COMPILE_MIN_HOURS = 1
+CUDA_COMPILE_MIN_UPDATES = 2000
+
+
+def has_accelerator(name="auto"):
+    return pick_device(name).type != "cpu"
+
+
+def pick_device(name="auto"):
+    """torch.device for "auto" (CUDA, else MPS, else CPU) or for an explicit name such as "cpu" or "cuda:1".
+
+    Raises UserError where this machine lacks the device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else
+                            "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"device = {name}: this machine has no such device; use --device=auto or cpu") from None
+    return device
+
+
+def pick_dtype(name, device, n_embd):
+    """(dtype, why) for "auto", "float32", "bfloat16" or "float16"; n_embd is the model's width.
+
+    Raises UserError for float16 anywhere but on CUDA: only there are its gradients scaled.
+    """
+    if name == "float16" and device.type != "cuda":
+        raise UserError(f"dtype = float16 needs a CUDA device, not {device.type}: use --dtype=float32 or bfloat16")
+    if name != "auto":
+        return DTYPES[name], "as set"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "this GPU has it"
+        return torch.float16, "with gradient scaling: this GPU lacks bfloat16"
+    if device.type == "cpu" and has_amx():
+        if n_embd >= CPU_BF16_MIN_WIDTH:
+            return torch.bfloat16, "this CPU has AMX"
+        return torch.float32, f"faster than bfloat16 for a width under {CPU_BF16_MIN_WIDTH}"
+    return torch.float32, f"the safe choice on {device.type}"
+
+
+def has_amx():
+    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(probe and probe())
+
+
+def pick_compile(choice, device, updates, flops, peak):
+    """(compile?, why) for "auto", True or False.
+
+    updates: how many the run has; flops: those of one update; peak: the device's FLOP/s, or None if unknown.
+    """
+    if choice != "auto":
+        return choice, "as set"
+    if device.type == "cuda" and has_triton():
+        return updates >= CUDA_COMPILE_MIN_UPDATES, f"it pays from {CUDA_COMPILE_MIN_UPDATES} updates on"
+    if device.type == "cpu" and shutil.which(os.environ.get("CXX", "c++")):
+        hours = updates * flops / (0.3 * peak) / 3600  # at 30 % of the peak
+        return hours >= CPU_COMPILE_MIN_HOURS, f"it pays in runs over {CPU_COMPILE_MIN_HOURS} h"
+    return False, "needs Triton on CUDA, or a C++ compiler on a CPU"
+
+
+def has_triton():
+    with contextlib.suppress(ImportError):
+        import triton  # noqa: F401
+        return True
+    return False
+
+
+def autocast(device, dtype):
+    """Matrix products in a 16-bit dtype, all else in float32; nothing at all for float32."""
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+
+
+def synchronize(device):
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).synchronize()
+
+
+def peak_flops(device, dtype):
+    """Peak matrix-multiply speed in FLOP/s: from the table for a known GPU, measured on a CPU, else None."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        known = (peak for key, peak in PEAK_FLOPS.items() if re.search(rf"\b{key}\b(?! Laptop)", name))
+        return next(known, None) if dtype != torch.float32 else None
+    if device.type != "cpu":
+        return None
+    a = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0)).to(dtype)
+    best = float("inf")
+    for _ in range(6):  # the first is a warm-up
+        start = time.perf_counter()
+        torch.mm(a, a)
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best
+
+
+def peak_memory(device):
+    """Most bytes this process has held so far: of the GPU's memory on CUDA, else of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,68 @@
+"""What torchrun's environment says: rank, world size, device; collectives that are no-ops for one process.
+
+    torchrun --nproc_per_node=2 train.py config/shakespeare_char.py
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from configurator import UserError
+from device import pick_device
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self):
+        """Only the main rank writes files and prints."""
+        return self.rank == 0
+
+    def sum(self, *numbers):
+        """The sums of each number over all ranks, in float64: a list of floats, equal on every rank."""
+        if self.size == 1:
+            return [float(number) for number in numbers]
+        exact = torch.float32 if self.device.type == "mps" else torch.float64
+        total = torch.tensor([float(number) for number in numbers], dtype=exact, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def mean(self, number):
+        return self.sum(number)[0] / self.size
+
+    def main_first(self, work):
+        """What work() returns, on every rank: the main rank has done it before the others begin."""
+        if self.is_main:
+            result = work()
+        if self.size > 1:
+            dist.barrier()
+        return result if self.is_main else work()
+
+    def close(self):
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def start(device_name="auto"):
+    """Joins the process group when torchrun started this process; a world of one otherwise.
+
+    Raises UserError when there are more workers on a machine than GPUs.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        return World(0, 1, pick_device(device_name))
+    device = pick_device(device_name)
+    if device.type == "cuda":
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"worker {local_rank} has no GPU: this machine has {torch.cuda.device_count()};"
+                            " lower --nproc_per_node or use --device=cpu")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return World(dist.get_rank(), dist.get_world_size(), device)

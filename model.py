@@ -1,0 +1,368 @@
+"""Transformers from a few blocks: norms, attention, MLPs, the block, the trunk; GPT and generation.
+
+    python train.py config/shakespeare_char.py      trains a GPT (on a laptop's CPU too)
+    python sample.py --out_dir=out                  samples it
+
+What has weights is a module; what varies from call to call (mask, rotation, cache, memory) is an argument.
+So one block serves a GPT, a bidirectional encoder, an encoder-decoder, a vision transformer and a Gemma:
+they differ in the parts they name (NORMS, MLPS), in a few numbers, and in what they do around the trunk.
+
+Axes: B batch, T query positions, S key positions, C channels (n_embd), H query heads, K key-value heads,
+D head_dim, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from configurator import UserError, check_ranges
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128
+    n_kv_head: int = 0  # key-value heads; 0: n_head. Fewer is grouped-query attention (1: multi-query)
+    head_dim: int = 0  # 0: n_embd // n_head
+    n_hidden: int = 0  # width inside the MLP; 0: 4 * n_embd
+    norm: str = "layernorm"  # a key of NORMS
+    norm_eps: float = 1e-5
+    mlp: str = "gelu"  # a key of MLPS
+    bias: bool = False  # in the linear layers and LayerNorms
+    dropout: float = 0.0
+    cross: bool = False  # a cross-attention sub-layer in every block
+
+    def __post_init__(self):
+        check_ranges(self, n_layer=1, n_head=1, n_embd=1, n_kv_head=0, head_dim=0, n_hidden=0, dropout=0.0)
+        if not self.head_dim and self.n_embd % self.n_head:
+            raise UserError(f"n_embd = {self.n_embd} does not divide into n_head = {self.n_head} heads:"
+                            f" try n_embd = {self.n_head * max(1, round(self.n_embd / self.n_head))}")
+        if self.n_kv_head and self.n_head % self.n_kv_head:
+            raise UserError(f"n_head = {self.n_head} does not divide into n_kv_head = {self.n_kv_head} groups")
+        if self.dropout >= 1:
+            raise UserError(f"dropout = {self.dropout}: must be below 1")
+        for field, table in (("norm", NORMS), ("mlp", MLPS)):
+            if getattr(self, field) not in table:
+                raise UserError(f"{field} = {getattr(self, field)!r}: must be one of {', '.join(table)}")
+
+
+@dataclass(frozen=True)
+class GPTConfig(TransformerConfig):
+    vocab_size: int = 65
+    block_size: int = 64  # most positions the model can look at
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_ranges(self, vocab_size=1, block_size=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parts
+
+class LayerNorm(nn.LayerNorm):
+    def __init__(self, config):
+        super().__init__(config.n_embd, eps=config.norm_eps, bias=config.bias)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * (1 + weight), computed in float32 (Zhang and Sennrich 2019; the gain's form is Gemma's)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(config.n_embd))
+        self.eps = config.norm_eps
+
+    def forward(self, x):
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return (y * (1 + self.weight.float())).type_as(x)
+
+
+class MLP(nn.Module):
+    """down(gelu(up(x))), with the tanh form of GELU that GPT-2, SigLIP and Gemma share."""
+
+    def __init__(self, config):
+        super().__init__()
+        n_hidden = config.n_hidden or 4 * config.n_embd
+        self.up_proj = nn.Linear(config.n_embd, n_hidden, bias=config.bias)
+        self.down_proj = nn.Linear(n_hidden, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.down_proj(F.gelu(self.up_proj(x), approximate="tanh")))
+
+
+class GatedMLP(MLP):
+    """down(gelu(gate(x)) * up(x)): GEGLU (Shazeer 2020)."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.gate_proj = nn.Linear(config.n_embd, self.up_proj.out_features, bias=config.bias)
+
+    def forward(self, x):
+        return self.dropout(self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x)))
+
+
+NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
+MLPS = {"gelu": MLP, "geglu": GatedMLP}
+
+
+def rotary(positions, head_dim, theta=10000.0):
+    """(cos, sin) for rotary positions (Su et al. 2021), in the half-split layout; float32.
+
+    positions: (..., T) integers; returns two tensors of (..., T, D).
+    """
+    rates = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)  # (D/2,)
+    angles = positions[..., None].float() * rates  # (..., T, D/2)
+    angles = torch.cat((angles, angles), dim=-1)  # (..., T, D)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Turns each pair (x[i], x[i + D/2]) by its position's angle. x: (B, H, T, D)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
+
+
+def causal_mask(q_pos, kv_pos, prefix=0):
+    """Boolean mask, True = may look: no later position, save inside a prefix that all of it may see.
+
+    q_pos: (T,), kv_pos: (S,) positions; prefix: its length, or a (B, 1, 1, 1) tensor of lengths per row.
+    Returns (T, S), or (B, 1, T, S) for a prefix per row.
+    """
+    return (kv_pos <= q_pos[:, None]) | (kv_pos < prefix)
+
+
+class Attention(nn.Module):
+    """Multi-head attention (Vaswani et al. 2017); with memory, cross-attention.
+
+    mask: None (all see all), "causal" (which keeps the fused kernel's fast path), or a boolean tensor that
+    broadcasts to (B, H, T, S), True = may look.
+    rope: (cos, sin) that broadcast to (B, H, T, D). cache, pos: a KVCache and the slots (T,) to write.
+    memory: (B, S, C), where keys and values come from instead of x.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.n_kv_head = config.n_kv_head or config.n_head
+        self.head_dim = config.head_dim or config.n_embd // config.n_head
+        self.q_proj = nn.Linear(config.n_embd, self.n_head * self.head_dim, bias=config.bias)
+        self.k_proj = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=config.bias)
+        self.v_proj = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=config.bias)
+        self.o_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, mask=None, rope=None, cache=None, pos=None, memory=None):
+        source = x if memory is None else memory
+        q = self.q_proj(x).unflatten(-1, (self.n_head, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(source).unflatten(-1, (self.n_kv_head, self.head_dim)).transpose(1, 2)  # (B, K, S, D)
+        v = self.v_proj(source).unflatten(-1, (self.n_kv_head, self.head_dim)).transpose(1, 2)  # (B, K, S, D)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.update(k, v, pos)
+        causal = isinstance(mask, str) and mask == "causal"
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=None if causal else mask, is_causal=causal,
+            dropout_p=self.dropout.p if self.training else 0.0, enable_gqa=self.n_kv_head != self.n_head)
+        return self.dropout(self.o_proj(y.transpose(1, 2).flatten(2)))  # (B, H, T, D) -> (B, T, C)
+
+
+class KVCache:
+    """The keys and values of one layer for up to `size` positions, in buffers that never move.
+
+    Keys are stored rotated, and once per key-value head.
+    """
+
+    def __init__(self, attention, batch_size, size):
+        weight = attention.k_proj.weight
+        shape = (batch_size, attention.n_kv_head, size, attention.head_dim)
+        self.k = torch.zeros(shape, dtype=weight.dtype, device=weight.device)  # (B, K, S, D)
+        self.v = torch.zeros_like(self.k)
+
+    def update(self, k, v, pos):
+        """Writes k, v: (B, K, T, D) at the slots pos: (T,), and returns all S of each."""
+        self.k.index_copy_(2, pos, k.to(self.k.dtype))
+        self.v.index_copy_(2, pos, v.to(self.v.dtype))
+        return self.k, self.v
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: x + attention, [x + cross-attention to memory,] x + MLP.
+
+    Raises ValueError when memory is passed to a block built without cross-attention, or is missing in one with it.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        Norm = NORMS[config.norm]
+        self.ln_1 = Norm(config)
+        self.attn = Attention(config)
+        self.ln_x = Norm(config) if config.cross else None
+        self.cross_attn = Attention(config) if config.cross else None
+        self.ln_2 = Norm(config)
+        self.mlp = MLPS[config.mlp](config)
+
+    def forward(self, x, mask=None, rope=None, cache=None, pos=None, memory=None, memory_mask=None):
+        if (memory is None) != (self.cross_attn is None):
+            raise ValueError("memory and cross=True belong together: this block has one of them")
+        x = x + self.attn(self.ln_1(x), mask, rope, cache, pos)
+        if memory is not None:
+            x = x + self.cross_attn(self.ln_x(x), memory_mask, memory=memory)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """The trunk of every model: the blocks and the final norm. (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = NORMS[config.norm](config)
+
+    def forward(self, x, caches=None, **per_call):
+        for i, block in enumerate(self.blocks):
+            x = block(x, cache=caches[i] if caches else None, **per_call)
+        return self.ln_f(x)
+
+    def make_caches(self, batch_size, size):
+        """One empty KVCache per layer, of the weights' dtype and device."""
+        return [KVCache(block.attn, batch_size, size) for block in self.blocks]
+
+
+def init_weights(model, n_layer, generator=None):
+    """GPT-2's initialisation, drawn on the CPU, so that a seed gives the same weights on every device.
+
+    | parameter                                        | rule                               |
+    |--------------------------------------------------|------------------------------------|
+    | embeddings, linear weights                       | normal, std 0.02                   |
+    | o_proj and down_proj weights (into the residual) | normal, std 0.02 / sqrt(2 n_layer) |
+    | biases                                           | 0                                  |
+    | LayerNorm, RMSNorm                               | gain 1                             |
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            std = 0.02 / (2 * n_layer) ** 0.5 if name.endswith(("o_proj", "down_proj")) else 0.02
+            drawn = torch.empty(module.weight.shape, device="cpu").normal_(0.0, std, generator=generator)
+            with torch.no_grad():
+                module.weight.copy_(drawn)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
+        elif isinstance(module, RMSNorm):
+            nn.init.zeros_(module.weight)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# GPT
+
+class GPT(nn.Module):
+    """Decoder-only language model with learned positions; the embedding matrix is also the output head.
+
+    The parameters are uninitialised until `init_weights` or a checkpoint fills them.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+        self.transformer = Transformer(config)
+
+    def forward(self, tokens, targets=None, caches=None, pos=None):
+        """Logits (B, T, V) in float32; given targets (B, T), their mean cross-entropy in nats instead.
+
+        A target of -100 is not scored. caches, pos: as in `hidden`.
+        """
+        logits = self.logits(self.hidden(tokens, caches, pos))
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+
+    def hidden(self, tokens, caches=None, pos=None):
+        """The trunk's output (B, T, C) for tokens (B, T).
+
+        caches, pos: those of `make_caches`, and the positions (T,) of these tokens, which are written to them.
+        Raises ValueError for more tokens than block_size.
+        """
+        T = tokens.size(1)
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens are more than block_size = {self.config.block_size}")
+        if caches is None:
+            pos, mask = torch.arange(T, device=tokens.device), "causal"
+        else:
+            mask = causal_mask(pos, torch.arange(caches[0].k.size(2), device=tokens.device))
+        x = self.dropout(self.wte(tokens) + self.wpe(pos))  # (B, T, C)
+        return self.transformer(x, caches, mask=mask, pos=pos)
+
+    def logits(self, x):
+        return F.linear(x, self.wte.weight).float()  # (B, T, C) -> (B, T, V)
+
+    def make_caches(self, batch_size, size=None):
+        return self.transformer.make_caches(batch_size, size or self.config.block_size)
+
+
+def count_parameters(model):
+    """All parameters; GPT's positions are counted too."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def flops_per_token(model, block_size):
+    """FLOPs of one training token, forward and backward: 6 per weight in a matrix product, 12 L H D T of attention.
+
+    Source: Chowdhery et al. 2022 (PaLM), appendix B. Positions are looked up, not multiplied: not counted.
+    """
+    config = model.config
+    n = count_parameters(model) - model.wpe.weight.numel()
+    width = config.n_head * (config.head_dim or config.n_embd // config.n_head)
+    return 6 * n + 12 * config.n_layer * width * block_size
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Generation
+
+def pick_tokens(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """One token per row, from softmax(logits / temperature); temperature 0 takes the likeliest.
+
+    logits: (B, V). top_k: only the k likeliest (0: all). top_p: of these, only the fewest likeliest whose
+    probabilities reach p together (Holtzman et al. 2019). Returns (B,).
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    order = None
+    if top_k or top_p < 1:
+        logits, order = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # likeliest first
+    p = (logits / temperature).softmax(-1)
+    if top_p < 1:
+        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)  # the token that crosses top_p stays
+    # With e ~ Exp(1), argmax(p / e) is a draw from p: no normalising, no waiting for the device.
+    choice = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1, keepdim=True)  # (B, 1)
+    return (choice if order is None else order.gather(-1, choice)).squeeze(-1)
+
+
+@torch.inference_mode()
+def generate(model, tokens, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """Yields max_new_tokens times the next token of every row, (B,), continuing tokens: (B, T).
+
+    Of a prompt longer than block_size the last block_size tokens count. Learned positions end at block_size:
+    whenever the window is full, its last half is encoded anew from position 0 and generation goes on from there.
+    So each token sees at least the block_size / 2 tokens before it, and the cost per token stays flat.
+    """
+    block_size = model.config.block_size
+    caches = model.make_caches(tokens.size(0))
+    window, start = tokens[:, -block_size:], 0  # the window's tokens; how many of them the caches hold
+    for _ in range(max_new_tokens):
+        pos = torch.arange(start, window.size(1), device=tokens.device)
+        x = model.hidden(window[:, start:], caches, pos)[:, -1]  # (B, C)
+        next_tokens = pick_tokens(model.logits(x), temperature, top_k, top_p, generator)  # (B,)
+        yield next_tokens
+        start = window.size(1)
+        window = torch.cat((window, next_tokens[:, None]), dim=1)
+        if window.size(1) > block_size:
+            window, start = window[:, -max(1, block_size // 2):], 0

@@ -1,0 +1,324 @@
+"""Any text into a data set to train on: data/<name>/{train.bin, val.bin, tokenizer.json, meta.json}.
+
+    python prepare.py my.txt                            a file; also a folder of .txt files, or a URL
+    python prepare.py my.txt --tokenizer=bpe:4096       char (default), byte, gpt2, or a BPE trained on the text
+    python prepare.py shakespeare_char                  a known data set (train.py does this by itself)
+    python train.py config/shakespeare_char.py --dataset=my
+
+The first 90 % of the characters are for training, the rest for validation. Text is UTF-8. Everything is read and
+written piecewise, so the text may be larger than memory.
+"""
+
+import codecs
+import hashlib
+import os
+import queue
+import re
+import sys
+import threading
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+from configurator import UserError, from_command_line, one_line_errors
+
+
+@dataclass(frozen=True)
+class Settings:
+    tokenizer: str = "char"  # char, byte, gpt2, or bpe:SIZE
+    name: str = ""  # the data set's name, or a folder's path; default: from the source
+    val_fraction: float = 0.1  # share of the characters, at the end, kept for validation
+
+
+if __name__ == "__main__":  # --help and typos answer before the slow imports
+    SOURCES = [arg for arg in sys.argv[1:] if not arg.startswith("-")]
+    sys.argv[1:] = [arg for arg in sys.argv[1:] if arg.startswith("-")] or ([] if SOURCES else ["--help"])
+    SETTINGS, _ = from_command_line(Settings, __doc__)
+
+import numpy as np
+
+import tokenizer as tokenizers
+from tokenizer import write_json
+
+DATA = Path(__file__).resolve().parent / "data"
+CHUNK = 1 << 22  # bytes of text held at a time
+CONNECT_SECONDS = 5
+
+
+@dataclass(frozen=True)
+class Known:
+    """A data set that can be fetched: its one text file, checked by size and SHA-256."""
+    url: str
+    size: int
+    sha256: str
+    tokenizer: str
+
+
+TINY_SHAKESPEARE = dict(url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+                        size=1_115_394, sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
+KNOWN = {"shakespeare_char": Known(**TINY_SHAKESPEARE, tokenizer="char"),
+         "shakespeare_gpt2": Known(**TINY_SHAKESPEARE, tokenizer="gpt2")}
+BUILT_IN = "python_reference"  # the language reference that every CPython carries for its help()
+
+
+class Offline(UserError):
+    """The network did not answer."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text in
+
+def read(paths, start=0, stop=None):
+    """Yields the characters start..stop of the files' joined text, piece by piece, without byte-order marks.
+
+    A newline is put between files where there is none. Raises UserError for bytes that are not UTF-8.
+    """
+    at = 0
+    for text in joined(paths):
+        piece = text[max(0, start - at):None if stop is None else max(0, stop - at)]
+        at += len(text)
+        if piece:
+            yield piece
+        if stop is not None and at >= stop:
+            return
+
+
+def joined(paths):
+    text = ""
+    for path in paths:
+        if text and not text.endswith("\n"):
+            yield "\n"
+        for piece in decoded(path):
+            text = piece
+            yield text
+
+
+def decoded(path):
+    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
+    with open(path, "rb") as file:
+        while True:
+            block = file.read(CHUNK)
+            try:
+                text = decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                at = offset - (len(error.object) - len(block)) + error.start
+                raise UserError(f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {at:,};"
+                                " convert it first, for instance: iconv -f LATIN1 -t UTF-8") from None
+            if offset == 0:
+                text = text.removeprefix("\ufeff")
+            offset += len(block)
+            if text:
+                yield text
+            if not block:
+                return
+
+
+def whole_words(texts):
+    """Moves the cuts between pieces to where a space follows a word, so that a BPE sees no word torn apart."""
+    rest = ""
+    for text in texts:
+        text = rest + text
+        cuts = [match.end() for match in re.finditer(r"\S(?=\s\S)", text[-10_000:])]
+        cut = len(text) - len(text[-10_000:]) + cuts[-1] if cuts else len(text)
+        yield text[:cut]
+        rest = text[cut:]
+    if rest:
+        yield rest
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data set out
+
+def prepare(paths, folder, tokenizer_name, val_fraction=0.1, source=""):
+    """Writes the data set of the files' text into `folder`, and returns its meta.
+
+    meta.json is written last: a folder without it is not a data set. Raises UserError for an empty text, one
+    that is too short to split, or one that is not UTF-8.
+    """
+    if not 0 < val_fraction < 1:
+        raise UserError(f"val_fraction = {val_fraction}: must lie between 0 and 1")
+    digest, n_characters, n_bytes = hashlib.sha256(), 0, 0
+    for text in read(paths):
+        encoded = text.encode("utf-8")
+        digest.update(encoded)
+        n_characters, n_bytes = n_characters + len(text), n_bytes + len(encoded)
+    n_train = int(n_characters * (1 - val_fraction))
+    if n_characters == 0:
+        raise UserError(f"{source or paths[0]} is empty: there is nothing to train on")
+    if n_train < 2 or n_characters - n_train < 2:
+        raise UserError(f"{source or paths[0]} has {n_characters} characters: too few to split for training and"
+                        " validation")
+    tokenizer = tokenizers.build(tokenizer_name, lambda: read(paths), lambda: read(paths, 0, n_train))
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    meta = {"source": str(source or paths[0]), "sha256": digest.hexdigest(), "characters": n_characters,
+            "bytes": n_bytes, "tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size,
+            "dtype": np.dtype(dtype).name}
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, start, stop in (("train", 0, n_train), ("val", n_train, n_characters)):
+        meta[f"{split}_characters"] = stop - start
+        meta[f"{split}_tokens"] = write_tokens(folder / f"{split}.bin.new", read(paths, start, stop), tokenizer, dtype)
+    tokenizer.save(folder / "tokenizer.json.new")
+    write_json(folder / "meta.json.new", meta)
+    (folder / "meta.json").unlink(missing_ok=True)
+    for name in ("train.bin", "val.bin", "tokenizer.json", "meta.json"):
+        os.replace(folder / f"{name}.new", folder / name)
+    return meta
+
+
+def write_tokens(path, texts, tokenizer, dtype):
+    """Writes the token ids of the texts as raw `dtype`, and returns how many there are."""
+    count, reported = 0, 0
+    with open(path, "wb") as file:
+        for text in whole_words(texts):
+            ids = tokenizer.encode(text)
+            if ids.size and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size <= np.iinfo(dtype).max + 1:
+                raise ValueError(f"token id {ids.max()} outside 0..{tokenizer.vocab_size - 1} or {dtype}")
+            ids.astype(dtype).tofile(file)
+            count += len(ids)
+            if count - reported > 50_000_000:
+                print(f"  {path.name}: {count:,} tokens so far", flush=True)
+                reported = count
+    return count
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Where texts come from
+
+def download(url, path):
+    """Fetches `url` into `path`, atomically. Raises Offline if nothing answers within CONNECT_SECONDS.
+
+    The connection is opened in a thread: a name look-up has no time-out of its own.
+    """
+    answers = queue.Queue()
+
+    def connect():
+        try:
+            answers.put(urllib.request.urlopen(url, timeout=CONNECT_SECONDS))
+        except Exception as error:
+            answers.put(error)
+
+    print(f"downloading {url}", flush=True)
+    threading.Thread(target=connect, daemon=True).start()
+    try:
+        answer = answers.get(timeout=CONNECT_SECONDS + 1)
+    except queue.Empty:
+        answer = TimeoutError(f"no answer in {CONNECT_SECONDS} s")
+    if isinstance(answer, urllib.error.HTTPError):
+        raise UserError(f"{url}: the server answered {answer.code} {answer.reason}")
+    if isinstance(answer, ValueError):
+        raise UserError(f"{url} is not a URL that can be fetched: {answer}")
+    if isinstance(answer, Exception):
+        raise Offline(f"{url} can't be reached: {getattr(answer, 'reason', answer)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        with answer, open(part, "wb") as file:
+            while block := answer.read(1 << 20):
+                file.write(block)
+    except (TimeoutError, ConnectionError, urllib.error.URLError) as error:
+        raise Offline(f"{url}: the download broke off: {error}") from None
+    os.replace(part, path)
+
+
+def fetch_known(name):
+    """The path of a known data set's text: on disk already, or downloaded once; checked either way."""
+    known, path = KNOWN[name], DATA / name / "input.txt"
+    if not path.exists():
+        download(known.url, path)
+    content = path.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if found != known.sha256:
+        raise UserError(f"{path} is not the expected text ({len(content):,} bytes, SHA-256 {found[:12]}..., expected"
+                        f" {known.size:,} bytes, {known.sha256[:12]}...): delete it and run again")
+    return path
+
+
+def write_built_in():
+    """The path of the built-in text, written out from Python's own documentation."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise UserError("this Python lacks pydoc_data, so there is no built-in text either:"
+                        " use a text of your own, python prepare.py my.txt") from None
+    path = DATA / BUILT_IN / "input.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n\n".join(topics[name].strip() for name in sorted(topics)) + "\n", encoding="utf-8", newline="\n")
+    return path
+
+
+def prepare_known(name):
+    """Prepares a known data set; without a network, the built-in text instead. Returns the name of what there is."""
+    if name == BUILT_IN:
+        version = ".".join(map(str, sys.version_info[:3]))
+        report(prepare([write_built_in()], DATA / name, "char", source=f"pydoc_data.topics of Python {version}"), name)
+        return name
+    try:
+        path = fetch_known(name)
+    except Offline as error:
+        bar = "!" * 100
+        print(f"\n{bar}\nNO NETWORK: {error}\nUsing the built-in text instead of {name}: Python's language reference, as"
+              f" data set {BUILT_IN!r}.\nIts losses can't be compared with those of {name}. When you are online, run"
+              f" again,\nor put the file at {DATA / name / 'input.txt'} yourself.\n{bar}\n", flush=True)
+        return BUILT_IN if (DATA / BUILT_IN / "meta.json").exists() else prepare_known(BUILT_IN)
+    report(prepare([path], DATA / name, KNOWN[name].tokenizer, source=KNOWN[name].url), name)
+    return name
+
+
+def locate(dataset):
+    """The folder of a data set: a name stands for data/<name>, anything with a slash for itself."""
+    return Path(dataset) if "/" in dataset or os.sep in dataset else DATA / dataset
+
+
+def ensure(dataset):
+    """The name of a data set that is ready: `dataset`, prepared if it is a known one, or what stands in for it.
+
+    Raises UserError that says how to prepare it if it is unknown.
+    """
+    if (locate(dataset) / "meta.json").exists():
+        return dataset
+    if dataset in KNOWN or dataset == BUILT_IN:
+        return prepare_known(dataset)
+    ready = sorted(path.parent.name for path in DATA.glob("*/meta.json"))
+    raise UserError(f"there is no data set at {locate(dataset)}: make one with python prepare.py FILE --name={dataset}"
+                    f" (ready: {', '.join(ready) or 'none'}; known: {', '.join((*KNOWN, BUILT_IN))})")
+
+
+def report(meta, name):
+    folder = locate(name)
+    print(f"{folder}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens"
+          f" of {meta['vocab_size']:,} kinds ({meta['tokenizer']})", flush=True)
+
+
+def main(settings, sources):
+    if len(sources) != 1:
+        raise UserError(f"one source at a time, not {len(sources)}: {' '.join(sources)};"
+                        " put several texts into a folder")
+    source, path = sources[0], Path(sources[0])
+    name = settings.name or re.sub(r"\W+", "_", Path(source.rstrip("/")).stem)
+    if not path.exists() and (source in KNOWN or source == BUILT_IN) and not settings.name:
+        known = KNOWN[source].tokenizer if source in KNOWN else "char"
+        if settings.tokenizer not in (known, Settings.tokenizer):
+            raise UserError(f"{source} is a data set with the {known} tokenizer: add --name=NEW for another one")
+        name = prepare_known(source)
+    else:
+        if "://" in source:
+            download(source, locate(name) / "input.txt")
+            paths = [locate(name) / "input.txt"]
+        elif path.is_dir():
+            paths = sorted(path.rglob("*.txt"))
+        elif path.is_file():
+            paths = [path]
+        elif source in KNOWN:
+            paths = [fetch_known(source)]
+        else:
+            raise UserError(f"{source} is no file, no folder, no URL, and none of {', '.join((*KNOWN, BUILT_IN))}")
+        if not paths:
+            raise UserError(f"the folder {source} holds no .txt files")
+        report(prepare(paths, locate(name), settings.tokenizer, settings.val_fraction, source), name)
+    print(f"train on it: python train.py config/shakespeare_char.py --dataset={name}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(SETTINGS, SOURCES)

@@ -1,0 +1,173 @@
+"""Text to token ids and back: characters, bytes, GPT-2's BPE, or a BPE of one's own. Saved as JSON, loaded by name.
+
+    python prepare.py my.txt --tokenizer=char|byte|gpt2|bpe:4096
+
+Every tokenizer has kind, vocab_size, eos (the id that ends a text, or None), encode(text) -> int64 array of
+ids, decode(ids) -> text, and save(path). The file of a BPE is the `tokenizer.json` of Hugging Face's
+tokenizers library, so a published model's own file loads as it is.
+"""
+
+import json
+import os
+
+import numpy as np
+
+from configurator import UserError
+
+
+class CharTokenizer:
+    """One id per character, in the order of their code points."""
+
+    kind, eos = "char", None
+
+    def __init__(self, characters):
+        self.characters = "".join(characters)
+        self.vocab_size = len(self.characters)
+        points = code_points(self.characters)
+        self.table = np.full(int(points.max(initial=0)) + 1, -1, dtype=np.int32)
+        self.table[points] = np.arange(self.vocab_size)
+
+    def encode(self, text):
+        """Raises UserError that names the first character outside the vocabulary."""
+        points = code_points(text)
+        ids = np.where(points < len(self.table), self.table[np.minimum(points, len(self.table) - 1)], -1)
+        if (ids < 0).any():
+            at = int((ids < 0).argmax())
+            raise UserError(f"the character {text[at]!r} (U+{ord(text[at]):04X}), number {at + 1} of the text, is not"
+                            f" among the {self.vocab_size} characters of the vocabulary: {self.characters!r}")
+        return ids.astype(np.int64)
+
+    def decode(self, ids):
+        return "".join([self.characters[i] for i in ids])
+
+    def save(self, path):
+        write_json(path, {"kind": self.kind, "characters": self.characters})
+
+
+class ByteTokenizer:
+    """One id per byte of the text's UTF-8: any text can be encoded."""
+
+    kind, eos, vocab_size = "byte", None, 256
+
+    def encode(self, text):
+        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
+
+    def decode(self, ids):
+        return bytes(list(ids)).decode("utf-8", errors="replace")
+
+    def save(self, path):
+        write_json(path, {"kind": self.kind})
+
+
+class GPT2Tokenizer:
+    """GPT-2's byte-level BPE through tiktoken, which downloads its 1.5 MB of merges once."""
+
+    kind, vocab_size = "gpt2", 50257
+
+    def __init__(self):
+        try:
+            import tiktoken
+        except ImportError:
+            raise UserError("the gpt2 tokenizer needs tiktoken: pip install tiktoken") from None
+        try:
+            self.bpe = tiktoken.get_encoding("gpt2")
+        except OSError as error:  # requests' errors are OSErrors
+            raise UserError("the gpt2 tokenizer could not download its merges"
+                            f" ({type(error).__name__}): connect once, or use --tokenizer=bpe:4096") from None
+        self.eos = self.bpe.eot_token
+
+    def encode(self, text):
+        return np.array(self.bpe.encode_ordinary(text), dtype=np.int64)
+
+    def decode(self, ids):
+        return self.bpe.decode(list(map(int, ids)))
+
+    def save(self, path):
+        write_json(path, {"kind": self.kind})
+
+
+class BPETokenizer:
+    """A BPE of the tokenizers library: trained here on one's own text, or a published model's."""
+
+    kind = "bpe"
+
+    def __init__(self, bpe):
+        self.bpe = bpe
+        self.vocab_size = bpe.get_vocab_size()
+        self.eos = next(filter(None, map(bpe.token_to_id, ("<|endoftext|>", "<eos>", "</s>"))), None)
+
+    @classmethod
+    def train(cls, texts, vocab_size):
+        """texts: an iterable of strings. Raises UserError if the text has too little for that many tokens."""
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+        if vocab_size < 257:
+            raise UserError(f"tokenizer = bpe:{vocab_size}: 256 bytes and an end of text need at least bpe:257")
+        bpe = Tokenizer(models.BPE())
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = decoders.ByteLevel()
+        bpe.train_from_iterator(texts, trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=["<|endoftext|>"], show_progress=False,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+        if bpe.get_vocab_size() < vocab_size:
+            raise UserError(f"tokenizer = bpe:{vocab_size}: the text yields only {bpe.get_vocab_size()} tokens;"
+                            f" use bpe:{bpe.get_vocab_size()} or less")
+        return cls(bpe)
+
+    def encode(self, text):
+        return np.array(self.bpe.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+
+    def decode(self, ids):
+        return self.bpe.decode(list(map(int, ids)), skip_special_tokens=False)
+
+    def save(self, path):
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(self.bpe.to_str())
+
+
+def build(name, texts, train_texts):
+    """A tokenizer by its name on the command line.
+
+    texts() iterates over the whole text, whose characters must all be known; train_texts() over the part for
+    training, from which a BPE may learn.
+    """
+    if name == "char":
+        return CharTokenizer(sorted(set().union(*map(set, texts()))))
+    if name == "byte":
+        return ByteTokenizer()
+    if name == "gpt2":
+        return GPT2Tokenizer()
+    kind, _, size = name.partition(":")
+    if kind == "bpe" and size.isdigit():
+        return BPETokenizer.train(train_texts(), int(size))
+    raise UserError(f"tokenizer = {name}: must be char, byte, gpt2 or bpe:SIZE, such as bpe:4096")
+
+
+def load(path):
+    """The tokenizer saved at `path`, ours or a published `tokenizer.json`. Raises UserError if it is neither."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            saved = json.load(file)
+        if "model" in saved:
+            from tokenizers import Tokenizer
+            return BPETokenizer(Tokenizer.from_file(os.fspath(path)))
+        return {"char": lambda: CharTokenizer(saved["characters"]), "byte": ByteTokenizer,
+                "gpt2": GPT2Tokenizer}[saved["kind"]]()
+    except FileNotFoundError:
+        raise UserError(f"there is no tokenizer at {path}") from None
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is not a tokenizer file ({type(error).__name__}: {error})") from None
+
+
+def same_vocabulary(a, b):
+    """Whether every id stands for the same text in both."""
+    return a.vocab_size == b.vocab_size and all(a.decode([i]) == b.decode([i]) for i in range(a.vocab_size))
+
+
+def code_points(text):
+    return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype=np.uint32)
+
+
+def write_json(path, value):
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        json.dump(value, file, ensure_ascii=False, indent=1)
+        file.write("\n")

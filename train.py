@@ -1,0 +1,416 @@
+"""Trains a model as a recipe says; prepares a known data set by itself; prints a sample at the end.
+
+    python train.py                                      the defaults below: a debug run of seconds, on any machine
+    python train.py config/shakespeare_char.py           a recipe; on a CPU it takes the recipe's on_cpu values
+    python train.py config/shakespeare_char.py --max_iters=100 --out_dir=out/short
+    python train.py --resume --out_dir=out               goes on where a run stopped, to the same numbers
+    torchrun --nproc_per_node=2 train.py config/shakespeare_char.py
+
+Later values win: defaults, config files, --name=value. The out directory gets log.jsonl and the checkpoints `last`
+and `best` (see checkpoint.py); an earlier run found there is moved into a folder earlier.N of its own.
+"""
+
+import sys
+from dataclasses import asdict, dataclass, fields
+from typing import Literal
+
+from configurator import UserError, check_ranges, differences, from_command_line, one_line_errors
+
+
+@dataclass(frozen=True)
+class Settings:
+    # where
+    out_dir: str = "out"  # everything the run leaves
+    dataset: str = "shakespeare_char"  # a name under data/, or a folder made by prepare.py
+    init_from: str = "scratch"  # or a run's folder, gpt2, gpt2-medium, -large, -xl, a hub id, a published folder
+    resume: bool = False  # continue the run in out_dir from its last checkpoint, with its settings
+    # the model
+    n_layer: int = 2  # blocks
+    n_head: int = 2  # attention heads
+    n_embd: int = 64  # width
+    block_size: int = 64  # tokens of context
+    dropout: float = 0.0  # share of activations dropped in training; pays when the data is seen many times
+    bias: bool = False  # in linear layers and LayerNorms
+    # the optimizer: AdamW, with warm-up and cosine decay
+    batch_size: int = 16  # sequences per update, over all workers and micro-batches
+    gradient_accumulation_steps: int = 1  # micro-batches per worker and update: less memory, the same numbers
+    max_iters: int = 200  # updates
+    learning_rate: float = 3e-3  # the peak
+    min_lr: float = 3e-4  # at the end of the decay
+    warmup_iters: int = 20  # updates to the peak
+    lr_decay_iters: int = 0  # updates to min_lr; 0: max_iters
+    weight_decay: float = 0.1  # of matrices and embeddings
+    beta1: float = 0.9  # AdamW's memory of the gradient
+    beta2: float = 0.99  # and of its square
+    grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
+    # what it reports and saves
+    eval_interval: int = 100  # updates between evaluations, each followed by a save
+    eval_tokens: int = 2_000_000  # most tokens per evaluation; a shorter split is scored whole; 0: always whole
+    log_interval: int = 10  # updates between lines of the log
+    sample_tokens: int = 300  # length of the sample at the end; 0: none
+    wandb: bool = False  # log to Weights & Biases too (pip install wandb; WANDB_MODE=offline needs no account)
+    wandb_project: str = "quill"  # its project
+    wandb_name: str = ""  # the run's name there; default: wandb's choice
+    # the machine
+    seed: int = 1337  # of weights, batches and dropout
+    device: str = "auto"  # auto, cpu, cuda, mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
+    compile: Literal["auto", True, False] = "auto"  # torch.compile
+
+    def __post_init__(self):
+        check_ranges(self, batch_size=1, gradient_accumulation_steps=1, max_iters=1, learning_rate=0.0, min_lr=0.0,
+                     warmup_iters=0, lr_decay_iters=0, weight_decay=0.0, grad_clip=0.0, eval_interval=1,
+                     eval_tokens=0, log_interval=1, sample_tokens=0, seed=0)
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} = {getattr(self, name)}: must be at least 0 and below 1")
+
+
+def has_accelerator(device):
+    import device as devices  # torch is imported only if a recipe has on_cpu values
+    return devices.has_accelerator(device)
+
+
+def earlier_settings(given):
+    """With --resume, the settings of the run that is being resumed."""
+    if not given.get("resume"):
+        return {}
+    import checkpoint
+    out_dir = given.get("out_dir", Settings.out_dir)
+    folder = checkpoint.find(out_dir, "last")
+    if folder is None:
+        raise UserError(f"there is nothing to resume in {out_dir}: no checkpoint; drop --resume to start")
+    saved = checkpoint.read_config(folder)["settings"]
+    for name in ("dataset", *SHAPE):
+        if name in given and given[name] != saved[name]:
+            raise UserError(f"{name} = {given[name]!r}, but the run in {out_dir} has {saved[name]!r}: drop it to resume,"
+                            f" or start a new run with --init_from={out_dir}")
+    known = {field.name for field in fields(Settings)}
+    return {name: value for name, value in saved.items() if name in known}
+
+
+SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias")
+
+if __name__ == "__main__":  # --help and typos answer before torch is imported
+    SETTINGS, GIVEN = from_command_line(Settings, __doc__, has_accelerator, earlier_settings)
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import time
+from contextlib import nullcontext, suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import distributed
+import sample
+import tokenizer as tokenizers
+from batches import Dataset, gather, random_offsets
+from device import autocast, peak_flops, peak_memory, pick_compile, pick_dtype
+from evaluate import split_loss
+from model import GPT, GPTConfig, count_parameters, flops_per_token, init_weights
+from prepare import ensure, locate
+
+
+def learning_rate(update, settings):
+    """The rate of the given update, counted from 1: linear warm-up, then half a cosine down to min_lr."""
+    s, last = settings, settings.lr_decay_iters or settings.max_iters
+    if update <= s.warmup_iters:
+        return s.learning_rate * update / (s.warmup_iters + 1)
+    progress = min(1.0, (update - s.warmup_iters) / max(1, last - s.warmup_iters))
+    return s.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (s.learning_rate - s.min_lr)
+
+
+def make_optimizer(model, settings):
+    """AdamW (Loshchilov and Hutter 2019); only what has two or more dimensions is decayed."""
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    fused = next(model.parameters()).device.type in ("cpu", "cuda", "mps")
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=fused)
+
+
+def make_model(settings, given, tokenizer, device):
+    """A new model, or the one that init_from names, whose shape then counts. Raises UserError where they differ."""
+    if settings.init_from == "scratch":
+        shape = {name: getattr(settings, name) for name in (*SHAPE, "dropout")}
+        model = GPT(GPTConfig(**shape, vocab_size=tokenizer.vocab_size))
+        init_weights(model, settings.n_layer, torch.Generator().manual_seed(settings.seed))
+        return model.to(device)
+    model, its_tokenizer = checkpoint.load_initial(settings.init_from, device, given.get("block_size", 0),
+                                                   settings.dropout)
+    for name in SHAPE:
+        if name in given and given[name] != getattr(model.config, name):
+            raise UserError(f"{name} = {given[name]!r}, but {settings.init_from} has {getattr(model.config, name)!r}:"
+                            " leave it out")
+    if not tokenizers.same_vocabulary(tokenizer, its_tokenizer):
+        raise UserError(f"the data set {settings.dataset} was not made with the tokenizer of {settings.init_from}:"
+                        " prepare it with that one")
+    return model
+
+
+def micro_batches(tokens, settings, block_size, step, world):
+    """This rank's share of the batch of update step + 1, as {tokens, targets} of each micro-batch.
+
+    Which sequences make up the batch, and what dropout does to each micro-batch, follows from (seed, step) alone.
+    """
+    n, accumulation = settings.batch_size, settings.gradient_accumulation_steps
+    offsets = random_offsets(len(tokens), block_size, n, settings.seed, step)
+    pieces = np.split(offsets, world.size * accumulation)
+    for piece in range(world.rank * accumulation, (world.rank + 1) * accumulation):
+        if settings.dropout:
+            torch.manual_seed(int(np.random.SeedSequence((settings.seed, step, piece)).generate_state(1, np.uint64)[0]))
+        yield gather(tokens, pieces[piece], block_size, world.device)
+
+
+class Interrupt:
+    """Notes SIGINT and SIGTERM for the loop to act on; a second one ends the process at once."""
+
+    def __init__(self):
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class Log:
+    """log.jsonl, one row a line; the terminal; and wandb if wanted. Silent on all but the main rank."""
+
+    def __init__(self, out_dir, settings, step, world):
+        self.settings, self.first_step, self.began, self.run = settings, step, time.perf_counter(), None
+        self.file = None
+        if not world.is_main:
+            return
+        out_dir.mkdir(parents=True, exist_ok=True)
+        path = out_dir / "log.jsonl"
+        if step:  # the rows after the checkpoint will be written again
+            path.write_text("".join(line + "\n" for line in rows_until(path, step)), encoding="utf-8")
+        self.file = open(path, "a", encoding="utf-8", buffering=1)
+        if settings.wandb:
+            try:
+                import wandb
+            except ImportError:
+                raise UserError("--wandb needs a package: pip install wandb") from None
+            self.run = wandb.init(project=settings.wandb_project, name=settings.wandb_name or None,
+                                  id=run_id(out_dir), resume="allow", config=asdict(settings), dir=str(out_dir))
+
+    def write(self, row):
+        if self.file is None:
+            return
+        self.file.write(json.dumps(row) + "\n")
+        if self.run:
+            self.run.log(row, step=row["step"])
+        done = row["step"] - self.first_step
+        left = (time.perf_counter() - self.began) / done * (self.settings.max_iters - row["step"])
+        parts = [f"step {row['step']:>{len(str(self.settings.max_iters))}}/{self.settings.max_iters}",
+                 f"loss {row['loss']:.4f}", f"lr {row['lr']:.2e}", f"{row['ms']:.1f} ms",
+                 f"{row['tokens_per_s']:,.0f} tok/s"]
+        parts += [f"{row['mfu']:.0%} of peak"] if "mfu" in row else []
+        parts += [f"{int(left) // 60}:{int(left) % 60:02d} left"]
+        parts += [f"val loss {row['val_loss']:.4f}"] if "val_loss" in row else []
+        print(" | ".join(parts), flush=True)
+
+    def close(self):
+        if self.file:
+            self.file.close()
+        if self.run:
+            self.run.finish()
+
+
+def rows_until(path, step):
+    """The lines of a log up to a step; a last line that a kill cut short is left out."""
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with suppress(json.JSONDecodeError):
+            if json.loads(line)["step"] <= step:
+                yield line
+
+
+def run_id(out_dir):
+    """wandb's id of the run in out_dir, made at its start, so that a resumed run goes on in the same charts."""
+    path = out_dir / "wandb_id"
+    if not path.exists():
+        path.write_text(os.urandom(4).hex())
+    return path.read_text()
+
+
+def set_aside(out_dir):
+    """Moves an earlier run's files in out_dir into the first free folder earlier.N."""
+    ours = [out_dir / name for name in ("last", "best", "log.jsonl", "evaluation.json", "wandb_id")]
+    ours += [out_dir / (name + suffix) for name in ("last", "best") for suffix in (".new", ".old")]
+    found = [path for path in ours if path.exists()]
+    if found:
+        aside = next(path for n in range(1, sys.maxsize) if not (path := out_dir / f"earlier.{n}").exists())
+        aside.mkdir()
+        for path in found:
+            path.rename(aside / path.name)
+        print(f"{out_dir} held an earlier run: it is in {aside} now")
+
+
+def announce(settings, model, dataset, world, choices):
+    """Prints what is about to happen."""
+    print("settings: " + (", ".join(f"{k}={v!r}" for k, v in differences(settings).items()) or "the defaults"))
+    print(f"device: {world.device}" + (f" x {world.size} workers" if world.size > 1 else "") + f"; {choices}")
+    tokens = settings.batch_size * model.config.block_size
+    print(f"model: {count_parameters(model) / 1e6:.2f}M parameters; data: {dataset.meta['train_tokens']:,} tokens of"
+          f" {settings.dataset}; {tokens:,} tokens per update, {settings.max_iters} updates ="
+          f" {tokens * settings.max_iters / dataset.meta['train_tokens']:.1f} epochs")
+    print(f"a loss of {math.log(model.config.vocab_size):.4f} is guessing", flush=True)
+
+
+def update(parallel, optimizer, scaler, batches, settings, dtype, device):
+    """One step of the optimizer over all micro-batches: (this rank's mean loss, the gradient's norm), as tensors."""
+    loss = torch.zeros((), device=device)
+    for i, batch in enumerate(batches, start=1):
+        last = i == settings.gradient_accumulation_steps  # the ranks exchange gradients once, in the last backward
+        wait = parallel.no_sync() if isinstance(parallel, DistributedDataParallel) and not last else nullcontext()
+        with wait:  # around the forward pass too: DDP decides there
+            with autocast(device, dtype):
+                micro_loss = parallel(**batch) / settings.gradient_accumulation_steps
+            scaler.scale(micro_loss).backward()
+        loss += micro_loss.detach()
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(parallel.parameters(), settings.grad_clip or math.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, norm
+
+
+def starting_point(settings, given, tokenizer, world):
+    """(model, state): new or initialised from elsewhere at step 0; with --resume as the last checkpoint left them."""
+    if not settings.resume:
+        return make_model(settings, given, tokenizer, world.device), {"step": 0, "best_val_loss": math.inf}
+    folder = checkpoint.find(settings.out_dir, "last")
+    model, its_tokenizer, _ = checkpoint.load(folder, world.device, settings.dropout)
+    if not tokenizers.same_vocabulary(tokenizer, its_tokenizer):
+        raise UserError(f"{folder} has another tokenizer than the data set {settings.dataset} has now")
+    return model, checkpoint.load_trainer(folder)
+
+
+def train(settings, given, world):
+    """The run: set up, then one loop. Returns (model, tokenizer, the step reached, the signal that stopped it or 0)."""
+    out_dir, device, dataset = Path(settings.out_dir), world.device, Dataset(locate(settings.dataset))
+    tokenizer = tokenizers.load(dataset.folder / "tokenizer.json")
+    model, state = starting_point(settings, given, tokenizer, world)
+    block_size, step, best_val_loss = model.config.block_size, state["step"], state["best_val_loss"]
+    tokens, val_tokens = dataset.tokens("train", block_size), dataset.tokens("val", block_size)
+    optimizer = make_optimizer(model, settings)
+    dtype, why_dtype = pick_dtype(settings.dtype, device, model.config.n_embd)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    if step:
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+    peak = peak_flops(device, dtype)
+    flops = flops_per_token(model, block_size) * settings.batch_size * block_size / world.size  # per update and worker
+    compiled, why_compiled = pick_compile(settings.compile, device, settings.max_iters - step, flops, peak)
+    if world.is_main:
+        announce(settings, model, dataset, world, f"dtype: {str(dtype)[6:]} ({why_dtype}); compile: {compiled}"
+                                                  f" ({why_compiled})")
+        if not settings.resume:
+            set_aside(out_dir)
+    if compiled:
+        model.compile()
+    parallel = DistributedDataParallel(model) if world.size > 1 else model
+    log, interrupt = Log(out_dir, settings, step, world), Interrupt()
+
+    def save(name, val_loss):
+        if world.is_main:
+            info = {"settings": asdict(settings), "dataset": settings.dataset, "step": step, "val_loss": val_loss}
+            state = {"step": step, "best_val_loss": best_val_loss, "optimizer": optimizer.state_dict(),
+                     "scaler": scaler.state_dict()}
+            checkpoint.save(out_dir, name, model, tokenizer, info, state if name == "last" else None)
+
+    model.train()
+    clock, timed = time.perf_counter(), 0  # since when, and how many updates, the next line of the log averages over
+    while step < settings.max_iters:
+        lr = learning_rate(step + 1, settings)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        batches = micro_batches(tokens, settings, block_size, step, world)
+        loss, norm = update(parallel, optimizer, scaler, batches, settings, dtype, device)
+        step, timed = step + 1, timed + 1
+
+        evaluating = step % settings.eval_interval == 0 or step == settings.max_iters
+        logging = evaluating or step % settings.log_interval == 0 or step == 1
+        if not logging and not (interrupt.signal and world.size == 1):
+            continue
+        loss, norm, stopping = world.mean(loss), norm.item(), world.sum(interrupt.signal)[0]
+        seconds = (time.perf_counter() - clock) / timed
+        row = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "ms": 1000 * seconds,
+               "tokens_per_s": settings.batch_size * block_size / seconds}
+        row |= {"mfu": flops / seconds / peak} if peak else {}
+        if evaluating:
+            row["val_loss"], _ = split_loss(model, val_tokens, block_size, world, dtype, settings.eval_tokens)
+        check_finite(row, out_dir, scaler.is_enabled())
+        if logging:
+            log.write(row)
+        if evaluating and row["val_loss"] < best_val_loss:
+            best_val_loss = row["val_loss"]
+            save("best", best_val_loss)
+        if evaluating or stopping:
+            save("last", row.get("val_loss"))
+        if stopping:
+            break
+        clock, timed = time.perf_counter(), 0
+    log.close()
+    return model, tokenizer, step, interrupt.signal
+
+
+def check_finite(row, out_dir, scaled):
+    """Raises UserError if the loss or the gradient is not a number: nothing is saved from there on."""
+    watched = ("loss", "val_loss") if scaled else ("loss", "val_loss", "grad_norm")  # fp16 skips steps on overflow
+    bad = [name for name in watched if name in row and not math.isfinite(row[name])]
+    if bad:
+        folder = checkpoint.find(out_dir, "last")
+        kept = f"{folder} holds step {checkpoint.read_config(folder)['step']}" if folder else "nothing was saved before it"
+        raise UserError(f"{bad[0]} is {row[bad[0]]} at step {row['step']}: try a lower --learning_rate, or"
+                        f" --dtype=float32; {kept}")
+
+
+def main(settings, given):
+    world = distributed.start(settings.device)
+    pieces = world.size * settings.gradient_accumulation_steps
+    if settings.batch_size % pieces:
+        raise UserError(f"batch_size = {settings.batch_size} does not divide into {pieces} micro-batches"
+                        f" ({world.size} workers x {settings.gradient_accumulation_steps} accumulation steps)")
+    name = world.main_first(lambda: ensure(settings.dataset))
+    began = time.perf_counter()
+    model, tokenizer, step, stopped = train(dataclasses.replace(settings, dataset=name), given, world)
+    if world.is_main:
+        say_where(settings, model, tokenizer, step, stopped, time.perf_counter() - began)
+    world.close()
+    if stopped:
+        raise SystemExit(128 + stopped)
+
+
+def say_where(settings, model, tokenizer, step, stopped, seconds):
+    """The end of a run: a sample, where everything lies, what to run next."""
+    out_dir = settings.out_dir
+    if stopped:
+        print(f"\nstopped at step {step} and saved; go on with: python train.py --resume --out_dir={out_dir}")
+        return
+    if settings.sample_tokens:
+        model.eval()
+        wanted = sample.Settings(max_new_tokens=settings.sample_tokens, seed=settings.seed)
+        print(f"\n{sample.continuations(model, tokenizer, '', wanted)[0]}\n")
+    best = checkpoint.read_config(checkpoint.find(out_dir, "best"))
+    print(f"{step} updates in {seconds:.0f} s, at most {peak_memory(next(model.parameters()).device) / 2**20:,.0f} MiB;"
+          f" best validation loss {best['val_loss']:.4f} at step {best['step']}")
+    print(f"in {out_dir}: checkpoints best and last, log.jsonl\n"
+          f"sample it:   python sample.py --out_dir={out_dir}\n"
+          f"evaluate it: python evaluate.py --out_dir={out_dir}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(SETTINGS, GIVEN)
