@@ -65,7 +65,7 @@ def fixed_windows(n_tokens, block_size, batch_size, limit=0):
     spread subset of the windows stands for a huge split.
     """
     offsets = np.arange(0, n_tokens - 1, block_size)
-    if limit and len(offsets) * block_size > limit:
+    if limit and n_tokens - 1 > limit:
         keep = max(1, limit // block_size)
         offsets = offsets[np.arange(keep) * len(offsets) // keep]
     tail = (n_tokens - 1) % block_size

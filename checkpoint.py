@@ -181,18 +181,25 @@ def load_published(name, device="cpu", block_size=0, dropout=0.0):
         if theirs.get(key, value) != value:
             raise UserError(f"{name}: {key} = {theirs[key]!r}, but only {value!r} can be loaded")
     config = GPTConfig(
-        n_layer=theirs["n_layer"], n_head=theirs["n_head"], n_embd=theirs["n_embd"], n_hidden=theirs.get("n_inner") or 0,
-        vocab_size=theirs["vocab_size"], block_size=block_size or theirs["n_positions"],
-        norm_eps=theirs.get("layer_norm_epsilon", 1e-5), bias=True, dropout=dropout)
+        n_layer=theirs["n_layer"], n_head=theirs["n_head"], n_embd=theirs["n_embd"],
+        n_hidden=theirs.get("n_inner") or 0, vocab_size=theirs["vocab_size"],
+        block_size=block_size or theirs["n_positions"], norm_eps=theirs.get("layer_norm_epsilon", 1e-5),
+        bias=True, dropout=dropout)
     if config.block_size > theirs["n_positions"]:
         raise UserError(f"block_size = {block_size}: {name} has learned only {theirs['n_positions']} positions")
-    index = folder / "model.safetensors.index.json"
-    shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
-    state = from_gpt2(read_weights([folder / shard for shard in shards]), config.block_size)
+    state = from_gpt2(read_weights(weight_files(folder)), config.block_size)
     model = build(GPT, config, state, device, name)
     if (folder / "tokenizer.json").exists() or name not in GPT2:
         return model, tokenizers.load(folder / "tokenizer.json")
     return model, tokenizers.GPT2Tokenizer()
+
+
+def weight_files(folder):
+    """The model's files: one, or the shards that its index names."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return [folder / "model.safetensors"]
+    return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
 
 
 def download(repo):

@@ -86,7 +86,7 @@ def main(settings):
     name = world.main_first(lambda: ensure(settings.dataset or config["dataset"]))
     dataset = Dataset(locate(name))
     if not tokenizers.same_vocabulary(tokenizer, tokenizers.load(dataset.folder / "tokenizer.json")):
-        raise UserError(f"data set {name} was made with another tokenizer than {folder}: their losses can't be compared")
+        raise UserError(f"data set {name} was made with another tokenizer than {folder}: prepare it with that one")
     tokens = dataset.tokens(settings.split, model.config.block_size)
     loss, count = split_loss(model, tokens, model.config.block_size, world, dtype)
     random_windows = random_window_loss(model, tokens, model.config.block_size, world, dtype, settings.random_windows,

@@ -139,8 +139,8 @@ def causal_mask(q_pos, kv_pos, prefix=0):
 class Attention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017); with memory, cross-attention.
 
-    mask: None (all see all), "causal" (which keeps the fused kernel's fast path), or a boolean tensor that
-    broadcasts to (B, H, T, S), True = may look.
+    mask: None (all see all), "causal" (which keeps the fused kernel's fast path), or a boolean tensor of two or
+    more dimensions that broadcasts to (B, H, T, S), True = may look.
     rope: (cos, sin) that broadcast to (B, H, T, D). cache, pos: a KVCache and the slots (T,) to write.
     memory: (B, S, C), where keys and values come from instead of x.
     """

@@ -149,7 +149,7 @@ def prepare(paths, folder, tokenizer_name, val_fraction=0.1, source=""):
     if n_train < 2 or n_characters - n_train < 2:
         raise UserError(f"{source or paths[0]} has {n_characters} characters: too few to split for training and"
                         " validation")
-    tokenizer = tokenizers.build(tokenizer_name, lambda: read(paths), lambda: read(paths, 0, n_train))
+    tokenizer = tokenizers.build(tokenizer_name, lambda: read(paths), lambda: whole_words(read(paths, 0, n_train)))
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     meta = {"source": str(source or paths[0]), "sha256": digest.hexdigest(), "characters": n_characters,
             "bytes": n_bytes, "tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size,
@@ -257,8 +257,8 @@ def prepare_known(name):
         path = fetch_known(name)
     except Offline as error:
         bar = "!" * 100
-        print(f"\n{bar}\nNO NETWORK: {error}\nUsing the built-in text instead of {name}: Python's language reference, as"
-              f" data set {BUILT_IN!r}.\nIts losses can't be compared with those of {name}. When you are online, run"
+        print(f"\n{bar}\nNO NETWORK: {error}\nUsing the built-in text instead of {name}: Python's language reference,"
+              f" as data set {BUILT_IN!r}.\nIts losses can't be compared with those of {name}. When you are online, run"
               f" again,\nor put the file at {DATA / name / 'input.txt'} yourself.\n{bar}\n", flush=True)
         return BUILT_IN if (DATA / BUILT_IN / "meta.json").exists() else prepare_known(BUILT_IN)
     report(prepare([path], DATA / name, KNOWN[name].tokenizer, source=KNOWN[name].url), name)

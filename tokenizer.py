@@ -94,7 +94,8 @@ class BPETokenizer:
     def __init__(self, bpe):
         self.bpe = bpe
         self.vocab_size = bpe.get_vocab_size()
-        self.eos = next(filter(None, map(bpe.token_to_id, ("<|endoftext|>", "<eos>", "</s>"))), None)
+        ends = map(bpe.token_to_id, ("<|endoftext|>", "<eos>", "</s>"))
+        self.eos = next((token for token in ends if token is not None), None)
 
     @classmethod
     def train(cls, texts, vocab_size):

@@ -83,8 +83,8 @@ def earlier_settings(given):
     saved = checkpoint.read_config(folder)["settings"]
     for name in ("dataset", *SHAPE):
         if name in given and given[name] != saved[name]:
-            raise UserError(f"{name} = {given[name]!r}, but the run in {out_dir} has {saved[name]!r}: drop it to resume,"
-                            f" or start a new run with --init_from={out_dir}")
+            raise UserError(f"{name} = {given[name]!r}, but the run in {out_dir} has {saved[name]!r}: drop it to"
+                            f" resume, or start a new run with --init_from={out_dir}")
     known = {field.name for field in fields(Settings)}
     return {name: value for name, value in saved.items() if name in known}
 
@@ -372,7 +372,7 @@ def check_finite(row, out_dir, scaled):
     bad = [name for name in watched if name in row and not math.isfinite(row[name])]
     if bad:
         folder = checkpoint.find(out_dir, "last")
-        kept = f"{folder} holds step {checkpoint.read_config(folder)['step']}" if folder else "nothing was saved before it"
+        kept = f"{folder} holds step {checkpoint.read_config(folder)['step']}" if folder else "nothing was saved yet"
         raise UserError(f"{bad[0]} is {row[bad[0]]} at step {row['step']}: try a lower --learning_rate, or"
                         f" --dtype=float32; {kept}")
 

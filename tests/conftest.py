@@ -1,0 +1,51 @@
+"""What the tests share: a small text that is the same on every machine, prepared as a data set, and a tiny run."""
+
+import os
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests compare digits: all on the CPU
+
+import numpy as np
+import pytest
+
+import prepare
+
+WORDS = ("the a some this every no king queen fool ghost lord lady storm sword night day crown grave loves hates fears"
+         " sees hears takes gives breaks keeps and but or so then never always here there now").split()
+
+
+def make_text(n_words=6000, seed=0):
+    """Lines of random words: something to learn, and the same everywhere."""
+    picks = np.random.Generator(np.random.Philox(key=seed)).integers(0, len(WORDS), size=n_words)
+    return "".join(WORDS[i] + ("\n" if n % 8 == 7 else " ") for n, i in enumerate(picks))
+
+
+@pytest.fixture(scope="session")
+def text():
+    return make_text()
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory, text):
+    """The folder of a prepared character-level data set."""
+    folder = tmp_path_factory.mktemp("data") / "words"
+    source = folder.with_suffix(".txt")
+    source.write_text(text, encoding="utf-8")
+    prepare.prepare([source], folder, "char")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(dataset):
+    """Settings of a run that takes a second."""
+    return dict(dataset=str(dataset), n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=8, max_iters=40,
+                warmup_iters=5, learning_rate=1e-2, min_lr=1e-3, eval_interval=20, log_interval=5, sample_tokens=20,
+                device="cpu")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, tiny):
+    """The out directory of a finished tiny run."""
+    import train
+    out_dir = str(tmp_path_factory.mktemp("runs") / "trained")
+    train.main(train.Settings(**tiny, out_dir=out_dir), {})
+    return out_dir

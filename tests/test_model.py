@@ -1,0 +1,303 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from configurator import UserError
+from model import (
+    GPT,
+    MLP,
+    Attention,
+    Block,
+    GatedMLP,
+    GPTConfig,
+    KVCache,
+    RMSNorm,
+    Transformer,
+    TransformerConfig,
+    causal_mask,
+    count_parameters,
+    flops_per_token,
+    generate,
+    init_weights,
+    pick_tokens,
+    rotary,
+    rotate,
+)
+
+B, T, C = 2, 7, 24
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=seeded(seed))
+
+
+def make_gpt(seed=0, std=None, **changes):
+    config = GPTConfig(**{**dict(n_layer=2, n_head=4, n_embd=C, block_size=16, vocab_size=11), **changes})
+    model = GPT(config)
+    init_weights(model, config.n_layer, seeded(seed))
+    if std:  # larger weights than at initialisation, so that every path matters
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=std, generator=seeded(seed))
+    return model.eval()
+
+
+def make_attention(**changes):
+    attention = Attention(TransformerConfig(**{**dict(n_head=4, n_embd=C, bias=True), **changes}))
+    for i, p in enumerate(attention.parameters()):
+        torch.nn.init.normal_(p, std=0.3, generator=seeded(i))
+    return attention.eval()
+
+
+def naive_attention(a, x, allowed=None, memory=None, turn=lambda x: x):
+    """Attention (equation 1 of Vaswani et al.) one row, one head and one position at a time. allowed: (B, T, S)."""
+    source = x if memory is None else memory
+    out = torch.zeros(x.size(0), x.size(1), a.n_head * a.head_dim)
+    for b in range(x.size(0)):
+        q, k, v = a.q_proj(x[b]), a.k_proj(source[b]), a.v_proj(source[b])
+        for h in range(a.n_head):
+            mine = slice(h * a.head_dim, (h + 1) * a.head_dim)
+            group = h * a.n_kv_head // a.n_head
+            shared = slice(group * a.head_dim, (group + 1) * a.head_dim)
+            queries, keys = turn(q[:, mine]), turn(k[:, shared])
+            for t in range(x.size(1)):
+                scores = keys @ queries[t] / math.sqrt(a.head_dim)
+                if allowed is not None:
+                    scores = scores.masked_fill(~allowed[b, t], -math.inf)
+                out[b, t, mine] = scores.softmax(-1) @ v[:, shared]
+    return a.o_proj(out)
+
+
+causal = torch.ones(T, T).tril().bool()
+random_mask = (torch.rand(B, 1, T, T, generator=seeded(5)) < 0.5) | torch.eye(T).bool()  # each may see itself
+prefixes = torch.tensor([3, 5])[:, None, None, None]
+prefix_mask = causal_mask(torch.arange(T), torch.arange(T), prefixes)
+
+
+@pytest.mark.parametrize("n_kv_head", [4, 2, 1])
+@pytest.mark.parametrize("mask, allowed", [
+    (None, None), ("causal", causal.expand(B, T, T)), (causal, causal.expand(B, T, T)),
+    (random_mask, random_mask.squeeze(1)), (prefix_mask, prefix_mask.squeeze(1)),
+], ids=["none", "causal", "boolean", "per row", "prefix per row"])
+def test_attention_equals_the_formula(mask, allowed, n_kv_head):
+    attention, x = make_attention(n_kv_head=n_kv_head), randn(B, T, C)
+    torch.testing.assert_close(attention(x, mask), naive_attention(attention, x, allowed))
+
+
+def test_attention_with_memory_rotation_and_its_own_head_dim():
+    attention = make_attention(head_dim=10, n_kv_head=2)
+    x, memory = randn(B, T, C), randn(B, 5, C, seed=1)
+    allowed = (torch.rand(B, 1, T, 5, generator=seeded(2)) < 0.5) | (torch.arange(5) == 0)
+    torch.testing.assert_close(attention(x, allowed, memory=memory),
+                               naive_attention(attention, x, allowed.squeeze(1), memory))
+    angles = rotary(torch.arange(T), 10)
+    torch.testing.assert_close(attention(x, "causal", rope=angles),
+                               naive_attention(attention, x, causal.expand(B, T, T), turn=lambda q: rotate(q, *angles)))
+
+
+def test_prefix_mask_is_full_inside_the_prefix_and_causal_after_it():
+    mask = causal_mask(torch.arange(5), torch.arange(5), prefix=3)
+    assert mask.int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+
+
+def test_attention_weights_sum_to_one():
+    attention = make_attention()
+    with torch.no_grad():  # values of one everywhere: the heads' outputs are the sums of the weights
+        attention.v_proj.weight.zero_()
+        attention.v_proj.bias.fill_(1.0)
+    expected = attention.o_proj(torch.ones(C)).expand(B, T, C)
+    for mask in (None, "causal", random_mask):
+        torch.testing.assert_close(attention(randn(B, T, C), mask), expected)
+
+
+def test_attention_without_positions_is_permutation_equivariant():
+    attention, x, order = make_attention(), randn(B, T, C), torch.randperm(T, generator=seeded())
+    torch.testing.assert_close(attention(x[:, order]), attention(x)[:, order])
+    turned = rotary(torch.arange(T), 6)
+    assert not torch.allclose(attention(x[:, order], rope=turned), attention(x, rope=turned)[:, order], atol=1e-2)
+
+
+def test_rotation_depends_on_distance_alone_and_keeps_length():
+    q, k = randn(1, 1, 1, 8), randn(1, 1, 1, 8, seed=1)
+
+    def score(m, n):
+        return (rotate(q, *rotary(torch.tensor([m]), 8)) * rotate(k, *rotary(torch.tensor([n]), 8))).sum()
+
+    torch.testing.assert_close(score(3, 1), score(103, 101), atol=1e-4, rtol=1e-4)
+    assert abs(score(3, 1) - score(3, 2)) > 1e-3
+    torch.testing.assert_close(rotate(q, *rotary(torch.tensor([77]), 8)).norm(), q.norm())
+
+
+def test_norms_and_mlps_equal_their_formulas():
+    config, x = TransformerConfig(n_embd=C, n_hidden=20, bias=True, norm_eps=1e-6), randn(B, T, C)
+    norm = RMSNorm(config)
+    torch.nn.init.normal_(norm.weight, generator=seeded())
+    torch.testing.assert_close(norm(x), F.rms_norm(x, (C,), 1 + norm.weight, 1e-6))
+    assert norm(x.bfloat16()).dtype == torch.bfloat16
+    mlp, gated = MLP(config), GatedMLP(config)
+    torch.testing.assert_close(mlp(x), mlp.down_proj(F.gelu(mlp.up_proj(x), approximate="tanh")))
+    inner = F.gelu(gated.gate_proj(x), approximate="tanh") * gated.up_proj(x)
+    torch.testing.assert_close(gated(x), gated.down_proj(inner))
+
+
+def test_block_raises_unless_memory_and_cross_go_together():
+    x = randn(B, T, C)
+    plain = Block(TransformerConfig(n_embd=C))
+    cross = Block(TransformerConfig(n_embd=C, cross=True))
+    assert cross(x, memory=x).shape == plain(x).shape
+    with pytest.raises(ValueError, match="belong together"):
+        plain(x, memory=x)
+    with pytest.raises(ValueError, match="belong together"):
+        cross(x)
+
+
+def test_a_cross_attending_decoder_is_causal_and_sees_only_unmasked_memory():
+    decoder = Transformer(TransformerConfig(n_layer=2, n_embd=C, n_head=4, cross=True)).eval()
+    x, memory = randn(B, T, C), randn(B, 5, C, seed=1)
+    mask = (torch.arange(5) < 3)[None]
+    y = decoder(x, mask="causal", memory=memory, memory_mask=mask)
+    hidden = memory.clone()
+    hidden[:, 3:] += 1
+    torch.testing.assert_close(decoder(x, mask="causal", memory=hidden, memory_mask=mask), y)
+    assert not torch.allclose(decoder(x, mask="causal", memory=memory + 1, memory_mask=mask), y)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(n_kv_head=2, norm="rmsnorm", mlp="geglu", bias=True, head_dim=8)])
+def test_no_token_sees_a_later_one(changes):
+    model = make_gpt(std=0.3, **changes)
+    tokens = torch.randint(11, (1, 16), generator=seeded())
+    before = model(tokens)
+    for t in (0, 7, 15):
+        changed = tokens.clone()
+        changed[0, t] = (changed[0, t] + 1) % 11
+        after = model(changed)
+        torch.testing.assert_close(after[:, :t], before[:, :t])
+        assert not torch.allclose(after[:, t:], before[:, t:])
+
+
+@pytest.mark.parametrize("changes", [{}, dict(n_kv_head=1, norm="rmsnorm", mlp="geglu")])
+def test_cached_logits_equal_uncached_ones_however_the_tokens_are_cut(changes):
+    model = make_gpt(std=0.3, **changes)
+    tokens = torch.randint(11, (3, 16), generator=seeded())
+    expected = model(tokens)
+    for cuts in ([0, 16], [0, 5, 6, 7, 16], list(range(17))):
+        caches = model.make_caches(batch_size=3)
+        parts = [model(tokens[:, a:b], caches=caches, pos=torch.arange(a, b)) for a, b in zip(cuts, cuts[1:])]
+        torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_cache_keeps_one_key_per_group_in_place():
+    attention = make_attention(n_kv_head=2)
+    cache = KVCache(attention, batch_size=B, size=9)
+    k, v = cache.update(randn(B, 2, 3, 6), randn(B, 2, 3, 6), torch.arange(4, 7))
+    assert k is cache.k and v is cache.v and k.shape == (B, 2, 9, 6)
+    assert k[:, :, :4].abs().sum() == 0 and k[:, :, 7:].abs().sum() == 0
+
+
+def test_initialisation_follows_its_table():
+    model = make_gpt(n_layer=8, n_embd=128, n_head=4, bias=True, vocab_size=500)
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            assert p.abs().max() == 0, name
+        elif ".ln_" in name:
+            assert (p == 1).all(), name
+        else:
+            expected = 0.02 / 4 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+            assert p.std().item() == pytest.approx(expected, rel=0.05), name
+
+
+def test_initial_loss_is_near_guessing_and_the_seed_decides_the_weights():
+    model = make_gpt(n_embd=128, vocab_size=65)
+    tokens = torch.randint(65, (8, 17), generator=seeded())
+    assert model(tokens[:, :-1], tokens[:, 1:]).item() == pytest.approx(math.log(65), abs=0.1)
+    same, other = make_gpt(n_embd=128, vocab_size=65), make_gpt(seed=1, n_embd=128, vocab_size=65)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters()))
+    assert not torch.equal(model.wte.weight, other.wte.weight)
+
+
+def test_loss_is_the_mean_over_scored_targets():
+    model = make_gpt(std=0.3)
+    tokens, targets = torch.randint(11, (2, 2, 16), generator=seeded())
+    log_p = model(tokens).log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
+    torch.testing.assert_close(model(tokens, targets), -log_p.mean())
+    targets[0] = -100
+    torch.testing.assert_close(model(tokens, targets), -log_p[1].mean())
+
+
+def test_counts():
+    model = make_gpt()
+    # embeddings and positions; per block four C x C and two C x 4C matrices, two gains; the final gain
+    assert count_parameters(model) == 11 * C + 16 * C + 2 * (4 * C * C + 8 * C * C + 2 * C) + C
+    assert flops_per_token(model, 16) == 6 * (count_parameters(model) - 16 * C) + 12 * 2 * C * 16
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(n_embd=100, n_head=3), r"n_embd = 100 does not divide into n_head = 3 heads: try n_embd = 99"),
+    (dict(n_head=4, n_kv_head=3), "n_head = 4 does not divide into n_kv_head = 3 groups"),
+    (dict(norm="batchnorm"), "norm = 'batchnorm': must be one of layernorm, rmsnorm"),
+    (dict(n_layer=0), "n_layer = 0: must be at least 1"), (dict(dropout=1.0), "dropout = 1.0: must be below 1"),
+    (dict(block_size=0), "block_size = 0: must be at least 1"),
+])
+def test_impossible_shapes_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        GPTConfig(**changes)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Generation
+
+def test_greedy_takes_the_likeliest_and_top_k_1_does_too():
+    logits = randn(5, 11)
+    assert torch.equal(pick_tokens(logits, temperature=0), logits.argmax(-1))
+    assert torch.equal(pick_tokens(logits, temperature=3.0, top_k=1, generator=seeded()), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p, expected", [
+    (1.0, 0, 1.0, [0.4, 0.3, 0.2, 0.1]),
+    (0.5, 0, 1.0, [16 / 30, 9 / 30, 4 / 30, 1 / 30]),
+    (1.0, 2, 1.0, [4 / 7, 3 / 7, 0, 0]),
+    (1.0, 99, 1.0, [0.4, 0.3, 0.2, 0.1]),
+    (1.0, 0, 0.65, [4 / 7, 3 / 7, 0, 0]),  # the token that crosses top_p stays
+    (1.0, 0, 0.75, [4 / 9, 3 / 9, 2 / 9, 0]),
+    (1.0, 3, 0.45, [4 / 7, 3 / 7, 0, 0]),  # top_p of what top_k left: 4/9 is under 0.45
+    (1.0, 0, 1e-9, [1, 0, 0, 0]),
+])
+def test_samples_follow_the_distribution(temperature, top_k, top_p, expected):
+    shuffle = torch.tensor([2, 0, 3, 1])  # so that the order of the ids isn't the order of the probabilities
+    n, expected = 40_000, torch.tensor(expected, dtype=torch.float)[shuffle]
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()[shuffle].expand(n, 4)
+    found = pick_tokens(logits, temperature, top_k, top_p, seeded()).bincount(minlength=4) / n
+    assert (found[expected == 0] == 0).all()
+    torch.testing.assert_close(found, expected, atol=4 * 0.5 / n**0.5, rtol=0)  # four standard deviations
+
+
+def reference_generate(model, tokens, n):
+    """What `generate` promises at temperature 0, without caches: the window starts over from its last half."""
+    window = tokens[:, -model.config.block_size:]
+    for _ in range(n):
+        tokens = torch.cat((tokens, model(window)[:, -1].argmax(-1, keepdim=True)), dim=1)
+        window = torch.cat((window, tokens[:, -1:]), dim=1)
+        if window.size(1) > model.config.block_size:
+            window = window[:, -max(1, model.config.block_size // 2):]
+    return tokens
+
+
+@pytest.mark.parametrize("block_size", [16, 7, 1])
+@pytest.mark.parametrize("prompt_length", [1, 5, 16, 40])
+def test_generation_goes_on_past_block_size(prompt_length, block_size):
+    model = make_gpt(std=0.5, block_size=block_size)
+    prompt = torch.randint(11, (3, prompt_length), generator=seeded())
+    new = list(generate(model, prompt, 40, temperature=0))
+    assert torch.equal(torch.cat((prompt, torch.stack(new, dim=1)), dim=1), reference_generate(model, prompt, 40))
+
+
+def test_the_seed_decides_a_sample():
+    model, prompt = make_gpt(std=0.3), torch.zeros(2, 1, dtype=torch.long)
+    one, same, other = (torch.stack(list(generate(model, prompt, 30, generator=seeded(s)))) for s in (0, 0, 1))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    assert not torch.equal(one[:, 0], one[:, 1])  # the rows of a batch are different samples

@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+import tiktoken
+
+import tokenizer as tokenizers
+from configurator import UserError
+from tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, GPT2Tokenizer
+
+FOREIGN = "naïve Σ 你好 🙂\r\n\ttab"
+
+
+def all_kinds(text):
+    return [CharTokenizer(sorted(set(text + FOREIGN))), ByteTokenizer(), BPETokenizer.train([text], 300)]
+
+
+def test_decode_undoes_encode_also_after_saving(text, tmp_path):
+    for tokenizer in all_kinds(text):
+        ids = tokenizer.encode(text + FOREIGN)
+        assert ids.dtype == np.int64 and 0 <= ids.min() and ids.max() < tokenizer.vocab_size
+        tokenizer.save(tmp_path / "tokenizer.json")
+        loaded = tokenizers.load(tmp_path / "tokenizer.json")
+        assert loaded.kind == tokenizer.kind and loaded.vocab_size == tokenizer.vocab_size
+        assert np.array_equal(loaded.encode(text + FOREIGN), ids)
+        assert loaded.decode(ids.tolist()) == text + FOREIGN
+        assert tokenizers.same_vocabulary(loaded, tokenizer)
+
+
+def test_char_ids_follow_the_order_of_the_characters():
+    tokenizer = tokenizers.build("char", lambda: ["hello\n", "world"], None)
+    assert tokenizer.characters == "\ndehlorw"
+    assert tokenizer.encode("hello").tolist() == [3, 2, 4, 4, 5]
+    assert tokenizers.same_vocabulary(tokenizer, CharTokenizer("\ndehlorw"))
+    assert not tokenizers.same_vocabulary(tokenizer, CharTokenizer("\ndehlorW"))
+
+
+@pytest.mark.parametrize("text, character", [("hé", "é"), ("h🙂", "🙂"), ("h\x00", "\x00")])
+def test_an_unknown_character_is_named(text, character):
+    with pytest.raises(UserError) as error:
+        CharTokenizer("hélo"[0:1] + "lo").encode(text)
+    message = str(error.value)
+    assert f"{character!r} (U+{ord(character):04X}), number 2 of the text" in message and "'hlo'" in message
+
+
+def test_bpe_merges_what_is_frequent_and_knows_its_end_of_text(text):
+    bpe = BPETokenizer.train([text], 350)
+    assert bpe.vocab_size == 350 and bpe.bpe.id_to_token(bpe.eos) == "<|endoftext|>"
+    assert len(bpe.encode(text)) < len(text) / 3
+    with pytest.raises(UserError, match="bpe:100: 256 bytes"):
+        BPETokenizer.train([text], 100)
+    with pytest.raises(UserError, match=r"bpe:5000: the text yields only \d+ tokens; use bpe:\d+ or less"):
+        BPETokenizer.train([text], 5000)
+    with pytest.raises(UserError, match="tokenizer = words: must be char, byte, gpt2 or bpe:SIZE"):
+        tokenizers.build("words", None, None)
+
+
+def test_gpt2_is_tiktokens_and_a_missing_network_is_named(monkeypatch, tmp_path):
+    ranks = {bytes([i]): i for i in range(256)} | {b"th": 256, b"the": 257}
+    small = tiktoken.Encoding("gpt2", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 258})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: small if name == "gpt2" else None)
+    gpt2 = GPT2Tokenizer()
+    assert gpt2.encode("the <|endoftext|>").tolist()[:2] == [257, 32] and 258 not in gpt2.encode("<|endoftext|>")
+    assert gpt2.decode(gpt2.encode(FOREIGN)) == FOREIGN and gpt2.eos == 258
+    gpt2.save(tmp_path / "tokenizer.json")
+    assert tokenizers.load(tmp_path / "tokenizer.json").kind == "gpt2"
+
+    def offline(name):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    with pytest.raises(UserError, match="could not download its merges"):
+        GPT2Tokenizer()
+
+
+def test_a_file_that_is_no_tokenizer_is_named(tmp_path):
+    for content in ("{}", "[1]", "not json", '{"kind": "morse"}'):
+        (tmp_path / "t.json").write_text(content)
+        with pytest.raises(UserError, match="is not a tokenizer file"):
+            tokenizers.load(tmp_path / "t.json")
+    with pytest.raises(UserError, match="there is no tokenizer at"):
+        tokenizers.load(tmp_path / "none.json")
