@@ -123,7 +123,7 @@ def learning_rate(update, settings):
     s, last = settings, settings.lr_decay_iters or settings.max_iters
     if update <= s.warmup_iters:
         return s.learning_rate * update / (s.warmup_iters + 1)
-    progress = min(1.0, (update - s.warmup_iters) / max(1, last - s.warmup_iters))
+    progress = min(1.0, (update - 1 - s.warmup_iters) / max(1, last - 1 - s.warmup_iters))
     return s.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (s.learning_rate - s.min_lr)
 
 
@@ -174,13 +174,15 @@ class Interrupt:
 
     def __init__(self):
         self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(self, number, frame):
         self.signal = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.restore()
+
+    def restore(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 class Log:
@@ -363,6 +365,7 @@ def train(settings, given, world):
             break
         clock, timed = time.perf_counter(), 0
     log.close()
+    interrupt.restore()
     return model, tokenizer, step, interrupt.signal
 
 

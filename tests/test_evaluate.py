@@ -1,0 +1,60 @@
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import checkpoint
+import evaluate
+import prepare
+from batches import Dataset
+from configurator import UserError
+
+
+def run(out_dir, **settings):
+    evaluate.main(evaluate.Settings(out_dir=str(out_dir), device="cpu", **{"random_windows": 4, **settings}))
+    return json.loads((Path(out_dir) / "evaluation.json").read_text())
+
+
+def test_the_loss_is_that_of_every_token_of_the_split(trained, dataset):
+    found = run(trained)
+    model = checkpoint.load(Path(trained) / "best")[0]
+    ids = torch.from_numpy(np.array(Dataset(dataset).splits["val"], dtype=np.int64))
+    total = 0.0
+    for start in range(0, len(ids) - 1, 32):  # one window at a time, the last one shorter
+        window = ids[start:start + 33]
+        total += F.cross_entropy(model(window[None, :-1])[0], window[1:], reduction="sum").item()
+    assert found["tokens"] == len(ids) - 1
+    assert found["loss"] == pytest.approx(total / (len(ids) - 1), abs=1e-5)
+    assert found["bits_per_char"] == pytest.approx(found["loss"] / math.log(2))
+    assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+    assert (found["step"], found["split"], found["checkpoint"]) == (40, "val", "best")
+
+
+def test_twice_the_same_digits_and_the_digits_of_training(trained):
+    assert run(trained) == run(trained)
+    assert run(trained)["loss"] == pytest.approx(checkpoint.read_config(Path(trained) / "best")["val_loss"], abs=1e-9)
+
+
+def test_the_random_window_estimate_is_another_measure_with_its_own_seed(trained):
+    one, other = run(trained), run(trained, seed=1)
+    assert one["loss"] == other["loss"] and one["random_window_loss"] != other["random_window_loss"]
+    assert one["random_window_loss"] == pytest.approx(one["loss"], abs=0.05)
+    assert run(trained, random_windows=0)["random_window_loss"] is None
+
+
+def test_bits_per_character_count_characters_not_tokens(trained, dataset, tmp_path, text, tiny):
+    import train
+    (tmp_path / "words.txt").write_text(text, encoding="utf-8")
+    prepare.prepare([tmp_path / "words.txt"], tmp_path / "bpe", "bpe:300")
+    settings = {**tiny, "dataset": str(tmp_path / "bpe"), "max_iters": 3}
+    train.main(train.Settings(**settings, out_dir=str(tmp_path / "out")), {})
+    found, meta = run(tmp_path / "out"), Dataset(tmp_path / "bpe").meta
+    assert meta["val_characters"] > 1.5 * meta["val_tokens"]
+    bits = found["loss"] * meta["val_tokens"] / math.log(2)
+    assert found["bits_per_char"] == pytest.approx(bits / meta["val_characters"])
+    with pytest.raises(UserError, match="was made with another tokenizer"):
+        run(trained, dataset=str(tmp_path / "bpe"))

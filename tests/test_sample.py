@@ -1,0 +1,126 @@
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import checkpoint
+import sample
+from configurator import UserError
+from tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
+
+
+def run(out_dir, **settings):
+    sample.main(sample.Settings(out_dir=str(out_dir), device="cpu", **{"max_new_tokens": 60, **settings}))
+
+
+def test_one_sample_is_streamed_and_equals_the_first_of_many(trained, capsys, monkeypatch):
+    run(trained, prompt="the king", temperature=0.0)
+    one = capsys.readouterr().out.removesuffix("\n")
+    run(trained, prompt="the king", temperature=0.0, num_samples=3)
+    many = capsys.readouterr().out.split("\n" + "-" * 80 + "\n")
+    assert many == [one, one, one, ""] and one.startswith("the king") and len(one) == len("the king") + 60
+    pieces = []
+    model, tokenizer, _ = checkpoint.load(checkpoint.find_any(trained))
+    settings = sample.Settings(max_new_tokens=60, temperature=0.0)
+    (text,) = sample.continuations(model, tokenizer, "the king", settings, pieces.append)
+    assert "".join(pieces) == text == one.removeprefix("the king") and sum(map(bool, pieces)) == 60
+
+
+def test_only_the_out_directory_is_needed(trained, tmp_path):
+    """Copied elsewhere, with nothing of the training left, and run as a user runs it."""
+    shutil.copytree(Path(trained) / "best", tmp_path / "moved" / "best")
+    script = Path(sample.__file__)
+    done = subprocess.run([sys.executable, script, f"--out_dir={tmp_path / 'moved'}", "--prompt=-", "--num_samples=2",
+                           "--max_new_tokens=20", "--device=cpu"], input="the\n", capture_output=True, text=True,
+                          cwd=tmp_path, encoding="utf-8", check=True)
+    assert done.stdout.startswith("the\n") and done.stdout.count("-" * 80) == 2
+
+
+def test_prompts_come_from_files_and_stdin(trained, tmp_path, capsys, monkeypatch):
+    (tmp_path / "p.txt").write_text("lord\n", encoding="utf-8")
+    run(trained, prompt=f"FILE:{tmp_path / 'p.txt'}")
+    from_file = capsys.readouterr().out
+    run(trained, prompt="lord\n")
+    assert capsys.readouterr().out == from_file and from_file.startswith("lord\n")
+    with pytest.raises(UserError, match="--prompt=FILE:none.txt: can't be read"):
+        run(trained, prompt="FILE:none.txt")
+    run(trained)  # without a prompt the sample starts on a new line
+    assert len(capsys.readouterr().out) == 61
+
+
+def test_an_unknown_character_is_one_clear_line(trained):
+    with pytest.raises(UserError, match=r"prompt: the character 'É' \(U\+00C9\), number 5 of the text, is not among"):
+        run(trained, prompt="the É")
+
+
+def test_the_seed_decides(trained, capsys):
+    outs = []
+    for seed in (1, 1, 2):
+        run(trained, seed=seed, num_samples=2)
+        outs.append(capsys.readouterr().out)
+    assert outs[0] == outs[1] != outs[2]
+
+
+def test_stop_ends_each_sample_before_it(trained, capsys):
+    run(trained, num_samples=4, max_new_tokens=200)
+    whole = capsys.readouterr().out.split("\n" + "-" * 80 + "\n")[:-1]
+    run(trained, num_samples=4, max_new_tokens=200, stop=" a")
+    assert capsys.readouterr().out.split("\n" + "-" * 80 + "\n")[:-1] == [text.split(" a")[0] for text in whole]
+
+
+def grow(tokenizer, ids, stop=""):
+    """(the pieces shown, the final text) of a sample that gets these ids one by one."""
+    text, pieces = sample.Text(tokenizer, stop), []
+    for i in ids:
+        text.append(int(i))
+        pieces.append(text.news())
+    return pieces + [text.news(final=True)], text.so_far(final=True)
+
+
+def test_streaming_never_shows_half_a_character_or_half_a_stop():
+    said = "a 🙂 你好 z"
+    for tokenizer in (ByteTokenizer(), BPETokenizer.train([said], 257)):
+        pieces, text = grow(tokenizer, tokenizer.encode(said))
+        assert "".join(pieces) == text == said and not any("\ufffd" in piece for piece in pieces)
+        assert "🙂" in pieces
+    pieces, text = grow(ByteTokenizer(), b"ab\xf0\x9f")  # it ends inside a character
+    assert "".join(pieces) == text == "ab\ufffd"
+    chars = CharTokenizer("abc")
+    pieces, text = grow(chars, chars.encode("abaabcab"), stop="abc")
+    assert text == "".join(pieces) == "aba" and pieces[:5] == ["", "", "ab", "a", ""]
+    pieces, text = grow(chars, chars.encode("aab"), stop="abc")  # the stop never comes
+    assert text == "".join(pieces) == "aab"
+
+
+def test_the_end_of_a_text_ends_the_sample():
+    bpe = BPETokenizer.train(["a b"], 257)
+    _, text = grow(bpe, [*bpe.encode("a b"), bpe.eos, *bpe.encode("more")])
+    assert text == "a b"
+
+
+def test_sixteen_bit_weights_sample_too(trained, capsys):
+    run(trained, dtype="bfloat16", prompt="the")
+    assert len(capsys.readouterr().out) == 64
+
+
+@pytest.mark.parametrize("setting, message", [
+    (dict(temperature=-1.0), "temperature = -1.0: must be at least 0"),
+    (dict(top_p=0.0), "top_p = 0.0: must lie above"),
+    (dict(num_samples=0), "num_samples = 0"),
+    (dict(max_new_tokens=0), "max_new_tokens = 0"),
+])
+def test_impossible_settings_are_refused(setting, message):
+    with pytest.raises(UserError, match=message):
+        sample.Settings(**setting)
+
+
+def test_a_missing_run_and_an_unknown_model_are_named(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="there is no checkpoint in"):
+        run(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name, message in (("gpt2", "init_from = openai-community/gpt2: could not be downloaded"),
+                          ("./no such", "init_from = ./no such: no folder of that name")):
+        with pytest.raises(UserError, match=message):
+            sample.main(sample.Settings(init_from=name, device="cpu"))

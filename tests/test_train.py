@@ -1,0 +1,238 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import train
+from configurator import UserError
+
+ROOT = Path(train.__file__).parent
+GOLDEN = {1: 3.2479, 10: 2.7495, 20: 2.6205, 40: 2.3558}  # losses of the tiny run: they change only on purpose
+
+
+def run(out_dir, tiny, **changes):
+    train.main(train.Settings(**{**tiny, **changes}, out_dir=str(out_dir)), changes)
+    return rows(out_dir)
+
+
+def rows(out_dir):
+    return [json.loads(line) for line in (Path(out_dir) / "log.jsonl").read_text().splitlines()]
+
+
+def curve(found):
+    """What does not depend on time."""
+    return [{name: row[name] for name in row if name not in ("ms", "tokens_per_s", "mfu")} for row in found]
+
+
+def trainer(out_dir):
+    return checkpoint.load_trainer(Path(out_dir) / "last")
+
+
+def weights(out_dir, name="last"):
+    return checkpoint.load(Path(out_dir) / name)[0].state_dict()
+
+
+def assert_same_run(a, b):
+    assert curve(rows(a)) == curve(rows(b))
+    for one, other in ((weights(a), weights(b)), (trainer(a)["optimizer"]["state"], trainer(b)["optimizer"]["state"])):
+        torch.testing.assert_close(one, other, atol=0, rtol=0)
+
+
+def command(*args, launcher=(sys.executable,)):
+    return [*launcher, str(ROOT / "train.py"), *args]
+
+
+def as_arguments(tiny, **changes):
+    return [f"--{name}={value}" for name, value in {**tiny, **changes}.items()]
+
+
+def test_the_loss_curve_is_the_golden_one(trained):
+    found = {row["step"]: row["loss"] for row in rows(trained)}
+    assert {step: round(found[step], 4) for step in GOLDEN} == pytest.approx(GOLDEN, abs=2e-3)
+
+
+def test_the_log_has_what_it_promises(trained, tiny):
+    found = rows(trained)
+    assert [row["step"] for row in found] == [1, 5, 10, 15, 20, 25, 30, 35, 40]
+    assert all({"step", "loss", "lr", "ms", "tokens_per_s", "grad_norm", "mfu"} <= row.keys() for row in found)
+    assert [row["step"] for row in found if "val_loss" in row] == [20, 40]
+    steps = {int(entry["step"]) for entry in trainer(trained)["optimizer"]["state"].values()}
+    assert steps == {tiny["max_iters"]} == {trainer(trained)["step"]}  # exactly max_iters updates
+    config = checkpoint.read_config(Path(trained) / "last")
+    assert config["settings"]["n_embd"] == 32 and config["val_loss"] == found[-1]["val_loss"]
+
+
+def test_learning_rate_warms_up_and_decays():
+    s = train.Settings(learning_rate=1.0, min_lr=0.1, warmup_iters=9, max_iters=110)
+    rates = [train.learning_rate(update, s) for update in range(1, 120)]
+    assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
+    assert rates[59] == pytest.approx(0.55) and rates[109] == rates[118] == pytest.approx(0.1)
+    assert all(a > b for a, b in zip(rates[9:109], rates[10:110]))
+    assert train.learning_rate(50, replace(s, lr_decay_iters=50)) == pytest.approx(0.1)
+
+
+def test_matrices_decay_and_vectors_do_not(trained):
+    model = checkpoint.load(Path(trained) / "last")[0]
+    decayed, others = train.make_optimizer(model, train.Settings(weight_decay=0.3)).param_groups
+    assert decayed["weight_decay"] == 0.3 and all(p.dim() == 2 for p in decayed["params"])
+    assert others["weight_decay"] == 0.0 and all(p.dim() == 1 for p in others["params"])
+    assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("changes", [{}, dict(dropout=0.2, gradient_accumulation_steps=2, dtype="bfloat16")])
+def test_resuming_gives_the_numbers_of_an_undisturbed_run(tmp_path, tiny, changes, monkeypatch):
+    run(tmp_path / "whole", tiny, **changes)
+    real, calls = train.update, 0
+
+    def dies(*args):
+        nonlocal calls
+        calls += 1
+        if calls == 33:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "update", dies)
+        run(tmp_path / "parts", tiny, **changes)
+    assert rows(tmp_path / "parts")[-1]["step"] == 30 and trainer(tmp_path / "parts")["step"] == 20
+    with open(tmp_path / "parts" / "log.jsonl", "a") as file:
+        file.write('{"step": 33, "lo')  # a line that the kill cut short
+    run(tmp_path / "parts", tiny, **changes, resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_accumulation_does_not_change_the_curve(tmp_path, tiny, trained):
+    found = run(tmp_path, tiny, gradient_accumulation_steps=4)
+    for a, b in zip(rows(trained), found):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_two_workers_give_the_curve_of_one(tmp_path, tiny):
+    changes = dict(tiny, dropout=0.1, out_dir=str(tmp_path / "two"))
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    subprocess.run(command(*as_arguments(changes), launcher=torchrun), check=True, capture_output=True, timeout=120)
+    one = run(tmp_path / "one", tiny, dropout=0.1, gradient_accumulation_steps=2)
+    for a, b in zip(one, rows(tmp_path / "two"), strict=True):
+        assert a["step"] == b["step"] and a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+        assert a.get("val_loss") == pytest.approx(b.get("val_loss"), abs=1e-4)
+    # a batch that does not divide says so, once per worker, and ends all
+    uneven = command(*as_arguments(changes, batch_size=7), launcher=torchrun)
+    done = subprocess.run(uneven, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "error: batch_size = 7 does not divide into 2 micro-batches" in done.stderr
+
+
+LONG = dict(max_iters=1000, eval_interval=400)
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory, tiny):
+    out_dir = tmp_path_factory.mktemp("runs") / "long"
+    run(out_dir, tiny, **LONG)
+    return out_dir
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows can't send these signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_run_can_be_resumed(tmp_path, tiny, long_run, number):
+    arguments = as_arguments(tiny, **LONG, out_dir=str(tmp_path / "parts"))
+    process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / "parts" / "log.jsonl").exists() or len(rows(tmp_path / "parts")) < 5:
+        time.sleep(0.02)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert f"go on with: python train.py --resume --out_dir={tmp_path / 'parts'}" in out
+    stopped = trainer(tmp_path / "parts")["step"]
+    assert 20 <= stopped < 1000
+    subprocess.run(command("--resume", f"--out_dir={tmp_path / 'parts'}"), check=True, capture_output=True, timeout=120)
+    assert_same_run(long_run, tmp_path / "parts")
+
+
+def test_best_and_last_are_kept_apart(tmp_path, tiny, monkeypatch):
+    losses = iter([2.0, 1.0, 3.0, 4.0])
+    monkeypatch.setattr(train, "split_loss", lambda *args: (next(losses), 0))
+    run(tmp_path, tiny, eval_interval=10)
+    best, last = (checkpoint.read_config(tmp_path / name) for name in ("best", "last"))
+    assert (best["step"], best["val_loss"]) == (20, 1.0) and (last["step"], last["val_loss"]) == (40, 4.0)
+    assert not torch.equal(weights(tmp_path, "best")["wte.weight"], weights(tmp_path, "last")["wte.weight"])
+    assert not (tmp_path / "best" / "trainer.pt").exists()
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(tmp_path, tiny, monkeypatch):
+    real = train.update
+
+    def breaks(parallel, optimizer, *args):
+        loss, norm = real(parallel, optimizer, *args)
+        steps = int(next(iter(optimizer.state.values()))["step"])
+        return (loss * math.nan if steps >= 27 else loss), norm
+
+    monkeypatch.setattr(train, "update", breaks)
+    with pytest.raises(UserError, match="loss is nan at step 30: try a lower --learning_rate, .*last holds step 20"):
+        run(tmp_path, tiny)
+    assert trainer(tmp_path)["step"] == 20 and rows(tmp_path)[-1]["step"] == 25
+
+
+def test_an_earlier_run_is_moved_and_nothing_else(tmp_path, tiny, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    first = run(tmp_path, tiny, max_iters=5)
+    run(tmp_path, tiny, max_iters=6)
+    run(tmp_path, tiny, max_iters=7)
+    assert curve(rows(tmp_path / "earlier.1")) == curve(first) and (tmp_path / "notes.txt").exists()
+    assert [trainer(tmp_path / folder)["step"] for folder in ("earlier.1", "earlier.2", ".")] == [5, 6, 7]
+    assert f"it is in {tmp_path / 'earlier.2'} now" in capsys.readouterr().out
+
+
+def test_resume_takes_the_runs_own_settings_and_refuses_what_does_not_fit(tmp_path, tiny):
+    run(tmp_path, tiny, max_iters=5)
+    saved = train.earlier_settings({"resume": True, "out_dir": str(tmp_path), "max_iters": 9})
+    assert saved["n_embd"] == 32 and saved["dataset"] == tiny["dataset"]
+    assert train.earlier_settings({"out_dir": str(tmp_path)}) == {}
+    with pytest.raises(UserError, match="n_embd = 64, but the run in .* has 32: drop it to resume"):
+        train.earlier_settings({"resume": True, "out_dir": str(tmp_path), "n_embd": 64})
+    with pytest.raises(UserError, match="nothing to resume in .*nowhere"):
+        train.earlier_settings({"resume": True, "out_dir": str(tmp_path / "nowhere")})
+
+
+def test_a_finished_run_can_be_resumed_for_more(tmp_path, tiny, capsys):
+    run(tmp_path, tiny, max_iters=20, lr_decay_iters=40)
+    run(tmp_path, tiny, max_iters=20, lr_decay_iters=40, resume=True)  # nothing to do, and nothing breaks
+    assert trainer(tmp_path)["step"] == 20 and len(rows(tmp_path)) == 5
+    run(tmp_path, tiny, max_iters=40, lr_decay_iters=40, resume=True)
+    assert rows(tmp_path)[-1]["loss"] == pytest.approx(GOLDEN[40], abs=2e-3)
+
+
+def test_training_can_start_from_an_earlier_run(tmp_path, tiny, trained):
+    found = run(tmp_path, tiny, init_from=trained, max_iters=1)
+    assert found[0]["loss"] < 2.5 < GOLDEN[1]
+
+
+def test_wandb_logs_offline(tmp_path, tiny, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run(tmp_path, tiny, max_iters=5, wandb=True)
+    assert list(tmp_path.glob("wandb/offline-run-*"))
+
+
+def test_a_short_validation_split_is_named(tmp_path, tiny):
+    with pytest.raises(UserError, match="the val split of .* has .* tokens, and block_size = 5000 needs 5001"):
+        run(tmp_path, tiny, block_size=5000)
+
+
+def test_mistakes_on_the_command_line_are_one_line_and_come_at_once(tmp_path):
+    began = time.perf_counter()
+    done = subprocess.run(command("--batchsize=3"), capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: unknown setting --batchsize on the command line; did you mean --batch_size?\n"
+    assert time.perf_counter() - began < 2  # torch was not imported
