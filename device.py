@@ -4,9 +4,7 @@ Every setting that may be "auto" is resolved here, once, with the reason in word
 """
 
 import contextlib
-import os
 import re
-import shutil
 import sys
 import time
 
@@ -21,10 +19,8 @@ PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e
               "A10": 125e12, "A10G": 70e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12,
               "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12}
 
-# Below these the fixed costs win on a CPU; measured on 2 cores with AMX, see EXPERIMENTS.md.
-CPU_BF16_MIN_WIDTH = 256
-CPU_COMPILE_MIN_HOURS = 1
-CUDA_COMPILE_MIN_UPDATES = 2000
+CPU_BF16_MIN_WIDTH = 256  # narrower models are faster in float32: measured, see EXPERIMENTS.md
+CUDA_COMPILE_MIN_UPDATES = 1000  # about a minute of compiling to repay: an estimate, not measured
 
 
 def has_accelerator(name="auto"):
@@ -72,19 +68,13 @@ def has_amx():
     return bool(probe and probe())
 
 
-def pick_compile(choice, device, updates, flops, peak):
-    """(compile?, why) for "auto", True or False.
-
-    updates: how many the run has; flops: those of one update; peak: the device's FLOP/s, or None if unknown.
-    """
+def pick_compile(choice, device, updates):
+    """(compile?, why) for "auto", True or False; updates: how many the run has to repay the start-up."""
     if choice != "auto":
         return choice, "as set"
     if device.type == "cuda" and has_triton():
         return updates >= CUDA_COMPILE_MIN_UPDATES, f"it pays from {CUDA_COMPILE_MIN_UPDATES} updates on"
-    if device.type == "cpu" and shutil.which(os.environ.get("CXX", "c++")):
-        hours = updates * flops / (0.3 * peak) / 3600  # at 30 % of the peak
-        return hours >= CPU_COMPILE_MIN_HOURS, f"it pays in runs over {CPU_COMPILE_MIN_HOURS} h"
-    return False, "needs Triton on CUDA, or a C++ compiler on a CPU"
+    return False, {"cpu": "no faster on a CPU", "cuda": "Triton is not installed"}.get(device.type, "unproven here")
 
 
 def has_triton():

@@ -314,7 +314,7 @@ def train(settings, given, world):
         scaler.load_state_dict(state["scaler"])
     peak = peak_flops(device, dtype)
     flops = flops_per_token(model, block_size) * settings.batch_size * block_size / world.size  # per update and worker
-    compiled, why_compiled = pick_compile(settings.compile, device, settings.max_iters - step, flops, peak)
+    compiled, why_compiled = pick_compile(settings.compile, device, settings.max_iters - step)
     if world.is_main:
         announce(settings, model, dataset, world, f"dtype: {str(dtype)[6:]} ({why_dtype}); compile: {compiled}"
                                                   f" ({why_compiled})")

@@ -1,0 +1,25 @@
+"""GPT-2 (124M) goes on learning from Shakespeare's plays, in GPT-2's own tokens.
+
+    python train.py config/finetune_gpt2.py
+
+The weights (548 MB) and the text are downloaded once; --init_from=gpt2-xl takes the largest ones.
+"""
+
+init_from = "gpt2"
+dataset = "shakespeare_gpt2"
+out_dir = "out/finetune_gpt2"
+
+block_size = 1024  # tokens of context; fewer need less memory
+dropout = 0.1  # the text is small: 300,000 tokens
+
+batch_size = 32
+gradient_accumulation_steps = 32  # one sequence at a time
+max_iters = 100
+learning_rate = 3e-5
+min_lr = 3e-5  # constant
+warmup_iters = 0
+beta2 = 0.95
+eval_interval = 20
+log_interval = 1
+
+on_cpu = dict(block_size=256, batch_size=4, gradient_accumulation_steps=4, max_iters=20, eval_interval=10)

@@ -1,0 +1,54 @@
+import pytest
+import torch
+
+import device as devices
+from configurator import UserError
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_auto_takes_what_is_there(monkeypatch):
+    assert devices.pick_device() == CPU and not devices.has_accelerator()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert devices.pick_device() == CUDA and devices.has_accelerator()
+
+
+@pytest.mark.parametrize("name", ["cuda:7", "gpu", ""])
+def test_a_device_that_is_not_there_is_named(name):
+    with pytest.raises(UserError, match=f"device = {name}: this machine has no such device"):
+        devices.pick_device(name)
+
+
+def test_precision_is_the_best_that_the_hardware_has(monkeypatch):
+    for amx, width, expected in ((True, 256, torch.bfloat16), (True, 128, torch.float32), (False, 1024, torch.float32)):
+        monkeypatch.setattr(devices, "has_amx", lambda amx=amx: amx)
+        assert devices.pick_dtype("auto", CPU, width)[0] == expected
+    for bf16, expected in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, bf16=bf16: bf16)
+        assert devices.pick_dtype("auto", CUDA, 64)[0] == expected
+    assert devices.pick_dtype("auto", torch.device("mps"), 1024)[0] == torch.float32
+    assert devices.pick_dtype("bfloat16", CPU, 64) == (torch.bfloat16, "as set")
+    with pytest.raises(UserError, match="dtype = float16 needs a CUDA device, not cpu"):
+        devices.pick_dtype("float16", CPU, 64)
+
+
+def test_compilation_must_pay(monkeypatch):
+    monkeypatch.setattr(devices, "has_triton", lambda: True)
+    assert devices.pick_compile("auto", CUDA, 5000)[0] and not devices.pick_compile("auto", CUDA, 10)[0]
+    monkeypatch.setattr(devices, "has_triton", lambda: False)
+    assert devices.pick_compile("auto", CUDA, 5000) == (False, "Triton is not installed")
+    assert not devices.pick_compile("auto", CPU, 10**9)[0] and devices.pick_compile(True, CPU, 1)[0]
+
+
+@pytest.mark.parametrize("name, peak", [
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-40GB", 312e12),
+    ("NVIDIA A10G", 70e12), ("NVIDIA A10", 125e12), ("NVIDIA RTX A4000", None), ("NVIDIA L4", 121e12),
+    ("NVIDIA L40S", 362e12), ("NVIDIA GeForce RTX 4090 Laptop GPU", None)])
+def test_peaks_are_known_by_the_whole_name(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert devices.peak_flops(CUDA, torch.bfloat16) == peak
+    assert devices.peak_flops(CUDA, torch.float32) is None
+
+
+def test_the_cpus_peak_is_measured():
+    assert 1e9 < devices.peak_flops(CPU, torch.float32) < 1e14
