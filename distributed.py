@@ -36,6 +36,14 @@ class World:
     def mean(self, number):
         return self.sum(number)[0] / self.size
 
+    def max(self, number):
+        """The largest over all ranks of a whole number."""
+        if self.size == 1:
+            return number
+        largest = torch.tensor(number, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest.item()
+
     def main_first(self, work):
         """What work() returns, on every rank: the main rank has done it before the others begin."""
         if self.is_main:

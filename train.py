@@ -10,7 +10,6 @@ Later values win: defaults, config files, --name=value. The out directory gets l
 and `best` (see checkpoint.py); an earlier run found there is moved into a folder earlier.N of its own.
 """
 
-import sys
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
@@ -95,12 +94,10 @@ if __name__ == "__main__":  # --help and typos answer before torch is imported
     SETTINGS, GIVEN = from_command_line(Settings, __doc__, has_accelerator, earlier_settings)
 
 import dataclasses
-import json
 import math
-import os
 import signal
 import time
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +111,7 @@ import tokenizer as tokenizers
 from batches import Dataset, gather, random_offsets
 from device import autocast, peak_flops, peak_memory, pick_compile, pick_dtype
 from evaluate import split_loss
+from log import Log, set_aside
 from model import GPT, GPTConfig, count_parameters, flops_per_token, init_weights
 from prepare import ensure, locate
 
@@ -170,92 +168,23 @@ def micro_batches(tokens, settings, block_size, step, world):
 
 
 class Interrupt:
-    """Notes SIGINT and SIGTERM for the loop to act on; a second one ends the process at once."""
+    """Notes SIGINT and SIGTERM for the loop to act on; a second one ends the process at once.
 
-    def __init__(self):
-        self.signal = 0
+    Not so under torchrun, which passes on what its workers may already have got: it ends them itself if they linger.
+    """
+
+    def __init__(self, world):
+        self.signal, self.patient = 0, world.size > 1
         self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(self, number, frame):
         self.signal = number
-        self.restore()
+        if not self.patient:
+            self.restore()
 
     def restore(self):
         for number, handler in self.before.items():
             signal.signal(number, handler)
-
-
-class Log:
-    """log.jsonl, one row a line; the terminal; and wandb if wanted. Silent on all but the main rank."""
-
-    def __init__(self, out_dir, settings, step, world):
-        self.settings, self.first_step, self.began, self.run = settings, step, time.perf_counter(), None
-        self.file = None
-        if not world.is_main:
-            return
-        out_dir.mkdir(parents=True, exist_ok=True)
-        path = out_dir / "log.jsonl"
-        if step:  # the rows after the checkpoint will be written again
-            path.write_text("".join(line + "\n" for line in rows_until(path, step)), encoding="utf-8")
-        self.file = open(path, "a", encoding="utf-8", buffering=1)
-        if settings.wandb:
-            try:
-                import wandb
-            except ImportError:
-                raise UserError("--wandb needs a package: pip install wandb") from None
-            self.run = wandb.init(project=settings.wandb_project, name=settings.wandb_name or None,
-                                  id=run_id(out_dir), resume="allow", config=asdict(settings), dir=str(out_dir))
-
-    def write(self, row):
-        if self.file is None:
-            return
-        self.file.write(json.dumps(row) + "\n")
-        if self.run:
-            self.run.log(row, step=row["step"])
-        done = row["step"] - self.first_step
-        left = (time.perf_counter() - self.began) / done * (self.settings.max_iters - row["step"])
-        parts = [f"step {row['step']:>{len(str(self.settings.max_iters))}}/{self.settings.max_iters}",
-                 f"loss {row['loss']:.4f}", f"lr {row['lr']:.2e}", f"{row['ms']:.1f} ms",
-                 f"{row['tokens_per_s']:,.0f} tok/s"]
-        parts += [f"{row['mfu']:.0%} of peak"] if "mfu" in row else []
-        parts += [f"{int(left) // 60}:{int(left) % 60:02d} left"]
-        parts += [f"val loss {row['val_loss']:.4f}"] if "val_loss" in row else []
-        print(" | ".join(parts), flush=True)
-
-    def close(self):
-        if self.file:
-            self.file.close()
-        if self.run:
-            self.run.finish()
-
-
-def rows_until(path, step):
-    """The lines of a log up to a step; a last line that a kill cut short is left out."""
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with suppress(json.JSONDecodeError):
-            if json.loads(line)["step"] <= step:
-                yield line
-
-
-def run_id(out_dir):
-    """wandb's id of the run in out_dir, made at its start, so that a resumed run goes on in the same charts."""
-    path = out_dir / "wandb_id"
-    if not path.exists():
-        path.write_text(os.urandom(4).hex())
-    return path.read_text()
-
-
-def set_aside(out_dir):
-    """Moves an earlier run's files in out_dir into the first free folder earlier.N."""
-    ours = [out_dir / name for name in ("last", "best", "log.jsonl", "evaluation.json", "wandb_id")]
-    ours += [out_dir / (name + suffix) for name in ("last", "best") for suffix in (".new", ".old")]
-    found = [path for path in ours if path.exists()]
-    if found:
-        aside = next(path for n in range(1, sys.maxsize) if not (path := out_dir / f"earlier.{n}").exists())
-        aside.mkdir()
-        for path in found:
-            path.rename(aside / path.name)
-        print(f"{out_dir} held an earlier run: it is in {aside} now")
 
 
 def announce(settings, model, dataset, world, choices):
@@ -312,9 +241,8 @@ def train(settings, given, world):
     if step:
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-    peak = peak_flops(device, dtype)
-    flops = flops_per_token(model, block_size) * settings.batch_size * block_size / world.size  # per update and worker
     compiled, why_compiled = pick_compile(settings.compile, device, settings.max_iters - step)
+    flops = flops_per_token(model, block_size) / world.size  # of each worker, for one token of the batch
     if world.is_main:
         announce(settings, model, dataset, world, f"dtype: {str(dtype)[6:]} ({why_dtype}); compile: {compiled}"
                                                   f" ({why_compiled})")
@@ -323,7 +251,8 @@ def train(settings, given, world):
     if compiled:
         model.compile()
     parallel = DistributedDataParallel(model) if world.size > 1 else model
-    log, interrupt = Log(out_dir, settings, step, world), Interrupt()
+    log = Log(out_dir, settings, step, settings.batch_size * block_size, flops, peak_flops(device, dtype), world)
+    interrupt, stopping = Interrupt(world), 0
 
     def save(name, val_loss):
         if world.is_main:
@@ -333,24 +262,20 @@ def train(settings, given, world):
             checkpoint.save(out_dir, name, model, tokenizer, info, state if name == "last" else None)
 
     model.train()
-    clock, timed = time.perf_counter(), 0  # since when, and how many updates, the next line of the log averages over
     while step < settings.max_iters:
         lr = learning_rate(step + 1, settings)
         for group in optimizer.param_groups:
             group["lr"] = lr
         batches = micro_batches(tokens, settings, block_size, step, world)
         loss, norm = update(parallel, optimizer, scaler, batches, settings, dtype, device)
-        step, timed = step + 1, timed + 1
+        step += 1
 
         evaluating = step % settings.eval_interval == 0 or step == settings.max_iters
         logging = evaluating or step % settings.log_interval == 0 or step == 1
         if not logging and not (interrupt.signal and world.size == 1):
             continue
-        loss, norm, stopping = world.mean(loss), norm.item(), world.sum(interrupt.signal)[0]
-        seconds = (time.perf_counter() - clock) / timed
-        row = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "ms": 1000 * seconds,
-               "tokens_per_s": settings.batch_size * block_size / seconds}
-        row |= {"mfu": flops / seconds / peak} if peak else {}
+        row = log.row(step, loss=world.mean(loss), lr=lr, grad_norm=norm.item())
+        stopping = world.max(interrupt.signal)
         if evaluating:
             row["val_loss"], _ = split_loss(model, val_tokens, block_size, world, dtype, settings.eval_tokens)
         check_finite(row, out_dir, scaler.is_enabled())
@@ -363,10 +288,10 @@ def train(settings, given, world):
             save("last", row.get("val_loss"))
         if stopping:
             break
-        clock, timed = time.perf_counter(), 0
+        log.restart(step)
     log.close()
     interrupt.restore()
-    return model, tokenizer, step, interrupt.signal
+    return model, tokenizer, step, stopping
 
 
 def check_finite(row, out_dir, scaled):
