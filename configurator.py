@@ -46,6 +46,8 @@ def one_line_errors():
 
 def from_command_line(cls, doc, has_accelerator=None, base=None):
     """`parse` for a script: answers --help, and exits with one line on an error."""
+    for stream in (sys.stdout, sys.stderr):  # Windows' consoles may have another encoding
+        stream.reconfigure(encoding="utf-8", errors="replace")
     argv = sys.argv[1:]
     if "--help" in argv or "-h" in argv:
         print(help_text(cls, doc))

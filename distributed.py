@@ -44,13 +44,12 @@ class World:
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return largest.item()
 
-    def main_first(self, work):
-        """What work() returns, on every rank: the main rank has done it before the others begin."""
-        if self.is_main:
-            result = work()
+    def from_main(self, work):
+        """What work() returns on the main rank, on every rank; the others wait for it."""
+        result = [work() if self.is_main else None]
         if self.size > 1:
-            dist.barrier()
-        return result if self.is_main else work()
+            dist.broadcast_object_list(result)
+        return result[0]
 
     def close(self):
         if dist.is_initialized():

@@ -83,7 +83,7 @@ def main(settings):
     folder = checkpoint.find_any(settings.out_dir, settings.checkpoint)
     model, tokenizer, config = checkpoint.load(folder, world.device)
     dtype, why = pick_dtype(settings.dtype, world.device, model.config.n_embd)
-    name = world.main_first(lambda: ensure(settings.dataset or config["dataset"]))
+    name = world.from_main(lambda: ensure(settings.dataset or config["dataset"]))
     dataset = Dataset(locate(name))
     if not tokenizers.same_vocabulary(tokenizer, tokenizers.load(dataset.folder / "tokenizer.json")):
         raise UserError(f"data set {name} was made with another tokenizer than {folder}: prepare it with that one")

@@ -336,7 +336,7 @@ def pick_tokens(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     if temperature == 0:
         return logits.argmax(-1)
     order = None
-    if top_k or top_p < 1:
+    if 0 < top_k < logits.size(-1) or top_p < 1:
         logits, order = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # likeliest first
     p = (logits / temperature).softmax(-1)
     if top_p < 1:

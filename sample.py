@@ -9,7 +9,6 @@ Needs nothing but the out directory. The model looks back at most block_size tok
 its last half is kept and generation goes on from there, so a sample may be of any length.
 """
 
-import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -160,6 +159,5 @@ def main(settings):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # Windows' consoles default to something else
     with one_line_errors():
         main(SETTINGS)

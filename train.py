@@ -311,7 +311,7 @@ def main(settings, given):
     if settings.batch_size % pieces:
         raise UserError(f"batch_size = {settings.batch_size} does not divide into {pieces} micro-batches"
                         f" ({world.size} workers x {settings.gradient_accumulation_steps} accumulation steps)")
-    name = world.main_first(lambda: ensure(settings.dataset))
+    name = world.from_main(lambda: ensure(settings.dataset))
     began = time.perf_counter()
     model, tokenizer, step, stopped = train(dataclasses.replace(settings, dataset=name), given, world)
     if world.is_main:
