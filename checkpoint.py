@@ -22,6 +22,7 @@ import numpy
 import safetensors
 import torch
 from safetensors.torch import load_file, save_file
+from torch.overrides import TorchFunctionMode
 
 import tokenizer as tokenizers
 from configurator import UserError
@@ -141,17 +142,31 @@ def read_weights(paths):
 
 def build(cls, config, state, device, source):
     """A model with the weights of `state`, which must match name by name and shape by shape."""
-    with torch.device("meta"):
-        model = cls(config)
+    model = unfilled(cls, config, device)
     wanted = model.state_dict()
     missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     reshaped = [name for name in wanted.keys() & state.keys() if wanted[name].shape != state[name].shape]
     if missing or unexpected or reshaped:
         raise UserError(f"the weights of {source} do not fit: missing {missing}, unexpected {unexpected},"
                         f" of another shape {sorted(reshaped)}")
-    model = model.to_empty(device=device)
     model.load_state_dict(state)
     return model.eval()
+
+
+def unfilled(cls, config, device, dtype=torch.float32):
+    """A model whose parameters are allocated, once and in their place, but hold no values yet."""
+    with torch.device("meta"), NoInitialisation():
+        model = cls(config)
+    return model.to(dtype).to_empty(device=device)
+
+
+class NoInitialisation(TorchFunctionMode):
+    """Modules made in this context do not draw the values that a checkpoint is about to replace."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return function(*args, **(kwargs or {}))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
