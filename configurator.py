@@ -6,7 +6,8 @@ Any number of files and overrides, read from left to right: later wins. A config
 assignments, run in a namespace of its own; names that start with an underscore, modules and functions are
 ignored. Text from the command line is parsed by the field's declared type, never guessed; a bare `--flag`
 sets a bool to True. A file may carry `on_cpu = dict(...)`: values that replace the file's own where there is
-no accelerator; the command line still wins.
+no accelerator; the command line still wins. A field that is a dataclass itself is a dict in a file,
+`vision = dict(n_layer=2)`, and dotted on the command line, `--vision.n_layer=2`.
 
 An unknown name or a wrong type stops the run with one line that says what, where and the nearest valid name.
 """
@@ -63,48 +64,85 @@ def parse(cls, argv, has_accelerator=None, base=None):
     base(given), where passed, returns values that are older than all of these (of a run that is resumed, say).
     Raises UserError for an unknown name, a value of the wrong type, or a file that can't be read.
     """
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
+    fields = flat_fields(cls)
     layers = []  # (name, value, on_cpu?), oldest first
     for arg in argv:
         if arg.startswith("-"):
             name, equals, text = arg.lstrip("-").partition("=")
             check_name(name, fields, "on the command line", dashes="--")
-            layers.append((name, parse_text(name, text, hints[name], bare=not equals), False))
+            layers.append((name, parse_text(name, text, fields[name].type, bare=not equals), False))
         else:
-            layers += read_file(arg, fields, hints)
+            layers += read_file(arg, fields)
     plain = {name: value for name, value, on_cpu in layers if not on_cpu}
     if any(on_cpu for *_, on_cpu in layers):
         device = plain.get("device", fields["device"].default if "device" in fields else "auto")
         if has_accelerator is None or has_accelerator(device):
             layers = [layer for layer in layers if not layer[2]]
     given = {name: value for name, value, _ in layers}
-    return cls(**{**(base(given) if base else {}), **given}), given
+    return build(cls, {**(flat_values(base(given)) if base else {}), **given}), given
 
 
-def read_file(path, fields, hints):
+class Field(typing.NamedTuple):
+    type: object
+    default: object
+
+
+def flat_fields(cls, prefix=""):
+    """{name: Field} of a dataclass; the fields of one inside it are named outer.inner."""
+    hints, fields = typing.get_type_hints(cls), {}
+    for field in dataclasses.fields(cls):
+        name, hint = prefix + field.name, hints[field.name]
+        nested = dataclasses.is_dataclass(hint)
+        fields |= flat_fields(hint, name + ".") if nested else {name: Field(hint, field.default)}
+    return fields
+
+
+def flat_values(values):
+    """{"a": 1, "b": {"c": 2}} -> {"a": 1, "b.c": 2}, as deep as it goes."""
+    flat = {}
+    for name, value in values.items():
+        inner = flat_values(value) if isinstance(value, dict) else {}
+        flat |= {f"{name}.{key}": item for key, item in inner.items()} or {name: value}
+    return flat
+
+
+def build(cls, values, prefix=""):
+    """The dataclass `cls` with these flat values; defaults for the rest."""
+    hints, arguments = typing.get_type_hints(cls), {}
+    for field in dataclasses.fields(cls):
+        name = prefix + field.name
+        if dataclasses.is_dataclass(hints[field.name]):
+            arguments[field.name] = build(hints[field.name], values, name + ".")
+        elif name in values:
+            arguments[field.name] = values[name]
+    return cls(**arguments)
+
+
+def read_file(path, fields):
     """The assignments of one config file, in order, its on_cpu values last: [(name, value, on_cpu?)]."""
     try:
         with open(path, encoding="utf-8") as file:
             source = file.read()
-    except OSError as error:
-        raise UserError(f"can't read the config file {path!r}: {error.strerror}"
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"can't read the config file {path!r}: {getattr(error, 'strerror', error)}"
                         " (settings are written --name=value)") from None
     namespace = {"__file__": path, "__name__": "config"}
     try:
         exec(compile(source, path, "exec"), namespace)
     except Exception as error:
-        line = getattr(error, "lineno", None) or error.__traceback__.tb_next.tb_lineno
+        frame = error.__traceback__.tb_next
+        line = getattr(error, "lineno", None) or (frame.tb_lineno if frame else 1)
         raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
     on_cpu = namespace.pop("on_cpu", {})
     if not isinstance(on_cpu, dict):
         raise UserError(f"{path}: on_cpu must be a dict(name=value, ...), not {on_cpu!r}")
     layers = []
     for values, is_on_cpu in ((namespace, False), (on_cpu, True)):
-        for name, value in values.items():
-            if not name.startswith("_") and not isinstance(value, (types.ModuleType, types.FunctionType)):
-                check_name(name, fields, f"in {path}" + (", on_cpu" if is_on_cpu else ""))
-                layers.append((name, check_value(name, value, hints[name], path), is_on_cpu))
+        values = {name: value for name, value in values.items()
+                  if not name.startswith("_") and not isinstance(value, (types.ModuleType, types.FunctionType))}
+        for name, value in flat_values(values).items():
+            check_name(name, fields, f"in {path}" + (", on_cpu" if is_on_cpu else ""))
+            layers.append((name, check_value(name, value, fields[name].type, path), is_on_cpu))
     return layers
 
 
@@ -178,17 +216,22 @@ def comments(cls):
 
 def help_text(cls, doc):
     """The script's docstring and every setting with its default and its comment in the source."""
-    fields = {f.name: f for f in dataclasses.fields(cls)}
     lines = [doc.strip(), "", "settings (--name=value; config files are Python assignments of the same names):"]
+    return "\n".join([*lines, *help_lines(cls)])
+
+
+def help_lines(cls, prefix=""):
+    fields, hints = {field.name: field for field in dataclasses.fields(cls)}, typing.get_type_hints(cls)
     for name, text in comments(cls):
         if name is None:
-            lines.append(f"\n  {text}")
+            yield f"\n  {text}"
+        elif dataclasses.is_dataclass(hints.get(name)):
+            yield from (f"\n  {text}", *help_lines(hints[name], f"{prefix}{name}."))
         elif name in fields:
-            lines.append(f"  {f'--{name}={fields[name].default}':40} {text}")
-    return "\n".join(lines)
+            yield f"  {f'--{prefix}{name}={fields[name].default}':40} {text}"
 
 
 def differences(settings):
     """What differs from the defaults: {name: value}, in the order of the fields."""
-    return {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)
-            if getattr(settings, f.name) != f.default}
+    values = flat_values(dataclasses.asdict(settings))
+    return {name: values[name] for name, field in flat_fields(type(settings)).items() if values[name] != field.default}

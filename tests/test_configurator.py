@@ -103,6 +103,32 @@ def test_base_is_older_than_everything_given():
     assert (s.batch_size, s.out_dir) == (7, "old")
 
 
+@dataclass(frozen=True)
+class Inner:
+    size: int = 4  # how large
+    name: str = "x"  # what it is called
+
+
+@dataclass(frozen=True)
+class Outer:
+    batch_size: int = 1  # rows
+    inner: Inner = Inner()  # a part of its own
+
+
+def test_settings_inside_settings_are_dicts_in_files_and_dotted_on_the_command_line(tmp_path):
+    path = write(tmp_path / "c.py", "inner = dict(size=5)\non_cpu = dict(inner=dict(name='small'))")
+    s, given = parse(Outer, [path, "--inner.size=6"], has_accelerator=lambda device: False)
+    assert s == Outer(inner=Inner(6, "small")) and given == differences(s) == {"inner.size": 6, "inner.name": "small"}
+    assert parse(Outer, [], base=lambda given: {"batch_size": 2, "inner": {"size": 7}})[0] == Outer(2, Inner(7))
+    assert "--inner.size=4 " in help_text(Outer, "") and "a part of its own" in help_text(Outer, "")
+    for argument, message in (("--inner.sise=3", "did you mean --inner.size?"),
+                              ("--inner=3", "unknown setting --inner"),
+                              (write(tmp_path / "d.py", "inner = 3"), "unknown setting inner in"),
+                              (write(tmp_path / "e.py", "inner = dict(size='a')"), "inner.size = 'a' in")):
+        with pytest.raises(UserError, match=message):
+            parse(Outer, [argument])
+
+
 def test_help_documents_every_setting():
     text = help_text(Example, "What it does.")
     assert "What it does." in text and "a heading" in text
