@@ -186,8 +186,8 @@ def load_published(name, device="cpu", block_size=0, dropout=0.0, dtype=torch.fl
         if theirs.get(key, value) != value:
             raise UserError(f"{name}: {key} = {theirs[key]!r}, but only {value!r} can be loaded")
     config = GPTConfig(
-        n_layer=theirs["n_layer"], n_head=theirs["n_head"], n_embd=theirs["n_embd"],
-        n_hidden=theirs.get("n_inner") or 0, vocab_size=theirs["vocab_size"], block_size=block_size or theirs["n_positions"],
+        n_layer=theirs["n_layer"], n_head=theirs["n_head"], n_embd=theirs["n_embd"], n_hidden=theirs.get("n_inner") or 0,
+        vocab_size=theirs["vocab_size"], block_size=block_size or theirs["n_positions"],
         norm_eps=theirs.get("layer_norm_epsilon", 1e-5), bias=True, dropout=dropout)
     if config.block_size > theirs["n_positions"]:
         raise UserError(f"block_size = {block_size}: {name} has learned only {theirs['n_positions']} positions")
