@@ -261,6 +261,8 @@ PALIGEMMA_BLOCKS = {
     "language_model.": ((".ln_1.", ".input_layernorm."), (".ln_2.", ".post_attention_layernorm."),
                         (".attn.", ".self_attn."))}
 
+MAPPED_BYTES = 2**25  # most of a file that is in memory at a time while its tensors are copied
+
 # ours: (theirs, what a config.json without it means)
 PALIGEMMA_SIZES = {
     "vision_config": {
@@ -351,7 +353,6 @@ def first_published_name(name):
 def copy_weights(model, paths, source):
     """Fills the model from published files, tensor by tensor, in the precision and on the device that it has.
 
-    Files are mapped into memory anew for each tensor, so that pages already read do not pile up beside the model.
     Raises UserError that names every parameter that is missing, unexpected or of another shape.
     """
     wanted = {published_name(name): parameter for name, parameter in model.state_dict().items()}
@@ -359,24 +360,29 @@ def copy_weights(model, paths, source):
     for path in paths:
         try:
             with safe_open(path, "pt") as file:
-                names = list(file.keys())
-            for theirs in names:
+                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+            for theirs, shape in shapes.items():
                 name = first_published_name(theirs)
-                if name in wanted:
-                    with safe_open(path, "pt") as file:
-                        tensor = file.get_tensor(theirs)
-                        if tensor.shape == wanted[name].shape:
-                            wanted[name].copy_(tensor)
-                        else:
-                            reshaped.append(f"{theirs} {[*tensor.shape]} instead of {[*wanted[name].shape]}")
-                    missing.discard(name)
-                elif name:
+                missing.discard(name)
+                if name and name not in wanted:
                     unexpected.append(theirs)
+                elif name and shape != [*wanted[name].shape]:
+                    reshaped.append(f"{theirs} {shape} instead of {[*wanted[name].shape]}")
+                elif name:
+                    copy_tensor(path, theirs, wanted[name])
         except (safetensors.SafetensorError, OSError) as error:
             raise UserError(f"{path} can't be read: {error}") from None
     if missing or unexpected or reshaped:
         raise UserError(f"the weights of {source} do not fit: missing {sorted(missing)}, unexpected"
                         f" {sorted(unexpected)}, of another shape {sorted(reshaped)}")
+
+
+def copy_tensor(path, name, target):
+    """Copies one tensor of a file in pieces of rows, each mapped into memory anew: what was read does not pile up."""
+    rows = max(1, MAPPED_BYTES // target[0].nbytes)
+    for start in range(0, len(target), rows):
+        with safe_open(path, "pt") as file:
+            target[start:start + rows].copy_(file.get_slice(name)[start:start + rows])
 
 
 def save_published(model, tokenizer, folder, shard_size=5 * 10**9):

@@ -73,6 +73,11 @@ class PaliGemmaConfig:
             part = cls(**part) if isinstance(part, dict) else part  # a dict: as config.json holds it
             object.__setattr__(self, name, replace(part, dropout=self.dropout))
 
+    @property
+    def block_size(self):
+        """Most positions, those of the image included."""
+        return self.text.block_size
+
 
 class ViT(nn.Module):
     """SigLIP's vision transformer (Zhai et al. 2023): a vector for each patch, without class token or pooling head."""
@@ -170,11 +175,11 @@ class PaliGemma(nn.Module):
             mask = causal_mask(slots[-1:], keys)  # (1, S): all see what the last one sees
         else:
             mask = causal_mask(slots, keys, N + prefix[:, None, None, None])  # (B, 1, N + T, S)
-        positions = slots
+        positions = slots + 1  # as in training; in 16 bits the rounding of a rotation depends on where counting starts
         if padding is not None:
             padding = padding[:, None, None]  # (B, 1, 1)
             mask = mask & ~((keys >= N) & (keys < N + padding))[:, None]  # (B, 1, 1 or N + T, S)
-            positions = torch.where(slots < N, slots, slots - padding)  # (B, 1, N + T)
+            positions = torch.where(slots < N, positions, positions - padding)  # (B, 1, N + T)
         return self.decoder.run(x, mask, positions, caches, slots)[:, -tokens.size(1):]
 
     def make_caches(self, batch_size, size):
@@ -235,9 +240,9 @@ def generate(model, images, prompts, max_new_tokens, temperature=1.0, top_k=0, t
     tokens, padding = (x.to(images.device) for x in pad_left(prompts))
     B, T, N = *tokens.shape, model.config.vision.n_patches
     size = N + T + max_new_tokens
-    if size > model.config.text.block_size:
+    if size > model.config.block_size:
         raise UserError(f"{N} image tokens, a prompt of {T} and max_new_tokens = {max_new_tokens} are more than the"
-                        f" model's {model.config.text.block_size} positions: lower --max_new_tokens")
+                        f" model's {model.config.block_size} positions: lower --max_new_tokens")
     padding = padding if padding.any() else None
     caches, pos = model.make_caches(B, size), torch.arange(N + T, device=images.device)
     image = model.encode(images).expand(B, -1, -1)

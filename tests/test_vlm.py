@@ -39,9 +39,10 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def randomize(model, std=0.2):
-    """Larger weights than at initialisation, so that every path matters."""
-    for i, p in enumerate(model.parameters()):
+def randomize(model):
+    """Larger weights than at initialisation, so that every path matters and answers are varied."""
+    for i, (name, p) in enumerate(model.named_parameters()):
+        std = 0.1 if "embed_tokens" in name else 1.0 if p.dim() == 1 else 0.3
         torch.nn.init.normal_(p, std=std, generator=seeded(i))
     return model.eval()
 
@@ -215,20 +216,19 @@ def test_bfloat16_is_as_near_to_float32_as_transformers(folder, theirs, ours, to
     exact = ours(image, torch.tensor(prompt))
     theirs_off = (their_half(**inputs).logits[:, N:].float() - exact).square().mean().sqrt()
     ours_off = (half(image, torch.tensor(prompt)) - exact).square().mean().sqrt()
-    assert ours_off < 1.2 * theirs_off
-    assert ours_off < 0.05 * exact.std()
+    assert 0 < ours_off < 1.1 * theirs_off < 0.1 * exact.std()
 
 
 def test_rotation_in_the_papers_form_is_ours_after_permuting_rows():
-    """Equation 15 of Su et al. turns neighbours (2i, 2i + 1), we turn (i, i + D / 2): the same scores if q and k agree."""
+    """Su et al. (equation 15) turn neighbours (2i, 2i + 1), we turn (i, i + D/2): the same scores if q and k agree."""
     D, T, C = 8, 5, 12
     x = torch.randn(T, C, generator=seeded())
     q_proj, k_proj = torch.randn(2, D, C, generator=seeded(1))
     angles = torch.arange(T)[:, None] * 10000.0 ** (-torch.arange(0, D, 2) / D)  # (T, D/2)
 
     def paper(v):
-        even, odd = v[:, 0::2], v[:, 1::2]
-        return torch.stack((even * angles.cos() - odd * angles.sin(), odd * angles.cos() + even * angles.sin()), -1).flatten(1)
+        even, odd, cos, sin = v[:, 0::2], v[:, 1::2], angles.cos(), angles.sin()
+        return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(1)
 
     order = torch.cat((torch.arange(0, D, 2), torch.arange(1, D, 2)))
     turn = rotary(torch.arange(T), D)
@@ -270,9 +270,10 @@ def test_a_paligemma_trains_from_its_initialisation():
 
 def test_its_own_checkpoint_loads_back(ours, tokenizer, tmp_path):
     checkpoint.save(tmp_path, "last", ours, tokenizer, {})
-    model, its_tokenizer, _ = checkpoint.load(tmp_path / "last", dropout=0.1)
+    model, its_tokenizer = checkpoint.load_initial(tmp_path, dropout=0.1)
     assert (model.config.vision.dropout, model.config.text.dropout) == (0.1, 0.1)
-    assert dataclasses.replace(model.config, dropout=0.0) == ours.config and its_tokenizer.encode("cat").tolist() == [102]
+    assert dataclasses.replace(model.config, dropout=0.0) == ours.config
+    assert its_tokenizer.encode("cat").tolist() == [102]
     for mine, saved in zip(ours.parameters(), model.parameters()):
         assert torch.equal(mine, saved)
 
@@ -307,7 +308,7 @@ def test_greedy_answers_equal_transformers_token_for_token_padded_and_alone(ours
     expected = theirs.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
     answers = torch.stack(list(vlm.generate(ours, images, prompts, 12, temperature=0)), dim=1)  # (B, 12)
     assert answers.tolist() == expected[:, inputs["input_ids"].size(1):].tolist()
-    assert len({tuple(row) for row in answers.tolist()}) == 3
+    assert all(len(set(row)) > 7 for row in answers.tolist()) and answers.unique().numel() > 20
     for i, prompt in enumerate(prompts):
         alone = torch.cat(list(vlm.generate(ours, images[i:i + 1], [prompt], 12, temperature=0)))
         assert alone.tolist() == answers[i].tolist()
@@ -317,7 +318,7 @@ def test_greedy_answers_equal_transformers_token_for_token_padded_and_alone(ours
 def test_a_row_that_ended_stays_ended_and_all_ended_stops(ours, tokenizer):
     images, prompts = make_images(), make_prompts(tokenizer)
     answers = torch.stack(list(vlm.generate(ours, images, prompts, 12, temperature=0)), dim=1)
-    eos = next(token for token in answers[0].tolist() if token not in answers[1:])
+    eos = next(token for token in answers[0, 2:].tolist() if token not in answers[1:])
     at = answers[0].tolist().index(eos)
     stopped = torch.stack(list(vlm.generate(ours, images, prompts, 12, temperature=0, eos=eos)), dim=1)
     assert stopped[0].tolist() == answers[0, :at].tolist() + [eos] * (12 - at)
@@ -355,7 +356,8 @@ def test_sampling_obeys_its_limits_and_its_seed(ours, tokenizer):
 
 @pytest.mark.parametrize("layout", ["first", "transformers 5", "transformers 5, inner", "with head and lm_head"])
 @torch.no_grad()
-def test_every_layout_loads(layout, folder, theirs, ours, tmp_path):
+def test_every_layout_loads(layout, folder, theirs, ours, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "MAPPED_BYTES", 1000)  # several pieces for most tensors
     if layout == "transformers 5, inner":
         theirs.save_pretrained(tmp_path, save_original_format=False)
     else:
@@ -372,7 +374,7 @@ def test_every_layout_loads(layout, folder, theirs, ours, tmp_path):
         (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
     model, _ = checkpoint.load_published(str(tmp_path))
-    assert model.config == ours.config
+    assert model.config == ours.config and not model.training
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), ours.parameters()))
 
 
@@ -380,8 +382,9 @@ def test_every_layout_loads(layout, folder, theirs, ours, tmp_path):
 def test_sparse_configurations_mean_what_transformers_takes_them_for(size, patches):
     published = {  # as the files of google/paligemma-3b-pt-448 have it
         "model_type": "paligemma", "hidden_size": 2048, "image_token_index": 257152, "projection_dim": 2048,
-        "text_config": {"hidden_size": 2048, "intermediate_size": 16384, "model_type": "gemma", "num_attention_heads": 8,
-                        "num_hidden_layers": 18, "num_key_value_heads": 1, "torch_dtype": "float32", "vocab_size": 257216},
+        "text_config": {"hidden_size": 2048, "intermediate_size": 16384, "model_type": "gemma",
+                        "num_attention_heads": 8, "num_hidden_layers": 18, "num_key_value_heads": 1,
+                        "torch_dtype": "float32", "vocab_size": 257216},
         "vision_config": {"hidden_size": 1152, "intermediate_size": 4304, "model_type": "siglip_vision_model",
                           "num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14, "projection_dim": 2048,
                           "projector_hidden_act": "gelu_fast", "vision_use_head": False,
@@ -591,10 +594,10 @@ def test_blocks_hold_no_more_than_their_share_of_scores():
     def kept(block):
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
-            vlm.sigmoid_loss(*pairs(count=64, width=4), block=block)
-        return max(sizes)
+            vlm.sigmoid_loss(*pairs(count=128, width=4), block=block)
+        return sum(sizes)
 
-    assert kept(8) < 64 * 8 + 1 < 64 * 64
+    assert kept(32) < 128 * 128
 
 
 def test_softmax_loss_equals_the_formula():
