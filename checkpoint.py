@@ -1,4 +1,4 @@
-"""Checkpoints: saved atomically, loaded strictly; and published GPT-2 weights, converted at the door.
+"""Checkpoints: saved atomically, loaded strictly; and published GPT-2 and PaliGemma weights, converted at the door.
 
 A checkpoint is a folder of its own, with all that sampling needs:
 
@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy
 import safetensors
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 
@@ -28,8 +29,9 @@ import tokenizer as tokenizers
 from configurator import UserError
 from model import GPT, GPTConfig
 from tokenizer import write_json
+from vlm import LOCATIONS, SEGMENTS, GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig
 
-MODELS = {"gpt": (GPT, GPTConfig)}
+MODELS = {"gpt": (GPT, GPTConfig), "paligemma": (PaliGemma, PaliGemmaConfig)}
 GPT2 = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 
 
@@ -182,14 +184,17 @@ def load_initial(name, device="cpu", block_size=0, dropout=0.0):
     return load_published(name, device, block_size, dropout)
 
 
-def load_published(name, device="cpu", block_size=0, dropout=0.0):
-    """(model, tokenizer) of a published GPT-2: gpt2, gpt2-medium, -large, -xl, a hub id, or a local folder.
+def load_published(name, device="cpu", block_size=0, dropout=0.0, dtype=torch.float32):
+    """(model, tokenizer) of a published GPT-2 or PaliGemma: gpt2, gpt2-medium, -large, -xl, a hub id, or a folder.
 
     The folder has the published layout: config.json, model.safetensors or shards with their index, tokenizer.json.
-    block_size: fewer positions than the model has (0: all). Raises UserError for anything that is not a GPT-2.
+    block_size: fewer positions than a GPT-2 has (0: all). dtype: of a PaliGemma's weights; a GPT-2's are float32.
+    Raises UserError for anything else.
     """
     folder = Path(name) if Path(name).is_dir() else download(GPT2.get(name, name))
     theirs = read_config(folder)
+    if theirs.get("model_type") == "paligemma":
+        return load_paligemma(folder, name, device, dtype, dropout)
     expected = {"model_type": "gpt2", "activation_function": "gelu_new", "scale_attn_weights": True,
                 "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
     for key, value in expected.items():
@@ -253,3 +258,185 @@ def from_gpt2(theirs, block_size):
         else:
             state[name] = tensor
     return state
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Published PaliGemma
+
+# (ours, theirs), applied in this order; theirs is the layout of the files as first published
+PALIGEMMA = (
+    ("vision.patches.", "vision_tower.vision_model.embeddings.patch_embedding."),
+    ("vision.wpe.", "vision_tower.vision_model.embeddings.position_embedding."),
+    ("vision.transformer.ln_f.", "vision_tower.vision_model.post_layernorm."),
+    ("vision.transformer.blocks.", "vision_tower.vision_model.encoder.layers."),
+    ("projector.", "multi_modal_projector.linear."),
+    ("decoder.wte.", "language_model.model.embed_tokens."),
+    ("decoder.transformer.ln_f.", "language_model.model.norm."),
+    ("decoder.transformer.blocks.", "language_model.model.layers."))
+PALIGEMMA_BLOCKS = {
+    "vision_tower.": ((".ln_1.", ".layer_norm1."), (".ln_2.", ".layer_norm2."), (".attn.o_proj.", ".attn.out_proj."),
+                      (".attn.", ".self_attn."), (".up_proj.", ".fc1."), (".down_proj.", ".fc2.")),
+    "language_model.": ((".ln_1.", ".input_layernorm."), (".ln_2.", ".post_attention_layernorm."),
+                        (".attn.", ".self_attn."))}
+
+MAPPED_BYTES = 2**25  # most of a file that is in memory at a time while its tensors are copied
+
+# ours: (theirs, what a config.json without it means)
+PALIGEMMA_SIZES = {
+    "vision_config": {
+        "n_layer": ("num_hidden_layers", 12), "n_head": ("num_attention_heads", 12), "n_embd": ("hidden_size", 768),
+        "n_hidden": ("intermediate_size", 3072), "norm_eps": ("layer_norm_eps", 1e-6),
+        "image_size": ("image_size", 224), "patch_size": ("patch_size", 16)},
+    "text_config": {
+        "n_layer": ("num_hidden_layers", 28), "n_head": ("num_attention_heads", 16), "n_embd": ("hidden_size", 3072),
+        "n_kv_head": ("num_key_value_heads", 16), "head_dim": ("head_dim", 256),
+        "n_hidden": ("intermediate_size", 24576), "norm_eps": ("rms_norm_eps", 1e-6),
+        "vocab_size": ("vocab_size", 256000), "block_size": ("max_position_embeddings", 8192)}}
+
+
+def load_paligemma(folder, name, device="cpu", dtype=torch.float32, dropout=0.0):
+    """(model, tokenizer) of a PaliGemma 1 in a folder of the published layout; `name` is what errors call it.
+
+    Raises UserError for a PaliGemma 2, for settings that Quill does not compute, and for weights that do not fit.
+    """
+    folder = Path(folder)
+    config = paligemma_config(read_config(folder), name, dropout)
+    model = unfilled(PaliGemma, config, device, dtype)
+    copy_weights(model, weight_files(folder), name)
+    return model.eval(), paligemma_tokenizer(folder, config.text.vocab_size)
+
+
+def paligemma_config(theirs, name, dropout=0.0):
+    """Our shape of a published config.json. Those are sparse: what they leave out has transformers' default."""
+    vision, text = theirs.get("vision_config") or {}, theirs.get("text_config") or {}
+    if text.get("model_type", "gemma") != "gemma":
+        raise UserError(f"{name} is a PaliGemma 2 (its decoder is a {text['model_type']}), which Quill can't compute;"
+                        " use a PaliGemma 1, such as google/paligemma-3b-pt-224")
+    rope = {"rope_type": "default", "rope_theta": text.get("rope_theta", 10000.0)} | (text.get("rope_parameters") or {})
+    tanh = "gelu_pytorch_tanh"  # Gemma's configurations call it gelu, too
+    expected = {"text hidden_act": (text.get("hidden_act", tanh).replace("gelu_pytorch_tanh", "gelu"), "gelu"),
+                "vision hidden_act": (vision.get("hidden_act", tanh), tanh),
+                "attention_bias": (text.get("attention_bias", False), False),
+                "rope_scaling": (text.get("rope_scaling"), None), "rope_type": (rope["rope_type"], "default"),
+                "tie_word_embeddings": (theirs.get("tie_word_embeddings", True), True)}
+    for key, (value, only) in expected.items():
+        if value != only:
+            raise UserError(f"{name}: {key} = {value!r}, but only {only!r} can be loaded")
+    sizes = {section: {ours: (theirs.get(section) or {}).get(key, default) for ours, (key, default) in table.items()}
+             for section, table in PALIGEMMA_SIZES.items()}
+    return PaliGemmaConfig(ViTConfig(**sizes["vision_config"]),
+                           GemmaConfig(**sizes["text_config"], rope_theta=rope["rope_theta"]), dropout)
+
+
+def paligemma_tokenizer(folder, vocab_size):
+    """The folder's tokenizer; <image>, <loc0000>.. and <seg000>.. are added to one that lacks them.
+
+    Raises UserError if it has more tokens than the model.
+    """
+    bpe = tokenizers.load(folder / "tokenizer.json").bpe
+    bpe.add_special_tokens(["<image>"])
+    bpe.add_tokens(LOCATIONS + SEGMENTS)
+    if bpe.get_vocab_size() > vocab_size:
+        raise UserError(f"{folder / 'tokenizer.json'} has {bpe.get_vocab_size()} tokens, the model only {vocab_size}")
+    return tokenizers.BPETokenizer(bpe)
+
+
+def published_name(name):
+    """The name of our PaliGemma's parameter in the published files."""
+    for ours, theirs in PALIGEMMA:
+        if name.startswith(ours):
+            name = theirs + name.removeprefix(ours)
+    for part, renames in PALIGEMMA_BLOCKS.items():
+        for ours, theirs in renames if name.startswith(part) else ():
+            name = name.replace(ours, theirs)
+    return name
+
+
+def first_published_name(name):
+    """The name that a parameter of any later layout had in the first; None for what PaliGemma does not use.
+
+    The output head is the embedding. Layouts differ in where they say "model".
+    """
+    name = name.removeprefix("model.")
+    if name.startswith("vision_tower."):
+        name = "vision_tower.vision_model." + name.removeprefix("vision_tower.").removeprefix("vision_model.")
+    elif name.startswith("language_model.") and not name.startswith("language_model.lm_head."):
+        name = "language_model.model." + name.removeprefix("language_model.").removeprefix("model.")
+    unused = ("lm_head.", "language_model.lm_head.", "vision_tower.vision_model.head.")
+    return None if name.startswith(unused) else name
+
+
+def copy_weights(model, paths, source):
+    """Fills the model from published files, tensor by tensor, in the precision and on the device that it has.
+
+    Raises UserError that names every parameter that is missing, unexpected or of another shape.
+    """
+    wanted = {published_name(name): parameter for name, parameter in model.state_dict().items()}
+    missing, unexpected, reshaped = set(wanted), [], []
+    for path in paths:
+        try:
+            with safe_open(path, "pt") as file:
+                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+            for theirs, shape in shapes.items():
+                name = first_published_name(theirs)
+                missing.discard(name)
+                if name and name not in wanted:
+                    unexpected.append(theirs)
+                elif name and shape != [*wanted[name].shape]:
+                    reshaped.append(f"{theirs} {shape} instead of {[*wanted[name].shape]}")
+                elif name:
+                    copy_tensor(path, theirs, wanted[name])
+        except (safetensors.SafetensorError, OSError) as error:
+            raise UserError(f"{path} can't be read: {error}") from None
+    if missing or unexpected or reshaped:
+        raise UserError(f"the weights of {source} do not fit: missing {sorted(missing)}, unexpected"
+                        f" {sorted(unexpected)}, of another shape {sorted(reshaped)}")
+
+
+def copy_tensor(path, name, target):
+    """Copies one tensor of a file in pieces of rows, each mapped into memory anew: what was read does not pile up."""
+    rows = max(1, MAPPED_BYTES // target[0].nbytes)
+    for start in range(0, len(target), rows):
+        with safe_open(path, "pt") as file:
+            target[start:start + rows].copy_(file.get_slice(name)[start:start + rows])
+
+
+def save_published(model, tokenizer, folder, shard_size=5 * 10**9):
+    """Writes a PaliGemma into `folder` as it is published, in the precision that it has, for transformers to load.
+
+    shard_size: most bytes of one file of weights.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards, sizes = [{}], [0]
+    for name, tensor in model.state_dict().items():
+        if shards[-1] and sizes[-1] + tensor.nbytes > shard_size:
+            shards.append({})
+            sizes.append(0)
+        shards[-1][published_name(name)] = tensor
+        sizes[-1] += tensor.nbytes
+    weight_map = {}
+    for i, shard in enumerate(shards, start=1):
+        file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        save_file({name: tensor.contiguous().cpu() for name, tensor in shard.items()}, folder / file, {"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, file))
+    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+    write_json(folder / "model.safetensors.index.json", index)
+    tokenizer.save(folder / "tokenizer.json")
+    write_json(folder / "config.json", published_config(model, tokenizer))
+
+
+def published_config(model, tokenizer):
+    """The config.json of a PaliGemma, with every size spelt out."""
+    vision, text, width = model.config.vision, model.config.text, model.config.text.n_embd
+    vision = dataclasses.replace(vision, n_hidden=vision.n_hidden or 4 * vision.n_embd)
+    text = dataclasses.replace(text, n_hidden=text.n_hidden or 4 * width, n_kv_head=text.n_kv_head or text.n_head,
+                               head_dim=text.head_dim or width // text.n_head)
+    sections = {section: {key: getattr(part, ours) for ours, (key, _) in PALIGEMMA_SIZES[section].items()}
+                for section, part in (("vision_config", vision), ("text_config", text))}
+    sections["vision_config"] |= {"model_type": "siglip_vision_model", "vision_use_head": False}
+    sections["text_config"] |= {"model_type": "gemma", "rope_theta": text.rope_theta}
+    ids = {f"{name}_token_id": tokenizer.bpe.token_to_id(f"<{name}>") for name in ("bos", "eos", "pad")}
+    return {"architectures": ["PaliGemmaForConditionalGeneration"], "model_type": "paligemma", **ids,
+            "image_token_index": tokenizer.bpe.token_to_id("<image>"), "hidden_size": width, "projection_dim": width,
+            "torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch."), **sections}

@@ -239,13 +239,13 @@ def init_weights(model, n_layer, generator=None):
 
     | parameter                                        | rule                               |
     |--------------------------------------------------|------------------------------------|
-    | embeddings, linear weights                       | normal, std 0.02                   |
+    | embeddings, linear and convolution weights       | normal, std 0.02                   |
     | o_proj and down_proj weights (into the residual) | normal, std 0.02 / sqrt(2 n_layer) |
     | biases                                           | 0                                  |
     | LayerNorm, RMSNorm                               | gain 1                             |
     """
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
             std = 0.02 / (2 * n_layer) ** 0.5 if name.endswith(("o_proj", "down_proj")) else 0.02
             drawn = torch.empty(module.weight.shape, device="cpu").normal_(0.0, std, generator=generator)
             with torch.no_grad():
