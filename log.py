@@ -13,7 +13,7 @@ from configurator import UserError
 class Log:
     """log.jsonl, one row a line; the terminal; and wandb if wanted. Silent on all but the main rank.
 
-    tokens: those of one update; flops: what each worker computes for one of them; peak: its FLOP/s, or None.
+    tokens: those of one update; flops: what each worker computes in one; peak: a worker's FLOP/s, or None.
     """
 
     def __init__(self, out_dir, settings, step, tokens, flops, peak, world):
@@ -44,7 +44,7 @@ class Log:
         """A row with the mean time of the updates since `restart`. values: plain numbers, so the device is done."""
         seconds = (time.perf_counter() - self.clock) / (step - self.timed_from)
         row = {"step": step, **values, "ms": 1000 * seconds, "tokens_per_s": self.tokens / seconds}
-        return row | ({"mfu": self.tokens * self.flops / seconds / self.peak} if self.peak else {})
+        return row | ({"mfu": self.flops / seconds / self.peak} if self.peak else {})
 
     def write(self, row):
         if self.file is None:

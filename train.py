@@ -19,6 +19,7 @@ from configurator import UserError, check_ranges, differences, from_command_line
 @dataclass(frozen=True)
 class Settings:
     # where
+    task: Literal["text"] = "text"  # what is trained, see tasks.py
     out_dir: str = "out"  # everything the run leaves
     dataset: str = "shakespeare_char"  # a name under data/, or a folder made by prepare.py
     init_from: str = "scratch"  # or a run's folder, gpt2, gpt2-medium, -large, -xl, a hub id, a published folder
@@ -75,6 +76,7 @@ def earlier_settings(given):
     if not given.get("resume"):
         return {}
     import checkpoint
+    from tasks import SHAPE
     out_dir = given.get("out_dir", Settings.out_dir)
     folder = checkpoint.find(out_dir, "last")
     if folder is None:
@@ -88,8 +90,6 @@ def earlier_settings(given):
     return {name: value for name, value in saved.items() if name in known}
 
 
-SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias")
-
 if __name__ == "__main__":  # --help and typos answer before torch is imported
     SETTINGS, GIVEN = from_command_line(Settings, __doc__, has_accelerator, earlier_settings)
 
@@ -100,20 +100,15 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import distributed
-import sample
-import tokenizer as tokenizers
-from batches import Dataset, gather, random_offsets
 from device import autocast, peak_flops, peak_memory, pick_compile, pick_dtype
-from evaluate import split_loss
 from log import Log, set_aside
-from model import GPT, GPTConfig, count_parameters, flops_per_token, init_weights
-from prepare import ensure, locate
+from prepare import ensure
+from tasks import TASKS
 
 
 def learning_rate(update, settings):
@@ -132,39 +127,6 @@ def make_optimizer(model, settings):
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
     fused = next(model.parameters()).device.type in ("cpu", "cuda", "mps")
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=fused)
-
-
-def make_model(settings, given, tokenizer, device):
-    """A new model, or the one that init_from names, whose shape then counts. Raises UserError where they differ."""
-    if settings.init_from == "scratch":
-        shape = {name: getattr(settings, name) for name in (*SHAPE, "dropout")}
-        model = GPT(GPTConfig(**shape, vocab_size=tokenizer.vocab_size))
-        init_weights(model, settings.n_layer, torch.Generator().manual_seed(settings.seed))
-        return model.to(device)
-    model, its_tokenizer = checkpoint.load_initial(settings.init_from, device, given.get("block_size", 0),
-                                                   settings.dropout)
-    for name in SHAPE:
-        if name in given and given[name] != getattr(model.config, name):
-            raise UserError(f"{name} = {given[name]!r}, but {settings.init_from} has {getattr(model.config, name)!r}:"
-                            " leave it out")
-    if not tokenizers.same_vocabulary(tokenizer, its_tokenizer):
-        raise UserError(f"the data set {settings.dataset} was not made with the tokenizer of {settings.init_from}:"
-                        " prepare it with that one")
-    return model
-
-
-def micro_batches(tokens, settings, block_size, step, world):
-    """This rank's share of the batch of update step + 1, as {tokens, targets} of each micro-batch.
-
-    Which sequences make up the batch, and what dropout does to each micro-batch, follows from (seed, step) alone.
-    """
-    n, accumulation = settings.batch_size, settings.gradient_accumulation_steps
-    offsets = random_offsets(len(tokens), block_size, n, settings.seed, step)
-    pieces = np.split(offsets, world.size * accumulation)
-    for piece in range(world.rank * accumulation, (world.rank + 1) * accumulation):
-        if settings.dropout:
-            torch.manual_seed(int(np.random.SeedSequence((settings.seed, step, piece)).generate_state(1, np.uint64)[0]))
-        yield gather(tokens, pieces[piece], block_size, world.device)
 
 
 class Interrupt:
@@ -187,17 +149,6 @@ class Interrupt:
             signal.signal(number, handler)
 
 
-def announce(settings, model, dataset, world, choices):
-    """Prints what is about to happen."""
-    print("settings: " + (", ".join(f"{k}={v!r}" for k, v in differences(settings).items()) or "the defaults"))
-    print(f"device: {world.device}" + (f" x {world.size} workers" if world.size > 1 else "") + f"; {choices}")
-    tokens = settings.batch_size * model.config.block_size
-    print(f"model: {count_parameters(model) / 1e6:.2f}M parameters; data: {dataset.meta['train_tokens']:,} tokens of"
-          f" {settings.dataset}; {tokens:,} tokens per update, {settings.max_iters} updates ="
-          f" {tokens * settings.max_iters / dataset.meta['train_tokens']:.1f} epochs")
-    print(f"a loss of {math.log(model.config.vocab_size):.4f} is guessing", flush=True)
-
-
 def update(parallel, optimizer, scaler, batches, settings, dtype, device):
     """One step of the optimizer over all micro-batches: (this rank's mean loss, the gradient's norm), as tensors."""
     loss = torch.zeros((), device=device)
@@ -217,41 +168,34 @@ def update(parallel, optimizer, scaler, batches, settings, dtype, device):
     return loss, norm
 
 
-def starting_point(settings, given, tokenizer, world):
-    """(model, state): new or initialised from elsewhere at step 0; with --resume as the last checkpoint left them."""
-    if not settings.resume:
-        return make_model(settings, given, tokenizer, world.device), {"step": 0, "best_val_loss": math.inf}
-    folder = checkpoint.find(settings.out_dir, "last")
-    model, its_tokenizer, _ = checkpoint.load(folder, world.device, settings.dropout)
-    if not tokenizers.same_vocabulary(tokenizer, its_tokenizer):
-        raise UserError(f"{folder} has another tokenizer than the data set {settings.dataset} has now")
-    return model, checkpoint.load_trainer(folder)
-
-
 def train(settings, given, world):
-    """The run: set up, then one loop. Returns (model, tokenizer, the step reached, the signal that stopped it or 0)."""
-    out_dir, device, dataset = Path(settings.out_dir), world.device, Dataset(locate(settings.dataset))
-    tokenizer = tokenizers.load(dataset.folder / "tokenizer.json")
-    model, state = starting_point(settings, given, tokenizer, world)
-    block_size, step, best_val_loss = model.config.block_size, state["step"], state["best_val_loss"]
-    tokens, val_tokens = dataset.tokens("train", block_size), dataset.tokens("val", block_size)
+    """The run: set up, then one loop. Returns (the task, the step reached, the signal that stopped it or 0)."""
+    out_dir, device = Path(settings.out_dir), world.device
+    task = TASKS[settings.task](settings, given, device)
+    model = task.model
+    state = {"step": 0, "best_val_loss": math.inf}
+    if settings.resume:
+        state = checkpoint.load_trainer(checkpoint.find(out_dir, "last"))
+    step, best_val_loss = state["step"], state["best_val_loss"]
     optimizer = make_optimizer(model, settings)
-    dtype, why_dtype = pick_dtype(settings.dtype, device, model.config.n_embd)
+    dtype, why_dtype = pick_dtype(settings.dtype, device, task.width)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if step:
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
     compiled, why_compiled = pick_compile(settings.compile, device, settings.max_iters - step)
-    flops = flops_per_token(model, block_size) / world.size  # of each worker, for one token of the batch
     if world.is_main:
-        announce(settings, model, dataset, world, f"dtype: {str(dtype)[6:]} ({why_dtype}); compile: {compiled}"
-                                                  f" ({why_compiled})")
+        print("settings: " + (", ".join(f"{k}={v!r}" for k, v in differences(settings).items()) or "the defaults"))
+        print(f"device: {device}" + (f" x {world.size} workers" if world.size > 1 else "")
+              + f"; dtype: {str(dtype)[6:]} ({why_dtype}); compile: {compiled} ({why_compiled})")
+        print(task.describe(), flush=True)
         if not settings.resume:
             set_aside(out_dir)
     if compiled:
         model.compile()
     parallel = DistributedDataParallel(model) if world.size > 1 else model
-    log = Log(out_dir, settings, step, settings.batch_size * block_size, flops, peak_flops(device, dtype), world)
+    peak = peak_flops(device, dtype)
+    log = Log(out_dir, settings, step, task.tokens_per_update, task.flops_per_update() / world.size, peak, world)
     interrupt, stopping = Interrupt(world), 0
 
     def save(name, val_loss):
@@ -259,14 +203,14 @@ def train(settings, given, world):
             info = {"settings": asdict(settings), "dataset": settings.dataset, "step": step, "val_loss": val_loss}
             state = {"step": step, "best_val_loss": best_val_loss, "optimizer": optimizer.state_dict(),
                      "scaler": scaler.state_dict()}
-            checkpoint.save(out_dir, name, model, tokenizer, info, state if name == "last" else None)
+            checkpoint.save(out_dir, name, model, task.tokenizer, info, state if name == "last" else None)
 
     model.train()
     while step < settings.max_iters:
         lr = learning_rate(step + 1, settings)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        batches = micro_batches(tokens, settings, block_size, step, world)
+        batches = task.micro_batches(step, world)
         loss, norm = update(parallel, optimizer, scaler, batches, settings, dtype, device)
         step += 1
 
@@ -277,7 +221,7 @@ def train(settings, given, world):
         row = log.row(step, loss=world.mean(loss), lr=lr, grad_norm=norm.item())
         stopping = world.max(interrupt.signal)
         if evaluating:
-            row["val_loss"], _ = split_loss(model, val_tokens, block_size, world, dtype, settings.eval_tokens)
+            row["val_loss"] = task.val_loss(world, dtype)
         check_finite(row, out_dir, scaler.is_enabled())
         if logging:
             log.write(row)
@@ -291,7 +235,7 @@ def train(settings, given, world):
         log.restart(step)
     log.close()
     interrupt.restore()
-    return model, tokenizer, step, stopping
+    return task, step, stopping
 
 
 def check_finite(row, out_dir, scaled):
@@ -313,26 +257,24 @@ def main(settings, given):
                         f" ({world.size} workers x {settings.gradient_accumulation_steps} accumulation steps)")
     name = world.from_main(lambda: ensure(settings.dataset))
     began = time.perf_counter()
-    model, tokenizer, step, stopped = train(dataclasses.replace(settings, dataset=name), given, world)
+    task, step, stopped = train(dataclasses.replace(settings, dataset=name), given, world)
     if world.is_main:
-        say_where(settings, model, tokenizer, step, stopped, time.perf_counter() - began)
+        say_where(task, step, stopped, time.perf_counter() - began)
     world.close()
     if stopped:
         raise SystemExit(128 + stopped)
 
 
-def say_where(settings, model, tokenizer, step, stopped, seconds):
+def say_where(task, step, stopped, seconds):
     """The end of a run: a sample, where everything lies, what to run next."""
-    out_dir = settings.out_dir
+    out_dir = task.settings.out_dir
     if stopped:
         print(f"\nstopped at step {step} and saved; go on with: python train.py --resume --out_dir={out_dir}")
         return
-    if settings.sample_tokens:
-        model.eval()
-        wanted = sample.Settings(max_new_tokens=settings.sample_tokens, seed=settings.seed)
-        print(f"\n{sample.continuations(model, tokenizer, '', wanted)[0]}\n")
+    if task.settings.sample_tokens:
+        print(f"\n{task.show()}\n")
     best = checkpoint.read_config(checkpoint.find(out_dir, "best"))
-    print(f"{step} updates in {seconds:.0f} s, at most {peak_memory(next(model.parameters()).device) / 2**20:,.0f} MiB;"
+    print(f"{step} updates in {seconds:.0f} s, at most {peak_memory(task.device) / 2**20:,.0f} MiB;"
           f" best validation loss {best['val_loss']:.4f} at step {best['step']}")
     print(f"in {out_dir}: checkpoints best and last, log.jsonl\n"
           f"sample it:   python sample.py --out_dir={out_dir}\n"

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import checkpoint
+import tasks
 import train
 from configurator import UserError
 
@@ -161,7 +162,7 @@ def test_a_signal_saves_and_the_run_can_be_resumed(tmp_path, tiny, long_run, num
 
 def test_best_and_last_are_kept_apart(tmp_path, tiny, monkeypatch):
     losses = iter([2.0, 1.0, 3.0, 4.0])
-    monkeypatch.setattr(train, "split_loss", lambda *args: (next(losses), 0))
+    monkeypatch.setattr(tasks, "split_loss", lambda *args: (next(losses), 0))
     run(tmp_path, tiny, eval_interval=10)
     best, last = (checkpoint.read_config(tmp_path / name) for name in ("best", "last"))
     assert (best["step"], best["val_loss"]) == (20, 1.0) and (last["step"], last["val_loss"]) == (40, 4.0)
