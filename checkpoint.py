@@ -29,9 +29,20 @@ import tokenizer as tokenizers
 from configurator import UserError
 from model import GPT, GPTConfig
 from tokenizer import write_json
-from vlm import LOCATIONS, SEGMENTS, GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig
+from vlm import (
+    LOCATIONS,
+    SEGMENTS,
+    Gemma,
+    GemmaConfig,
+    PaliGemma,
+    PaliGemmaConfig,
+    SigLIP,
+    SigLIPConfig,
+    ViTConfig,
+)
 
-MODELS = {"gpt": (GPT, GPTConfig), "paligemma": (PaliGemma, PaliGemmaConfig)}
+MODELS = {"gpt": (GPT, GPTConfig), "gemma": (Gemma, GemmaConfig), "siglip": (SigLIP, SigLIPConfig),
+          "paligemma": (PaliGemma, PaliGemmaConfig)}
 GPT2 = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 
 

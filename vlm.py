@@ -13,6 +13,7 @@ Axes: B batch, T query positions, S key positions, C channels (n_embd), N image 
 H and W height and width in pixels.
 """
 
+import math
 import re
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -68,15 +69,44 @@ class PaliGemmaConfig:
     dropout: float = 0.0  # of both
 
     def __post_init__(self):
-        for name, cls in (("vision", ViTConfig), ("text", GemmaConfig)):
-            part = getattr(self, name)
-            part = cls(**part) if isinstance(part, dict) else part  # a dict: as config.json holds it
-            object.__setattr__(self, name, replace(part, dropout=self.dropout))
+        set_parts(self, vision=ViTConfig, text=GemmaConfig)
 
     @property
     def block_size(self):
         """Most positions, those of the image included."""
         return self.text.block_size
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig(TransformerConfig):
+    bias: bool = True
+    vocab_size: int = 32000
+    block_size: int = 64  # most positions
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_ranges(self, vocab_size=1, block_size=1)
+
+
+@dataclass(frozen=True)
+class SigLIPConfig:
+    vision: ViTConfig = ViTConfig()
+    text: TextEncoderConfig = TextEncoderConfig()
+    loss: str = "sigmoid"  # or softmax: CLIP's
+    dropout: float = 0.0  # of both
+
+    def __post_init__(self):
+        set_parts(self, vision=ViTConfig, text=TextEncoderConfig)
+        if self.loss not in ("sigmoid", "softmax"):
+            raise UserError(f"loss = {self.loss!r}: must be sigmoid or softmax")
+
+
+def set_parts(config, **parts):
+    """Makes each part an instance of its class, from a dict as config.json holds it, with the whole's dropout."""
+    for name, cls in parts.items():
+        part = getattr(config, name)
+        part = cls(**part) if isinstance(part, dict) else part
+        object.__setattr__(config, name, replace(part, dropout=config.dropout))
 
 
 class ViT(nn.Module):
@@ -186,6 +216,53 @@ class PaliGemma(nn.Module):
         return self.decoder.make_caches(batch_size, size)
 
 
+class TextEncoder(nn.Module):
+    """A bidirectional encoder with learned positions, for texts padded on the right."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.transformer = Transformer(config)
+
+    def forward(self, tokens, lengths):
+        """tokens: (B, T), of which the first lengths: (B,) of each row are text -> the mean of their outputs (B, C)."""
+        pos = torch.arange(tokens.size(1), device=tokens.device)
+        text = pos < lengths[:, None]  # (B, T)
+        x = self.transformer(self.wte(tokens) + self.wpe(pos), mask=text[:, None, None])
+        return (x * text[..., None]).sum(1) / lengths[:, None]  # (B, T, C) -> (B, C)
+
+
+class SigLIP(nn.Module):
+    """A vision transformer and a text encoder whose vectors agree where image and text do (Zhai et al. 2023).
+
+    The image's vector is the mean of its patches'; the published models pool with a learned query instead.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.vision = ViT(config.vision)
+        self.text = TextEncoder(config.text)
+        self.head = nn.Linear(config.vision.n_embd, config.text.n_embd)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))  # of the temperature's inverse
+        self.bias = nn.Parameter(torch.tensor(-10.0))
+
+    def forward(self, images, tokens, lengths, across_ranks=True):
+        """The loss of these pairs: images (B, 3, H, W), tokens (B, T), lengths (B,).
+
+        across_ranks: each image is scored against the texts of all ranks.
+        """
+        images, texts = self.encode_images(images), self.text(tokens, lengths)
+        if self.config.loss == "softmax":
+            return softmax_loss(images, texts, self.log_scale, across_ranks) + 0 * self.bias  # it needs no bias
+        return sigmoid_loss(images, texts, self.log_scale, self.bias, across_ranks=across_ranks)
+
+    def encode_images(self, images):
+        return self.head(self.vision(images).mean(1))  # (B, 3, H, W) -> (B, C)
+
+
 def score(logits, targets):
     """The logits themselves, or given targets (B, T) their mean cross-entropy in nats; -100 is not scored."""
     if targets is None:
@@ -193,11 +270,10 @@ def score(logits, targets):
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
 
-def init_paligemma(model, generator=None):
-    """Each part as `init_weights` has it, with its own depth."""
-    init_weights(model.vision, model.config.vision.n_layer, generator)
-    init_weights(model.projector, 1, generator)
-    init_weights(model.decoder, model.config.text.n_layer, generator)
+def init_parts(model, generator=None):
+    """Each part of a PaliGemma or a SigLIP as `init_weights` has it, with its own depth."""
+    for part in model.children():
+        init_weights(part, part.config.n_layer if hasattr(part, "config") else 1, generator)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -362,21 +438,21 @@ class Gather(torch.autograd.Function):
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def gather(x):
+def gather(x, across_ranks):
     """(everyone's rows, which of them is the first of x); ranks must have equally many."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not across_ranks or not dist.is_initialized() or dist.get_world_size() == 1:
         return x, 0
     return Gather.apply(x), dist.get_rank() * len(x)
 
 
-def sigmoid_loss(images, texts, log_scale, bias, block=1024):
+def sigmoid_loss(images, texts, log_scale, bias, block=1024, across_ranks=True):
     """SigLIP's loss (Zhai et al. 2023, algorithm 1): each pair of an image and a text is right or wrong by itself.
 
     images, texts: (B, C), row i of one belongs to row i of the other; any length. log_scale, bias: scalar parameters,
     in the paper log(10) and -10 at the start. Of the score matrix a rank holds its B images against `block` texts at a
     time, in the backward pass too. Under DDP the mean over ranks, and of the gradients, is that of one process.
     """
-    images, (texts, first) = F.normalize(images, dim=-1), gather(F.normalize(texts, dim=-1))
+    images, (texts, first) = F.normalize(images, dim=-1), gather(F.normalize(texts, dim=-1), across_ranks)
     loss = 0.0
     for start in range(0, len(texts), block):
         loss = loss + checkpoint(pair_loss, images, texts[start:start + block], first - start, log_scale, bias,
@@ -392,13 +468,13 @@ def pair_loss(images, texts, first, log_scale, bias):
     return -F.logsigmoid(torch.where(right, scores, -scores)).sum()
 
 
-def softmax_loss(images, texts, log_scale):
+def softmax_loss(images, texts, log_scale, across_ranks=True):
     """CLIP's loss (Radford et al. 2021, figure 3): each image picks its text among all, each text its image.
 
     Arguments as in `sigmoid_loss`; log_scale starts at log(1 / 0.07).
     """
     images, texts = F.normalize(images, dim=-1), F.normalize(texts, dim=-1)
-    (all_images, first), (all_texts, _) = gather(images), gather(texts)
+    (all_images, first), (all_texts, _) = gather(images, across_ranks), gather(texts, across_ranks)
     right = first + torch.arange(len(images), device=images.device)
     image_loss = F.cross_entropy(images @ all_texts.T * log_scale.exp(), right)
     text_loss = F.cross_entropy(texts @ all_images.T * log_scale.exp(), right)

@@ -253,9 +253,9 @@ def test_a_paligemma_trains_from_its_initialisation():
     config = PaliGemmaConfig(ViTConfig(n_layer=1, n_head=2, n_embd=16, image_size=8, patch_size=4),
                              GemmaConfig(n_layer=1, n_head=2, n_kv_head=1, n_embd=16, vocab_size=30, block_size=32))
     model = PaliGemma(config)
-    vlm.init_paligemma(model, seeded())
+    vlm.init_parts(model, seeded())
     again = PaliGemma(config)
-    vlm.init_paligemma(again, seeded())
+    vlm.init_parts(again, seeded())
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
     tokens = torch.randint(30, (4, 6), generator=seeded())
     targets = tokens.roll(-1, 1)
