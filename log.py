@@ -44,7 +44,7 @@ class Log:
         """A row with the mean time of the updates since `restart`. values: plain numbers, so the device is done."""
         seconds = (time.perf_counter() - self.clock) / (step - self.timed_from)
         row = {"step": step, **values, "ms": 1000 * seconds, "tokens_per_s": self.tokens / seconds}
-        return row | ({"mfu": self.flops / seconds / self.peak} if self.peak else {})
+        return row | ({"mfu": self.flops / seconds / self.peak} if self.peak and self.flops else {})
 
     def write(self, row):
         if self.file is None:

@@ -309,7 +309,7 @@ class GPT(nn.Module):
 
 
 def count_parameters(model):
-    """All parameters; GPT's positions are counted too."""
+    """All parameters, those of positions included."""
     return sum(p.numel() for p in model.parameters())
 
 
@@ -319,7 +319,7 @@ def flops_per_token(model, block_size):
     Source: Chowdhery et al. 2022 (PaLM), appendix B. Positions are looked up, not multiplied: not counted.
     """
     config = model.config
-    n = count_parameters(model) - model.wpe.weight.numel()
+    n = count_parameters(model) - (model.wpe.weight.numel() if hasattr(model, "wpe") else 0)
     width = config.n_head * (config.head_dim or config.n_embd // config.n_head)
     return 6 * n + 12 * config.n_layer * width * block_size
 

@@ -40,16 +40,18 @@ class Task:
         self.check()
 
     def micro_batches(self, step, world):
-        """This rank's share of the batch of update step + 1: the arguments of the model for each micro-batch.
+        """This rank's share of the batch of update step + 1: the model's arguments and the weight of each micro-batch.
 
-        Which sequences make up the batch, and what dropout does to each micro-batch, follows from (seed, step) alone.
+        The weights make the mean over ranks of the weighted losses the mean over the batch. Which sequences make up
+        the batch, and what dropout does to each micro-batch, follows from (seed, step) alone.
         """
         s, n = self.settings, self.settings.gradient_accumulation_steps
-        pieces = np.split(self.rows(step), world.size * n)
+        pieces = np.split(self.batch_rows(step), world.size * n)
+        scored = [self.count_scored(rows) for rows in pieces]
         for piece in range(world.rank * n, (world.rank + 1) * n):
             if s.dropout:
                 torch.manual_seed(int(np.random.SeedSequence((s.seed, step, piece)).generate_state(1, np.uint64)[0]))
-            yield self.gather(pieces[piece])
+            yield self.gather(pieces[piece]), scored[piece] * world.size / sum(scored)
 
 
 class Text(Task):
@@ -81,9 +83,12 @@ class Text(Task):
         self.tokens = {split: self.dataset.tokens(split, self.block_size) for split in ("train", "val")}
         self.tokens_per_update = self.settings.batch_size * self.block_size
 
-    def rows(self, step):
+    def batch_rows(self, step):
         return random_offsets(len(self.tokens["train"]), self.block_size, self.settings.batch_size, self.settings.seed,
                               step)
+
+    def count_scored(self, rows):
+        return len(rows) * self.block_size
 
     def gather(self, rows):
         return gather(self.tokens["train"], rows, self.block_size, self.device)

@@ -17,9 +17,27 @@ from configurator import UserError, check_ranges, differences, from_command_line
 
 
 @dataclass(frozen=True)
+class Vision:
+    n_layer: int = 4  # blocks
+    n_head: int = 4  # attention heads
+    n_embd: int = 128  # width
+    patch_size: int = 8  # pixels of both sides of a patch
+
+
+@dataclass(frozen=True)
+class Rates:
+    vision: float = 1.0  # the vision tower
+    projector: float = 1.0  # from its vectors to the decoder's
+    decoder: float = 1.0  # the language model
+
+    def __post_init__(self):
+        check_ranges(self, vision=0.0, projector=0.0, decoder=0.0)
+
+
+@dataclass(frozen=True)
 class Settings:
     # where
-    task: Literal["text"] = "text"  # what is trained, see tasks.py
+    task: Literal["text", "contrastive", "image-text"] = "text"  # what is trained, see tasks.py
     out_dir: str = "out"  # everything the run leaves
     dataset: str = "shakespeare_char"  # a name under data/, or a folder made by prepare.py
     init_from: str = "scratch"  # or a run's folder, gpt2, gpt2-medium, -large, -xl, a hub id, a published folder
@@ -31,6 +49,10 @@ class Settings:
     block_size: int = 64  # tokens of context
     dropout: float = 0.0  # share of activations dropped in training; pays when the data is seen many times
     bias: bool = False  # in linear layers and LayerNorms
+    n_kv_head: int = 0  # key-value heads of an image-text decoder; 0: n_head
+    vision: Vision = Vision()  # the vision tower of the tasks with images
+    init_vision: str = ""  # a contrastive run's folder, whose vision tower the image-text model starts with
+    pair_loss: Literal["sigmoid", "softmax"] = "sigmoid"  # of the contrastive task: SigLIP's or CLIP's
     # the optimizer: AdamW, with warm-up and cosine decay
     batch_size: int = 16  # sequences per update, over all workers and micro-batches
     gradient_accumulation_steps: int = 1  # micro-batches per worker and update: less memory, the same numbers
@@ -43,6 +65,7 @@ class Settings:
     beta1: float = 0.9  # AdamW's memory of the gradient
     beta2: float = 0.99  # and of its square
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
+    rates: Rates = Rates()  # multiples of the learning rate for the parts of an image-text model; 0 freezes the part
     # what it reports and saves
     eval_interval: int = 100  # updates between evaluations, each followed by a save
     eval_tokens: int = 2_000_000  # most tokens per evaluation; a shorter split is scored whole; 0: always whole
@@ -121,10 +144,18 @@ def learning_rate(update, settings):
 
 
 def make_optimizer(model, settings):
-    """AdamW (Loshchilov and Hutter 2019); only what has two or more dimensions is decayed."""
-    decayed = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    """AdamW (Loshchilov and Hutter 2019); only what has two or more dimensions is decayed.
+
+    Each part of the model has its own multiple of the learning rate, its group's "scale"; 0 freezes the part.
+    """
+    groups = {}
+    for name, p in model.named_parameters():
+        scale = getattr(settings.rates, name.split(".")[0], 1.0)
+        p.requires_grad_(p.requires_grad and scale > 0)
+        if p.requires_grad:
+            groups.setdefault((scale, p.dim() >= 2), []).append(p)
+    groups = [{"params": params, "scale": scale, "weight_decay": settings.weight_decay if decayed else 0.0}
+              for (scale, decayed), params in sorted(groups.items(), key=lambda item: item[0], reverse=True)]
     fused = next(model.parameters()).device.type in ("cpu", "cuda", "mps")
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=fused)
 
@@ -150,14 +181,17 @@ class Interrupt:
 
 
 def update(parallel, optimizer, scaler, batches, settings, dtype, device):
-    """One step of the optimizer over all micro-batches: (this rank's mean loss, the gradient's norm), as tensors."""
+    """One step of the optimizer over all micro-batches: (this rank's mean loss, the gradient's norm), as tensors.
+
+    batches: (arguments of the model, weight of their loss) of each micro-batch.
+    """
     loss = torch.zeros((), device=device)
-    for i, batch in enumerate(batches, start=1):
+    for i, (batch, weight) in enumerate(batches, start=1):
         last = i == settings.gradient_accumulation_steps  # the ranks exchange gradients once, in the last backward
         wait = parallel.no_sync() if isinstance(parallel, DistributedDataParallel) and not last else nullcontext()
         with wait:  # around the forward pass too: DDP decides there
             with autocast(device, dtype):
-                micro_loss = parallel(**batch) / settings.gradient_accumulation_steps
+                micro_loss = parallel(**batch) * weight
             scaler.scale(micro_loss).backward()
         loss += micro_loss.detach()
     scaler.unscale_(optimizer)
@@ -209,7 +243,7 @@ def train(settings, given, world):
     while step < settings.max_iters:
         lr = learning_rate(step + 1, settings)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["scale"]
         batches = task.micro_batches(step, world)
         loss, norm = update(parallel, optimizer, scaler, batches, settings, dtype, device)
         step += 1

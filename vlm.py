@@ -217,7 +217,7 @@ class PaliGemma(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """A bidirectional encoder with learned positions, for texts padded on the right."""
+    """A bidirectional encoder with learned positions, for texts padded on the left."""
 
     def __init__(self, config):
         super().__init__()
@@ -226,12 +226,12 @@ class TextEncoder(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.transformer = Transformer(config)
 
-    def forward(self, tokens, lengths):
-        """tokens: (B, T), of which the first lengths: (B,) of each row are text -> the mean of their outputs (B, C)."""
-        pos = torch.arange(tokens.size(1), device=tokens.device)
-        text = pos < lengths[:, None]  # (B, T)
-        x = self.transformer(self.wte(tokens) + self.wpe(pos), mask=text[:, None, None])
-        return (x * text[..., None]).sum(1) / lengths[:, None]  # (B, T, C) -> (B, C)
+    def forward(self, tokens, padding):
+        """tokens: (B, T), the first padding: (B,) of which are no text -> the mean of the other outputs (B, C)."""
+        pos = torch.arange(tokens.size(1), device=tokens.device) - padding[:, None]
+        text = pos >= 0  # (B, T)
+        x = self.transformer(self.wte(tokens) + self.wpe(pos.clamp(min=0)), mask=text[:, None, None])
+        return (x * text[..., None]).sum(1) / text.sum(1, keepdim=True)  # (B, T, C) -> (B, C)
 
 
 class SigLIP(nn.Module):
@@ -249,12 +249,12 @@ class SigLIP(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))  # of the temperature's inverse
         self.bias = nn.Parameter(torch.tensor(-10.0))
 
-    def forward(self, images, tokens, lengths, across_ranks=True):
-        """The loss of these pairs: images (B, 3, H, W), tokens (B, T), lengths (B,).
+    def forward(self, images, tokens, padding, across_ranks=True):
+        """The loss of these pairs: images (B, 3, H, W), tokens (B, T), padding (B,).
 
         across_ranks: each image is scored against the texts of all ranks.
         """
-        images, texts = self.encode_images(images), self.text(tokens, lengths)
+        images, texts = self.encode_images(images), self.text(tokens, padding)
         if self.config.loss == "softmax":
             return softmax_loss(images, texts, self.log_scale, across_ranks) + 0 * self.bias  # it needs no bias
         return sigmoid_loss(images, texts, self.log_scale, self.bias, across_ranks=across_ranks)
