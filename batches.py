@@ -1,16 +1,22 @@
-"""Batches as a pure function of (seed, step), and fixed windows for evaluation.
+"""Batches as a pure function of (seed, step), and fixed ones for evaluation: windows of a text, or images with text.
 
 Nothing here has a state: to resume a run only its step number is needed, evaluation can't disturb the order of
 training, and one worker or four see the same sequences.
+
+Axes: B batch, T tokens of a row, S height and width of an image in pixels.
 """
 
+import functools
 import json
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from configurator import UserError
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Text
 
 class Dataset:
     """A prepared folder: memory-mapped token ids of its splits, and its meta.
@@ -19,9 +25,7 @@ class Dataset:
     """
 
     def __init__(self, folder):
-        self.folder = folder
-        with open(folder / "meta.json", encoding="utf-8") as file:
-            self.meta = json.load(file)
+        self.folder, self.meta = folder, read_meta(folder, "text")
         self.vocab_size = self.meta["vocab_size"]
         dtype = np.dtype(self.meta["dtype"])
         self.splits = {}
@@ -41,6 +45,24 @@ class Dataset:
         return tokens
 
 
+def read_meta(folder, kind):
+    """What meta.json says. Raises UserError if the data set is of another kind: text, or image-text."""
+    with open(folder / "meta.json", encoding="utf-8") as file:
+        meta = json.load(file)
+    found = meta.get("kind", "text")
+    if found != kind:
+        raise UserError(f"{folder} is a data set of kind {found}, and this model needs one of kind {kind}: name another"
+                        " --dataset")
+    return meta
+
+
+def to_device(array, device):
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":  # pinned memory lets the copy run beside the computation
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def random_offsets(n_tokens, block_size, count, *key):
     """Where `count` random windows of block_size + 1 tokens start: a pure function of the key (two integers)."""
     generator = np.random.Generator(np.random.Philox(key=np.array(key, dtype=np.uint64)))
@@ -50,11 +72,7 @@ def random_offsets(n_tokens, block_size, count, *key):
 def gather(tokens, offsets, block_size, device):
     """{tokens, targets}: (len(offsets), block_size) int64 tensors; targets are the tokens one place on."""
     windows = tokens[np.asarray(offsets)[:, None] + np.arange(block_size + 1)].astype(np.int64)
-    windows = torch.from_numpy(windows)
-    if device.type == "cuda":  # pinned memory lets the copy run beside the computation
-        windows = windows.pin_memory().to(device, non_blocking=True)
-    else:
-        windows = windows.to(device)
+    windows = to_device(windows, device)
     return {"tokens": windows[:, :-1], "targets": windows[:, 1:]}
 
 
@@ -72,3 +90,140 @@ def fixed_windows(n_tokens, block_size, batch_size, limit=0):
     whole = offsets[:-1] if tail and offsets[-1] + block_size > n_tokens - 1 else offsets
     batches = [(whole[i:i + batch_size], block_size) for i in range(0, len(whole), batch_size)]
     return batches + ([(offsets[-1:], tail)] if len(whole) < len(offsets) else [])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Images with text
+
+class ImageTextDataset:
+    """A prepared folder of images with text: memory-mapped images, the rows of the splits, and its meta.
+
+    images: uint8 (n, S, S, 3). rows: {"train": [...], "val": [...]} of dicts with image (its index), prompt, answer,
+    kind, and the original width and height in pixels. Raises UserError if the files don't fit meta.json.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.meta = folder, read_meta(folder, "image-text")
+        self.vocab_size, self.image_size = self.meta["vocab_size"], self.meta["image_size"]
+        path, shape = folder / "images.bin", (self.meta["images"], self.image_size, self.image_size, 3)
+        if not path.exists() or path.stat().st_size != np.prod(shape):
+            raise UserError(f"{path} does not hold the {shape[0]:,} images that meta.json promises: prepare it again")
+        self.images = np.memmap(path, dtype=np.uint8, mode="r", shape=shape)
+        self.rows = {split: self.read_rows(split) for split in ("train", "val")}
+
+    def read_rows(self, split):
+        path, count = self.folder / f"{split}.jsonl", self.meta[f"{split}_rows"]
+        if path.exists():
+            with open(path, encoding="utf-8") as file:
+                rows = [json.loads(line) for line in file]
+            if len(rows) == count and all(row["image"] < self.meta["images"] for row in rows):
+                return rows
+        raise UserError(f"{path} does not hold the {count:,} rows that meta.json promises: prepare it again")
+
+
+class Rows(NamedTuple):
+    """Questions and answers as token ids, each row padded on the right to the longest."""
+    images: np.ndarray  # (n,) index of the row's image
+    ids: np.ndarray  # (n, T + 1): prompt, answer, eos, padding
+    prefix: np.ndarray  # (n,) tokens of the prompt
+    lengths: np.ndarray  # (n,) tokens of prompt, answer and eos
+
+
+class Captions(NamedTuple):
+    """Texts alone as token ids, each padded on the left to the longest, so that eos is the last of every row."""
+    images: np.ndarray  # (n,) index of the row's image
+    ids: np.ndarray  # (n, T): padding, caption, eos
+    padding: np.ndarray  # (n,) tokens of padding
+
+
+def encode_rows(rows, tokenizer):
+    """The `Rows` of a split, or of some of its rows."""
+    from vlm import encode_prompt  # here, for text needs no vlm.py
+    prompts = {prompt: encode_prompt(tokenizer, prompt) for prompt in {row["prompt"] for row in rows}}
+    answers = {answer: with_eos(tokenizer, answer) for answer in {row["answer"] for row in rows}}
+    prefix = np.array([len(prompts[row["prompt"]]) for row in rows])
+    lengths = prefix + np.array([len(answers[row["answer"]]) for row in rows])
+    ids = np.zeros((len(rows), lengths.max()), dtype=np.int64)
+    for i, row in enumerate(rows):
+        ids[i, :prefix[i]] = prompts[row["prompt"]]
+        ids[i, prefix[i]:lengths[i]] = answers[row["answer"]]
+    return Rows(np.array([row["image"] for row in rows]), ids, prefix, lengths)
+
+
+def encode_captions(rows, tokenizer):
+    """The `Captions` of the rows of kind "caption": the first of each image, so that all images are distinct.
+
+    Raises UserError if there is none.
+    """
+    chosen = {row["image"]: row["answer"] for row in reversed(rows) if row["kind"] == "caption"}
+    if not chosen:
+        raise UserError("the data set has no rows of kind \"caption\", which contrastive training reads: prepare some")
+    images = np.array(sorted(chosen))
+    texts = [with_eos(tokenizer, chosen[image]) for image in images]
+    ids = np.zeros((len(texts), max(map(len, texts))), dtype=np.int64)
+    for row, text in zip(ids, texts):
+        row[len(row) - len(text):] = text
+    return Captions(images, ids, np.array([ids.shape[1] - len(text) for text in texts]))
+
+
+def with_eos(tokenizer, text):
+    if tokenizer.eos is None:
+        raise UserError(f"a tokenizer of kind {tokenizer.kind} has no token that ends an answer, which images need")
+    return np.append(tokenizer.encode(text), tokenizer.eos)
+
+
+def shuffled_rows(n_rows, count, seed, step):
+    """Which `count` rows make up the batch of a step: a pure function of (seed, step).
+
+    An epoch is n_rows // count steps, without replacement; the next one has an order of its own. Raises UserError if
+    there are fewer than `count` rows.
+    """
+    if not 0 < count <= n_rows:
+        raise UserError(f"batch_size = {count}: must be from 1 to {n_rows}, the number of training rows")
+    epoch, place = divmod(step, n_rows // count)
+    return epoch_order(n_rows, seed, epoch)[place * count:(place + 1) * count]
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(n_rows, seed, epoch):
+    order = np.random.Generator(np.random.Philox(key=np.array((seed, epoch), dtype=np.uint64))).permutation(n_rows)
+    order.flags.writeable = False  # the cache's own
+    return order
+
+
+def fixed_rows(n_rows, batch_size, limit=0):
+    """Batches of indices that go over all rows once, in order; limit > 0: over an evenly spread subset of so many."""
+    rows = np.arange(n_rows)
+    if limit and n_rows > limit:
+        rows = rows[np.arange(limit) * n_rows // limit]
+    return [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
+
+
+def gather_images(images, indices, device):
+    """Of uint8 (n, S, S, 3) those at the indices, as float32 (B, 3, S, S) in [-1, 1]."""
+    pixels = to_device(images[indices], device)
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, S, S, 3) -> (B, 3, S, S)
+
+
+def gather_rows(images, rows, indices, device):
+    """{images, tokens, targets, prefix} of the rows at the indices, for PaliGemma.
+
+    images: those of the data set. tokens, targets: (B, T) int64; a target is the next token where that belongs to the
+    answer or is its eos, and -100 elsewhere. prefix: (B,).
+    """
+    ids, places = rows.ids[indices], np.arange(1, rows.ids.shape[1])  # places of the targets in a row
+    answer = (places >= rows.prefix[indices, None]) & (places < rows.lengths[indices, None])  # (B, T)
+    return {"images": gather_images(images, rows.images[indices], device),
+            "tokens": to_device(ids[:, :-1], device),
+            "targets": to_device(np.where(answer, ids[:, 1:], -100), device),
+            "prefix": to_device(rows.prefix[indices], device)}
+
+
+def gather_captions(images, captions, indices, device):
+    """{images, tokens, padding} of the captions at the indices, for contrastive training.
+
+    tokens: (B, T), with padding (B,) tokens at the left that stand for nothing.
+    """
+    return {"images": gather_images(images, captions.images[indices], device),
+            "tokens": to_device(captions.ids[indices], device),
+            "padding": to_device(captions.padding[indices], device)}

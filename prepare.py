@@ -4,6 +4,7 @@
     python prepare.py my.txt --tokenizer=bpe:4096       char (default), byte, gpt2, or a BPE trained on the text
     python prepare.py shakespeare_char                  a known data set (train.py does this by itself)
     python train.py config/shakespeare_char.py --dataset=my
+    python prepare.py my_folder/ --image_size=64        images with a captions.jsonl; prepare_images.py says more
 
 The first 90 % of the characters are for training, the rest for validation. Text is UTF-8. Everything is read and
 written piecewise, so the text may be larger than memory.
@@ -14,6 +15,7 @@ import hashlib
 import os
 import queue
 import re
+import runpy
 import sys
 import threading
 import urllib.error
@@ -21,14 +23,18 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from configurator import UserError, from_command_line, one_line_errors
+from configurator import UserError, check_ranges, from_command_line, one_line_errors
 
 
 @dataclass(frozen=True)
 class Settings:
     tokenizer: str = "char"  # char, byte, gpt2, or bpe:SIZE
     name: str = ""  # the data set's name, or a folder's path; default: from the source
-    val_fraction: float = 0.1  # share of the characters, at the end, kept for validation
+    val_fraction: float = 0.1  # share of the characters or images, at the end, kept for validation
+    image_size: int = 64  # pixels of both sides that images are resized to
+
+    def __post_init__(self):
+        check_ranges(self, image_size=1)
 
 
 if __name__ == "__main__":  # --help and typos answer before the slow imports
@@ -60,6 +66,8 @@ TINY_SHAKESPEARE = dict(url="https://raw.githubusercontent.com/karpathy/char-rnn
 KNOWN = {"shakespeare_char": Known(**TINY_SHAKESPEARE, tokenizer="char"),
          "shakespeare_gpt2": Known(**TINY_SHAKESPEARE, tokenizer="gpt2")}
 BUILT_IN = "python_reference"  # the language reference that every CPython carries for its help()
+GENERATED = ("shapes", "digits")  # images with questions, by data/<name>/generate.py
+NAMES = (*KNOWN, BUILT_IN, *GENERATED)
 
 
 class Offline(UserError):
@@ -136,8 +144,7 @@ def prepare(paths, folder, tokenizer_name, val_fraction=0.1, source=""):
     meta.json is written last: a folder without it is not a data set. Raises UserError for an empty text, one
     that is too short to split, or one that is not UTF-8.
     """
-    if not 0 < val_fraction < 1:
-        raise UserError(f"val_fraction = {val_fraction}: must lie between 0 and 1")
+    check_fraction(val_fraction)
     digest, n_characters, n_bytes = hashlib.sha256(), 0, 0
     for text in read(paths):
         encoded = text.encode("utf-8")
@@ -159,11 +166,34 @@ def prepare(paths, folder, tokenizer_name, val_fraction=0.1, source=""):
         meta[f"{split}_characters"] = stop - start
         meta[f"{split}_tokens"] = write_tokens(folder / f"{split}.bin.new", read(paths, start, stop), tokenizer, dtype)
     tokenizer.save(folder / "tokenizer.json.new")
+    publish(folder, ("train.bin", "val.bin", "tokenizer.json"), meta)
+    return meta
+
+
+def prepare_pairs(path, folder, tokenizer_name="char", val_fraction=0.1, image_size=64, source=""):
+    """Writes the data set of the folder `path`, images with a captions.jsonl, into `folder`, and returns its meta.
+
+    Raises UserError for a row or an image that can't be used; a data set that was in `folder` stays as it is.
+    """
+    import prepare_images  # here, for text needs neither torch nor Pillow
+    check_fraction(val_fraction)
+    meta = {"kind": "image-text", "source": str(source or path),
+            **prepare_images.write_pairs(path, folder, tokenizer_name, image_size, val_fraction)}
+    publish(folder, prepare_images.FILES, meta)
+    return meta
+
+
+def check_fraction(val_fraction):
+    if not 0 < val_fraction < 1:
+        raise UserError(f"val_fraction = {val_fraction}: must lie between 0 and 1")
+
+
+def publish(folder, names, meta):
+    """Renames each NAME.new of the folder to NAME; meta.json comes last, and is missing meanwhile."""
     write_json(folder / "meta.json.new", meta)
     (folder / "meta.json").unlink(missing_ok=True)
-    for name in ("train.bin", "val.bin", "tokenizer.json", "meta.json"):
+    for name in (*names, "meta.json"):
         os.replace(folder / f"{name}.new", folder / name)
-    return meta
 
 
 def write_tokens(path, texts, tokenizer, dtype):
@@ -247,8 +277,20 @@ def write_built_in():
     return path
 
 
+def generate_known(name):
+    """The folder of a generated data set's images and captions.jsonl, made anew by data/<name>/generate.py."""
+    folder = DATA / name / "source"
+    print(f"generating {folder}", flush=True)
+    script = Path(__file__).resolve().parent / "data" / name / "generate.py"
+    runpy.run_path(str(script))["generate"](folder)
+    return folder
+
+
 def prepare_known(name):
     """Prepares a known data set; without a network, the built-in text instead. Returns the name of what there is."""
+    if name in GENERATED:
+        report(prepare_pairs(generate_known(name), DATA / name, source=f"data/{name}/generate.py"), name)
+        return name
     if name == BUILT_IN:
         version = ".".join(map(str, sys.version_info[:3]))
         report(prepare([write_built_in()], DATA / name, "char", source=f"pydoc_data.topics of Python {version}"), name)
@@ -277,15 +319,20 @@ def ensure(dataset):
     """
     if (locate(dataset) / "meta.json").exists():
         return dataset
-    if dataset in KNOWN or dataset == BUILT_IN:
+    if dataset in NAMES:
         return prepare_known(dataset)
     ready = sorted(path.parent.name for path in DATA.glob("*/meta.json"))
     raise UserError(f"there is no data set at {locate(dataset)}: make one with python prepare.py FILE --name={dataset}"
-                    f" (ready: {', '.join(ready) or 'none'}; known: {', '.join((*KNOWN, BUILT_IN))})")
+                    f" (ready: {', '.join(ready) or 'none'}; known: {', '.join(NAMES)})")
 
 
 def report(meta, name):
     folder = locate(name)
+    if meta.get("kind") == "image-text":
+        print(f"{folder}: {meta['train_rows']:,} training rows on {meta['train_images']:,} images,"
+              f" {meta['val_rows']:,} validation rows on {meta['val_images']:,}; {meta['image_size']} x"
+              f" {meta['image_size']} pixels, {meta['vocab_size']:,} kinds of tokens", flush=True)
+        return
     print(f"{folder}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens"
           f" of {meta['vocab_size']:,} kinds ({meta['tokenizer']})", flush=True)
 
@@ -296,27 +343,40 @@ def main(settings, sources):
                         " put several texts into a folder")
     source, path = sources[0], Path(sources[0])
     name = settings.name or re.sub(r"\W+", "_", Path(source.rstrip("/")).stem)
-    if not path.exists() and (source in KNOWN or source == BUILT_IN) and not settings.name:
+    if not path.exists() and source in NAMES and not settings.name:
         known = KNOWN[source].tokenizer if source in KNOWN else "char"
         if settings.tokenizer not in (known, Settings.tokenizer):
             raise UserError(f"{source} is a data set with the {known} tokenizer: add --name=NEW for another one")
+        if source in GENERATED and settings.image_size != Settings.image_size:
+            raise UserError(f"{source} is a data set with image_size = {Settings.image_size}: add --name=NEW for"
+                            " another one")
         name = prepare_known(source)
+    elif (path / "captions.jsonl").exists() or source in GENERATED and not path.exists():
+        pairs = path if path.exists() else generate_known(source)
+        report(prepare_pairs(pairs, locate(name), settings.tokenizer, settings.val_fraction, settings.image_size,
+                             source if path.exists() else f"data/{source}/generate.py"), name)
     else:
-        if "://" in source:
-            download(source, locate(name) / "input.txt")
-            paths = [locate(name) / "input.txt"]
-        elif path.is_dir():
-            paths = sorted(path.rglob("*.txt"))
-        elif path.is_file():
-            paths = [path]
-        elif source in KNOWN:
-            paths = [fetch_known(source)]
-        else:
-            raise UserError(f"{source} is no file, no folder, no URL, and none of {', '.join((*KNOWN, BUILT_IN))}")
-        if not paths:
-            raise UserError(f"the folder {source} holds no .txt files")
+        paths = find_texts(source, name)
         report(prepare(paths, locate(name), settings.tokenizer, settings.val_fraction, source), name)
-    print(f"train on it: python train.py config/shakespeare_char.py --dataset={name}")
+    recipe = "vlm_shapes" if (locate(name) / "images.bin").exists() else "shakespeare_char"
+    print(f"train on it: python train.py config/{recipe}.py --dataset={name}")
+
+
+def find_texts(source, name):
+    """The text files that a source stands for; a URL is fetched for the data set `name`."""
+    path = Path(source)
+    if "://" in source:
+        download(source, locate(name) / "input.txt")
+        return [locate(name) / "input.txt"]
+    if path.is_dir():
+        if not (paths := sorted(path.rglob("*.txt"))):
+            raise UserError(f"the folder {source} holds no .txt files, and no captions.jsonl")
+        return paths
+    if path.is_file():
+        return [path]
+    if source in KNOWN:
+        return [fetch_known(source)]
+    raise UserError(f"{source} is no file, no folder, no URL, and none of {', '.join(NAMES)}")
 
 
 if __name__ == "__main__":

@@ -98,16 +98,21 @@ class BPETokenizer:
         self.eos = next((token for token in ends if token is not None), None)
 
     @classmethod
-    def train(cls, texts, vocab_size):
-        """texts: an iterable of strings. Raises UserError if the text has too little for that many tokens."""
+    def train(cls, texts, vocab_size, special=("<|endoftext|>",)):
+        """texts: an iterable of strings. special: tokens apart, the first ids. Without room for more: a token per byte.
+
+        Raises UserError if the text has too little for that many tokens.
+        """
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-        if vocab_size < 257:
-            raise UserError(f"tokenizer = bpe:{vocab_size}: 256 bytes and an end of text need at least bpe:257")
+        if vocab_size < 256 + len(special):
+            count = "an end of text" if len(special) == 1 else f"{len(special):,} special tokens"
+            raise UserError(f"tokenizer = bpe:{vocab_size}: 256 bytes and {count} need at least"
+                            f" bpe:{256 + len(special)}")
         bpe = Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = decoders.ByteLevel()
         bpe.train_from_iterator(texts, trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=["<|endoftext|>"], show_progress=False,
+            vocab_size=vocab_size, special_tokens=list(special), show_progress=False,
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
         if bpe.get_vocab_size() < vocab_size:
             raise UserError(f"tokenizer = bpe:{vocab_size}: the text yields only {bpe.get_vocab_size()} tokens;"

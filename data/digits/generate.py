@@ -1,0 +1,108 @@
+"""Numbers to read, composed of scanned handwritten digits: PNG images and a captions.jsonl, as prepare.py reads them.
+
+    python prepare.py digits                                        into data/digits, ready for training
+    python data/digits/generate.py --images=100 --out=my_folder     the images and captions.jsonl alone
+
+The 1,797 scans (8 x 8 pixels) come with scikit-learn. Every seventh of each digit is set aside for validation: no
+training image contains it. A row also tells which scans its number is made of.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from configurator import UserError, check_ranges, from_command_line, one_line_errors
+
+
+@dataclass(frozen=True)
+class Settings:
+    images: int = 8000  # how many
+    seed: int = 0  # of everything drawn
+    out: str = ""  # the folder to write; default: data/digits/source
+
+    def __post_init__(self):
+        check_ranges(self, images=10, seed=0)
+
+
+if __name__ == "__main__":  # --help and typos answer before the slow imports
+    SETTINGS, _ = from_command_line(Settings, __doc__)
+
+import json
+
+import numpy as np
+from PIL import Image
+
+SIZE = 64  # pixels of both sides
+
+
+def load_scans():
+    """(scans, labels): float (1797, 8, 8) with ink from 0 to 1, and the digits (1797,)."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise UserError("the scanned digits come with scikit-learn: pip install scikit-learn") from None
+    digits = load_digits()
+    return digits.images / 16, digits.target
+
+
+def split_scans(labels):
+    """{"train": indices, "val": indices}: every seventh scan of each digit is for validation."""
+    val = np.sort(np.concatenate([np.flatnonzero(labels == digit)[6::7] for digit in range(10)]))
+    return {"train": np.setdiff1d(np.arange(len(labels)), val), "val": val}
+
+
+def compose(scans, rng):
+    """An image of the scans (n, 8, 8) in a row, n from 1 to 4; their place, size, slant and shade vary."""
+    size = rng.uniform(14, min(30, SIZE / len(scans)))  # pixels of a scan's sides, before each one's own variation
+    left = rng.uniform(0, SIZE - size * len(scans))
+    top = rng.uniform(2, SIZE - size - 2)
+    ink = np.zeros((SIZE, SIZE))
+    for i, scan in enumerate(scans):
+        centre = left + (i + 0.5) * size + rng.uniform(-0.5, 0.5), top + size / 2 + rng.uniform(-2, 2)
+        ink = np.maximum(ink, placed(scan, centre, size * rng.uniform(0.9, 1.1), rng.uniform(-0.15, 0.15)))
+    paper, pen = rng.integers(215, 256, size=3), rng.integers(0, 90, size=3)
+    image = paper + ink[..., None] * (pen - paper) + rng.normal(scale=4, size=(SIZE, SIZE, 1))
+    return Image.fromarray(image.round().clip(0, 255).astype(np.uint8))
+
+
+def placed(scan, centre, size, angle):
+    """The scan enlarged to `size` pixels and turned by `angle` radians, its middle at `centre`: (SIZE, SIZE)."""
+    (x, y), scale = centre, 8 / size
+    cos, sin = scale * np.cos(angle), scale * np.sin(angle)
+    matrix = (cos, sin, 5 - cos * x - sin * y, -sin, cos, 5 + sin * x - cos * y)  # from the image to the scan
+    picture = Image.fromarray(np.pad(scan, 1).astype(np.float32))  # a rim, for ink reaches the scan's edge
+    ink = picture.transform((SIZE, SIZE), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
+    return np.asarray(ink).clip(0, 1)
+
+
+def make(index, seed, scans, splits):
+    """(image, the indices of its scans, split) of one number: a pure function of index and seed."""
+    rng = np.random.Generator(np.random.Philox(key=np.array((seed, index), dtype=np.uint64)))
+    split = "val" if index % 10 == 9 else "train"
+    chosen = rng.choice(splits[split], size=rng.integers(1, 5))
+    return compose(scans[chosen], rng), chosen, split
+
+
+def generate(folder, images=Settings.images, seed=Settings.seed):
+    """Writes images/00000.png and so on into `folder`, and captions.jsonl, last."""
+    scans, labels = load_scans()
+    splits, lines = split_scans(labels), []
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for index in range(images):
+        image, chosen, split = make(index, seed, scans, splits)
+        name = f"images/{index:05}.png"
+        image.save(folder / name, compress_level=1)
+        kind = f"{len(chosen)} digit{'s' if len(chosen) > 1 else ''}"
+        lines.append(json.dumps({"image": name, "prompt": "read", "answer": "".join(map(str, labels[chosen])),
+                                 "kind": kind, "split": split, "scans": chosen.tolist()}))
+    (folder / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        OUT = Path(SETTINGS.out or Path(__file__).resolve().parent / "source")
+        generate(OUT, SETTINGS.images, SETTINGS.seed)
+        print(f"{OUT}: {SETTINGS.images:,} images; next: python prepare.py {OUT} --name=NAME")

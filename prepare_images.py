@@ -1,0 +1,184 @@
+"""Images with questions and answers into a data set: images.bin, train.jsonl, val.jsonl, tokenizer.json, meta.json.
+
+    python prepare.py my_folder/                        a folder of images and a captions.jsonl
+    python prepare.py my_folder/ --image_size=224 --tokenizer=bpe:2000
+
+captions.jsonl has a row for each question; the image's path is relative to the folder:
+
+    {"image": "cats/1.jpg", "prompt": "caption", "answer": "a cat asleep on a keyboard"}
+    {"image": "cats/1.jpg", "prompt": "detect cat", "answer": "<loc0256><loc0128><loc0768><loc0512> cat"}
+
+A row may also name its kind (evaluation reports each kind by itself; default: the prompt's first word) and its split,
+"train" or "val". Where no row names a split, the last 10 % of the images are for validation.
+"""
+
+import hashlib
+import json
+import os
+
+import numpy as np
+
+from configurator import UserError
+from tokenizer import BPETokenizer
+from vlm import LOCATIONS, SEGMENTS, read_image
+
+try:
+    from PIL import Image
+except ImportError:
+    raise UserError("images need Pillow: pip install pillow") from None
+
+CONTROLS = ("<pad>", "<eos>", "<bos>", "<image>")  # in PaliGemma's order
+FILES = ("images.bin", "train.jsonl", "val.jsonl", "tokenizer.json")
+
+
+def write_pairs(source, folder, tokenizer_name, image_size, val_fraction):
+    """Writes each of FILES as NAME.new into `folder`, and returns what meta.json says of them.
+
+    source: a folder with captions.jsonl and the images it names. tokenizer_name: char or byte, a token per byte;
+    or bpe:SIZE, learned from the training rows. Raises UserError that names the line for a row that can't be used.
+    """
+    path = source / "captions.jsonl"
+    rows = list(read_rows(path))
+    first_lines = {}  # of each image, by path
+    for row in rows:
+        first_lines.setdefault(row["image"], row["line"])
+    splits = split_images(rows, list(first_lines), val_fraction, path)
+    tokenizer = make_tokenizer(tokenizer_name, [row for row in rows if splits[row["image"]] == "train"])
+    folder.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    sizes = write_images(path, first_lines, image_size, folder / "images.bin.new", digest)
+    tokenizer.save(folder / "tokenizer.json.new")
+    meta = {"images": len(first_lines), "image_size": image_size, "tokenizer": tokenizer.kind,
+            "vocab_size": tokenizer.vocab_size}
+    indices = {image: index for index, image in enumerate(first_lines)}
+    for split in ("train", "val"):
+        chosen = [{"image": indices[row["image"]], "prompt": row["prompt"], "answer": row["answer"],
+                   "kind": row["kind"], **sizes[row["image"]]} for row in rows if splits[row["image"]] == split]
+        meta[f"{split}_images"] = len({row["image"] for row in chosen})
+        meta[f"{split}_rows"] = len(chosen)
+        write_rows(folder / f"{split}.jsonl.new", chosen, digest)
+    return {**meta, "sha256": digest.hexdigest()}  # of images.bin, train.jsonl and val.jsonl, one after the other
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows
+
+def read_rows(path):
+    """Yields the rows of a captions.jsonl: image (a normal path), prompt, answer, kind, split ("" if none), line."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    yield {**check_row(line, path.parent), "line": number}
+                except UserError as error:
+                    raise UserError(f"{path}, line {number}: {error}") from None
+
+
+def check_row(line, folder):
+    """A row from its line of JSON. Raises UserError that says what is wrong with it."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:  # of JSON, or of UTF-8
+        raise UserError(f"is not JSON: {error}; write one object per line") from None
+    if not isinstance(row, dict):
+        raise UserError(f"is {shown(row)}: must be an object with image, prompt and answer")
+    row = {"split": "", **{name: value for name, value in row.items() if value is not None}}
+    for name in ("image", "prompt", "answer"):
+        if name not in row:
+            raise UserError(f"has no {name}: every row needs image, prompt and answer")
+    row.setdefault("kind", (str(row["prompt"]).split() or ["none"])[0])
+    for name in ("image", "prompt", "answer", "kind", "split"):
+        check_text(name, row[name])
+    if not row["answer"].strip():
+        raise UserError(f"answer = {row['answer']!r}: is empty, so there is nothing to learn; remove the row")
+    if row["split"] not in ("train", "val", ""):
+        raise UserError(f"split = {row['split']!r}: must be \"train\" or \"val\", or be left out of all rows")
+    image = os.path.normpath(row["image"])
+    if os.path.isabs(image) or image.split(os.sep)[0] == "..":
+        raise UserError(f"image = {row['image']!r}: leaves the folder {folder}; put the image there and name it by its"
+                        " relative path")
+    if not os.path.isfile(folder / image):
+        raise UserError(f"image = {row['image']!r}: there is no such file in {folder}; add it or remove the row")
+    return {"image": image, **{name: row[name] for name in ("prompt", "answer", "kind", "split")}}
+
+
+def check_text(name, value):
+    if not isinstance(value, str):
+        raise UserError(f"{name} = {shown(value)}: must be text, in double quotes")
+    for control in CONTROLS:
+        if control in value:
+            raise UserError(f"{name} = {value!r}: leave out {control}, it is put where it belongs by itself")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{name} = {value!r}: half of a surrogate pair is no character; remove it") from None
+
+
+def shown(value):
+    """A value as JSON has it, cut to a readable length."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def split_images(rows, images, val_fraction, path):
+    """{image: "train" or "val"}, as the rows say; if none does, the last val_fraction of the images are "val"."""
+    if not any(row["split"] for row in rows):
+        n_train = int(len(images) * (1 - val_fraction))
+        splits = {image: "train" if i < n_train else "val" for i, image in enumerate(images)}
+    else:
+        splits = {}
+        for row in rows:
+            if not row["split"]:
+                raise UserError(f"{path}, line {row['line']}: has no split, which other rows have: name it in all rows"
+                                " or in none")
+            if splits.setdefault(row["image"], row["split"]) != row["split"]:
+                raise UserError(f"{path}, line {row['line']}: split = {row['split']!r}, but an earlier row has"
+                                f" {row['image']} in the other split: keep an image's rows together")
+    for split in ("train", "val"):
+        if split not in splits.values():
+            raise UserError(f"{path} has {len(images)} images, and none for {split}: add images, or name the split of"
+                            " every row")
+    return splits
+
+
+def make_tokenizer(name, rows):
+    """A BPE with PaliGemma's special tokens: a token per byte, or with merges learned from the rows (bpe:SIZE)."""
+    special = (*CONTROLS, *LOCATIONS, *SEGMENTS)
+    kind, _, size = name.partition(":")
+    if name in ("char", "byte"):
+        return BPETokenizer.train([], 256 + len(special), special)
+    if kind == "bpe" and size.isdigit():
+        return BPETokenizer.train((f"{row['prompt']}\n{row['answer']}" for row in rows), int(size), special)
+    raise UserError(f"tokenizer = {name}: must be char or byte (both a token per byte), or bpe:SIZE, for images")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+def write_images(path, first_lines, size, target, digest):
+    """Writes the images as uint8 (n, size, size, 3), one by one; returns {image: its original {width, height}}.
+
+    They are made square by bicubic resizing, without regard to their proportions, as vlm.pixels does it.
+    """
+    sizes = {}
+    with open(target, "wb") as file:
+        for image, line in first_lines.items():
+            try:
+                picture = read_image(path.parent / image)
+            except UserError as error:
+                raise UserError(f"{path}, line {line}: {error}; replace the file or remove its rows") from None
+            sizes[image] = {"width": picture.width, "height": picture.height}
+            content = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC)).tobytes()
+            digest.update(content)
+            file.write(content)
+            if len(sizes) % 10_000 == 0:
+                print(f"  {len(sizes):,} images so far", flush=True)
+    return sizes
+
+
+def write_rows(path, rows, digest):
+    with open(path, "wb") as file:
+        for row in rows:
+            line = json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n"
+            digest.update(line)
+            file.write(line)
