@@ -35,15 +35,31 @@ if __name__ == "__main__":  # --help and typos answer before torch is imported
 
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 import checkpoint
 import distributed
 import tokenizer as tokenizers
-from batches import Dataset, fixed_windows, gather, random_offsets
+from batches import (
+    Dataset,
+    ImageTextDataset,
+    encode_captions,
+    encode_rows,
+    fixed_rows,
+    fixed_windows,
+    gather,
+    gather_captions,
+    gather_images,
+    gather_rows,
+    random_offsets,
+)
 from device import autocast, pick_dtype
+from model import GPT
 from prepare import ensure, locate
 from tokenizer import write_json
+from vlm import Gemma, PaliGemma, SigLIP, encode_prompt, generate, parse_boxes
 
 EVAL_TOKENS = 16384  # tokens per batch of an evaluation: memory, not a result, depends on it
 
@@ -78,29 +94,136 @@ def random_window_loss(model, tokens, block_size, world, dtype, n_batches, batch
     return world.sum(total)[0] / n_batches
 
 
-def main(settings):
-    world = distributed.start(settings.device)
-    folder = checkpoint.find_any(settings.out_dir, settings.checkpoint)
-    model, tokenizer, config = checkpoint.load(folder, world.device)
-    dtype, why = pick_dtype(settings.dtype, world.device, model.config.n_embd)
-    name = world.from_main(lambda: ensure(settings.dataset or config["dataset"]))
-    dataset = Dataset(locate(name))
-    if not tokenizers.same_vocabulary(tokenizer, tokenizers.load(dataset.folder / "tokenizer.json")):
-        raise UserError(f"data set {name} was made with another tokenizer than {folder}: prepare it with that one")
+def evaluate_text(model, tokenizer, dataset, settings, world, dtype):
+    """What is known of a language model on a split of a text."""
     tokens = dataset.tokens(settings.split, model.config.block_size)
     loss, count = split_loss(model, tokens, model.config.block_size, world, dtype)
     random_windows = random_window_loss(model, tokens, model.config.block_size, world, dtype, settings.random_windows,
                                         settings.batch_size, settings.seed) if settings.random_windows else None
     characters = dataset.meta[f"{settings.split}_characters"]
-    result = {
-        "step": config["step"], "checkpoint": folder.name, "dataset": name, "split": settings.split,
-        "tokens": count, "loss": loss, "perplexity": math.exp(loss),
-        "bits_per_char": loss / math.log(2) * len(tokens) / characters,
-        "random_window_loss": random_windows, "dtype": str(dtype).removeprefix("torch.")}
+    return {"tokens": count, "loss": loss, "perplexity": math.exp(loss),
+            "bits_per_char": loss / math.log(2) * len(tokens) / characters, "random_window_loss": random_windows}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Images
+
+@torch.no_grad()
+def answer_loss(model, dataset, data, batch_size, world, dtype, limit=0):
+    """The mean loss in nats of the tokens of all answers in `data`, a split's encoded rows, shared among the ranks."""
+    was_training, total, count = model.training, 0.0, 0
+    model.eval()
+    for rows in fixed_rows(len(data.images), batch_size, limit)[world.rank::world.size]:
+        batch = gather_rows(dataset.images, data, rows, world.device)
+        scored = int((batch["targets"] >= 0).sum())
+        with autocast(world.device, dtype):
+            total += model(**batch).item() * scored
+        count += scored
+    model.train(was_training)
+    total, count = world.sum(total, count)
+    return total / count
+
+
+def answers(model, tokenizer, dataset, rows, device, blank=False, batch_size=64):
+    """The model's greedy answers to rows of the data set, as texts. blank: grey instead of every image."""
+    longest = max(len(tokenizer.encode(row["answer"])) for row in rows) + 1
+    found = []
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start:start + batch_size]
+        images = gather_images(dataset.images, [row["image"] for row in batch], device)
+        prompts = [encode_prompt(tokenizer, row["prompt"]) for row in batch]
+        steps = generate(model, images * (not blank), prompts, longest, temperature=0, eos=tokenizer.eos)
+        for ids in torch.stack(list(steps), dim=1).tolist():
+            end = ids.index(tokenizer.eos) if tokenizer.eos in ids else len(ids)
+            found.append(tokenizer.decode(ids[:end]).strip())
+    return found
+
+
+def box_iou(answer, truth):
+    """The mean over the boxes of both of each one's best overlap with the other's of its label, from 0 to 1."""
+    found, right = parse_boxes(answer, 1, 1), parse_boxes(truth, 1, 1)
+    best = [max((overlap(box, other) for other in others if other.label == box.label), default=0.0)
+            for boxes, others in ((found, right), (right, found)) for box in boxes]
+    return sum(best) / len(best) if best else float(answer == truth)
+
+
+def overlap(a, b):
+    """Intersection over union of two boxes."""
+    width, height = min(a.right, b.right) - max(a.left, b.left), min(a.bottom, b.bottom) - max(a.top, b.top)
+    shared = max(0.0, width) * max(0.0, height)
+    areas = sum((box.right - box.left) * (box.bottom - box.top) for box in (a, b))
+    return shared / (areas - shared) if areas > shared else 0.0
+
+
+def evaluate_answers(model, tokenizer, dataset, settings, world, dtype):
+    """Exact matches for each kind of question, with the image and without it; overlap of boxes."""
+    rows = dataset.rows[settings.split]
+    with autocast(world.device, dtype):
+        seen, blind = (answers(model, tokenizer, dataset, rows, world.device, blank) for blank in (False, True))
+    result = {"rows": len(rows), "loss": answer_loss(model, dataset, encode_rows(rows, tokenizer), 64, world, dtype)}
+    for kind in (*sorted({row["kind"] for row in rows}), ""):
+        chosen = [i for i, row in enumerate(rows) if kind in ("", row["kind"])]
+        label = f" {kind}" if kind else ""
+        result[f"exact{label}"] = sum(seen[i] == rows[i]["answer"] for i in chosen) / len(chosen)
+        result[f"exact{label} (image blanked)"] = sum(blind[i] == rows[i]["answer"] for i in chosen) / len(chosen)
+        with_boxes = [i for i in chosen if parse_boxes(rows[i]["answer"], 1, 1)] if kind else []
+        if with_boxes:
+            result[f"box IoU{label}"] = sum(box_iou(seen[i], rows[i]["answer"]) for i in with_boxes) / len(with_boxes)
+    return result
+
+
+@torch.no_grad()
+def pair_accuracy(model, dataset, data, batch_size, device, dtype):
+    """How well a SigLIP tells the pairs of a split apart: every rank scores all of them.
+
+    loss: in batches of batch_size. retrieval: the share of images (texts) whose best of all texts (images) is their
+    own, or says the same. zero-shot: among the captions that several images share, taken as the names of classes.
+    """
+    was_training, losses, images, texts = model.training, [], [], []
+    model.eval()
+    for rows in fixed_rows(len(data.images), batch_size):
+        batch = gather_captions(dataset.images, data, rows, device)
+        with autocast(device, dtype):
+            losses.append(model(**batch, across_ranks=False).item() * len(rows))
+            images.append(F.normalize(model.encode_images(batch["images"]).float(), dim=-1))
+            texts.append(F.normalize(model.text(batch["tokens"], batch["padding"]).float(), dim=-1))
+    model.train(was_training)
+    scores = (torch.cat(images) @ torch.cat(texts).T).cpu()  # (images, texts)
+    _, same, counts = np.unique(data.ids, axis=0, return_inverse=True, return_counts=True)
+    same, shared = torch.from_numpy(same.reshape(-1)), torch.from_numpy(counts > 1)[same.reshape(-1)]
+    result = {"loss": sum(losses) / len(data.images),
+              "retrieval image to text": (same[scores.argmax(1)] == same).float().mean().item(),
+              "retrieval text to image": (same[scores.argmax(0)] == same).float().mean().item()}
+    if shared.any():
+        picked = same[scores[shared].masked_fill(~shared, -2).argmax(1)]
+        result |= {"zero-shot": (picked == same[shared]).float().mean().item(),
+                   "zero-shot classes": int((counts > 1).sum())}
+    return result
+
+
+def main(settings):
+    world = distributed.start(settings.device)
+    folder = checkpoint.find_any(settings.out_dir, settings.checkpoint)
+    model, tokenizer, config = checkpoint.load(folder, world.device)
+    text = model.config if isinstance(model, GPT | Gemma) else model.config.text
+    dtype, why = pick_dtype(settings.dtype, world.device, text.n_embd)
+    name = world.from_main(lambda: ensure(settings.dataset or config["dataset"]))
+    dataset = (Dataset if text is model.config else ImageTextDataset)(locate(name))
+    if not tokenizers.same_vocabulary(tokenizer, tokenizers.load(dataset.folder / "tokenizer.json")):
+        raise UserError(f"data set {name} was made with another tokenizer than {folder}: prepare it with that one")
+    if isinstance(model, PaliGemma):
+        found = evaluate_answers(model, tokenizer, dataset, settings, world, dtype)
+    elif isinstance(model, SigLIP):
+        captions = encode_captions(dataset.rows[settings.split], tokenizer)
+        found = pair_accuracy(model, dataset, captions, settings.batch_size, world.device, dtype)
+    else:
+        found = evaluate_text(model, tokenizer, dataset, settings, world, dtype)
+    result = {"step": config["step"], "checkpoint": folder.name, "dataset": name, "split": settings.split, **found,
+              "dtype": str(dtype).removeprefix("torch.")}
     if world.is_main:
         print(f"{folder}, {settings.split} split of {name}, {result['dtype']} ({why})")
         for key, value in result.items():
-            print(f"  {key:20} {value:,.6f}" if isinstance(value, float) else f"  {key:20} {value}")
+            print(f"  {key:36} {value:,.6f}" if isinstance(value, float) else f"  {key:36} {value}")
         path = Path(settings.out_dir) / "evaluation.json"
         write_json(path, result)
         print(f"written to {path}")

@@ -4,6 +4,7 @@ The loop knows of a task: model, tokenizer, micro_batches(step, world), val_loss
 tokens_per_update, flops_per_update(), describe() and show().
 """
 
+import dataclasses
 import math
 
 import numpy as np
@@ -12,11 +13,22 @@ import torch
 import checkpoint
 import sample
 import tokenizer as tokenizers
-from batches import Dataset, gather, random_offsets
+from batches import (
+    Dataset,
+    ImageTextDataset,
+    encode_captions,
+    encode_rows,
+    gather,
+    gather_captions,
+    gather_rows,
+    random_offsets,
+    shuffled_rows,
+)
 from configurator import UserError
-from evaluate import split_loss
+from evaluate import answer_loss, answers, pair_accuracy, split_loss
 from model import GPT, GPTConfig, count_parameters, flops_per_token, init_weights
 from prepare import locate
+from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, SigLIP, SigLIPConfig, TextEncoderConfig, ViTConfig, init_parts
 
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias")  # settings that a checkpoint's model decides
 
@@ -112,4 +124,135 @@ class Text(Task):
         return sample.continuations(self.model.eval(), self.tokenizer, "", wanted)[0]
 
 
-TASKS = {"text": Text}
+class Images(Task):
+    """What the tasks with images share: a data set of images with text, and a vision tower."""
+
+    def load_data(self, folder):
+        self.dataset = ImageTextDataset(folder)
+        self.tokenizer = tokenizers.load(folder / "tokenizer.json")
+
+    def vision_config(self):
+        return ViTConfig(**dataclasses.asdict(self.settings.vision), image_size=self.dataset.image_size)
+
+    def check(self):
+        vision = self.model.config.vision
+        if vision.image_size != self.dataset.image_size:
+            raise UserError(f"the images of {self.settings.dataset} have {self.dataset.image_size} pixels, and the"
+                            f" model sees {vision.image_size}: prepare them with --image_size={vision.image_size}")
+        self.data = {split: self.encode(self.dataset.rows[split]) for split in ("train", "val")}
+        self.n_patches, self.n_tokens = vision.n_patches, self.data["train"].ids.shape[1]
+        self.tokens_per_update = self.settings.batch_size * (self.n_patches + self.n_tokens)
+        self.width = min(vision.n_embd, self.model.config.text.n_embd)
+
+    def batch_rows(self, step):
+        return shuffled_rows(len(self.data["train"].images), self.settings.batch_size, self.settings.seed, step)
+
+    def describe(self):
+        n, s = len(self.data["train"].images), self.settings
+        return (f"model: {count_parameters(self.model) / 1e6:.2f}M parameters, {self.n_patches} image tokens; data:"
+                f" {n:,} rows of {s.dataset}; {s.max_iters} updates = {s.batch_size * s.max_iters / n:.1f} epochs")
+
+
+class Contrastive(Images):
+    """Images and captions, each told from all others: a SigLIP."""
+
+    def encode(self, rows):
+        return encode_captions(rows, self.tokenizer)
+
+    def new_model(self, given, generator):
+        s = self.settings
+        if s.init_from != "scratch" or s.gradient_accumulation_steps != 1:
+            raise UserError("the contrastive task starts from scratch, and a batch can't be divided, for each pair is"
+                            " scored against all others: leave out --init_from and --gradient_accumulation_steps")
+        text = TextEncoderConfig(n_layer=s.n_layer, n_head=s.n_head, n_embd=s.n_embd, block_size=s.block_size,
+                                 vocab_size=self.tokenizer.vocab_size)
+        model = SigLIP(SigLIPConfig(self.vision_config(), text, s.pair_loss, s.dropout))
+        init_parts(model, generator)
+        return model
+
+    def check(self):
+        super().check()
+        longest = max(data.ids.shape[1] for data in self.data.values())
+        if longest > self.model.config.text.block_size:
+            raise UserError(f"block_size = {self.model.config.text.block_size}: the longest caption of"
+                            f" {self.settings.dataset} has {longest} tokens")
+
+    def count_scored(self, rows):
+        return len(rows)
+
+    def gather(self, rows):
+        return gather_captions(self.dataset.images, self.data["train"], rows, self.device)
+
+    def val_loss(self, world, dtype):
+        return pair_accuracy(self.model, self.dataset, self.data["val"], self.settings.batch_size, self.device,
+                             dtype)["loss"]
+
+    def flops_per_update(self):
+        text = self.model.text
+        per_caption = self.n_tokens * (flops_per_token(text, self.n_tokens) - 6 * text.wte.weight.numel())
+        per_image = self.n_patches * flops_per_token(self.model.vision, self.n_patches)
+        return self.settings.batch_size * (per_image + per_caption)
+
+    def show(self):
+        found = pair_accuracy(self.model.eval(), self.dataset, self.data["val"], self.settings.batch_size, self.device,
+                              torch.float32)
+        return "\n".join(f"{name:28} {value:.4f}" for name, value in found.items())
+
+
+class ImageText(Images):
+    """Answers to prompts about images: a PaliGemma, new or published."""
+
+    def encode(self, rows):
+        return encode_rows(rows, self.tokenizer)
+
+    def new_model(self, given, generator):
+        s = self.settings
+        if s.init_from != "scratch":
+            model, self.tokenizer = checkpoint.load_initial(s.init_from, self.device, 0, s.dropout)
+            if not isinstance(model, PaliGemma):
+                raise UserError(f"init_from = {s.init_from}: is no PaliGemma, which the image-text task trains")
+            return model
+        text = GemmaConfig(n_layer=s.n_layer, n_head=s.n_head, n_embd=s.n_embd, n_kv_head=s.n_kv_head,
+                           block_size=s.block_size, vocab_size=self.tokenizer.vocab_size)
+        model = PaliGemma(PaliGemmaConfig(self.vision_config(), text, s.dropout))
+        init_parts(model, generator)
+        if s.init_vision:
+            siglip, _, _ = checkpoint.load(checkpoint.find_any(s.init_vision))
+            theirs, ours = getattr(siglip.config, "vision", None), model.config.vision
+            if theirs is None or dataclasses.replace(theirs, dropout=s.dropout) != ours:
+                raise UserError(f"init_vision = {s.init_vision}: its vision tower is {theirs}, this run's is {ours}")
+            model.vision.load_state_dict(siglip.vision.state_dict())
+        return model
+
+    def check(self):
+        super().check()
+        if self.n_patches + self.n_tokens > self.model.config.block_size:
+            raise UserError(f"block_size = {self.model.config.block_size}: {self.n_patches} image tokens and rows of up"
+                            f" to {self.n_tokens} tokens need at least {self.n_patches + self.n_tokens}")
+
+    def count_scored(self, rows):
+        data = self.data["train"]
+        return int((data.lengths[rows] - data.prefix[rows]).sum())
+
+    def gather(self, rows):
+        return gather_rows(self.dataset.images, self.data["train"], rows, self.device)
+
+    def val_loss(self, world, dtype):
+        return answer_loss(self.model, self.dataset, self.data["val"], self.settings.batch_size, world, dtype,
+                           self.settings.eval_tokens // self.n_tokens)
+
+    def flops_per_update(self):
+        """Of full training: what freezing saves is not deducted."""
+        vision, decoder, n = self.model.vision, self.model.decoder, self.n_patches + self.n_tokens
+        per_row = n * flops_per_token(decoder, n) - 6 * self.n_patches * decoder.wte.weight.numel()
+        return self.settings.batch_size * (self.n_patches * flops_per_token(vision, self.n_patches) + per_row)
+
+    def show(self):
+        rows = self.dataset.rows["val"]
+        rows = [rows[i] for i in range(0, len(rows), max(1, len(rows) // 10))][:10]
+        found = answers(self.model.eval(), self.tokenizer, self.dataset, rows, self.device)
+        return "\n".join(f"{row['prompt']} {answer}" + f"  (right: {row['answer']})" * (answer != row["answer"])
+                         for row, answer in zip(rows, found))
+
+
+TASKS = {"text": Text, "contrastive": Contrastive, "image-text": ImageText}

@@ -1,0 +1,26 @@
+"""A small PaliGemma answers questions about rendered shapes: colours, counts, places, comparisons, boxes.
+
+    python train.py config/vlm_shapes.py
+
+The data are generated; the validation images show combinations of colour and shape that training never shows.
+"""
+
+task = "image-text"
+dataset = "shapes"
+out_dir = "out/vlm_shapes"
+
+vision = dict(n_layer=4, n_head=4, n_embd=128, patch_size=8)
+n_layer = 4  # of the decoder, as the next three
+n_head = 4
+n_kv_head = 1
+n_embd = 128
+block_size = 256  # image tokens and text
+
+batch_size = 64
+max_iters = 2500
+learning_rate = 2e-3
+min_lr = 2e-5
+warmup_iters = 100
+beta2 = 0.98
+weight_decay = 0.05
+eval_interval = 250
