@@ -157,14 +157,15 @@ def test_bad_rows_are_named(folder, tmp_path, row, message):
 
 
 def test_bad_folders_are_named(folder, tmp_path):
-    rows = [{**row, "split": "train"} for row in read_rows(folder)]
-    for bad, message in (([], "has 0 images, and none for train"), (read_rows(folder)[:2], "1 images, and none for tr"),
+    whole = read_rows(folder)
+    rows = [{**row, "split": "train"} for row in whole]
+    for bad, message in (([], "has 0 images, and none for train"), (whole[:2], "has 1 images, and none for train"),
                          (rows, "has 20 images, and none for val"),
                          ([*rows, {**rows[0], "split": "val"}], "line 41: split = 'val', but an earlier row has a/0")):
         write_rows(folder, bad)
         with pytest.raises(UserError, match=message):
             prepare.prepare_pairs(folder, tmp_path / "out")
-    write_rows(folder, rows)
+    write_rows(folder, whole)
     with pytest.raises(UserError, match="tokenizer = gpt2: must be char or byte .*, or bpe:SIZE, for images"):
         prepare.prepare_pairs(folder, tmp_path / "out", "gpt2", 0.5)
     with pytest.raises(UserError, match="bpe:300: 256 bytes and 1,156 special tokens need at least bpe:1412"):
