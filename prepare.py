@@ -67,7 +67,6 @@ KNOWN = {"shakespeare_char": Known(**TINY_SHAKESPEARE, tokenizer="char"),
          "shakespeare_gpt2": Known(**TINY_SHAKESPEARE, tokenizer="gpt2")}
 BUILT_IN = "python_reference"  # the language reference that every CPython carries for its help()
 GENERATED = ("shapes", "digits")  # images with questions, by data/<name>/generate.py
-NAMES = (*KNOWN, BUILT_IN, *GENERATED)
 
 
 class Offline(UserError):
@@ -307,6 +306,10 @@ def prepare_known(name):
     return name
 
 
+def known_names():
+    return *KNOWN, BUILT_IN, *GENERATED
+
+
 def locate(dataset):
     """The folder of a data set: a name stands for data/<name>, anything with a slash for itself."""
     return Path(dataset) if "/" in dataset or os.sep in dataset else DATA / dataset
@@ -319,11 +322,11 @@ def ensure(dataset):
     """
     if (locate(dataset) / "meta.json").exists():
         return dataset
-    if dataset in NAMES:
+    if dataset in known_names():
         return prepare_known(dataset)
     ready = sorted(path.parent.name for path in DATA.glob("*/meta.json"))
     raise UserError(f"there is no data set at {locate(dataset)}: make one with python prepare.py FILE --name={dataset}"
-                    f" (ready: {', '.join(ready) or 'none'}; known: {', '.join(NAMES)})")
+                    f" (ready: {', '.join(ready) or 'none'}; known: {', '.join(known_names())})")
 
 
 def report(meta, name):
@@ -343,7 +346,7 @@ def main(settings, sources):
                         " put several texts into a folder")
     source, path = sources[0], Path(sources[0])
     name = settings.name or re.sub(r"\W+", "_", Path(source.rstrip("/")).stem)
-    if not path.exists() and source in NAMES and not settings.name:
+    if not path.exists() and source in known_names() and not settings.name:
         known = KNOWN[source].tokenizer if source in KNOWN else "char"
         if settings.tokenizer not in (known, Settings.tokenizer):
             raise UserError(f"{source} is a data set with the {known} tokenizer: add --name=NEW for another one")
@@ -376,7 +379,7 @@ def find_texts(source, name):
         return [path]
     if source in KNOWN:
         return [fetch_known(source)]
-    raise UserError(f"{source} is no file, no folder, no URL, and none of {', '.join(NAMES)}")
+    raise UserError(f"{source} is no file, no folder, no URL, and none of {', '.join(known_names())}")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,11 @@ A row may also name its kind (evaluation reports each kind by itself; default: t
 "train" or "val". Where no row names a split, the last 10 % of the images are for validation.
 """
 
+import codecs
 import hashlib
 import json
 import os
+from pathlib import PurePath
 
 import numpy as np
 
@@ -67,7 +69,7 @@ def read_rows(path):
     """Yields the rows of a captions.jsonl: image (a normal path), prompt, answer, kind, split ("" if none), line."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            if line.strip():
+            if line.removeprefix(codecs.BOM_UTF8).strip():
                 try:
                     yield {**check_row(line, path.parent), "line": number}
                 except UserError as error:
@@ -94,7 +96,7 @@ def check_row(line, folder):
     if row["split"] not in ("train", "val", ""):
         raise UserError(f"split = {row['split']!r}: must be \"train\" or \"val\", or be left out of all rows")
     image = os.path.normpath(row["image"])
-    if os.path.isabs(image) or image.split(os.sep)[0] == "..":
+    if PurePath(image).anchor or PurePath(image).parts[:1] == ("..",):
         raise UserError(f"image = {row['image']!r}: leaves the folder {folder}; put the image there and name it by its"
                         " relative path")
     if not os.path.isfile(folder / image):

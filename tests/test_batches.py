@@ -4,9 +4,25 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from batches import Dataset, fixed_windows, gather, random_offsets
+import prepare
+import tokenizer as tokenizers
+from batches import (
+    Dataset,
+    ImageTextDataset,
+    encode_captions,
+    encode_rows,
+    fixed_rows,
+    fixed_windows,
+    gather,
+    gather_captions,
+    gather_rows,
+    random_offsets,
+    shuffled_rows,
+)
 from configurator import UserError
+from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig, pixels
 
 CPU = torch.device("cpu")
 
@@ -56,3 +72,99 @@ def test_a_data_set_that_does_not_fit_is_named(dataset, tmp_path):
     (tmp_path / "torn" / "val.bin").write_bytes(b"xx")
     with pytest.raises(UserError, match=f"val.bin does not hold the {meta['val_tokens']:,} tokens"):
         Dataset(tmp_path / "torn")
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """(data set, tokenizer, the images' files): ten images with up to three rows of different lengths."""
+    source, rows = tmp_path_factory.mktemp("pairs"), []
+    for i in range(10):
+        noise = np.random.default_rng(i).integers(0, 256, size=(9, 7, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(source / f"{i}.png")
+        asked = (("count it", "7"), ("caption", "one " * i + "cat"), ("caption", "again"))[:i + 1]
+        rows += [{"image": f"{i}.png", "prompt": prompt, "answer": answer} for prompt, answer in asked]
+    (source / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prepare.prepare_pairs(source, source / "out", val_fraction=0.2, image_size=8)
+    return ImageTextDataset(source / "out"), tokenizers.load(source / "out" / "tokenizer.json"), source
+
+
+def test_targets_score_the_answer_and_its_end_alone(pairs):
+    data, tokenizer, source = pairs
+    rows = encode_rows(data.rows["train"], tokenizer)
+    indices = np.array([20, 3, 0])
+    batch = gather_rows(data.images, rows, indices, CPU)
+    T = max(len(f"{row['prompt']}{row['answer']}") for row in data.rows["train"]) + 2  # <bos> and the newline
+    assert batch["tokens"].shape == batch["targets"].shape == (3, T) and batch["tokens"].dtype == torch.int64
+    for tokens, targets, prefix, image, i in zip(batch["tokens"], batch["targets"], batch["prefix"], batch["images"],
+                                                 indices):
+        row = data.rows["train"][i]
+        assert tokenizer.decode(tokens[:prefix]) == f"<bos>{row['prompt']}\n"
+        scored = (targets != -100).nonzero().flatten()
+        assert scored[0] == prefix - 1 and len(scored) == scored[-1] - scored[0] + 1
+        assert tokenizer.decode(targets[scored]) == f"{row['answer']}<eos>"
+        assert torch.equal(tokens[scored[1:]], targets[scored[:-1]]) and not tokens[scored[-1] + 2:].any()
+        with Image.open(source / f"{row['image']}.png") as picture:
+            assert torch.equal(image, pixels(picture, 8))
+
+
+def test_padding_changes_no_loss(pairs):
+    data, tokenizer, _ = pairs
+    torch.manual_seed(0)
+    shape = dict(n_layer=1, n_head=2, n_embd=16)
+    model = PaliGemma(PaliGemmaConfig(ViTConfig(**shape, image_size=8, patch_size=4),
+                                      GemmaConfig(**shape, vocab_size=tokenizer.vocab_size, block_size=64)))
+    long, short = (gather_rows(data.images, encode_rows(rows, tokenizer), np.array([0]), CPU)
+                   for rows in (data.rows["train"], data.rows["train"][:1]))
+    assert long["tokens"].size(1) > short["tokens"].size(1)
+    assert torch.isclose(model(**long), model(**short), rtol=1e-5)
+
+
+def test_captions_end_in_the_last_place_and_their_images_are_distinct(pairs):
+    data, tokenizer, _ = pairs
+    captions = encode_captions(data.rows["train"], tokenizer)
+    assert captions.images.tolist() == [1, 2, 3, 4, 5, 6, 7]  # image 0 has none
+    batch = gather_captions(data.images, captions, np.array([6, 0]), CPU)
+    assert set(batch) == {"images", "tokens", "padding"} and batch["images"].shape == (2, 3, 8, 8)
+    texts = [tokenizer.decode(tokens[padding:]) for tokens, padding in zip(batch["tokens"], batch["padding"])]
+    assert texts == ["one " * 7 + "cat<eos>", "one cat<eos>"] and batch["padding"].tolist() == [0, 24]
+    with pytest.raises(UserError, match="no rows of kind \"caption\""):
+        encode_captions(data.rows["train"][:1], tokenizer)
+    with pytest.raises(UserError, match="a tokenizer of kind byte has no token that ends an answer"):
+        encode_captions(data.rows["train"], tokenizers.ByteTokenizer())
+
+
+def test_an_epoch_has_each_row_once_in_an_order_of_its_own():
+    steps = [shuffled_rows(23, 4, 7, step) for step in range(15)]
+    for step, rows in enumerate(steps):
+        assert np.array_equal(rows, shuffled_rows(23, 4, 7, step)) and len(rows) == 4
+    epochs = [np.concatenate(steps[i:i + 5]) for i in (0, 5, 10)]
+    assert all(len(set(epoch)) == 20 and set(epoch) <= set(range(23)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert not np.array_equal(steps[0], shuffled_rows(23, 4, 8, 0))
+    assert sorted(shuffled_rows(23, 23, 0, 5)) == list(range(23))  # ranks split this one array between them
+    for count in (0, 24):
+        with pytest.raises(UserError, match=f"batch_size = {count}: must be from 1 to 23"):
+            shuffled_rows(23, count, 0, 0)
+
+
+def test_evaluation_goes_over_all_rows_once_in_order():
+    assert np.concatenate(fixed_rows(10, 4)).tolist() == list(range(10)) and len(fixed_rows(10, 4)) == 3
+    assert np.concatenate(fixed_rows(1000, 64, limit=100)).tolist() == list(range(0, 1000, 10))
+    assert np.concatenate(fixed_rows(10, 4, limit=20)).tolist() == list(range(10))
+
+
+def test_images_that_do_not_fit_are_named(pairs, dataset, tmp_path):
+    data, _, _ = pairs
+    for name, content, message in (("images.bin", b"xx", "images.bin does not hold the 10 images"),
+                                   ("val.jsonl", b"{}\n", "val.jsonl does not hold the 6 rows"),
+                                   ("train.jsonl", None, "train.jsonl does not hold the 21 rows")):
+        shutil.copytree(data.folder, tmp_path / name)
+        (tmp_path / name / name).unlink()
+        if content:
+            (tmp_path / name / name).write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            ImageTextDataset(tmp_path / name)
+    with pytest.raises(UserError, match="kind image-text, and this model needs one of kind text"):
+        Dataset(data.folder)
+    with pytest.raises(UserError, match="kind text, and this model needs one of kind image-text"):
+        ImageTextDataset(dataset)

@@ -1,0 +1,346 @@
+import functools
+import io
+import json
+import re
+import runpy
+import sys
+from copy import deepcopy
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import prepare
+import prepare_images
+import tokenizer as tokenizers
+from batches import ImageTextDataset, gather_images
+from configurator import UserError
+from vlm import parse_boxes, pixels
+
+DATA = Path(prepare.__file__).parent / "data"
+shapes = runpy.run_path(str(DATA / "shapes" / "generate.py"))
+digits = runpy.run_path(str(DATA / "digits" / "generate.py"))
+HELD_OUT = {f"{colour} {shape}" for colour, shape in shapes["HELD_OUT"]}
+
+
+def image_bytes(mode, size=(20, 10), **options):
+    noise = np.random.default_rng(0).integers(0, 256, size=(size[1], size[0], 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).convert(mode).save(file, "TIFF" if mode in ("CMYK", "I;16") else "PNG", **options)
+    return file.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twenty images of many modes, two rows each."""
+    rows = []
+    for i in range(20):
+        name = f"{'ab'[i % 2]}/{i}.png"
+        (tmp_path / "pictures" / name).parent.mkdir(parents=True, exist_ok=True)
+        mode = ("RGB", "RGBA", "L", "P", "CMYK", "1", "LA", "I;16")[i % 8]
+        (tmp_path / "pictures" / name).write_bytes(image_bytes(mode, (20 + i, 10)))
+        rows += [{"image": name, "prompt": "caption", "answer": f"picture {i} – ü"},
+                 {"image": f"./{name}", "prompt": "detect it", "answer": "<loc0012><loc0100><loc0200><loc0300> it",
+                  "kind": "boxes"}]
+    write_rows(tmp_path / "pictures", rows)
+    return tmp_path / "pictures"
+
+
+def write_rows(folder, rows):
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    (folder / "captions.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\n".join(lines) + b"\n\n")
+
+
+def read_rows(folder):
+    return [json.loads(line) for line in (folder / "captions.jsonl").read_bytes().decode("utf-8-sig").split("\n")
+            if line]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A folder of one's own
+
+def test_a_folder_becomes_a_data_set(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare, "DATA", tmp_path / "data")
+    prepare.main(prepare.Settings(image_size=8), [f"{folder}/"])
+    assert "36 training rows on 18 images" in capsys.readouterr().out
+    data = ImageTextDataset(tmp_path / "data" / "pictures")
+    assert data.meta["kind"] == "image-text" and data.meta["source"] == f"{folder}/"
+    assert [row["image"] for row in data.rows["train"]] == np.repeat(np.arange(18), 2).tolist()
+    assert [row["image"] for row in data.rows["val"]] == [18, 18, 19, 19]
+    assert data.rows["val"][1] == {"image": 18, "prompt": "detect it", "kind": "boxes", "width": 38, "height": 10,
+                                   "answer": "<loc0012><loc0100><loc0200><loc0300> it"}
+    assert data.rows["val"][0]["kind"] == "caption" and data.rows["val"][0]["answer"] == "picture 18 – ü"
+    for i, batch in enumerate(gather_images(data.images, np.arange(20), torch.device("cpu"))):
+        with Image.open(folder / f"{'ab'[i % 2]}/{i}.png") as image:
+            assert torch.equal(batch, pixels(image, 8)), i
+
+
+def test_preparing_again_gives_the_same_bytes(folder, tmp_path):
+    one, two = (prepare.prepare_pairs(folder, tmp_path / name) for name in ("one", "two"))
+    assert one == two
+    for name in (*prepare_images.FILES, "meta.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert prepare.prepare_pairs(folder, tmp_path / "one", image_size=32)["sha256"] != two["sha256"]
+
+
+def test_turned_photographs_have_their_upright_size(folder, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    (folder / "a" / "0.png").write_bytes(image_bytes("RGB", (20, 10), exif=exif))
+    prepare.prepare_pairs(folder, tmp_path / "out")
+    row = ImageTextDataset(tmp_path / "out").rows["train"][0]
+    assert (row["width"], row["height"]) == (10, 20)
+
+
+def test_splits_are_those_that_the_rows_name(folder, tmp_path):
+    rows = read_rows(folder)
+    write_rows(folder, [{**row, "split": "val" if "/3." in row["image"] else "train"} for row in rows])
+    prepare.prepare_pairs(folder, tmp_path / "out")
+    data = ImageTextDataset(tmp_path / "out")
+    assert {row["image"] for row in data.rows["val"]} == {3} and data.meta["train_images"] == 19
+
+
+@pytest.mark.parametrize("name, size", [("char", 1412), ("bpe:1450", 1450)])
+def test_the_tokenizer_has_the_special_tokens(folder, tmp_path, name, size):
+    prepare.prepare_pairs(folder, tmp_path / "out", name)
+    tokenizer = tokenizers.load(tmp_path / "out" / "tokenizer.json")
+    ids = {token: tokenizer.bpe.token_to_id(token) for token in ("<pad>", "<eos>", "<bos>", "<loc0012>", "<loc0100>")}
+    assert tokenizer.vocab_size == size and tokenizer.eos == ids["<eos>"] and ids["<pad>"] == 0
+    assert max(tokenizer.bpe.get_vocab().values()) == size - 1
+    caption = tokenizer.encode("<bos>caption\n")
+    assert caption[0] == ids["<bos>"] and (len(caption) == 9) == (name == "char")
+    text = "<loc0012><loc0100> red circle ü<seg000><seg127>\n<eos>"
+    box = tokenizer.encode(text)
+    assert box[:2].tolist() == [ids["<loc0012>"], ids["<loc0100>"]] and tokenizer.decode(box) == text
+    assert name != "char" or len(box) == 2 + len(" red circle ü\n".encode()) + 3
+
+
+GOOD = {"image": "a/0.png", "prompt": "caption", "answer": "x"}
+
+
+@pytest.mark.parametrize("row, message", [
+    (b"{'image': 1}", "is not JSON: Expecting property name"), (b'{"image": "\xff"}', "is not JSON: 'utf-8' codec"),
+    (b"[1, 2]", r"is \[1, 2\]: must be an object"),
+    ({"image": "a/0.png", "prompt": "caption"}, "has no answer: every row needs"),
+    ({**GOOD, "image": None}, "has no image"),
+    ({**GOOD, "answer": 7}, "answer = 7: must be text"), ({**GOOD, "prompt": ["x"]}, r'prompt = \["x"\]: must be text'),
+    ({**GOOD, "kind": 3}, "kind = 3: must be text"), ({**GOOD, "answer": " \n"}, r"answer = ' \\n': is empty"),
+    ({**GOOD, "split": "test"}, "split = 'test': must be \"train\" or \"val\""),
+    ({**GOOD, "split": "val"}, "line 1: has no split, which other rows have"),
+    ({**GOOD, "image": "a/none.png"}, "image = 'a/none.png': there is no such file in"),
+    ({**GOOD, "image": "a"}, "image = 'a': there is no such file"),
+    ({**GOOD, "image": "a/../../secret.png"}, "image = 'a/../../secret.png': leaves the folder"),
+    ({**GOOD, "image": "/etc/hosts"}, "image = '/etc/hosts': leaves the folder"),
+    ({**GOOD, "prompt": "<image>caption"}, "prompt = '<image>caption': leave out <image>"),
+    ({**GOOD, "answer": "x<eos>"}, "answer = 'x<eos>': leave out <eos>"),
+    ({**GOOD, "answer": "\ud800"}, "half of a surrogate pair"),
+    ({**GOOD, "image": "broken.png"}, "broken.png: can't be read: .*; replace the file or remove its rows"),
+    ({**GOOD, "image": "torn.png"}, "torn.png: can't be read: .*; replace the file or remove its rows"),
+])
+def test_bad_rows_are_named(folder, tmp_path, row, message):
+    (folder / "broken.png").write_bytes(b"no image")
+    (folder / "torn.png").write_bytes(image_bytes("RGB", (200, 200))[:5000])
+    before = prepare.prepare_pairs(folder, tmp_path / "out")
+    rows = read_rows(folder)
+    write_rows(folder, [*rows[:4], row, *rows[4:]])
+    with pytest.raises(UserError, match=message) as error:
+        prepare.prepare_pairs(folder, tmp_path / "out")
+    line = 1 if "no split" in message else 5
+    assert f"captions.jsonl, line {line}: " in str(error.value) and "\n" not in str(error.value)
+    assert ImageTextDataset(tmp_path / "out").meta == before  # what was there is whole
+    with pytest.raises(UserError):
+        prepare.prepare_pairs(folder, tmp_path / "new")
+    assert not (tmp_path / "new" / "meta.json").exists()
+
+
+def test_bad_folders_are_named(folder, tmp_path):
+    whole = read_rows(folder)
+    rows = [{**row, "split": "train"} for row in whole]
+    for bad, message in (([], "has 0 images, and none for train"), (whole[:2], "has 1 images, and none for train"),
+                         (rows, "has 20 images, and none for val"),
+                         ([*rows, {**rows[0], "split": "val"}], "line 41: split = 'val', but an earlier row has a/0")):
+        write_rows(folder, bad)
+        with pytest.raises(UserError, match=message):
+            prepare.prepare_pairs(folder, tmp_path / "out")
+    write_rows(folder, whole)
+    with pytest.raises(UserError, match="tokenizer = gpt2: must be char or byte .*, or bpe:SIZE, for images"):
+        prepare.prepare_pairs(folder, tmp_path / "out", "gpt2", 0.5)
+    with pytest.raises(UserError, match="bpe:300: 256 bytes and 1,156 special tokens need at least bpe:1412"):
+        prepare.prepare_pairs(folder, tmp_path / "out", "bpe:300")
+    with pytest.raises(UserError, match="image_size = 0: must be at least 1"):
+        prepare.Settings(image_size=0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shapes
+
+@pytest.fixture(scope="module")
+def scenes():
+    return [shapes["make"](index, 3) for index in range(400)]
+
+
+def test_held_out_combinations_are_never_trained_on(scenes):
+    seen = {"train": set(), "val": set()}
+    for index, (things, _, questions, split) in enumerate(scenes):
+        names = {f"{thing.colour} {thing.shape}" for thing in things}
+        seen[split] |= names
+        text = " ".join(prompt + " " + answer for _, prompt, answer in questions)
+        assert split == ("val" if index % 10 == 9 else "train")
+        assert bool(names & HELD_OUT) == (split == "val")
+        assert split == "val" or not any(name in text for name in HELD_OUT)
+    assert seen["val"] > HELD_OUT and not seen["train"] & HELD_OUT
+    assert len(seen["train"]) == len(shapes["COLOURS"]) * len(shapes["SHAPES"]) - len(HELD_OUT)
+    for part, every in ((0, shapes["COLOURS"]), (1, shapes["SHAPES"])):
+        assert {name.split()[part] for name in seen["train"]} == set(every)
+
+
+def derive(prompt, things):
+    """The answer, worked out from the prompt's words alone; boxes as [(label, left, top, right, bottom)]."""
+    def the(name):
+        found = [t for t in things if name in (t.shape, f"{t.colour} {t.shape}")]
+        assert len(found) == 1, prompt
+        return found[0]
+
+    def number(word):
+        return sum(word in (t.colour, t.shape + "s", "shapes") for t in things)
+
+    x, y = (lambda t: t.left + t.side / 2), (lambda t: t.top + t.side / 2)
+    if prompt == "caption":
+        words = [f"a {t.size} {t.colour} {t.shape}" for t in sorted(things, key=x)]
+        return re.sub(", (?=[^,]*$)", " and ", ", ".join(words))
+    if match := re.fullmatch(r"what colour is the (\w+)\?", prompt):
+        return the(match[1]).colour
+    if match := re.fullmatch(r"how many (?:(\w+) shapes|(\w+)) are there\?", prompt):
+        return str(number(match[1] or match[2]))
+    if match := re.fullmatch(r"is the (.+) left or right of the (.+)\?", prompt):
+        assert abs(x(the(match[1])) - x(the(match[2]))) >= 8
+        return "left" if x(the(match[1])) < x(the(match[2])) else "right"
+    if match := re.fullmatch(r"is the (.+) above or below the (.+)\?", prompt):
+        assert abs(y(the(match[1])) - y(the(match[2]))) >= 8
+        return "above" if y(the(match[1])) < y(the(match[2])) else "below"
+    if match := re.fullmatch(r"where is the (.+)\?", prompt):
+        assert min(abs(x(the(match[1])) - 32), abs(y(the(match[1])) - 32)) >= 6
+        return ("top" if y(the(match[1])) < 32 else "bottom") + (" left" if x(the(match[1])) < 32 else " right")
+    if match := re.fullmatch(r"are there more (\w+) or (\w+)\?", prompt):
+        assert number(match[1]) != number(match[2])
+        return match[1] if number(match[1]) > number(match[2]) else match[2]
+    if match := re.fullmatch(r"do the (\w+) and the (\w+) have the same colour\?", prompt):
+        return "yes" if the(match[1]).colour == the(match[2]).colour else "no"
+    if match := re.fullmatch(r"is the (.+) larger than the (.+)\?", prompt):
+        assert abs(the(match[1]).side - the(match[2]).side) >= 5
+        return "yes" if the(match[1]).side > the(match[2]).side else "no"
+    label = re.fullmatch(r"detect (.+)", prompt)[1]
+    return [(t.left, t.top, t.left + t.side, t.top + t.side, label) for t in sorted(things, key=x)
+            if label in (t.shape, f"{t.colour} {t.shape}")]
+
+
+def test_answers_are_right(scenes):
+    asked = {}
+    for things, _, questions, _ in scenes:
+        for kind, prompt, answer in questions:
+            found = [tuple(box) for box in parse_boxes(answer, 64, 64)] if kind == "detect" else answer
+            assert found == derive(prompt, things), (prompt, answer, things)
+            asked.setdefault(kind, set()).add(answer)
+    assert set(asked) == set(shapes["KINDS"])
+    assert asked["count"] == set("01234") and asked["compare"] > {"yes", "no", "rings", "circles"}
+    assert asked["colour"] == set(shapes["COLOURS"]) and len(asked["position"]) == 8
+    assert max(answer.count(";") for answer in asked["detect"]) == 2
+
+
+def test_boxes_hold_the_pixels_and_nothing_else():
+    covered = {}
+    for index in range(60):
+        rng = np.random.default_rng(index)
+        things = shapes["make_things"](rng, index % 2 == 1)
+        bare = np.asarray(shapes["render"]([], deepcopy(rng)), dtype=int)
+        image = np.asarray(shapes["render"](things, rng), dtype=int)
+        drawn = (abs(image - bare) > 2).any(axis=2)  # (SIZE, SIZE)
+        assert drawn.sum() == sum(cut(drawn, thing).sum() for thing in things)
+        for thing in things:
+            ys, xs = np.nonzero(cut(drawn, thing))
+            edges = (xs.min(), ys.min(), thing.side - 1 - xs.max(), thing.side - 1 - ys.max())
+            assert max(edges) <= 1 and min(edges) == 0 and {"small": 11, "large": 19}[thing.size] <= thing.side
+            exact = (abs(cut(image, thing) - shapes["COLOURS"][thing.colour]) <= 12).all(axis=2)
+            covered.setdefault(thing.shape, []).append(exact.mean())
+        assert all(separated(a, b) for a, b in permutations(things, 2))
+    means = {shape: np.mean(share) for shape, share in covered.items()}  # rims are blended with the background
+    area = {"circle": 0.785, "square": 1.0, "triangle": 0.5, "star": 0.37, "heart": 0.63, "ring": 0.62}
+    assert all(area[shape] - 0.2 < means[shape] <= area[shape] for shape in shapes["SHAPES"]), means
+
+
+def cut(array, thing):
+    return array[thing.top:thing.top + thing.side, thing.left:thing.left + thing.side]
+
+
+def separated(a, b):
+    return max(a.left - b.left - b.side, b.left - a.left - a.side, a.top - b.top - b.side, b.top - a.top - a.side) >= 2
+
+
+def test_an_image_is_a_pure_function_of_seed_and_index(scenes):
+    for index in (0, 7, 9):
+        things, image, questions, _ = shapes["make"](index, 3)
+        assert things == scenes[index][0] and image.tobytes() == scenes[index][1].tobytes()
+        assert questions == scenes[index][2] and shapes["make"](index, 4)[0] != things
+    scans, labels = digits["load_scans"]()
+    make = functools.partial(digits["make"], scans=scans, splits=digits["split_scans"](labels))
+    assert make(5, 1)[0].tobytes() == make(5, 1)[0].tobytes() != make(5, 2)[0].tobytes()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Digits
+
+def test_a_scan_is_on_one_side_only():
+    scans, labels = digits["load_scans"]()
+    splits = digits["split_scans"](labels)
+    assert sorted([*splits["train"], *splits["val"]]) == list(range(1797)) and scans.max() == 1
+    assert not set(splits["train"]) & set(splits["val"]) and min(np.bincount(labels[splits["val"]])) >= 20
+
+
+def test_numbers_are_made_of_the_scans_of_their_split(tmp_path):
+    digits["generate"](tmp_path, images=300, seed=1)
+    rows, (_, labels) = read_rows(tmp_path), digits["load_scans"]()
+    splits = digits["split_scans"](labels)
+    for index, row in enumerate(rows):
+        assert row["split"] == ("val" if index % 10 == 9 else "train") and row["prompt"] == "read"
+        assert set(row["scans"]) <= set(splits[row["split"]])
+        assert row["answer"] == "".join(str(labels[scan]) for scan in row["scans"])
+        assert row["kind"].split()[0] == str(len(row["answer"]))
+    assert {row["kind"] for row in rows} == {"1 digit", "2 digits", "3 digits", "4 digits"}
+
+
+def test_scans_stand_side_by_side_and_whole():
+    scan = np.random.default_rng(0).random((8, 8))
+    ink = digits["placed"](scan, (20, 30), 8, 0.0)
+    assert np.allclose(ink[26:34, 16:24], scan, atol=1e-6) and np.isclose(ink.sum(), scan.sum())
+    assert digits["placed"](scan, (20, 30), 16, 0.1).sum() == pytest.approx(4 * scan.sum(), rel=0.05)
+    for i in range(3):
+        scans = np.zeros((3, 8, 8))
+        scans[i, 2:6, 2:6] = 1
+        darkness = np.mean([255 - np.asarray(digits["compose"](scans, np.random.default_rng(seed)), dtype=float)
+                            for seed in range(30)], axis=(0, 1, 3))
+        assert (darkness - darkness.min()).argmax() // 22 == i
+
+
+def test_without_scikit_learn_one_line_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(UserError, match="pip install scikit-learn"):
+        digits["load_scans"]()
+
+
+@pytest.mark.parametrize("name", ["shapes", "digits"])
+def test_known_by_name(name, tmp_path, monkeypatch):
+    real = runpy.run_path
+    monkeypatch.setattr(prepare, "DATA", tmp_path)
+    monkeypatch.setattr(runpy, "run_path", lambda path: {"generate": functools.partial(real(path)["generate"],
+                                                                                       images=40)})
+    assert prepare.ensure(name) == name
+    data = ImageTextDataset(tmp_path / name)
+    assert (data.meta["train_images"], data.meta["val_images"], data.image_size) == (36, 4, 64)
+    assert data.meta["source"] == f"data/{name}/generate.py" and str(tmp_path) not in json.dumps(data.meta)
+    with pytest.raises(UserError, match=f"{name} is a data set with image_size = 64: add --name=NEW"):
+        prepare.main(prepare.Settings(image_size=32), [name])
+    prepare.main(prepare.Settings(image_size=32, name="other"), [name])
+    assert ImageTextDataset(tmp_path / "other").image_size == 32
