@@ -234,20 +234,24 @@ class Transformer(nn.Module):
         return [KVCache(block.attn, batch_size, size) for block in self.blocks]
 
 
-def init_weights(model, n_layer, generator=None):
+def init_weights(model, n_layer, generator=None, std=0.02):
     """GPT-2's initialisation, drawn on the CPU, so that a seed gives the same weights on every device.
 
-    | parameter                                        | rule                               |
-    |--------------------------------------------------|------------------------------------|
-    | embeddings, linear and convolution weights       | normal, std 0.02                   |
-    | o_proj and down_proj weights (into the residual) | normal, std 0.02 / sqrt(2 n_layer) |
-    | biases                                           | 0                                  |
-    | LayerNorm, RMSNorm                               | gain 1                             |
+    | parameter                                        | rule                              |
+    |--------------------------------------------------|-----------------------------------|
+    | embeddings                                       | normal, std 0.02                  |
+    | linear and convolution weights                   | normal, std                       |
+    | o_proj and down_proj weights (into the residual) | normal, std / sqrt(2 n_layer)     |
+    | biases                                           | 0                                 |
+    | LayerNorm, RMSNorm                               | gain 1                            |
+
+    std: GPT-2's 0.02 fits widths around 1000; 1 / sqrt(width) keeps the signal of narrower models alive.
     """
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
-            std = 0.02 / (2 * n_layer) ** 0.5 if name.endswith(("o_proj", "down_proj")) else 0.02
-            drawn = torch.empty(module.weight.shape, device="cpu").normal_(0.0, std, generator=generator)
+            scale = 0.02 if isinstance(module, nn.Embedding) else std
+            scale /= (2 * n_layer) ** 0.5 if name.endswith(("o_proj", "down_proj")) else 1
+            drawn = torch.empty(module.weight.shape, device="cpu").normal_(0.0, scale, generator=generator)
             with torch.no_grad():
                 module.weight.copy_(drawn)
             if getattr(module, "bias", None) is not None:

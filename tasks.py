@@ -28,9 +28,19 @@ from configurator import UserError
 from evaluate import answer_loss, answers, pair_accuracy, split_loss
 from model import GPT, GPTConfig, count_parameters, flops_per_token, init_weights
 from prepare import locate
-from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, SigLIP, SigLIPConfig, TextEncoderConfig, ViTConfig, init_parts
+from vlm import (
+    Gemma,
+    GemmaConfig,
+    PaliGemma,
+    PaliGemmaConfig,
+    SigLIP,
+    SigLIPConfig,
+    TextEncoderConfig,
+    ViTConfig,
+    init_parts,
+)
 
-SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias")  # settings that a checkpoint's model decides
+SHAPE = ("n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "bias")  # settings that a checkpoint's model decides
 
 
 class Task:
@@ -76,8 +86,9 @@ class Text(Task):
     def new_model(self, given, generator):
         s = self.settings
         if s.init_from == "scratch":
+            cls, config_cls = {"gpt": (GPT, GPTConfig), "gemma": (Gemma, GemmaConfig)}[s.architecture]
             shape = {name: getattr(s, name) for name in (*SHAPE, "dropout")}
-            model = GPT(GPTConfig(**shape, vocab_size=self.tokenizer.vocab_size))
+            model = cls(config_cls(**shape, vocab_size=self.tokenizer.vocab_size))
             init_weights(model, s.n_layer, generator)
             return model
         model, its_tokenizer = checkpoint.load_initial(s.init_from, self.device, given.get("block_size", 0), s.dropout)
@@ -212,17 +223,34 @@ class ImageText(Images):
             if not isinstance(model, PaliGemma):
                 raise UserError(f"init_from = {s.init_from}: is no PaliGemma, which the image-text task trains")
             return model
-        text = GemmaConfig(n_layer=s.n_layer, n_head=s.n_head, n_embd=s.n_embd, n_kv_head=s.n_kv_head,
-                           block_size=s.block_size, vocab_size=self.tokenizer.vocab_size)
+        text = GemmaConfig(**{name: getattr(s, name) for name in SHAPE}, vocab_size=self.tokenizer.vocab_size)
         model = PaliGemma(PaliGemmaConfig(self.vision_config(), text, s.dropout))
         init_parts(model, generator)
         if s.init_vision:
             siglip, _, _ = checkpoint.load(checkpoint.find_any(s.init_vision))
-            theirs, ours = getattr(siglip.config, "vision", None), model.config.vision
-            if theirs is None or dataclasses.replace(theirs, dropout=s.dropout) != ours:
-                raise UserError(f"init_vision = {s.init_vision}: its vision tower is {theirs}, this run's is {ours}")
-            model.vision.load_state_dict(siglip.vision.state_dict())
+            self.copy_part("init_vision", getattr(siglip, "vision", None), model.vision)
+        if s.init_decoder:
+            decoder, its_tokenizer, _ = checkpoint.load(checkpoint.find_any(s.init_decoder))
+            self.copy_part("init_decoder", getattr(decoder, "transformer", None), model.decoder.transformer)
+            self.copy_embeddings(decoder.wte.weight, its_tokenizer, model.decoder.wte.weight)
         return model
+
+    def copy_part(self, setting, theirs, ours):
+        """Fills our part of the model with theirs. Raises UserError unless they have the same shape."""
+        wanted, found = ({name: p.shape for name, p in part.named_parameters()} if part else None
+                         for part in (ours, theirs))
+        if wanted != found:
+            raise UserError(f"{setting} = {getattr(self.settings, setting)}: its model has another shape than this"
+                            " run's: give both the same sizes")
+        ours.load_state_dict(theirs.state_dict())
+
+    @torch.no_grad()
+    def copy_embeddings(self, theirs, its_tokenizer, ours):
+        """Tokens that stand for the same text in both vocabularies start with the same vector."""
+        known = {its_tokenizer.decode([i]): i for i in range(its_tokenizer.vocab_size)}
+        for i in range(self.tokenizer.vocab_size):
+            if (j := known.get(self.tokenizer.decode([i]))) is not None:
+                ours[i] = theirs[j]
 
     def check(self):
         super().check()

@@ -13,7 +13,7 @@ and `best` (see checkpoint.py); an earlier run found there is moved into a folde
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
-from configurator import UserError, check_ranges, differences, from_command_line, one_line_errors
+from configurator import UserError, check_ranges, differences, flat_values, from_command_line, one_line_errors
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,11 @@ class Settings:
     block_size: int = 64  # tokens of context
     dropout: float = 0.0  # share of activations dropped in training; pays when the data is seen many times
     bias: bool = False  # in linear layers and LayerNorms
-    n_kv_head: int = 0  # key-value heads of an image-text decoder; 0: n_head
+    architecture: Literal["gpt", "gemma"] = "gpt"  # of the text task; the decoder of image-text is always a gemma
+    n_kv_head: int = 0  # key-value heads of a gemma; 0: n_head
     vision: Vision = Vision()  # the vision tower of the tasks with images
-    init_vision: str = ""  # a contrastive run's folder, whose vision tower the image-text model starts with
+    init_vision: str = ""  # a contrastive run's folder, whose vision tower an image-text model starts with
+    init_decoder: str = ""  # a text run's folder (architecture gemma), whose blocks its decoder starts with
     pair_loss: Literal["sigmoid", "softmax"] = "sigmoid"  # of the contrastive task: SigLIP's or CLIP's
     # the optimizer: AdamW, with warm-up and cosine decay
     batch_size: int = 16  # sequences per update, over all workers and micro-batches
@@ -105,10 +107,11 @@ def earlier_settings(given):
     if folder is None:
         raise UserError(f"there is nothing to resume in {out_dir}: no checkpoint; drop --resume to start")
     saved = checkpoint.read_config(folder)["settings"]
-    for name in ("dataset", *SHAPE):
-        if name in given and given[name] != saved[name]:
-            raise UserError(f"{name} = {given[name]!r}, but the run in {out_dir} has {saved[name]!r}: drop it to"
-                            f" resume, or start a new run with --init_from={out_dir}")
+    for name, value in flat_values(saved).items():
+        fixed = name in ("task", "architecture", "dataset", *SHAPE) or name.startswith("vision.")
+        if fixed and given.get(name, value) != value:
+            raise UserError(f"{name} = {given[name]!r}, but the run in {out_dir} has {value!r}: drop it to resume, or"
+                            f" start a new run with --init_from={out_dir}")
     known = {field.name for field in fields(Settings)}
     return {name: value for name, value in saved.items() if name in known}
 
