@@ -164,6 +164,10 @@ def test_images_that_do_not_fit_are_named(pairs, dataset, tmp_path):
             (tmp_path / name / name).write_bytes(content)
         with pytest.raises(UserError, match=message):
             ImageTextDataset(tmp_path / name)
+    data.meta["images"] -= 1
+    with pytest.raises(UserError, match="val.jsonl does not hold the 6 rows"):
+        data.read_rows("val")
+    data.meta["images"] += 1
     with pytest.raises(UserError, match="kind image-text, and this model needs one of kind text"):
         Dataset(data.folder)
     with pytest.raises(UserError, match="kind text, and this model needs one of kind image-text"):

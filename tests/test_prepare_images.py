@@ -118,6 +118,14 @@ def test_the_tokenizer_has_the_special_tokens(folder, tmp_path, name, size):
     assert name != "char" or len(box) == 2 + len(" red circle ü\n".encode()) + 3
 
 
+def test_merges_are_learned_from_training_rows_alone(folder, tmp_path):
+    prepare.prepare_pairs(folder, tmp_path / "one", "bpe:1420")
+    rows = read_rows(folder)
+    write_rows(folder, [*rows[:36], *({**row, "answer": "zzzz zzzz zzzz" * 50} for row in rows[36:])])
+    prepare.prepare_pairs(folder, tmp_path / "two", "bpe:1420")
+    assert len({(tmp_path / name / "tokenizer.json").read_bytes() for name in ("one", "two")}) == 1
+
+
 GOOD = {"image": "a/0.png", "prompt": "caption", "answer": "x"}
 
 
@@ -145,7 +153,7 @@ def test_bad_rows_are_named(folder, tmp_path, row, message):
     (folder / "torn.png").write_bytes(image_bytes("RGB", (200, 200))[:5000])
     before = prepare.prepare_pairs(folder, tmp_path / "out")
     rows = read_rows(folder)
-    write_rows(folder, [*rows[:4], row, *rows[4:]])
+    write_rows(folder, [*rows[:4], row, *rows[4:], row])
     with pytest.raises(UserError, match=message) as error:
         prepare.prepare_pairs(folder, tmp_path / "out")
     line = 1 if "no split" in message else 5
@@ -276,7 +284,8 @@ def cut(array, thing):
 
 
 def separated(a, b):
-    return max(a.left - b.left - b.side, b.left - a.left - a.side, a.top - b.top - b.side, b.top - a.top - a.side) >= 2
+    gaps = (a.left - b.left - b.side, b.left - a.left - a.side, a.top - b.top - b.side, b.top - a.top - a.side)
+    return max(gaps) >= 2 and abs(a.left + a.side / 2 - b.left - b.side / 2) >= 4
 
 
 def test_an_image_is_a_pure_function_of_seed_and_index(scenes):
