@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError, check_ranges
-from model import Transformer, TransformerConfig, causal_mask, init_weights, pick_tokens, rotary
+from model import Transformer, TransformerConfig, causal_mask, init_weights, pick_tokens, rotary, rotate
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Models
@@ -310,8 +310,8 @@ def pad_left(prompts):
 def generate(model, images, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eos=None, generator=None):
     """Yields the next token of every row, (B,), up to max_new_tokens times, or until every row has yielded eos.
 
-    images: (B, 3, H, W), or (1, 3, H, W) for many prompts on one image, which is then encoded once; prompts: B lists
-    of ids, of any lengths. A row that has ended goes on with eos. How to pick a token: as in `pick_tokens`.
+    images: (M, 3, H, W), each encoded once, for the next B / M of the prompts; prompts: B lists of ids, of any lengths.
+    A row that has ended goes on with eos. How to pick a token: as in `pick_tokens`.
     Raises UserError if all this is longer than block_size.
     """
     tokens, padding = (x.to(images.device) for x in pad_left(prompts))
@@ -322,7 +322,7 @@ def generate(model, images, prompts, max_new_tokens, temperature=1.0, top_k=0, t
                         f" model's {model.config.block_size} positions: lower --max_new_tokens")
     padding = padding if padding.any() else None
     caches, pos = model.make_caches(B, size), torch.arange(N + T, device=images.device)
-    image = model.encode(images).expand(B, -1, -1)
+    image = model.encode(images).repeat_interleave(B // len(images), dim=0)  # (B, N, C)
     ended = torch.zeros(B, dtype=torch.bool, device=images.device)
     for _ in range(max_new_tokens):
         x = model.hidden(tokens, image, None, padding, caches, pos)[:, -1]  # (B, C)
@@ -334,6 +334,44 @@ def generate(model, images, prompts, max_new_tokens, temperature=1.0, top_k=0, t
         if eos is not None and ended.all():
             return
         tokens, image, pos = next_tokens[:, None], None, pos[-1:] + 1
+
+
+@torch.inference_mode()
+def image_attention(model, image, prompt, answer):
+    """Where the decoder looked for each of the answer's A tokens: (A, N), shares of its attention, on the CPU.
+
+    They are the mean over layers and heads of the weights with which the position that wrote the token, the one before
+    it, saw the image; the rest up to 1 went to the text. image: (1, 3, H, W); prompt, answer: ids.
+    The decoder runs once more, on the whole row: fused attention, by which tokens are generated, keeps no weights.
+    """
+    N, looks = model.config.vision.n_patches, []
+    first = N + len(prompt) - 1
+
+    def look(attention, inputs):
+        x, mask, rope, *_ = inputs
+        looks.append(attention_weights(attention, x, mask, rope, first)[0, :, :, :N].mean(0))  # (A, N)
+
+    hooks = [block.attn.register_forward_pre_hook(look) for block in model.decoder.transformer.blocks]
+    try:
+        tokens = torch.tensor([[*prompt, *answer[:-1]]], device=image.device)
+        model.hidden(tokens, model.encode(image), prefix=torch.tensor([len(prompt)], device=image.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(looks).mean(0).cpu()
+
+
+def attention_weights(attention, x, mask, rope, first=0):
+    """softmax(q k^T / sqrt(D)) of an `Attention`, in float32: (B, H, T - first, T) for the queries from `first` on.
+
+    x: (B, T, C); mask: a boolean tensor that ends in (T, T); rope: as the `Attention` takes it.
+    """
+    q = attention.q_proj(x[:, first:]).unflatten(-1, (attention.n_head, attention.head_dim)).transpose(1, 2)
+    k = attention.k_proj(x).unflatten(-1, (attention.n_kv_head, attention.head_dim)).transpose(1, 2)  # (B, K, T, D)
+    q, k = rotate(q, *(table[..., first:, :] for table in rope)), rotate(k, *rope)
+    k = k.repeat_interleave(attention.n_head // attention.n_kv_head, dim=1)  # (B, H, T, D)
+    scores = q.float() @ k.float().transpose(-1, -2) / attention.head_dim ** 0.5
+    return scores.masked_fill(~mask[..., first:, :], -torch.inf).softmax(-1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -418,6 +456,33 @@ def draw_boxes(image, boxes):
         draw.rectangle(draw.textbbox(where, box.label, font_size=font_size), fill=color)
         draw.text(where, box.label, fill="white", font_size=font_size)
     return image
+
+
+def draw_attention(image, weights, prompt, tokens, panel=224, columns=5):
+    """A picture of a PIL image and its prompt, followed by a heat map on the image for each token of the answer.
+
+    weights: (A, N), of `image_attention`. Each map is as bright as can be at its own maximum; beside the token stands
+    the share of its attention that the image had. panel: width in pixels of one map.
+    """
+    from PIL import Image, ImageDraw, ImageOps
+    image = to_rgb(image)
+    size, side = (panel, max(1, round(panel * image.height / image.width))), round(weights.size(1) ** 0.5)
+    image = image.resize(size)
+    panels = [(image, prompt)]
+    for row, token in zip(weights, tokens):
+        heat = Image.fromarray((row / row.max() * 255).reshape(side, side).byte().numpy()).resize(size)
+        colors = ImageOps.colorize(heat, "black", "yellow", mid="red")
+        gray = ImageOps.grayscale(image).convert("RGB")
+        panels.append((Image.blend(gray, colors, 0.6), f"{token.strip() or repr(token)}  {row.sum():.0%}"))
+    columns, gap, line = min(columns, len(panels)), 8, 22
+    rows = -(-len(panels) // columns)
+    grid = Image.new("RGB", (columns * (size[0] + gap) + gap, rows * (size[1] + line + gap) + gap), "white")
+    draw = ImageDraw.Draw(grid)
+    for i, (picture, caption) in enumerate(panels):
+        left, top = gap + i % columns * (size[0] + gap), gap + i // columns * (size[1] + line + gap)
+        draw.text((left, top), caption, fill="black", font_size=14)
+        grid.paste(picture, (left, top + line))
+    return grid
 
 
 # ----------------------------------------------------------------------------------------------------------------------
