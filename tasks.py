@@ -222,6 +222,8 @@ class ImageText(Images):
             model, self.tokenizer = checkpoint.load_initial(s.init_from, self.device, 0, s.dropout)
             if not isinstance(model, PaliGemma):
                 raise UserError(f"init_from = {s.init_from}: is no PaliGemma, which the image-text task trains")
+            if s.lora_rank:
+                model.add_lora(s.lora_rank, generator)
             return model
         text = GemmaConfig(**{name: getattr(s, name) for name in SHAPE}, vocab_size=self.tokenizer.vocab_size)
         model = PaliGemma(PaliGemmaConfig(self.vision_config(), text, s.dropout))
@@ -274,6 +276,13 @@ class ImageText(Images):
         vision, decoder, n = self.model.vision, self.model.decoder, self.n_patches + self.n_tokens
         per_row = n * flops_per_token(decoder, n) - 6 * self.n_patches * decoder.wte.weight.numel()
         return self.settings.batch_size * (self.n_patches * flops_per_token(vision, self.n_patches) + per_row)
+
+    def publish(self, folder):
+        """Writes the run's best model into `folder` in the published layout, for transformers to load."""
+        model, tokenizer, _ = checkpoint.load(checkpoint.find_any(self.settings.out_dir))
+        if model.config.lora_rank:
+            model.merge_lora()
+        checkpoint.save_published(model, tokenizer, folder)
 
     def show(self):
         rows = self.dataset.rows["val"]

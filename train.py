@@ -67,12 +67,14 @@ class Settings:
     beta1: float = 0.9  # AdamW's memory of the gradient
     beta2: float = 0.99  # and of its square
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
+    lora_rank: int = 0  # fine-tune an image-text decoder by LoRA of this rank, see lora.py; 0: all its weights
     rates: Rates = Rates()  # multiples of the learning rate for the parts of an image-text model; 0 freezes the part
     # what it reports and saves
     eval_interval: int = 100  # updates between evaluations, each followed by a save
     eval_tokens: int = 2_000_000  # most tokens per evaluation; a shorter split is scored whole; 0: always whole
     log_interval: int = 10  # updates between lines of the log
     sample_tokens: int = 300  # length of the sample at the end; 0: none
+    publish: str = ""  # a folder to write the best image-text model to at the end, in the published layout
     wandb: bool = False  # log to Weights & Biases too (pip install wandb; WANDB_MODE=offline needs no account)
     wandb_project: str = "quill"  # its project
     wandb_name: str = ""  # the run's name there; default: wandb's choice
@@ -85,7 +87,9 @@ class Settings:
     def __post_init__(self):
         check_ranges(self, batch_size=1, gradient_accumulation_steps=1, max_iters=1, learning_rate=0.0, min_lr=0.0,
                      warmup_iters=0, lr_decay_iters=0, weight_decay=0.0, grad_clip=0.0, eval_interval=1,
-                     eval_tokens=0, log_interval=1, sample_tokens=0, seed=0)
+                     eval_tokens=0, log_interval=1, sample_tokens=0, lora_rank=0, seed=0)
+        if self.publish and self.task != "image-text" or self.lora_rank and self.init_from == "scratch":
+            raise UserError("--publish is for --task=image-text, and --lora_rank for one with --init_from")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} = {getattr(self, name)}: must be at least 0 and below 1")
@@ -310,6 +314,9 @@ def say_where(task, step, stopped, seconds):
         return
     if task.settings.sample_tokens:
         print(f"\n{task.show()}\n")
+    if task.settings.publish:
+        task.publish(task.settings.publish)
+        print(f"published in {task.settings.publish}")
     best = checkpoint.read_config(checkpoint.find(out_dir, "best"))
     print(f"{step} updates in {seconds:.0f} s, at most {peak_memory(task.device) / 2**20:,.0f} MiB;"
           f" best validation loss {best['val_loss']:.4f} at step {best['step']}")

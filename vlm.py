@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError, check_ranges
+from lora import add_lora, merge_lora
 from model import Transformer, TransformerConfig, causal_mask, init_weights, pick_tokens, rotary, rotate
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -67,6 +68,7 @@ class PaliGemmaConfig:
     vision: ViTConfig = ViTConfig()
     text: GemmaConfig = GemmaConfig()
     dropout: float = 0.0  # of both
+    lora_rank: int = 0  # of the decoder's projections, see lora.py; 0: none
 
     def __post_init__(self):
         set_parts(self, vision=ViTConfig, text=GemmaConfig)
@@ -173,6 +175,18 @@ class PaliGemma(nn.Module):
         self.vision = ViT(config.vision)
         self.projector = nn.Linear(config.vision.n_embd, config.text.n_embd)
         self.decoder = Gemma(config.text)
+        if config.lora_rank:
+            self.add_lora(config.lora_rank)
+
+    def add_lora(self, rank, generator=None):
+        """Freezes the decoder; from now on small additions to its projections train (lora.py)."""
+        self.config = replace(self.config, lora_rank=rank)
+        add_lora(self.decoder, rank, alpha=2 * rank, generator=generator)
+
+    def merge_lora(self):
+        """Folds the additions into the projections."""
+        self.config = replace(self.config, lora_rank=0)
+        merge_lora(self.decoder)
 
     def forward(self, images, tokens, targets=None, prefix=None, padding=None):
         """Logits (B, T, V) in float32 of the text's tokens; given targets (B, T), their mean cross-entropy in nats.

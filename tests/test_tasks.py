@@ -188,6 +188,31 @@ def test_parts_come_from_other_runs_and_can_be_frozen(runs, small, tmp_path, dat
             vision=train.Vision(n_layer=1, n_head=2, n_embd=64, patch_size=16))
 
 
+def test_fine_tuning_by_lora_publishes_a_model_that_transformers_computes_alike(small, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = prepare.tokenizers.load(Path(small["dataset"]) / "tokenizer.json")
+    model = tasks.PaliGemma(tasks.PaliGemmaConfig(
+        tasks.ViTConfig(n_layer=1, n_head=2, n_embd=16, image_size=32, patch_size=16),
+        tasks.GemmaConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=16, vocab_size=tokenizer.vocab_size)))
+    tasks.init_parts(model, torch.Generator().manual_seed(0))
+    checkpoint.save_published(model, tokenizer, tmp_path / "base")
+    settings = {name: small[name] for name in ("dataset", "batch_size", "max_iters", "device", "sample_tokens")}
+    settings |= dict(task="image-text", init_from=str(tmp_path / "base"), lora_rank=3, rates=train.Rates(vision=0.0),
+                     out_dir=str(tmp_path / "out"), publish=str(tmp_path / "tuned"), learning_rate=1e-2)
+    train.main(train.Settings(**settings), {})
+    tuned = checkpoint.load(tmp_path / "out" / "best")[0]
+    frozen = {name for name, p in tuned.named_parameters() if "lora" not in name and "projector" not in name}
+    for name, p in model.named_parameters():
+        assert torch.equal(tuned.get_parameter(name), p) == (name in frozen), name
+    theirs = transformers.PaliGemmaForConditionalGeneration.from_pretrained(tmp_path / "tuned").eval()
+    images, ids = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)), tokenizer.encode("<bos>read\n")
+    image_token = tokenizer.bpe.token_to_id("<image>")
+    with torch.no_grad():
+        expected = theirs(pixel_values=images, input_ids=torch.tensor([[image_token] * 4 + ids.tolist()])).logits[:, 4:]
+        found, before = (part(images, torch.from_numpy(ids)[None]) for part in (tuned, model))
+    assert (found - expected).abs().max() < 1e-5 < 1e-3 < (found - before).abs().max()
+
+
 def test_parts_have_their_own_rates():
     model = tasks.PaliGemma(tasks.PaliGemmaConfig(
         tasks.ViTConfig(n_layer=1, n_head=1, n_embd=8, image_size=8, patch_size=8),
