@@ -66,7 +66,7 @@ TINY_SHAKESPEARE = dict(url="https://raw.githubusercontent.com/karpathy/char-rnn
 KNOWN = {"shakespeare_char": Known(**TINY_SHAKESPEARE, tokenizer="char"),
          "shakespeare_gpt2": Known(**TINY_SHAKESPEARE, tokenizer="gpt2")}
 BUILT_IN = "python_reference"  # the language reference that every CPython carries for its help()
-GENERATED = ("shapes", "digits")  # images with questions, by data/<name>/generate.py
+GENERATED = {"shapes": "bpe:1600", "digits": "char"}  # images with questions, by data/<name>/generate.py: tokenizers
 
 
 class Offline(UserError):
@@ -288,7 +288,8 @@ def generate_known(name):
 def prepare_known(name):
     """Prepares a known data set; without a network, the built-in text instead. Returns the name of what there is."""
     if name in GENERATED:
-        report(prepare_pairs(generate_known(name), DATA / name, source=f"data/{name}/generate.py"), name)
+        source = f"data/{name}/generate.py"
+        report(prepare_pairs(generate_known(name), DATA / name, GENERATED[name], source=source), name)
         return name
     if name == BUILT_IN:
         version = ".".join(map(str, sys.version_info[:3]))
@@ -347,7 +348,7 @@ def main(settings, sources):
     source, path = sources[0], Path(sources[0])
     name = settings.name or re.sub(r"\W+", "_", Path(source.rstrip("/")).stem)
     if not path.exists() and source in known_names() and not settings.name:
-        known = KNOWN[source].tokenizer if source in KNOWN else "char"
+        known = KNOWN[source].tokenizer if source in KNOWN else GENERATED.get(source, "char")
         if settings.tokenizer not in (known, Settings.tokenizer):
             raise UserError(f"{source} is a data set with the {known} tokenizer: add --name=NEW for another one")
         if source in GENERATED and settings.image_size != Settings.image_size:

@@ -1,7 +1,7 @@
 """What can be trained. A task brings its data, its model, its batches and its measure; train.py brings the one loop.
 
 The loop knows of a task: model, tokenizer, micro_batches(step, world), val_loss(world, dtype), its width,
-tokens_per_update, flops_per_update(), describe() and show().
+tokens_per_update, flops_per_update(), describe(), show(), and the command to try what was trained.
 """
 
 import dataclasses
@@ -78,6 +78,8 @@ class Task:
 
 class Text(Task):
     """Next-token prediction on a text: a GPT, new or published."""
+
+    command = "python sample.py --out_dir={out_dir}"
 
     def load_data(self, folder):
         self.dataset = Dataset(folder)
@@ -167,6 +169,8 @@ class Images(Task):
 class Contrastive(Images):
     """Images and captions, each told from all others: a SigLIP."""
 
+    command = "python train.py config/vlm_shapes.py --init_vision={out_dir}"
+
     def encode(self, rows):
         return encode_captions(rows, self.tokenizer)
 
@@ -212,6 +216,8 @@ class Contrastive(Images):
 
 class ImageText(Images):
     """Answers to prompts about images: a PaliGemma, new or published."""
+
+    command = 'python sample.py --out_dir={out_dir} --image=FILE --prompt="caption" --temperature=0'
 
     def encode(self, rows):
         return encode_rows(rows, self.tokenizer)

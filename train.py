@@ -321,7 +321,7 @@ def say_where(task, step, stopped, seconds):
     print(f"{step} updates in {seconds:.0f} s, at most {peak_memory(task.device) / 2**20:,.0f} MiB;"
           f" best validation loss {best['val_loss']:.4f} at step {best['step']}")
     print(f"in {out_dir}: checkpoints best and last, log.jsonl\n"
-          f"sample it:   python sample.py --out_dir={out_dir}\n"
+          f"try it:      {task.command.format(out_dir=out_dir)}\n"
           f"evaluate it: python evaluate.py --out_dir={out_dir}")
 
 

@@ -9,7 +9,7 @@ task = "contrastive"
 dataset = "shapes"
 out_dir = "out/siglip_shapes"
 
-vision = dict(n_layer=4, n_head=4, n_embd=128, patch_size=8)
+vision = dict(n_layer=4, n_head=4, n_embd=128, patch_size=16)
 n_layer = 2  # of the text encoder, as the next two
 n_head = 4
 n_embd = 128
@@ -17,7 +17,7 @@ block_size = 64  # tokens of the longest caption
 
 batch_size = 128
 max_iters = 1000
-learning_rate = 2e-3
+learning_rate = 1e-3
 min_lr = 2e-5
 warmup_iters = 50
 beta2 = 0.98

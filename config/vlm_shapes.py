@@ -9,7 +9,7 @@ task = "image-text"
 dataset = "shapes"
 out_dir = "out/vlm_shapes"
 
-vision = dict(n_layer=4, n_head=4, n_embd=128, patch_size=8)
+vision = dict(n_layer=4, n_head=4, n_embd=128, patch_size=16)
 n_layer = 4  # of the decoder, as the next three
 n_head = 4
 n_kv_head = 1
@@ -18,7 +18,7 @@ block_size = 256  # image tokens and text
 
 batch_size = 64
 max_iters = 2500
-learning_rate = 2e-3
+learning_rate = 1e-3
 min_lr = 2e-5
 warmup_iters = 100
 beta2 = 0.98

@@ -1,0 +1,27 @@
+"""A small PaliGemma reads numbers composed of handwritten digits: real scans, held out scan by scan.
+
+    python train.py config/vlm_digits.py
+
+The scans ship with scikit-learn (pip install scikit-learn).
+"""
+
+task = "image-text"
+dataset = "digits"
+out_dir = "out/vlm_digits"
+
+vision = dict(n_layer=4, n_head=4, n_embd=128, patch_size=8)
+n_layer = 2  # of the decoder, as the next three
+n_head = 4
+n_kv_head = 1
+n_embd = 128
+block_size = 128  # image tokens and text
+dropout = 0.1
+
+batch_size = 64
+max_iters = 1500
+learning_rate = 1e-3
+min_lr = 1e-5
+warmup_iters = 50
+beta2 = 0.98
+weight_decay = 0.1
+eval_interval = 250
