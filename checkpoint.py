@@ -415,6 +415,7 @@ def copy_tensor(path, name, target):
 def save_published(model, tokenizer, folder, shard_size=5 * 10**9):
     """Writes a PaliGemma into `folder` as it is published, in the precision that it has, for transformers to load.
 
+    AutoProcessor.from_pretrained(folder) prepares images and prompts as vlm.py does.
     shard_size: most bytes of one file of weights.
     """
     folder = Path(folder)
@@ -434,7 +435,24 @@ def save_published(model, tokenizer, folder, shard_size=5 * 10**9):
     index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
     write_json(folder / "model.safetensors.index.json", index)
     tokenizer.save(folder / "tokenizer.json")
+    write_json(folder / "tokenizer_config.json", published_tokenizer_config(tokenizer))
+    write_json(folder / "preprocessor_config.json", published_preprocessor_config(model.config.vision))
     write_json(folder / "config.json", published_config(model, tokenizer))
+
+
+def published_tokenizer_config(tokenizer):
+    """The tokenizer_config.json: tokenizer.json as it is, of the usual special tokens those that it has."""
+    special = {name: f"<{name}>" for name in ("bos", "eos", "pad", "unk")}
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"} | {
+        f"{name}_token": token for name, token in special.items() if tokenizer.bpe.token_to_id(token) is not None}
+
+
+def published_preprocessor_config(vision):
+    """The preprocessor_config.json: `vlm.pixels` in transformers' words."""
+    return {"processor_class": "PaliGemmaProcessor", "image_processor_type": "SiglipImageProcessor",
+            "image_seq_length": vision.n_patches, "size": {"height": vision.image_size, "width": vision.image_size},
+            "resample": 3, "do_convert_rgb": True, "do_resize": True, "do_rescale": True, "do_normalize": True,
+            "rescale_factor": 1 / 255, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 
 
 def published_config(model, tokenizer):

@@ -474,28 +474,38 @@ def draw_boxes(image, boxes):
 def draw_attention(image, weights, prompt, tokens, panel=224, columns=5):
     """A picture of a PIL image and its prompt, followed by a heat map on the image for each token of the answer.
 
-    weights: (A, N), of `image_attention`. Each map is as bright as can be at its own maximum; beside the token stands
-    the share of its attention that the image had. panel: width in pixels of one map.
+    weights: (A, N), of `image_attention`; each map is brightest at its own maximum. Beside a token stands the share of
+    its attention that the image had. panel: width in pixels of one map.
     """
-    from PIL import Image, ImageDraw, ImageOps
-    image = to_rgb(image)
-    size, side = (panel, max(1, round(panel * image.height / image.width))), round(weights.size(1) ** 0.5)
-    image = image.resize(size)
-    panels = [(image, prompt)]
+    from PIL import Image
+    image = to_rgb(image).resize((panel, max(1, round(panel * image.height / image.width))))
+    panels = [caption(image, prompt)]
     for row, token in zip(weights, tokens):
-        heat = Image.fromarray((row / row.max() * 255).reshape(side, side).byte().numpy()).resize(size)
-        colors = ImageOps.colorize(heat, "black", "yellow", mid="red")
-        gray = ImageOps.grayscale(image).convert("RGB")
-        panels.append((Image.blend(gray, colors, 0.6), f"{token.strip() or repr(token)}  {row.sum():.0%}"))
-    columns, gap, line = min(columns, len(panels)), 8, 22
-    rows = -(-len(panels) // columns)
-    grid = Image.new("RGB", (columns * (size[0] + gap) + gap, rows * (size[1] + line + gap) + gap), "white")
-    draw = ImageDraw.Draw(grid)
-    for i, (picture, caption) in enumerate(panels):
-        left, top = gap + i % columns * (size[0] + gap), gap + i // columns * (size[1] + line + gap)
-        draw.text((left, top), caption, fill="black", font_size=14)
-        grid.paste(picture, (left, top + line))
+        panels.append(caption(heat_map(image, row), f"{token.strip() or repr(token)}  {row.sum():.0%}"))
+    columns, (width, height) = min(columns, len(panels)), panels[0].size
+    grid = Image.new("RGB", (columns * width, math.ceil(len(panels) / columns) * height), "white")
+    for i, picture in enumerate(panels):
+        grid.paste(picture, (i % columns * width, i // columns * height))
     return grid
+
+
+def heat_map(image, weights):
+    """A PIL image in grey, and over it from red to yellow the weights (N,) of its patches, the largest opaque."""
+    from PIL import Image, ImageOps
+    side = math.isqrt(len(weights))
+    heat = (weights / weights.max() * 255).round().byte().reshape(side, side)
+    heat = Image.fromarray(heat.numpy()).resize(image.size)
+    gray = ImageOps.grayscale(image).convert("RGB")
+    return Image.composite(ImageOps.colorize(heat, "red", "yellow"), gray, heat)
+
+
+def caption(image, text, margin=4, line=22):
+    """A PIL image with a white margin and above it a line of text, all in pixels; text too long is cut off."""
+    from PIL import Image, ImageDraw
+    framed = Image.new("RGB", (image.width + 2 * margin, image.height + 2 * margin + line), "white")
+    framed.paste(image, (margin, margin + line))
+    ImageDraw.Draw(framed).text((margin, margin), text, fill="black", font_size=14)
+    return framed
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -475,6 +475,20 @@ def test_saved_back_it_is_what_transformers_loads(dtype, folder, tokenizer, tmp_
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters()))
 
 
+def test_saved_back_it_has_the_processor_that_transformers_loads(ours, tokenizer, tmp_path):
+    checkpoint.save_published(ours, tokenizer, tmp_path)
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path)
+    assert type(processor) is transformers.PaliGemmaProcessor and len(processor.tokenizer) == tokenizer.vocab_size
+    image, prompts = picture("RGB"), ["caption en", "detect cat ; dog"]
+    batch = processor(images=[image, image], text=[f"<image>{prompt}" for prompt in prompts], return_tensors="pt",
+                      padding=True)
+    rows = [vlm.encode_prompt(tokenizer, prompt).tolist() for prompt in prompts]
+    assert batch.input_ids.tolist() == their_inputs(None, rows)["input_ids"].tolist()
+    torch.testing.assert_close(batch.pixel_values[1], vlm.pixels(image, SIZE), atol=1e-6, rtol=0)
+    ids = [processor.tokenizer.eos_token_id, processor.tokenizer.bos_token_id, processor.tokenizer.pad_token_id]
+    assert ids == [1, 2, 0] and processor.decode(rows[0]) == tokenizer.decode(rows[0])
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Images and boxes
 

@@ -1,0 +1,152 @@
+"""lora.py: nothing changes at the start, only two small matrices learn, and merged it is an ordinary model again."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+
+import checkpoint
+import vlm
+from configurator import UserError
+from lora import LoRALinear, add_lora, merge_lora
+from model import MLP, TransformerConfig
+from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig
+
+PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+BATCH = dict(images=torch.rand(3, 3, 28, 28, generator=torch.Generator().manual_seed(1)) * 2 - 1,
+             tokens=torch.randint(1256, (3, 7), generator=torch.Generator().manual_seed(2)),
+             prefix=torch.tensor([2, 3, 4]))
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def make_model():
+    model = PaliGemma(PaliGemmaConfig(
+        ViTConfig(n_layer=1, n_head=2, n_embd=16, image_size=28, patch_size=14),
+        GemmaConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=16, head_dim=6, vocab_size=1256, block_size=64)))
+    vlm.init_paligemma(model, seeded())
+    for p in model.decoder.transformer.parameters():  # so large that a change shows in the logits
+        p.data *= 5
+    return model.eval()
+
+
+def train(model, steps=8):
+    """A few updates of what can be trained; returns the losses."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.AdamW(trained, lr=1e-2), []
+    for _ in range(steps):
+        loss = model(**BATCH, targets=BATCH["tokens"].roll(-1, 1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_nothing_changes_at_the_start_and_the_seed_decides():
+    model, names = make_model(), set(make_model().state_dict())
+    before = model(**BATCH)
+    add_lora(model.decoder, rank=2, alpha=4, generator=seeded(7))
+    assert torch.equal(model(**BATCH), before)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    assert {name.rpartition(".")[2] for name in layers} == PROJECTIONS and len(layers) == 2 * len(PROJECTIONS)
+    assert type(model.projector) is nn.Linear and names < set(model.state_dict())
+    drawn = [layer.lora_a for layer in layers.values()]
+    again = make_model()
+    add_lora(again.decoder, rank=2, alpha=4, generator=seeded(7))
+    assert all(torch.equal(a, b.lora_a) for a, b in zip(
+        drawn, (m for m in again.modules() if isinstance(m, LoRALinear))))
+    assert not torch.equal(drawn[0], drawn[1]) and torch.cat([a.flatten() for a in drawn]).std() > 0.1
+
+
+def test_only_the_small_matrices_learn():
+    model = make_model()
+    add_lora(model.decoder, rank=2, alpha=4, generator=seeded())
+    model.vision.requires_grad_(False)
+    model.projector.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    losses = train(model)
+    assert losses[-1] < losses[0] - 0.1
+    small = {name for name in before if ".lora_" in name}
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == small
+    assert {name for name, p in model.state_dict().items() if not torch.equal(p, before[name])} == small
+
+
+def test_the_update_is_the_formula():
+    linear = nn.Linear(5, 4)
+    weight, x = linear.weight.clone(), torch.randn(2, 3, 5, generator=seeded())
+    model = nn.Sequential(linear)
+    add_lora(model, rank=3, alpha=6, generator=seeded())
+    a, b = model[0].lora_a, model[0].lora_b
+    assert a.shape == (3, 5) and b.shape == (4, 3)
+    b.data.normal_(generator=seeded())
+    torch.testing.assert_close(model(x), x @ (weight + 6 / 3 * b @ a).T + linear.bias)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_merged_equals_unmerged(bias):
+    mlp = MLP(TransformerConfig(n_embd=16, bias=bias))
+    names, x = list(mlp.state_dict()), torch.randn(5, 16, generator=seeded())
+    add_lora(mlp, rank=4, alpha=8, generator=seeded())
+    mlp.up_proj.lora_b.data.normal_(0, 0.1, generator=seeded())
+    mlp.down_proj.lora_b.data.normal_(0, 0.1, generator=seeded())
+    before = mlp(x)
+    merge_lora(mlp)
+    assert list(mlp.state_dict()) == names and all(type(m) is not LoRALinear for m in mlp.modules())
+    torch.testing.assert_close(mlp(x), before, atol=1e-6, rtol=0)
+
+
+def test_sixteen_bit_weights_learn_in_float32():
+    model = nn.Sequential(nn.Linear(8, 8)).to(torch.bfloat16)
+    add_lora(model, rank=2, alpha=2, generator=seeded())
+    assert model[0].lora_a.dtype == model[0].lora_b.dtype == torch.float32
+    model[0].lora_b.data.normal_(generator=seeded())
+    x = torch.randn(4, 8, generator=seeded()).to(torch.bfloat16)
+    before = model(x)
+    assert before.dtype == torch.bfloat16
+    merge_lora(model)
+    assert model[0].weight.dtype == torch.bfloat16
+    torch.testing.assert_close(model(x), before, atol=0.1, rtol=0.02)
+
+
+def test_answers_are_generated_with_lora_and_merged_alike():
+    model, prompts = make_model(), [[2, 50, 60], [2, 70]]
+    add_lora(model.decoder, rank=2, alpha=4, generator=seeded())
+    plain = torch.stack(list(vlm.generate(model, BATCH["images"][:2], prompts, 6, temperature=0)))
+    train(model)
+    learned = torch.stack(list(vlm.generate(model, BATCH["images"][:2], prompts, 6, temperature=0)))
+    merge_lora(model.decoder)
+    merged = torch.stack(list(vlm.generate(model, BATCH["images"][:2], prompts, 6, temperature=0)))
+    assert torch.equal(merged, learned) and not torch.equal(learned, plain)
+
+
+def test_fine_tuned_and_merged_it_is_what_transformers_loads(tmp_path):
+    """From the published layout and back into it."""
+    transformers = pytest.importorskip("transformers")
+    from test_vlm import IMAGE, N, make_tokenizer, their_inputs
+    (tmp_path / "before").mkdir()
+    make_tokenizer().save(str(tmp_path / "before" / "tokenizer.json"))
+    tokenizer = checkpoint.paligemma_tokenizer(tmp_path / "before", 1256)
+    checkpoint.save_published(make_model(), tokenizer, tmp_path / "before")
+    model, tokenizer = checkpoint.load_published(str(tmp_path / "before"))
+    before = model(**BATCH)
+    add_lora(model.decoder, rank=2, alpha=4, generator=seeded())
+    train(model)
+    merge_lora(model.decoder)
+    checkpoint.save_published(model, tokenizer, tmp_path / "after")
+    theirs, info = transformers.PaliGemmaForConditionalGeneration.from_pretrained(
+        tmp_path / "after", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert theirs.config.image_token_id == IMAGE
+    logits = model(BATCH["images"], BATCH["tokens"])
+    expected = theirs.eval()(**their_inputs(BATCH["images"], BATCH["tokens"].tolist())).logits[:, N:]
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    assert (model(**BATCH) - before).abs().max() > 0.1
+
+
+def test_a_rank_below_one_is_refused():
+    with pytest.raises(UserError, match="lora rank = 0: must be at least 1"):
+        add_lora(make_model().decoder, rank=0, alpha=1)

@@ -1,0 +1,282 @@
+"""sample.py asked about images, and what it draws: boxes, and where the decoder looked."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import sample
+import vlm
+from configurator import UserError
+from tokenizer import BPETokenizer
+from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig
+
+Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("transformers")  # which test_vlm needs
+from test_vlm import make_tokenizer  # noqa: E402
+
+LINE = "-" * 80
+N, VOCAB = 9, 1256  # image tokens, tokens
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """The folder of a tiny random PaliGemma, with weights so large that its answers are varied."""
+    model = PaliGemma(PaliGemmaConfig(
+        ViTConfig(n_layer=2, n_head=2, n_embd=32, image_size=42, patch_size=14),
+        GemmaConfig(n_layer=2, n_head=4, n_kv_head=2, head_dim=10, n_embd=24, vocab_size=VOCAB, block_size=64)))
+    for i, p in enumerate(model.parameters()):
+        torch.nn.init.normal_(p, std=0.3, generator=seeded(i))
+    folder = tmp_path_factory.mktemp("published")
+    make_tokenizer().save(str(folder / "tokenizer.json"))
+    checkpoint.save_published(model, checkpoint.paligemma_tokenizer(folder, VOCAB), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(published):
+    return checkpoint.load_published(str(published))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Two files, of different shapes and modes."""
+    folder, values = tmp_path_factory.mktemp("photos"), np.random.default_rng(0).integers(0, 256, (30, 60, 3))
+    paths = [str(folder / "a.png"), str(folder / "b.png")]
+    Image.fromarray(values.astype(np.uint8)).save(paths[0])
+    Image.fromarray(values[:, :20, 0].astype(np.uint8)).save(paths[1])
+    return paths
+
+
+def run(folder, **settings):
+    sample.main(sample.Settings(init_from=str(folder), device="cpu", **{
+        "prompt": "caption en", "max_new_tokens": 12, "temperature": 0.0, **settings}))
+
+
+def expected_answer(loaded, path, prompt="caption en", count=12):
+    model, tokenizer = loaded
+    image = vlm.pixels(vlm.read_image(path), 42)[None]
+    ids = torch.cat(list(vlm.generate(model, image, [vlm.encode_prompt(tokenizer, prompt)], count, temperature=0)))
+    return tokenizer.decode(ids)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Answers
+
+def test_an_answer_is_streamed_from_a_published_folder_and_from_a_run(published, loaded, photos, tmp_path, capsys):
+    run(published, image=photos[0])
+    answer = capsys.readouterr().out
+    assert answer == expected_answer(loaded, photos[0]) + "\n" and len(answer) > 12
+    checkpoint.save(tmp_path, "best", *loaded, {})
+    run("", out_dir=str(tmp_path), image=photos[0])
+    assert capsys.readouterr().out == answer
+    pieces, (model, tokenizer) = [], loaded
+    settings = sample.Settings(max_new_tokens=12, temperature=0.0)
+    images = vlm.pixels(vlm.read_image(photos[0]), 42)[None]
+    sample.continuations(model, tokenizer, "caption en", settings, pieces.append, images)
+    assert "".join(pieces) == answer[:-1] and sum(map(bool, pieces)) == 12
+
+
+def test_many_samples_of_many_images_are_one_batch_that_sees_each_once(published, loaded, photos, capsys, monkeypatch):
+    encoded, encode = [], PaliGemma.encode
+    monkeypatch.setattr(PaliGemma, "encode", lambda self, images: encoded.append(len(images)) or encode(self, images))
+    run(published, image=",".join(photos), num_samples=2)
+    answers = [f"{path}: {expected_answer(loaded, path)}\n{LINE}\n" for path in photos for _ in range(2)]
+    assert capsys.readouterr().out == "".join(answers) and answers[0] != answers[2]
+    assert encoded[0] == 2 and len(encoded) == 1 + len(answers)  # ours, and one for each expected answer
+    run(published, image=photos[0], num_samples=3, temperature=1.5)
+    texts = capsys.readouterr().out.split(f"\n{LINE}\n")
+    assert len(set(texts)) == 4 and texts.pop() == "" and all(text.startswith(f"{photos[0]}: ") for text in texts)
+
+
+def test_the_prompt_of_an_image_ends_in_one_newline(published, loaded, photos, capsys):
+    run(published, image=photos[0], prompt="ocr\r\n")  # as a file or `echo` has it
+    assert capsys.readouterr().out == expected_answer(loaded, photos[0], "ocr") + "\n"
+
+
+def test_an_answer_ends_at_eos_at_a_stop_and_where_the_positions_end(published, loaded, photos, capsys):
+    answer = expected_answer(loaded, photos[0])
+    run(published, image=photos[0], stop=answer[3:5])
+    assert capsys.readouterr().out == answer[:answer.index(answer[3:5])] + "\n"
+    model, tokenizer = loaded[0], copy.copy(loaded[1])
+    tokenizer.eos = tokenizer.encode(answer)[5]
+    images = vlm.pixels(vlm.read_image(photos[0]), 42)[None]
+    settings = sample.Settings(max_new_tokens=12, temperature=0.0)
+    (text,) = sample.continuations(model, tokenizer, "caption en", settings, images=images)
+    assert text.ids == loaded[1].encode(answer)[:5].tolist() and answer.startswith(str(text))
+    run(published, image=photos[0], max_new_tokens=500)
+    room = 64 - N - len(vlm.encode_prompt(tokenizer, "caption en"))
+    assert capsys.readouterr().out == expected_answer(loaded, photos[0], count=room) + "\n"
+    with pytest.raises(UserError, match="more than the model's 64 positions"):
+        run(published, image=photos[0], prompt=60 * "x")
+
+
+def test_weights_are_loaded_in_the_precision_that_is_asked_for(published, photos, monkeypatch, capsys):
+    dtypes, unfilled = [], checkpoint.unfilled
+    monkeypatch.setattr(checkpoint, "unfilled", lambda *args: dtypes.append(args[-1]) or unfilled(*args))
+    run(published, image=photos[0], dtype="bfloat16")
+    run(published, image=photos[0])
+    assert dtypes == [torch.bfloat16, torch.float32] and capsys.readouterr().out.count("\n") == 2
+
+
+def test_what_does_not_fit_together_is_one_line(published, trained, photos, tmp_path):
+    with pytest.raises(UserError, match=f"the model of {published} is asked about an image: add --image=FILE"):
+        run(published)
+    with pytest.raises(UserError, match=f"image = {photos[0]}: the model of {trained} reads text only"):
+        run("", out_dir=trained, image=photos[0])
+    with pytest.raises(UserError, match="image = none.png: can't be read"):
+        run(published, image=f"{photos[0]},none.png")
+    for setting in (dict(image="a.png,b.png"), dict(image="a.png", num_samples=2), dict()):
+        with pytest.raises(UserError, match="draw = x.png: needs one --image and --num_samples=1"):
+            sample.Settings(draw="x.png", **setting)
+    with pytest.raises(UserError, match="attention = x.tif: must end in .png or .jpg"):
+        sample.Settings(attention="x.tif", image="a.png")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Streaming
+
+def sentencepiece_like(strip):
+    """Gemma's kind of tokenizer.json: characters, a few words, bytes for the rest; Llama's also strips a space."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    vocab = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{i:02X}>" for i in range(256)), *"▁catdogshe\n", "▁c", "▁ca",
+             "▁cat", "▁▁"]
+    merges = [("▁", "c"), ("▁c", "a"), ("▁ca", "t"), ("▁", "▁")]
+    bpe = Tokenizer(models.BPE({token: i for i, token in enumerate(dict.fromkeys(vocab))}, merges, unk_token="<unk>",
+                               byte_fallback=True, fuse_unk=True))
+    bpe.normalizer = normalizers.Replace(" ", "▁")
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    bpe.decoder = decoders.Sequence(steps + ([decoders.Strip(" ", 1, 0)] if strip else []))
+    return BPETokenizer(bpe)
+
+
+@pytest.mark.parametrize("strip", [False, True])
+def test_streamed_text_equals_the_whole_with_a_sentencepiece_tokenizer(strip):
+    tokenizer = sentencepiece_like(strip)
+    for said in ("cat dog", " a cat  cat", "   cat", "cats 你好 🙂🙂 a\n cat", "é", "a \n  dog", " \ufffd"):
+        ids = tokenizer.encode(said).tolist()
+        whole = tokenizer.decode(ids)
+        assert whole == (said.removeprefix(" ") if strip else said)
+        text, pieces = sample.Text(tokenizer, ""), []
+        for token in [*ids, tokenizer.eos]:
+            text.append(token)
+            pieces.append(text.news())
+        assert not any("\ufffd" in piece for piece in pieces) and text.ids == ids
+        pieces.append(text.news(final=True))
+        assert "".join(pieces) == str(text) == whole
+        assert max(map(len, pieces)) <= 4  # no piece waits for the end
+
+
+def test_each_token_is_decoded_a_bounded_number_of_times(monkeypatch):
+    tokenizer = sentencepiece_like(True)
+    decoded, decode = [], tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: decoded.append(len(ids)) or decode(ids))
+    text = sample.Text(tokenizer, "")
+    for token in 100 * tokenizer.encode(" cat 你").tolist():
+        text.append(token)
+    assert max(decoded) <= 8 and sum(decoded) < 10 * len(text.ids)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Boxes
+
+def test_boxes_of_the_answer_are_printed_and_drawn(published, loaded, photos, tmp_path, capsys, monkeypatch):
+    ids = loaded[1].encode("<loc0256><loc0512><loc0768><loc1023> cat ; <loc0000><loc0000><loc0512><loc0256> dog")
+    monkeypatch.setattr(vlm, "generate", lambda *args, **how: (torch.tensor([i]) for i in [*ids, 1]))
+    out = tmp_path / "new" / "boxes.png"
+    run(published, image=photos[0], draw=str(out))
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "cat: left 30, top 8, right 60, bottom 22", "dog: left 0, top 0, right 15, bottom 15", f"wrote {out}"]
+    drawn = vlm.read_image(out)
+    assert drawn.size == (60, 30) and drawn.getpixel((31, 21)) == (255, 0, 0) and drawn.getpixel((14, 2)) == (0, 0, 255)
+
+
+def test_an_answer_without_boxes_says_so(published, photos, tmp_path, capsys):
+    run(published, image=photos[0], draw=str(tmp_path / "boxes.png"))
+    assert f"there is no box in the answer, so {tmp_path / 'boxes.png'} was not written" in capsys.readouterr().out
+    assert not (tmp_path / "boxes.png").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention
+
+def spied(model, run):
+    """[(attention, its inputs, its output)] of the decoder's layers while run() runs."""
+    seen = []
+    hooks = [block.attn.register_forward_hook(lambda *layer: seen.append(layer))
+             for block in model.decoder.transformer.blocks]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_weights_are_those_of_the_fused_kernel(published, dtype):
+    model, _ = checkpoint.load_published(str(published), dtype=dtype)
+    images, tokens = torch.rand(2, 3, 42, 42, generator=seeded()), torch.randint(VOCAB, (2, 7), generator=seeded())
+    padding, prefix = torch.tensor([0, 2]), torch.tensor([3, 4])
+    layers = spied(model, lambda: model.hidden(tokens, model.encode(images), prefix, padding))
+    assert len(layers) == 2
+    for attention, (x, mask, rope, *_), output in layers:
+        weights = vlm.attention_weights(attention, x, mask, rope)
+        assert weights.shape == (2, 4, N + 7, N + 7) and weights.dtype == torch.float32
+        visible = mask.expand_as(weights)
+        assert weights[~visible].abs().max() == 0 and weights[visible].min() > 0
+        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, N + 7))
+        v = attention.v_proj(x).unflatten(-1, (2, 10)).transpose(1, 2).repeat_interleave(2, dim=1)  # (B, H, S, D)
+        y = (weights @ v.float()).to(dtype).transpose(1, 2).flatten(2)
+        close = dict(atol=1e-5, rtol=1e-5) if dtype == torch.float32 else dict(atol=0.02, rtol=0.02)
+        torch.testing.assert_close(attention.o_proj(y), output, **close)
+        torch.testing.assert_close(vlm.attention_weights(attention, x, mask, rope, first=5), weights[:, :, 5:], **close)
+
+
+@torch.no_grad()
+def test_a_token_is_shown_with_what_the_position_that_wrote_it_saw(loaded):
+    model, tokenizer = loaded
+    image, prompt = torch.rand(1, 3, 42, 42, generator=seeded()), vlm.encode_prompt(tokenizer, "caption en").tolist()
+    answer = torch.cat(list(vlm.generate(model, image, [prompt], 4, temperature=0))).tolist()
+    looks = vlm.image_attention(model, image, prompt, answer)
+    assert looks.shape == (4, N) and looks.min() > 0 and looks.sum(1).max() < 1
+    for i in range(4):  # the row as it was when this token was picked
+        row = torch.tensor([prompt + answer[:i]])
+        layers = spied(model, lambda row=row: model.hidden(row, model.encode(image), torch.tensor([len(prompt)])))
+        last = [vlm.attention_weights(attention, *inputs[:3])[0, :, -1, :N] for attention, inputs, _ in layers]
+        torch.testing.assert_close(looks[i], torch.stack(last).mean((0, 1)))
+    assert not any(block.attn._forward_pre_hooks for block in model.decoder.transformer.blocks)
+
+
+def test_the_heat_map_has_a_panel_for_each_token(published, photos, tmp_path, capsys):
+    run(published, image=photos[0], attention=str(tmp_path / "map.png"))
+    assert capsys.readouterr().out.endswith(f"\nwrote {tmp_path / 'map.png'}\n")
+    grid = vlm.read_image(tmp_path / "map.png")
+    assert grid.size == (5 * (224 + 8), 3 * (112 + 8 + 22))  # the image and twelve tokens, five in a row
+
+
+def test_the_heat_map_is_hot_where_the_weights_are():
+    weights = torch.full((2, 9), 0.01)
+    weights[0, 2] = weights[1, 6] = 0.5  # the upper right, the lower left
+    gray = Image.new("RGB", (60, 60), (128, 128, 128))
+    grid = np.array(vlm.draw_attention(gray, weights, "prompt", ["a", " "], panel=60))
+    assert grid.shape == (60 + 30, 3 * 68, 3)
+    original, first, second = (grid[26:86, 68 * i + 4:68 * i + 64].astype(int) for i in range(3))
+    assert (original == 128).all()
+    for hot, panel in (((5, 55), first), ((55, 5), second)):
+        cold = hot[1], hot[0]
+        assert panel[hot][0] > 240 and panel[hot][1] > 200 and panel[hot][2] < 40
+        assert abs(panel[cold] - 128).max() < 10
+    captions = grid[4:24, 68:]
+    assert (captions[:, :68] < 128).any() and (captions[:, 68:] < 128).any()
+
+
+def test_an_empty_answer_has_no_heat_map(published, photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(vlm, "generate", lambda *args, **how: iter([torch.tensor([1])]))
+    run(published, image=photos[0], attention=str(tmp_path / "map.png"))
+    assert f"the answer is empty, so {tmp_path / 'map.png'} was not written" in capsys.readouterr().out
