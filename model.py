@@ -239,17 +239,17 @@ def init_weights(model, n_layer, generator=None, std=0.02):
 
     | parameter                                        | rule                          |
     |--------------------------------------------------|-------------------------------|
-    | embeddings, linear and convolution weights       | normal, std                   |
+    | embeddings                                       | normal, std 0.02              |
+    | linear and convolution weights                   | normal, std                   |
     | o_proj and down_proj weights (into the residual) | normal, std / sqrt(2 n_layer) |
     | biases                                           | 0                             |
     | LayerNorm, RMSNorm                               | gain 1                        |
 
-    std: GPT-2's 0.02; None: 1 / sqrt(inputs) of each layer, 1 / sqrt(width) of embeddings, which keeps the scale of
-    signals, pixels and positions among them, at any width.
+    std: GPT-2's 0.02 fits widths around 1000; 1 / sqrt(width) keeps the signals of narrower models alive.
     """
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
-            scale = std or module.weight[0].numel() ** -0.5  # a row has as many weights as the layer has inputs
+            scale = 0.02 if isinstance(module, nn.Embedding) else std
             scale /= (2 * n_layer) ** 0.5 if name.endswith(("o_proj", "down_proj")) else 1
             drawn = torch.empty(module.weight.shape, device="cpu").normal_(0.0, scale, generator=generator)
             with torch.no_grad():

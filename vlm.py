@@ -287,7 +287,8 @@ def score(logits, targets):
 def init_parts(model, generator=None):
     """Each part of a PaliGemma or a SigLIP as `init_weights` has it, for its own depth and widths."""
     for part in model.children():
-        init_weights(part, part.config.n_layer if hasattr(part, "config") else 1, generator, std=None)
+        n_layer = part.config.n_layer if hasattr(part, "config") else 1
+        init_weights(part, n_layer, generator, std=model.config.vision.n_embd**-0.5)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

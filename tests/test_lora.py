@@ -27,7 +27,7 @@ def make_model():
     model = PaliGemma(PaliGemmaConfig(
         ViTConfig(n_layer=1, n_head=2, n_embd=16, image_size=28, patch_size=14),
         GemmaConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=16, head_dim=6, vocab_size=1256, block_size=64)))
-    vlm.init_paligemma(model, seeded())
+    vlm.init_parts(model, seeded())
     for p in model.decoder.transformer.parameters():  # so large that a change shows in the logits
         p.data *= 5
     return model.eval()
