@@ -69,7 +69,7 @@ def test_only_the_small_matrices_learn():
     model.projector.requires_grad_(False)
     before = copy.deepcopy(model.state_dict())
     losses = train(model)
-    assert losses[-1] < losses[0] - 0.1
+    assert losses[-1] < losses[0] - 0.03
     small = {name for name in before if ".lora_" in name}
     assert {name for name, p in model.named_parameters() if p.grad is not None} == small
     assert {name for name, p in model.state_dict().items() if not torch.equal(p, before[name])} == small
