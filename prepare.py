@@ -4,7 +4,7 @@
     python prepare.py my.txt --tokenizer=bpe:4096       char (default), byte, gpt2, or a BPE trained on the text
     python prepare.py shakespeare_char                  a known data set (train.py does this by itself)
     python train.py config/shakespeare_char.py --dataset=my
-    python prepare.py my_folder/ --image_size=64        images with a captions.jsonl; prepare_images.py says more
+    python prepare.py my_folder/ --image_size=48        images with a captions.jsonl; prepare_images.py says more
 
 The first 90 % of the characters are for training, the rest for validation. Text is UTF-8. Everything is read and
 written piecewise, so the text may be larger than memory.
@@ -31,7 +31,7 @@ class Settings:
     tokenizer: str = "char"  # char, byte, gpt2, or bpe:SIZE
     name: str = ""  # the data set's name, or a folder's path; default: from the source
     val_fraction: float = 0.1  # share of the characters or images, at the end, kept for validation
-    image_size: int = 64  # pixels of both sides that images are resized to
+    image_size: int = 48  # pixels of both sides that images are resized to
 
     def __post_init__(self):
         check_ranges(self, image_size=1)
@@ -169,7 +169,7 @@ def prepare(paths, folder, tokenizer_name, val_fraction=0.1, source=""):
     return meta
 
 
-def prepare_pairs(path, folder, tokenizer_name="char", val_fraction=0.1, image_size=64, source=""):
+def prepare_pairs(path, folder, tokenizer_name="char", val_fraction=0.1, image_size=48, source=""):
     """Writes the data set of the folder `path`, images with a captions.jsonl, into `folder`, and returns its meta.
 
     Raises UserError for a row or an image that can't be used; a data set that was in `folder` stays as it is.

@@ -284,11 +284,24 @@ def score(logits, targets):
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
 
+@torch.no_grad()
 def init_parts(model, generator=None):
-    """Each part of a PaliGemma or a SigLIP as `init_weights` has it, for its own depth and widths."""
+    """Each part of a PaliGemma or a SigLIP as `init_weights` has it, for its own depth and widths.
+
+    The ViT's positions start as sines and cosines of the patch's place, so that it can tell places from the first step.
+    """
     for part in model.children():
         n_layer = part.config.n_layer if hasattr(part, "config") else 1
         init_weights(part, n_layer, generator, std=model.config.vision.n_embd**-0.5)
+    model.vision.wpe.weight.copy_(sincos_2d(model.config.vision))
+
+
+def sincos_2d(config):
+    """A vector for each patch of a ViT, (N, C), of frequencies from 1 to 1/100 in x and in y (Beyer et al. 2022)."""
+    side, n = config.image_size // config.patch_size, -(-config.n_embd // 4)
+    rates = 100 ** -(torch.arange(n) / n)
+    y, x = (place.flatten()[:, None] * rates for place in torch.meshgrid(*2 * [torch.arange(side)], indexing="ij"))
+    return torch.cat((x.sin(), x.cos(), y.sin(), y.cos()), dim=1)[:, :config.n_embd]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -9,17 +9,17 @@ task = "contrastive"
 dataset = "shapes"
 out_dir = "out/siglip_shapes"
 
-vision = dict(n_layer=4, n_head=4, n_embd=128, patch_size=16)
+vision = dict(n_layer=4, n_head=4, n_embd=128, patch_size=8)
 n_layer = 2  # of the text encoder, as the next two
 n_head = 4
 n_embd = 128
 block_size = 64  # tokens of the longest caption
 
-batch_size = 128
-max_iters = 1000
+batch_size = 64
+max_iters = 2000
 learning_rate = 1e-3
 min_lr = 2e-5
-warmup_iters = 50
+warmup_iters = 100
 beta2 = 0.98
 weight_decay = 0.05
-eval_interval = 100
+eval_interval = 250

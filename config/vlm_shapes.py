@@ -9,18 +9,18 @@ task = "image-text"
 dataset = "shapes"
 out_dir = "out/vlm_shapes"
 
-vision = dict(n_layer=4, n_head=4, n_embd=128, patch_size=16)
+vision = dict(n_layer=4, n_head=4, n_embd=128, patch_size=8)
 n_layer = 4  # of the decoder, as the next three
 n_head = 4
 n_kv_head = 1
 n_embd = 128
 block_size = 256  # image tokens and text
 
-batch_size = 64
-max_iters = 2500
+batch_size = 16
+max_iters = 6500
 learning_rate = 1e-3
 min_lr = 2e-5
-warmup_iters = 100
+warmup_iters = 200
 beta2 = 0.98
 weight_decay = 0.05
-eval_interval = 250
+eval_interval = 500

@@ -23,6 +23,7 @@ from vlm import parse_boxes, pixels
 DATA = Path(prepare.__file__).parent / "data"
 shapes = runpy.run_path(str(DATA / "shapes" / "generate.py"))
 digits = runpy.run_path(str(DATA / "digits" / "generate.py"))
+SIZE = shapes["SIZE"]  # pixels
 HELD_OUT = {f"{colour} {shape}" for colour, shape in shapes["HELD_OUT"]}
 
 
@@ -230,8 +231,9 @@ def derive(prompt, things):
         assert abs(y(the(match[1])) - y(the(match[2]))) >= 8
         return "above" if y(the(match[1])) < y(the(match[2])) else "below"
     if match := re.fullmatch(r"where is the (.+)\?", prompt):
-        assert min(abs(x(the(match[1])) - 32), abs(y(the(match[1])) - 32)) >= 6
-        return ("top" if y(the(match[1])) < 32 else "bottom") + (" left" if x(the(match[1])) < 32 else " right")
+        assert min(abs(x(the(match[1])) - SIZE / 2), abs(y(the(match[1])) - SIZE / 2)) >= 6
+        x, y = x(the(match[1])), y(the(match[1]))
+        return f"{'top' if y < SIZE / 2 else 'bottom'} {'left' if x < SIZE / 2 else 'right'}"
     if match := re.fullmatch(r"are there more (\w+) or (\w+)\?", prompt):
         assert number(match[1]) != number(match[2])
         return match[1] if number(match[1]) > number(match[2]) else match[2]
@@ -249,11 +251,12 @@ def test_answers_are_right(scenes):
     asked = {}
     for things, _, questions, _ in scenes:
         for kind, prompt, answer in questions:
-            found = [tuple(box) for box in parse_boxes(answer, 64, 64)] if kind == "detect" else answer
+            found = [(*map(round, box[:4]), box.label) for box in parse_boxes(answer, SIZE, SIZE)] if kind == "detect" \
+                else answer
             assert found == derive(prompt, things), (prompt, answer, things)
             asked.setdefault(kind, set()).add(answer)
     assert set(asked) == set(shapes["KINDS"])
-    assert asked["count"] == set("01234") and asked["compare"] > {"yes", "no", "rings", "circles"}
+    assert asked["count"] == set("0123") and asked["compare"] > {"yes", "no", "rings", "circles"}
     assert asked["colour"] == set(shapes["COLOURS"]) and len(asked["position"]) == 8
     assert max(answer.count(";") for answer in asked["detect"]) == 2
 
@@ -270,7 +273,7 @@ def test_boxes_hold_the_pixels_and_nothing_else():
         for thing in things:
             ys, xs = np.nonzero(cut(drawn, thing))
             edges = (xs.min(), ys.min(), thing.side - 1 - xs.max(), thing.side - 1 - ys.max())
-            assert max(edges) <= 1 and min(edges) == 0 and {"small": 11, "large": 19}[thing.size] <= thing.side
+            assert max(edges) <= 1 and min(edges) == 0 and thing.side == shapes["SIDES"][thing.size]
             exact = (abs(cut(image, thing) - shapes["COLOURS"][thing.colour]) <= 12).all(axis=2)
             covered.setdefault(thing.shape, []).append(exact.mean())
         assert all(separated(a, b) for a, b in permutations(things, 2))
@@ -330,7 +333,7 @@ def test_scans_stand_side_by_side_and_whole():
         scans[i, 2:6, 2:6] = 1
         darkness = np.mean([255 - np.asarray(digits["compose"](scans, np.random.default_rng(seed)), dtype=float)
                             for seed in range(30)], axis=(0, 1, 3))
-        assert (darkness - darkness.min()).argmax() // 22 == i
+        assert (darkness - darkness.min()).argmax() // 16 == i
 
 
 def test_without_scikit_learn_one_line_says_so(monkeypatch):
@@ -347,9 +350,9 @@ def test_known_by_name(name, tmp_path, monkeypatch):
                                                                                        images=40)})
     assert prepare.ensure(name) == name
     data = ImageTextDataset(tmp_path / name)
-    assert (data.meta["train_images"], data.meta["val_images"], data.image_size) == (36, 4, 64)
+    assert (data.meta["train_images"], data.meta["val_images"], data.image_size) == (36, 4, 48)
     assert data.meta["source"] == f"data/{name}/generate.py" and str(tmp_path) not in json.dumps(data.meta)
-    with pytest.raises(UserError, match=f"{name} is a data set with image_size = 64: add --name=NEW"):
+    with pytest.raises(UserError, match=f"{name} is a data set with image_size = 48: add --name=NEW"):
         prepare.main(prepare.Settings(image_size=32), [name])
     prepare.main(prepare.Settings(image_size=32, name="other"), [name])
     assert ImageTextDataset(tmp_path / "other").image_size == 32

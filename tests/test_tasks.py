@@ -41,7 +41,7 @@ def small(shapes):
                 eval_interval=6, log_interval=3, device="cpu", sample_tokens=1)
 
 
-KINDS = {"contrastive": {}, "image-text": dict(n_kv_head=1)}
+KINDS = {"contrastive": dict(learning_rate=1e-3), "image-text": dict(n_kv_head=1)}
 
 
 def run(out_dir, small, task, **changes):

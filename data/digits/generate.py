@@ -35,7 +35,7 @@ import json
 import numpy as np
 from PIL import Image
 
-SIZE = 64  # pixels of both sides
+SIZE = 48  # pixels of both sides
 
 
 def load_scans():
@@ -56,7 +56,7 @@ def split_scans(labels):
 
 def compose(scans, rng):
     """An image of the scans (n, 8, 8) in a row, n from 1 to 4; their place, size, slant and shade vary."""
-    size = rng.uniform(14, min(30, SIZE / len(scans)))  # pixels of a scan's sides, before each one's own variation
+    size = rng.uniform(11, min(23, SIZE / len(scans)))  # pixels of a scan's sides, before each one's own variation
     left = rng.uniform(0, SIZE - size * len(scans))
     top = rng.uniform(2, SIZE - size - 2)
     ink = np.zeros((SIZE, SIZE))

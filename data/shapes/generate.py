@@ -19,7 +19,7 @@ from configurator import check_ranges, from_command_line, one_line_errors
 
 @dataclass(frozen=True)
 class Settings:
-    images: int = 6000  # how many
+    images: int = 12000  # how many
     seed: int = 0  # of everything drawn
     out: str = ""  # the folder to write; default: data/shapes/source
 
@@ -39,8 +39,9 @@ from PIL import Image, ImageDraw
 
 from vlm import Box, box_text
 
-SIZE = 64  # pixels of both sides
-SIDES = {"small": (11, 13), "large": (19, 23)}  # pixels, least and most
+SIZE = 48  # pixels of both sides
+GRID = 4  # pixels: where things may lie, so that a box is one of few
+SIDES = {"small": 10, "large": 16}  # pixels
 COLOURS = {"red": (215, 35, 40), "orange": (245, 135, 20), "yellow": (240, 210, 30), "green": (40, 150, 60),
            "blue": (40, 80, 215), "purple": (125, 45, 165), "pink": (250, 130, 185), "black": (25, 25, 30)}
 SHAPES = ("circle", "square", "triangle", "star", "heart", "ring")
@@ -74,13 +75,13 @@ class Thing(NamedTuple):
 # What is in an image
 
 def make_things(rng, held_out):
-    """One to four things that don't touch, from left to right; if held_out, at least one of such a combination."""
+    """One to three things that don't touch, from left to right; if held_out, at least one of such a combination."""
     names = make_names(rng, held_out)
     while True:
         things = []
         for size, colour, shape in names:
-            side = int(rng.integers(*SIDES[size], endpoint=True))
-            left, top = map(int, rng.integers(1, SIZE - side, size=2))  # a pixel of margin
+            side = SIDES[size]
+            left, top = map(int, GRID * rng.integers(1, (SIZE - side) // GRID, size=2))  # a margin of GRID pixels
             things.append(Thing(size, colour, shape, left, top, side))
         if all(apart(a, b) for a, b in combinations(things, 2)):
             return sorted(things, key=lambda thing: thing.centre)
@@ -88,7 +89,7 @@ def make_things(rng, held_out):
 
 def make_names(rng, held_out):
     """[(size, colour, shape)]; some take the colour or the shape of the one before, so that there is more to count."""
-    names, count = [], rng.choice(4, p=(0.15, 0.35, 0.3, 0.2)) + 1
+    names, count = [], rng.choice(3, p=(0.2, 0.4, 0.4)) + 1
     while len(names) < count:
         colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
         like = rng.random()
@@ -163,9 +164,7 @@ def outline(shape):
 # What is asked. Each function returns (prompt, answer), or None where nothing can be asked without ambiguity.
 
 def caption(things, rng):
-    """From left to right; not of four things, whose caption would be by far the longest of all rows."""
-    if len(things) > 3:
-        return None
+    """From left to right."""
     phrases = [f"a {thing.size} {thing.name}" for thing in things]
     return "caption", " and ".join((", ".join(phrases[:-1]), phrases[-1])) if phrases[1:] else phrases[0]
 
@@ -226,12 +225,12 @@ def compare(things, rng):
 
 
 def detect(things, rng):
-    """All things of one shape, or of one shape and colour, from left to right; at most three."""
+    """All things of one shape, or of one shape and colour, from left to right."""
     thing = pick(things, rng)
     label = thing.name if rng.random() < 0.5 else thing.shape
     found = [thing for thing in things if label in (thing.name, thing.shape)]
     boxes = [Box(thing.left, thing.top, thing.left + thing.side, thing.top + thing.side, label) for thing in found]
-    return (f"detect {label}", " ; ".join(box_text(box, SIZE, SIZE) for box in boxes)) if len(boxes) < 4 else None
+    return f"detect {label}", " ; ".join(box_text(box, SIZE, SIZE) for box in boxes)
 
 
 def unique(things):
