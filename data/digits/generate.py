@@ -19,7 +19,7 @@ from configurator import UserError, check_ranges, from_command_line, one_line_er
 
 @dataclass(frozen=True)
 class Settings:
-    images: int = 8000  # how many
+    images: int = 12000  # how many
     seed: int = 0  # of everything drawn
     out: str = ""  # the folder to write; default: data/digits/source
 
