@@ -27,13 +27,19 @@ class Dataset:
     def __init__(self, folder):
         self.folder, self.meta = folder, read_meta(folder, "text")
         self.vocab_size = self.meta["vocab_size"]
-        dtype = np.dtype(self.meta["dtype"])
-        self.splits = {}
-        for split in ("train", "val"):
-            path, count = folder / f"{split}.bin", self.meta[f"{split}_tokens"]
+        self.splits = {split: self.open_split(split) for split in ("train", "val")}
+
+    def open_split(self, split):
+        dtype, counts = np.dtype(self.meta["dtype"]), [self.meta[f"{split}_tokens"]]
+        paths = [self.folder / f"{split}.bin"]
+        if "shards" in self.meta:
+            counts = self.meta["shards"][split]
+            paths = [self.folder / f"{split}_{i:05}.bin" for i in range(len(counts))]
+        for path, count in zip(paths, counts):
             if not path.exists() or path.stat().st_size != count * dtype.itemsize:
                 raise UserError(f"{path} does not hold the {count:,} tokens that meta.json promises: prepare it again")
-            self.splits[split] = np.memmap(path, dtype=dtype, mode="r")
+        arrays = [np.memmap(path, dtype=dtype, mode="r") for path, count in zip(paths, counts) if count]
+        return arrays[0] if len(arrays) == 1 else Joined(arrays)
 
     def tokens(self, split, block_size):
         """The ids of one split. Raises UserError if they are fewer than one window of block_size + 1."""
@@ -43,6 +49,24 @@ class Dataset:
                             f" {block_size} needs {block_size + 1}: use a longer text, a larger --val_fraction in"
                             f" prepare.py, or --block_size={max(1, len(tokens) - 1)}")
         return tokens
+
+
+class Joined:
+    """One-dimensional arrays, one after the other, to be read as one by arrays of indices."""
+
+    def __init__(self, arrays):
+        self.arrays, self.ends = arrays, np.cumsum([len(array) for array in arrays])
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, indices):
+        which = np.searchsorted(self.ends, indices, side="right")
+        values = np.empty(indices.shape, dtype=self.arrays[0].dtype)
+        for i in np.unique(which):
+            here = which == i
+            values[here] = self.arrays[i][indices[here] - (self.ends[i] - len(self.arrays[i]))]
+        return values
 
 
 def read_meta(folder, kind):
