@@ -5,8 +5,8 @@
     python prepare.py shakespeare_char                  a known data set (train.py does this by itself)
     python train.py config/shakespeare_char.py --dataset=my
     python prepare.py my_folder/ --image_size=48        images with a captions.jsonl; prepare_images.py says more
-    python prepare.py my_folder/ --tokenizer=gpt2       documents in parquet or .jsonl files, and
-    python prepare.py fineweb_edu                       billions of tokens: prepare_documents.py says more
+    python prepare.py my_folder/ --tokenizer=gpt2       documents in parquet or .jsonl files, or in billions from
+    python prepare.py fineweb                           the hub; prepare_documents.py says more
 
 The first 90 % of the characters are for training, the rest for validation. Text is UTF-8. Everything is read and
 written piecewise, so the text may be larger than memory.

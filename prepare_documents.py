@@ -1,8 +1,8 @@
 """Documents into shards of tokens: train_00000.bin, val_00000.bin, shard_00000.json, ..., tokenizer.json, meta.json.
 
     python prepare.py my_folder/ --tokenizer=bpe:32000     *.parquet and *.jsonl files with a text in each row
-    python prepare.py fineweb_edu                          10 billion tokens from the hub, file by file
-    python prepare.py fineweb_edu --max_files=1            its first 0.7 billion; without it later, the rest
+    python prepare.py fineweb                              10 billion tokens from the hub, file by file
+    python prepare.py fineweb --max_files=1                the first 0.7 billion; without it later, the rest
 
 Each document, the row's `text`, is followed by the tokenizer's end-of-text token (two line breaks where it has none).
 A document is for validation if its hash says so, whatever the order or the tokenizer: doubles stay on one side.
