@@ -4,6 +4,7 @@ import http.server
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -26,8 +27,9 @@ from configurator import UserError
 ROOT = os.path.dirname(prepare.__file__)
 SCRIPT = """import prepare, prepare_documents, sys
 prepare_documents.SHARD_BYTES = 0
-source, name, processes = sys.argv[1:]
-prepare.main(prepare.Settings(tokenizer="bpe:300", name=name, processes=int(processes)), [source])"""
+source, name, tokenizer, processes, max_files = sys.argv[1:]
+prepare.main(prepare.Settings(tokenizer=tokenizer, name=name, processes=int(processes), max_files=int(max_files)),
+             [source])"""
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +123,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path):
     for i in range(6):
         write_parquet(tmp_path / "source" / f"{i}.parquet", make_documents(4000, i))
     run(tmp_path / "source", tmp_path / "whole", tokenizer="bpe:300", processes=1)
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "source"), str(tmp_path / "killed"), "3"]
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "source"), str(tmp_path / "killed"), "bpe:300", "3", "0"]
     pauses, killed = np.random.default_rng(0).uniform(0, 0.6, size=5), 0
     for pause in pauses:
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -135,6 +137,22 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path):
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert found.returncode == 0, found.stderr
     assert same(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a file that can be waited for")
+@pytest.mark.parametrize("number, status", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)] if os.name != "nt"
+                         else [])
+def test_processes_end_with_the_one_that_started_them(tmp_path, number, status):
+    (tmp_path / "source").mkdir()
+    for name in ("0.jsonl", "1.jsonl"):
+        os.mkfifo(tmp_path / "source" / name)  # reading it waits for ever
+    command = [sys.executable, "prepare.py", str(tmp_path / "source"), "--tokenizer=byte", f"--name={tmp_path / 'out'}"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while process.poll() is None and not list(tmp_path.glob("out/*.bin.new")):
+        time.sleep(0.01)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == status and b"Traceback" not in said, said
 
 
 def test_a_killed_process_is_said(tmp_path):
@@ -181,8 +199,9 @@ def test_what_cannot_be_used_is_named(tmp_path):
 
 
 @pytest.fixture
-def hub(corpus):
-    """A server that answers as the hub does, with the corpus' parquet files: (address, what was asked of it)."""
+def hub(corpus, tmp_path):
+    """A server that answers as the hub does, with the corpus' parquet files: (address, what was asked of it, as
+    (path, parquet files in tmp_path at that moment))."""
     files, asked = {f"sample/10BT/{path.name}": path.read_bytes() for path in corpus[0].rglob("*.parquet")}, []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -191,7 +210,7 @@ def hub(corpus):
 
         def do_GET(self):
             path = urllib.parse.unquote(self.path.partition("?")[0])
-            asked.append(path)
+            asked.append((path, [file.name for file in tmp_path.rglob("*.parquet")]))
             name = path.partition("/resolve/")[2].partition("/")[2]
             if "/tree/" in path:
                 content = json.dumps([dict(type="file", oid="0" * 40, size=len(content), path=name)
@@ -218,20 +237,22 @@ def hub(corpus):
 def test_files_come_from_the_hub_and_go_when_they_are_done(hub, corpus, tmp_path):
     address, asked = hub
 
-    def prepare_web(**settings):
-        options = [f"--{name}={value}" for name, value in settings.items()]
-        found = subprocess.run([sys.executable, "prepare.py", "fineweb", f"--name={tmp_path / 'web'}", *options],
+    def prepare_web(max_files):
+        found = subprocess.run([sys.executable, "-c", SCRIPT, "fineweb", str(tmp_path / "web"), "byte", "1", max_files],
                                cwd=ROOT, env={**os.environ, "HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1"},
                                capture_output=True, text=True)
         assert found.returncode == 0, found.stderr
         return json.loads((tmp_path / "web" / "meta.json").read_text())
 
-    assert prepare_web(tokenizer="byte", max_files=1)["documents"] == 301
-    assert not (tmp_path / "web" / "download").exists()
-    meta = prepare_web(tokenizer="byte")
-    commit = prepare.CORPORA["fineweb"][2]
+    assert prepare_web("1")["documents"] == 301
+    for finished in (tmp_path / "web").glob("shard_*.json"):
+        finished.unlink()
+    meta, commit = prepare_web("0"), prepare.CORPORA["fineweb"][2]
     assert meta["source"] == "HuggingFaceFW/fineweb" and meta["revision"] == commit and meta["documents"] == 311
-    assert all(f"/{commit}/" in path for path in asked if "fineweb" in path)
+    assert all(f"/{commit}/" in path for path, _ in asked if "fineweb" in path)
+    second = [there for path, there in asked if path.endswith("1.parquet")]
+    assert second and not any("0.parquet" in there for there in second)  # the first was gone before the next came
+    assert not (tmp_path / "web" / "download").exists()
     local = run(corpus[0] / "a", tmp_path / "local", tokenizer="byte", processes=1)
     ids = np.concatenate([np.fromfile(path, np.uint16) for path in sorted((tmp_path / "web").glob("train_*.bin"))])
     assert np.array_equal(ids, local.splits["train"][np.arange(len(ids))])
