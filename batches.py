@@ -52,7 +52,7 @@ class Dataset:
 
 
 class Joined:
-    """One-dimensional arrays, one after the other, to be read as one by arrays of indices."""
+    """One-dimensional arrays, one after the other, to be read as one by slices."""
 
     def __init__(self, arrays):
         self.arrays, self.ends = arrays, np.cumsum([len(array) for array in arrays])
@@ -60,13 +60,11 @@ class Joined:
     def __len__(self):
         return int(self.ends[-1])
 
-    def __getitem__(self, indices):
-        which = np.searchsorted(self.ends, indices, side="right")
-        values = np.empty(indices.shape, dtype=self.arrays[0].dtype)
-        for i in np.unique(which):
-            here = which == i
-            values[here] = self.arrays[i][indices[here] - (self.ends[i] - len(self.arrays[i]))]
-        return values
+    def __getitem__(self, window):
+        i = np.searchsorted(self.ends, window.start, side="right")
+        first, end = self.ends[i] - len(self.arrays[i]), self.ends[i]
+        piece = self.arrays[i][window.start - first:window.stop - first]
+        return piece if window.stop <= end else np.concatenate((piece, self[end:window.stop]))
 
 
 def read_meta(folder, kind):
@@ -95,7 +93,7 @@ def random_offsets(n_tokens, block_size, count, *key):
 
 def gather(tokens, offsets, block_size, device):
     """{tokens, targets}: (len(offsets), block_size) int64 tensors; targets are the tokens one place on."""
-    windows = tokens[np.asarray(offsets)[:, None] + np.arange(block_size + 1)].astype(np.int64)
+    windows = np.stack([tokens[offset:offset + block_size + 1] for offset in offsets]).astype(np.int64)
     windows = to_device(windows, device)
     return {"tokens": windows[:, :-1], "targets": windows[:, 1:]}
 
