@@ -64,7 +64,8 @@ def folder_source(path):
     """The documents of a folder, or of one file. None if there are none."""
     folder = path if path.is_dir() else path.parent
     paths = sorted(path.rglob("*")) if path.is_dir() else [path]
-    files = tuple((p.relative_to(folder).as_posix(), p.stat().st_size) for p in paths if p.suffix in SUFFIXES)
+    files = tuple((p.relative_to(folder).as_posix(), p.stat().st_size) for p in paths
+                  if p.suffix in SUFFIXES and not p.is_dir())
     return Source(str(folder), "", files) if files else None
 
 
@@ -106,11 +107,8 @@ def read_documents(path):
 
 
 def parquet_rows(path):
-    try:
-        import pyarrow
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise UserError("parquet files need pyarrow: pip install pyarrow") from None
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
     try:
         with ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:  # no whole column in memory
             if "text" not in (names := file.schema_arrow.names):
@@ -167,6 +165,11 @@ def write_shards(source, folder, tokenizer_name, val_fraction, processes=0):
     if tokenizer_name == "char":
         raise UserError("tokenizer = char: it has to know all characters beforehand, which documents don't; use"
                         " --tokenizer=gpt2, byte, or bpe:SIZE")
+    if any(name.endswith(".parquet") for name, _ in source.files):
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError:
+            raise UserError("parquet files need pyarrow: pip install pyarrow") from None
     tokenizer = start(source, folder, {"hub": source.location if source.revision else "", "revision": source.revision,
                                        "tokenizer": tokenizer_name, "val_fraction": val_fraction})
     shards = list(group(source.files))

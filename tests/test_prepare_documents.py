@@ -171,7 +171,7 @@ def test_a_killed_process_is_said(tmp_path):
     assert not (tmp_path / "out" / "meta.json").exists()
 
 
-def test_what_cannot_be_used_is_named(tmp_path):
+def test_what_cannot_be_used_is_named(tmp_path, monkeypatch):
     def check(message, tokenizer="byte", **files):
         folder = tmp_path / f"source{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
@@ -195,6 +195,10 @@ def test_what_cannot_be_used_is_named(tmp_path):
     check("holds documents .a.parquet. and texts .b.txt.: which are meant", a_parquet=good, b_txt=b"words")
     with pytest.raises(UserError, match="make it first with python prepare.py openwebtext"):
         prepare.ensure("openwebtext")
+    with pytest.raises(UserError, match="fineweb is a data set with tokenizer = gpt2: add --name=NEW"):
+        prepare.main(prepare.Settings(tokenizer="byte"), ["fineweb"])
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    check("parquet files need pyarrow: pip install pyarrow", a_parquet=good)
 
 
 @pytest.fixture
@@ -238,7 +242,8 @@ def test_files_come_from_the_hub_and_go_when_they_are_done(hub, corpus, tmp_path
 
     def prepare_web(max_files):
         found = subprocess.run([sys.executable, "-c", SCRIPT, "fineweb", str(tmp_path / "web"), "byte", "1", max_files],
-                               cwd=ROOT, env={**os.environ, "HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1"},
+                               cwd=ROOT, env={**os.environ, "HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1",
+                                              "HF_HUB_OFFLINE": "0"},
                                capture_output=True, text=True)
         assert found.returncode == 0, found.stderr
         return json.loads((tmp_path / "web" / "meta.json").read_text())
