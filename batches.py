@@ -27,13 +27,19 @@ class Dataset:
     def __init__(self, folder):
         self.folder, self.meta = folder, read_meta(folder, "text")
         self.vocab_size = self.meta["vocab_size"]
-        dtype = np.dtype(self.meta["dtype"])
-        self.splits = {}
-        for split in ("train", "val"):
-            path, count = folder / f"{split}.bin", self.meta[f"{split}_tokens"]
+        self.splits = {split: self.open_split(split) for split in ("train", "val")}
+
+    def open_split(self, split):
+        dtype, counts = np.dtype(self.meta["dtype"]), [self.meta[f"{split}_tokens"]]
+        paths = [self.folder / f"{split}.bin"]
+        if "shards" in self.meta:
+            counts = self.meta["shards"][split]
+            paths = [self.folder / f"{split}_{i:05}.bin" for i in range(len(counts))]
+        for path, count in zip(paths, counts):
             if not path.exists() or path.stat().st_size != count * dtype.itemsize:
                 raise UserError(f"{path} does not hold the {count:,} tokens that meta.json promises: prepare it again")
-            self.splits[split] = np.memmap(path, dtype=dtype, mode="r")
+        arrays = [np.memmap(path, dtype=dtype, mode="r") for path, count in zip(paths, counts) if count]
+        return arrays[0] if len(arrays) == 1 else Joined(arrays)
 
     def tokens(self, split, block_size):
         """The ids of one split. Raises UserError if they are fewer than one window of block_size + 1."""
@@ -43,6 +49,22 @@ class Dataset:
                             f" {block_size} needs {block_size + 1}: use a longer text, a larger --val_fraction in"
                             f" prepare.py, or --block_size={max(1, len(tokens) - 1)}")
         return tokens
+
+
+class Joined:
+    """One-dimensional arrays, one after the other, to be read as one by slices."""
+
+    def __init__(self, arrays):
+        self.arrays, self.ends = arrays, np.cumsum([len(array) for array in arrays])
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, window):
+        i = np.searchsorted(self.ends, window.start, side="right")
+        first, end = self.ends[i] - len(self.arrays[i]), self.ends[i]
+        piece = self.arrays[i][window.start - first:window.stop - first]
+        return piece if window.stop <= end else np.concatenate((piece, self[end:window.stop]))
 
 
 def read_meta(folder, kind):
@@ -71,7 +93,7 @@ def random_offsets(n_tokens, block_size, count, *key):
 
 def gather(tokens, offsets, block_size, device):
     """{tokens, targets}: (len(offsets), block_size) int64 tensors; targets are the tokens one place on."""
-    windows = tokens[np.asarray(offsets)[:, None] + np.arange(block_size + 1)].astype(np.int64)
+    windows = np.stack([tokens[offset:offset + block_size + 1] for offset in offsets]).astype(np.int64)
     windows = to_device(windows, device)
     return {"tokens": windows[:, :-1], "targets": windows[:, 1:]}
 

@@ -5,6 +5,8 @@
     python prepare.py shakespeare_char                  a known data set (train.py does this by itself)
     python train.py config/shakespeare_char.py --dataset=my
     python prepare.py my_folder/ --image_size=48        images with a captions.jsonl; prepare_images.py says more
+    python prepare.py my_folder/ --tokenizer=gpt2       documents in parquet or .jsonl files, or in billions from
+    python prepare.py fineweb                           the hub; prepare_documents.py says more
 
 The first 90 % of the characters are for training, the rest for validation. Text is UTF-8. Everything is read and
 written piecewise, so the text may be larger than memory.
@@ -20,7 +22,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from configurator import UserError, check_ranges, from_command_line, one_line_errors
@@ -30,11 +32,13 @@ from configurator import UserError, check_ranges, from_command_line, one_line_er
 class Settings:
     tokenizer: str = "char"  # char, byte, gpt2, or bpe:SIZE
     name: str = ""  # the data set's name, or a folder's path; default: from the source
-    val_fraction: float = 0.1  # share of the characters or images, at the end, kept for validation
+    val_fraction: float = 0.1  # share of the characters or images, at the end, or of the documents, for validation
     image_size: int = 48  # pixels of both sides that images are resized to
+    processes: int = 0  # that tokenize documents at the same time; 0: one per CPU core
+    max_files: int = 0  # of documents to read, from the first; 0: all
 
     def __post_init__(self):
-        check_ranges(self, image_size=1)
+        check_ranges(self, image_size=1, processes=0, max_files=0)
 
 
 if __name__ == "__main__":  # --help and typos answer before the slow imports
@@ -45,6 +49,7 @@ if __name__ == "__main__":  # --help and typos answer before the slow imports
 import numpy as np
 
 import tokenizer as tokenizers
+from prepare_documents import folder_source, hub_source, write_shards
 from tokenizer import write_json
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -66,6 +71,11 @@ TINY_SHAKESPEARE = dict(url="https://raw.githubusercontent.com/karpathy/char-rnn
 KNOWN = {"shakespeare_char": Known(**TINY_SHAKESPEARE, tokenizer="char"),
          "shakespeare_gpt2": Known(**TINY_SHAKESPEARE, tokenizer="gpt2")}
 BUILT_IN = "python_reference"  # the language reference that every CPython carries for its help()
+CORPORA = {  # on the hub: data set, folder of its parquet files, commit
+    "fineweb": ("HuggingFaceFW/fineweb", "sample/10BT", "9bb295ddab0e05d785b879661af7260fed5140fc"),
+    "fineweb_edu": ("HuggingFaceFW/fineweb-edu", "sample/10BT", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"),
+    "openwebtext": ("Skylion007/openwebtext", "plain_text", "b4325f019c648b1641a1784748667e8b74e5e064")}
+CORPUS_SETTINGS = "gpt2", 0.0005  # their tokenizer and val_fraction
 GENERATED = {"shapes": "bpe:1600", "digits": "char"}  # images with questions, by data/<name>/generate.py: tokenizers
 
 
@@ -179,6 +189,17 @@ def prepare_pairs(path, folder, tokenizer_name="char", val_fraction=0.1, image_s
     meta = {"kind": "image-text", "source": str(source or path),
             **prepare_images.write_pairs(path, folder, tokenizer_name, image_size, val_fraction)}
     publish(folder, prepare_images.FILES, meta)
+    return meta
+
+
+def prepare_documents(source, folder, tokenizer_name, val_fraction=0.1, processes=0):
+    """Writes the data set of a prepare_documents.Source into `folder`, and returns its meta; goes on where it stopped.
+
+    Raises UserError for documents that can't be used.
+    """
+    check_fraction(val_fraction)
+    meta = write_shards(source, folder, tokenizer_name, val_fraction, processes)
+    publish(folder, (), meta)
     return meta
 
 
@@ -308,7 +329,7 @@ def prepare_known(name):
 
 
 def known_names():
-    return *KNOWN, BUILT_IN, *GENERATED
+    return *KNOWN, BUILT_IN, *GENERATED, *CORPORA
 
 
 def locate(dataset):
@@ -323,6 +344,9 @@ def ensure(dataset):
     """
     if (locate(dataset) / "meta.json").exists():
         return dataset
+    if dataset in CORPORA:
+        raise UserError(f"there is no data set at {locate(dataset)}: make it first with python prepare.py {dataset},"
+                        " which downloads tens of gigabytes")
     if dataset in known_names():
         return prepare_known(dataset)
     ready = sorted(path.parent.name for path in DATA.glob("*/meta.json"))
@@ -347,23 +371,48 @@ def main(settings, sources):
                         " put several texts into a folder")
     source, path = sources[0], Path(sources[0])
     name = settings.name or re.sub(r"\W+", "_", Path(source.rstrip("/")).stem)
-    if not path.exists() and source in known_names() and not settings.name:
-        known = KNOWN[source].tokenizer if source in KNOWN else GENERATED.get(source, "char")
-        if settings.tokenizer not in (known, Settings.tokenizer):
-            raise UserError(f"{source} is a data set with the {known} tokenizer: add --name=NEW for another one")
-        if source in GENERATED and settings.image_size != Settings.image_size:
-            raise UserError(f"{source} is a data set with image_size = {Settings.image_size}: add --name=NEW for"
-                            " another one")
+    known = source in known_names() and not path.exists()
+    as_known = known and not settings.name
+    if as_known:
+        check_known(source, settings)
+    documents = find_documents(source, known)
+    if documents:
+        tokenizer, fraction = CORPUS_SETTINGS if as_known else (settings.tokenizer, settings.val_fraction)
+        documents = replace(documents, files=documents.files[:settings.max_files or None])
+        report(prepare_documents(documents, locate(name), tokenizer, fraction, settings.processes), name)
+    elif as_known:
         name = prepare_known(source)
-    elif (path / "captions.jsonl").exists() or source in GENERATED and not path.exists():
-        pairs = path if path.exists() else generate_known(source)
+    elif (path / "captions.jsonl").exists() or source in GENERATED and known:
+        pairs = generate_known(source) if known else path
         report(prepare_pairs(pairs, locate(name), settings.tokenizer, settings.val_fraction, settings.image_size,
-                             source if path.exists() else f"data/{source}/generate.py"), name)
+                             f"data/{source}/generate.py" if known else source), name)
     else:
         paths = find_texts(source, name)
         report(prepare(paths, locate(name), settings.tokenizer, settings.val_fraction, source), name)
-    recipe = "vlm_shapes" if (locate(name) / "images.bin").exists() else "shakespeare_char"
+    images = (locate(name) / "images.bin").exists()
+    recipe = "gpt2_124m" if documents else "vlm_shapes" if images else "shakespeare_char"
     print(f"train on it: python train.py config/{recipe}.py --dataset={name}")
+
+
+def check_known(name, settings):
+    """A known data set is one and the same for all: raises UserError for settings that make another one of it."""
+    tokenizer, fraction = CORPUS_SETTINGS if name in CORPORA else (
+        KNOWN[name].tokenizer if name in KNOWN else GENERATED.get(name, "char"), Settings.val_fraction)
+    for key, value in (("tokenizer", tokenizer), ("val_fraction", fraction), ("image_size", Settings.image_size)):
+        if getattr(settings, key) not in (value, getattr(Settings, key)):
+            raise UserError(f"{name} is a data set with {key} = {value}: add --name=NEW for another one")
+
+
+def find_documents(source, known):
+    """The prepare_documents.Source that a source stands for; None if it isn't one of documents."""
+    if known:
+        return hub_source(*CORPORA[source]) if source in CORPORA else None
+    path = Path(source)
+    documents = folder_source(path) if path.exists() and not (path / "captions.jsonl").exists() else None
+    if documents and path.is_dir() and (text := next(path.rglob("*.txt"), None)):
+        raise UserError(f"{source} holds documents ({documents.files[0][0]}) and texts ({text.name}): which are meant?"
+                        " Put them into folders of their own")
+    return documents
 
 
 def find_texts(source, name):
@@ -374,7 +423,7 @@ def find_texts(source, name):
         return [locate(name) / "input.txt"]
     if path.is_dir():
         if not (paths := sorted(path.rglob("*.txt"))):
-            raise UserError(f"the folder {source} holds no .txt files, and no captions.jsonl")
+            raise UserError(f"the folder {source} holds no .txt, .parquet or .jsonl files")
         return paths
     if path.is_file():
         return [path]

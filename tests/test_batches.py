@@ -11,6 +11,7 @@ import tokenizer as tokenizers
 from batches import (
     Dataset,
     ImageTextDataset,
+    Joined,
     encode_captions,
     encode_rows,
     fixed_rows,
@@ -41,6 +42,17 @@ def test_targets_are_the_tokens_one_place_on():
     batch = gather(tokens, np.array([0, 40, 95]), 4, CPU)
     assert batch["tokens"].tolist() == [[0, 1, 2, 3], [40, 41, 42, 43], [95, 96, 97, 98]]
     assert torch.equal(batch["targets"], batch["tokens"] + 1) and batch["tokens"].dtype == torch.int64
+
+
+def test_arrays_one_after_the_other_read_as_one():
+    whole = np.arange(50, dtype=np.uint16)
+    joined = Joined([whole[:7], whole[7:8], whole[8:31], whole[31:]])
+    assert len(joined) == 50
+    for offsets in (np.arange(45), np.array([3]), random_offsets(50, 5, 20, 1, 2)):  # windows across one border, or two
+        one, other = gather(whole, offsets, 5, CPU), gather(joined, offsets, 5, CPU)
+        assert all(torch.equal(one[name], other[name]) for name in ("tokens", "targets"))
+    with pytest.raises(IndexError):
+        joined[48:51]
 
 
 @pytest.mark.parametrize("n_tokens, block_size, batch_size", [(100, 10, 4), (101, 10, 3), (102, 10, 100), (11, 10, 1),

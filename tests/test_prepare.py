@@ -118,7 +118,7 @@ def test_bad_text_is_named(data, tmp_path, content, message, monkeypatch):
 
 def test_bad_sources_are_named(data, tmp_path):
     for sources, message in (([tmp_path / "none.txt"], "is no file, no folder, no URL"),
-                             ([tmp_path], "holds no .txt files"), (["a", "b"], "one source at a time"),
+                             ([tmp_path], "holds no .txt, .parquet"), (["a", "b"], "one source at a time"),
                              (["nothing://x"], "is not a URL that can be fetched|unknown url type")):
         with pytest.raises(UserError, match=message):
             run(*sources)

@@ -1,0 +1,33 @@
+"""GPT-2 medium (350M), trained from scratch on 10 billion tokens: fineweb once.
+
+    python prepare.py fineweb
+    python train.py config/gpt2_350m.py
+    torchrun --nproc_per_node=8 train.py config/gpt2_350m.py
+
+Computed by scaling.py, not measured: 355M parameters, 10.00B tokens: 17.0 h on one H100, 2.1 h on 8, 16 min on 64, if
+they reach 40% MFU; 33.9 GB on each of 8. Without a GPU the same command makes ten small updates, to see that all is
+in place.
+"""
+
+import os
+
+dataset = "fineweb"
+out_dir = "out/gpt2_350m"
+
+n_layer = 24
+n_head = 16
+n_embd = 1024
+block_size = 1024
+
+batch_size = 512  # half a million tokens
+gradient_accumulation_steps = max(1, batch_size // (16 * int(os.environ.get("WORLD_SIZE", "1"))))  # 16 at a time
+max_iters = 19073  # 10.0 billion tokens
+learning_rate = 3e-4  # this, batch_size and beta2: Brown et al. 2020 (GPT-3), table 2.1 and appendix B
+min_lr = 3e-5
+warmup_iters = 715  # 375 million tokens
+beta2 = 0.95
+weight_decay = 0.1
+eval_interval = 500
+
+on_cpu = dict(n_layer=2, n_head=2, n_embd=128, block_size=128, batch_size=8, gradient_accumulation_steps=1,
+              max_iters=10, warmup_iters=2, eval_interval=10, eval_tokens=20_000, log_interval=1)

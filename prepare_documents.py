@@ -1,0 +1,304 @@
+"""Documents into shards of tokens: train_00000.bin, val_00000.bin, shard_00000.json, ..., tokenizer.json, meta.json.
+
+    python prepare.py my_folder/ --tokenizer=bpe:32000     *.parquet and *.jsonl files with a text in each row
+    python prepare.py fineweb                              10 billion tokens from the hub, file by file
+    python prepare.py fineweb --max_files=1                the first 0.7 billion; without it later, the rest
+
+Each document, the row's `text`, is followed by the tokenizer's end-of-text token (two line breaks where it has none).
+A document is for validation if its hash says so, whatever the order or the tokenizer: doubles stay on one side.
+
+A shard holds one file, or neighbours that are small. It is the work of one process, and is finished when its .json is
+there: after a kill the same command goes on, and repeats at most one shard per process. The bytes depend neither on
+that nor on the number of processes. A file from the hub is deleted when its shard is finished.
+"""
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed, process
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import tokenizer as tokenizers
+from configurator import UserError
+from tokenizer import write_json
+
+SHARD_BYTES = 1 << 26  # smaller neighbours share a shard
+ROWS = 256  # documents of a parquet file held at a time
+SAMPLE_CHARACTERS = 100_000_000  # from which a BPE learns
+SUFFIXES = (".parquet", ".jsonl")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files with documents, in order: of a folder, or of a data set on the hub at one of its commits."""
+    location: str  # the folder, or the data set's name
+    revision: str  # the commit; "" for a folder
+    files: tuple  # (path inside it, bytes)
+
+    def fetch(self, name, folder):
+        """Where the file lies on disk; one from the hub is downloaded into folder/download, once."""
+        if not self.revision:
+            return Path(self.location) / name
+        with hub_errors(f"{self.location}/{name}"):
+            from huggingface_hub import hf_hub_download
+            from huggingface_hub.utils import disable_progress_bars
+            disable_progress_bars()
+            return Path(hf_hub_download(self.location, name, repo_type="dataset", revision=self.revision,
+                                        local_dir=folder / "download"))
+
+    def release(self, name, folder):
+        if self.revision:
+            (folder / "download" / name).unlink(missing_ok=True)
+
+
+def folder_source(path):
+    """The documents of a folder, or of one file. None if there are none."""
+    folder = path if path.is_dir() else path.parent
+    paths = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = tuple((p.relative_to(folder).as_posix(), p.stat().st_size) for p in paths
+                  if p.suffix in SUFFIXES and not p.is_dir())
+    return Source(str(folder), "", files) if files else None
+
+
+def hub_source(name, under, revision):
+    """The parquet files in the folder `under` of a data set on the hub."""
+    with hub_errors(name):
+        from huggingface_hub import HfApi
+        tree = HfApi().list_repo_tree(name, under, revision=revision, repo_type="dataset")
+        files = sorted((entry.path, entry.size) for entry in tree if entry.path.endswith(".parquet"))
+    return Source(name, revision, tuple(files))
+
+
+@contextlib.contextmanager
+def hub_errors(what):
+    """What keeps a file from the hub away, as one line."""
+    try:
+        from huggingface_hub import errors
+    except ImportError:
+        raise UserError("data sets on the hub need huggingface_hub: pip install huggingface_hub") from None
+    try:
+        yield
+    except (OSError, errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HTTPError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"{what} can't be had from the hub ({reason}): run again to go on, finished shards are kept;"
+                        " or pass a folder with the files") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Documents in
+
+def read_documents(path):
+    """Yields the texts of a .parquet or .jsonl file, none of them empty. Raises UserError for a file without them."""
+    rows = parquet_rows(path) if path.suffix == ".parquet" else jsonl_rows(path)
+    for number, text in enumerate(rows, start=1):
+        if not isinstance(text, str | None):
+            raise UserError(f"{path}, row {number}: the text is {text!r:.60}, and must be a string")
+        if text:
+            yield text
+
+
+def parquet_rows(path):
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+    try:
+        with ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:  # no whole column in memory
+            if "text" not in (names := file.schema_arrow.names):
+                raise UserError(f"{path} has no column named text, only {', '.join(names)}: rename the one to learn")
+            for batch in file.iter_batches(ROWS, columns=["text"], use_threads=False):
+                yield from batch.column(0).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path} is no whole parquet file ({error}): fetch it again") from None
+
+
+def jsonl_rows(path):
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield json.loads(line)["text"] if line.strip() else None
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{path}, line {number}: is no object with a text: {line.strip()!r:.60}") from None
+
+
+def is_for_validation(digest, val_fraction):
+    """Of a document, by the SHA-256 of its UTF-8."""
+    return int.from_bytes(digest[:8], "big") < val_fraction * 2**64
+
+
+def sample(source, folder, val_fraction):
+    """Yields the first training documents, for a BPE to learn from."""
+    characters = 0
+    for name, _ in source.files:
+        for text in read_documents(source.fetch(name, folder)):
+            if not is_for_validation(hashlib.sha256(encode_utf8(text, name)).digest(), val_fraction):
+                characters += len(text)
+                yield text
+            if characters >= SAMPLE_CHARACTERS:
+                return
+
+
+def encode_utf8(text, name):
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name}: a document holds half of a surrogate pair, which is no character:"
+                        f" {text[max(0, error.start - 20):error.end + 20]!r}; remove it") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shards out
+
+def write_shards(source, folder, tokenizer_name, val_fraction, processes=0):
+    """Writes the shards that `folder` lacks and its tokenizer.json, and returns what meta.json says of them all.
+
+    processes: how many write at the same time; 0: one per CPU core. Raises UserError for documents that can't be
+    used, and for a folder with another data set.
+    """
+    if tokenizer_name == "char":
+        raise UserError("tokenizer = char: it has to know all characters beforehand, which documents don't; use"
+                        " --tokenizer=gpt2, byte, or bpe:SIZE")
+    if any(name.endswith(".parquet") for name, _ in source.files):
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError:
+            raise UserError("parquet files need pyarrow: pip install pyarrow") from None
+    tokenizer = start(source, folder, {"hub": source.location if source.revision else "", "revision": source.revision,
+                                       "tokenizer": tokenizer_name, "val_fraction": val_fraction})
+    shards = list(group(source.files))
+    missing = [i for i, files in enumerate(shards) if read_record(folder, i).get("files") != files]
+    processes = min(processes or os.cpu_count(), len(missing))
+    size = sum(size for _, size in source.files)
+    print(f"{len(source.files):,} files of {size / 1e6:,.0f} MB in {len(shards):,} shards, {len(missing):,} to write,"
+          f" by {processes} processes; after a stop the same command goes on", flush=True)
+    if missing:
+        (folder / "meta.json").unlink(missing_ok=True)
+        in_processes(processes, [(i, shards[i], source, folder, val_fraction) for i in missing])
+    shutil.rmtree(folder / "download", ignore_errors=True)
+    return summary([read_record(folder, i) for i in range(len(shards))], source, tokenizer)
+
+
+def start(source, folder, recipe):
+    """The tokenizer of the data set that is, or will be, in the folder, whose recipe.json says how it is made."""
+    path, meta = folder / "recipe.json", folder / "meta.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else recipe
+    sharded = not meta.exists() or "shards" in json.loads(meta.read_text(encoding="utf-8"))
+    if found != recipe or not sharded:
+        other = ", ".join(f"{k} = {v!r}" for k, v in found.items() if v != recipe[k]) or "not of shards"
+        raise UserError(f"{folder} holds another data set ({other}): delete it, or choose another --name")
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizers.build(recipe["tokenizer"], None, lambda: sample(source, folder, recipe["val_fraction"])).save(
+            folder / "tokenizer.json.new")
+        os.replace(folder / "tokenizer.json.new", folder / "tokenizer.json")
+        write_json(folder / "recipe.json.new", recipe)
+        os.replace(folder / "recipe.json.new", path)
+    return tokenizers.load(folder / "tokenizer.json")
+
+
+def group(files):
+    """Yields the files of each shard, as lists of [path, bytes]: one, or neighbours up to SHARD_BYTES together."""
+    shard, total = [], 0
+    for name, size in files:
+        if shard and total + size > SHARD_BYTES:
+            yield shard
+            shard, total = [], 0
+        shard.append([name, size])
+        total += size
+    yield shard
+
+
+def read_record(folder, number):
+    """What the shard's .json says; empty if it isn't finished."""
+    path = folder / f"shard_{number:05}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def in_processes(processes, jobs):
+    """write_shard(*job) for each job. The first error ends all processes and is raised here."""
+    began, tokens = time.perf_counter(), 0
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), end_with_parent) as pool:
+        try:
+            futures = [pool.submit(write_shard, *job) for job in jobs]
+            for done, future in enumerate(as_completed(futures), start=1):
+                tokens += future.result()
+                rate = tokens / (time.perf_counter() - began)
+                print(f"  {done:,} of {len(jobs):,} shards: {tokens:,} tokens, {rate:,.0f} a second", flush=True)
+        except process.BrokenProcessPool:
+            raise UserError("a process was killed, for want of memory perhaps: run again to go on, with fewer"
+                            " --processes") from None
+        except BaseException:
+            for child in multiprocessing.active_children():
+                child.kill()
+            raise
+
+
+def end_with_parent():
+    """For each process: no work goes on when the one that gave it is gone; Ctrl-C is that one's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def write_shard(number, files, source, folder, val_fraction):
+    """Writes train_NUMBER.bin, val_NUMBER.bin and at last shard_NUMBER.json; returns the number of tokens."""
+    tokenizer = tokenizers.load(folder / "tokenizer.json")
+    end = tokenizer.encode("\n\n") if tokenizer.eos is None else np.array([tokenizer.eos])
+    dtype, digest = id_type(tokenizer), hashlib.sha256()
+    record = {"files": files, "documents": 0, "bytes": 0} | {
+        f"{split}_{what}": 0 for split in ("train", "val") for what in ("characters", "tokens")}
+    with contextlib.ExitStack() as stack:
+        out = {split: stack.enter_context(open(folder / f"{split}_{number:05}.bin.new", "wb"))
+               for split in ("train", "val")}
+        for name, _ in files:
+            for text in read_documents(source.fetch(name, folder)):
+                content = encode_utf8(text, name)
+                document = hashlib.sha256(content).digest()
+                split = "val" if is_for_validation(document, val_fraction) else "train"
+                ids = np.concatenate((tokenizer.encode(text), end))
+                if not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
+                    raise ValueError(f"token id {ids.max()} outside 0..{tokenizer.vocab_size - 1}")
+                out[split].write(ids.astype(dtype).tobytes())
+                digest.update(document)
+                for key, n in (("documents", 1), ("bytes", len(content)), (f"{split}_characters", len(text)),
+                               (f"{split}_tokens", len(ids))):
+                    record[key] += n
+                if record["documents"] % 100_000 == 0:
+                    print(f"  shard {number}: {record['documents']:,} documents so far", flush=True)
+        for file in out.values():
+            file.flush()
+            os.fsync(file.fileno())
+    for split in out:
+        os.replace(folder / f"{split}_{number:05}.bin.new", folder / f"{split}_{number:05}.bin")
+    record["sha256"] = digest.hexdigest()  # of its documents' SHA-256
+    write_json(folder / f"shard_{number:05}.json.new", record)
+    os.replace(folder / f"shard_{number:05}.json.new", folder / f"shard_{number:05}.json")
+    for name, _ in files:
+        source.release(name, folder)
+    return record["train_tokens"] + record["val_tokens"]
+
+
+def id_type(tokenizer):
+    return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+
+
+def summary(records, source, tokenizer):
+    """The meta of a data set, from its shards' records."""
+    totals = {key: sum(record[key] for record in records) for key in
+              ("documents", "bytes", "train_characters", "train_tokens", "val_characters", "val_tokens")}
+    for split in ("train", "val"):
+        if totals[f"{split}_tokens"] < 2:
+            raise UserError(f"none of the {totals['documents']:,} documents of {source.location} is for {split}: use"
+                            " more, or another --val_fraction")
+    digest = hashlib.sha256("".join(record["sha256"] for record in records).encode())
+    return {"source": source.location, "revision": source.revision, "sha256": digest.hexdigest(),
+            "tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "dtype": id_type(tokenizer).name,
+            **totals, "shards": {split: [record[f"{split}_tokens"] for record in records]
+                                 for split in ("train", "val")}}

@@ -1,0 +1,262 @@
+import filecmp
+import hashlib
+import http.server
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+
+import numpy as np
+import pytest
+
+pyarrow = pytest.importorskip("pyarrow")
+from conftest import make_text
+from pyarrow import parquet
+
+import prepare
+import prepare_documents
+import tokenizer as tokenizers
+from batches import Dataset
+from configurator import UserError
+
+ROOT = os.path.dirname(prepare.__file__)
+SCRIPT = """import prepare, prepare_documents, sys
+prepare_documents.SHARD_BYTES = 0
+source, name, tokenizer, processes, max_files = sys.argv[1:]
+prepare.main(prepare.Settings(tokenizer=tokenizer, name=name, processes=int(processes), max_files=int(max_files)),
+             [source])"""
+
+
+@pytest.fixture(autouse=True)
+def a_shard_per_file(monkeypatch):
+    monkeypatch.setattr(prepare_documents, "SHARD_BYTES", 0)
+
+
+def make_documents(count, seed):
+    return [f"{seed}.{i}: {make_text(20 + i % 50, 1000 * seed + i)}ω" for i in range(count)]
+
+
+def write_parquet(path, texts, **more):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.table({"id": list(range(len(texts))), "text": texts}), path, row_group_size=7, **more)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """(folder, its documents): two parquet files and a .jsonl, with a document that two of them share."""
+    folder, doubled = tmp_path_factory.mktemp("corpus"), "0.0: twice"
+    texts = [make_documents(300, 0) + [doubled], make_documents(10, 1), [doubled] + make_documents(40, 2)]
+    write_parquet(folder / "a" / "0.parquet", texts[0][:5] + [None, ""] + texts[0][5:], compression="zstd")
+    write_parquet(folder / "a" / "1.parquet", texts[1])
+    lines = [json.dumps({"n": n, "text": text}) for n, text in enumerate(texts[2])]
+    (folder / "b.jsonl").write_text("\n\n".join(lines), encoding="utf-8")
+    return folder, sum(texts, [])
+
+
+def run(source, folder, **settings):
+    prepare.main(prepare.Settings(name=str(folder), **settings), [str(source)])
+    return Dataset(folder)
+
+
+def same(a, b):
+    names = sorted(os.listdir(a))
+    return sorted(os.listdir(b)) == names and filecmp.cmpfiles(a, b, names, shallow=False)[0] == names
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe:300"])
+def test_each_document_is_there_once_and_in_order(corpus, tmp_path, tokenizer):
+    source, texts = corpus
+    data = run(source, tmp_path / "out", tokenizer=tokenizer, processes=2)
+    tokenizer = tokenizers.load(tmp_path / "out" / "tokenizer.json")
+    end = "\n\n" if tokenizer.eos is None else "<|endoftext|>"
+    for split in ("train", "val"):
+        chosen = [text for text in texts if (split == "val") == (
+            int(hashlib.sha256(text.encode()).hexdigest(), 16) < 2**256 // 10)]
+        ids = np.concatenate([np.array(array) for array in data.splits[split].arrays])
+        assert tokenizer.decode(ids.tolist()) == "".join(text + end for text in chosen)
+        assert data.meta[f"{split}_tokens"] == len(ids) == len(data.splits[split])
+        assert data.meta[f"{split}_characters"] == sum(map(len, chosen))
+    assert data.meta["documents"] == len(texts) and data.meta["bytes"] == sum(len(t.encode()) for t in texts)
+
+
+def test_processes_and_grouping_change_nothing(corpus, tmp_path, monkeypatch):
+    source, _ = corpus
+    many = run(source, tmp_path / "many", tokenizer="bpe:300", processes=3)
+    run(source, tmp_path / "one", tokenizer="bpe:300", processes=1)
+    assert same(tmp_path / "many", tmp_path / "one")
+    monkeypatch.setattr(prepare_documents, "SHARD_BYTES", 1 << 20)
+    one = run(source, tmp_path / "single", tokenizer="bpe:300")
+    assert one.meta["shards"]["train"] == [len(one.splits["train"])] and len(many.meta["shards"]["train"]) == 3
+    assert np.array_equal(one.splits["train"], many.splits["train"][0:len(one.splits["train"])])
+
+
+def test_a_finished_shard_is_kept_and_a_missing_one_written(corpus, tmp_path, capsys):
+    source, _ = corpus
+    for folder in ("whole", "again"):
+        run(source, tmp_path / folder, tokenizer="byte", processes=1)
+    kept = (tmp_path / "again" / "train_00000.bin").stat().st_mtime_ns
+    (tmp_path / "again" / "shard_00001.json").unlink()
+    (tmp_path / "again" / "train_00001.bin").write_bytes(b"torn")
+    capsys.readouterr()
+    run(source, tmp_path / "again", tokenizer="byte", processes=1)
+    assert "3 shards, 1 to write" in capsys.readouterr().out
+    assert same(tmp_path / "whole", tmp_path / "again")
+    assert (tmp_path / "again" / "train_00000.bin").stat().st_mtime_ns == kept
+    for settings, message in ((dict(tokenizer="bpe:300"), "holds another data set .tokenizer = 'byte'"),
+                              (dict(tokenizer="byte", val_fraction=0.2), "another data set .val_fraction = 0.1")):
+        with pytest.raises(UserError, match=message):
+            run(source, tmp_path / "again", **settings)
+    (tmp_path / "hamlet.txt").write_text("To be, or not to be. " * 9, encoding="utf-8")
+    run(tmp_path / "hamlet.txt", tmp_path / "text")
+    with pytest.raises(UserError, match="holds another data set .not of shards"):
+        run(source, tmp_path / "text", tokenizer="byte")
+
+
+@pytest.mark.slow
+def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path):
+    for i in range(6):
+        write_parquet(tmp_path / "source" / f"{i}.parquet", make_documents(4000, i))
+    run(tmp_path / "source", tmp_path / "whole", tokenizer="bpe:300", processes=1)
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "source"), str(tmp_path / "killed"), "bpe:300", "3", "0"]
+    pauses, killed = np.random.default_rng(0).uniform(0, 0.6, size=5), 0
+    for pause in pauses:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        while process.poll() is None and not list(tmp_path.glob("killed/*.bin.new")):
+            time.sleep(0.01)
+        time.sleep(pause)
+        process.kill()
+        process.communicate(timeout=60)  # ends when no worker holds the pipe any more
+        killed += process.returncode != 0
+    assert killed >= 3
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr
+    assert same(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a file that can be waited for")
+@pytest.mark.parametrize("number, status", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)] if os.name != "nt"
+                         else [])
+def test_processes_end_with_the_one_that_started_them(tmp_path, number, status):
+    (tmp_path / "source").mkdir()
+    for name in ("0.jsonl", "1.jsonl"):
+        os.mkfifo(tmp_path / "source" / name)  # reading it waits for ever
+    command = [sys.executable, "prepare.py", str(tmp_path / "source"), "--tokenizer=byte", f"--name={tmp_path / 'out'}"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while process.poll() is None and not list(tmp_path.glob("out/*.bin.new")):
+        time.sleep(0.01)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == status and b"Traceback" not in said, said
+
+
+def test_a_killed_process_is_said(tmp_path):
+    write_parquet(tmp_path / "source" / "0.parquet", make_documents(3000, 0))
+
+    def kill():
+        while not list(tmp_path.glob("out/*.bin.new")):
+            time.sleep(0.01)
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    with pytest.raises(UserError, match="a process was killed.*run again to go on, with fewer --processes"):
+        run(tmp_path / "source", tmp_path / "out", tokenizer="bpe:300", processes=1)
+    thread.join()
+    assert not (tmp_path / "out" / "meta.json").exists()
+
+
+def test_what_cannot_be_used_is_named(tmp_path, monkeypatch):
+    def check(message, tokenizer="byte", **files):
+        folder = tmp_path / f"source{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        for name, content in files.items():
+            (folder / name.replace("_", ".")).write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            run(folder, folder / "out", tokenizer=tokenizer, processes=1)
+        assert not (folder / "out" / "meta.json").exists()
+
+    write_parquet(tmp_path / "good.parquet", make_documents(30, 0))
+    good = (tmp_path / "good.parquet").read_bytes()
+    parquet.write_table(pyarrow.table({"content": ["x"], "id": [1]}), tmp_path / "other.parquet")
+    parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
+    check("has no column named text, only content, id", a_parquet=(tmp_path / "other.parquet").read_bytes())
+    check("row 1: the text is 1, and must be a string", a_parquet=(tmp_path / "numbers.parquet").read_bytes())
+    check("is no whole parquet file", a_parquet=good[:-50])
+    check("a.jsonl, line 2: is no object with a text: b'.\"txt", a_jsonl=b'{"text": "x"}\n{"txt": "y"}')
+    check("a.jsonl: a document holds half of a surrogate pair", a_jsonl=b'{"text": "x \\ud800"}')
+    check("tokenizer = char: it has to know all characters beforehand", tokenizer="char", a_parquet=good)
+    check("none of the 1 documents of .* is for", a_jsonl=b'{"text": "x"}')
+    check("holds documents .a.parquet. and texts .b.txt.: which are meant", a_parquet=good, b_txt=b"words")
+    with pytest.raises(UserError, match="make it first with python prepare.py openwebtext"):
+        prepare.ensure("openwebtext")
+    with pytest.raises(UserError, match="fineweb is a data set with tokenizer = gpt2: add --name=NEW"):
+        prepare.main(prepare.Settings(tokenizer="byte"), ["fineweb"])
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    check("parquet files need pyarrow: pip install pyarrow", a_parquet=good)
+
+
+@pytest.fixture
+def hub(corpus, tmp_path):
+    """A server that answers as the hub does, with the corpus' parquet files: (address, what was asked of it, as
+    (path, parquet files in tmp_path at that moment))."""
+    files, asked = {f"sample/10BT/{path.name}": path.read_bytes() for path in corpus[0].rglob("*.parquet")}, []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *arguments):
+            pass
+
+        def do_GET(self):
+            path = urllib.parse.unquote(self.path.partition("?")[0])
+            asked.append((path, [file.name for file in tmp_path.rglob("*.parquet")]))
+            name = path.partition("/resolve/")[2].partition("/")[2]
+            if "/tree/" in path:
+                content = json.dumps([dict(type="file", oid="0" * 40, size=len(content), path=name)
+                                      for name, content in files.items()]).encode()
+            else:
+                content = files.get(name, b"")
+            self.send_response(200 if content else 404)
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header("X-Repo-Commit", "9" * 40)
+            self.send_header("Content-Type", "application/json" if "/tree/" in path else "application/octet-stream")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        do_HEAD = do_GET
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+
+
+def test_files_come_from_the_hub_and_go_when_they_are_done(hub, corpus, tmp_path):
+    address, asked = hub
+
+    def prepare_web(max_files):
+        found = subprocess.run([sys.executable, "-c", SCRIPT, "fineweb", str(tmp_path / "web"), "byte", "1", max_files],
+                               cwd=ROOT, env={**os.environ, "HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1",
+                                              "HF_HUB_OFFLINE": "0"},
+                               capture_output=True, text=True)
+        assert found.returncode == 0, found.stderr
+        return json.loads((tmp_path / "web" / "meta.json").read_text())
+
+    assert prepare_web("1")["documents"] == 301
+    for finished in (tmp_path / "web").glob("shard_*.json"):
+        finished.unlink()
+    meta, commit = prepare_web("0"), prepare.CORPORA["fineweb"][2]
+    assert meta["source"] == "HuggingFaceFW/fineweb" and meta["revision"] == commit and meta["documents"] == 311
+    assert all(f"/{commit}/" in path for path, _ in asked if "fineweb" in path)
+    second = [there for path, there in asked if path.endswith("1.parquet")]
+    assert second and not any("0.parquet" in there for there in second)  # the first was gone before the next came
+    assert not (tmp_path / "web" / "download").exists()
+    local = run(corpus[0] / "a", tmp_path / "local", tokenizer="byte", processes=1)
+    ids = np.concatenate([np.fromfile(path, np.uint16) for path in sorted((tmp_path / "web").glob("train_*.bin"))])
+    assert np.array_equal(ids, local.splits["train"][0:len(ids)])
