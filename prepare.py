@@ -390,7 +390,8 @@ def main(settings, sources):
         paths = find_texts(source, name)
         report(prepare(paths, locate(name), settings.tokenizer, settings.val_fraction, source), name)
     images = (locate(name) / "images.bin").exists()
-    recipe = "gpt2_124m" if documents else "vlm_shapes" if images else "shakespeare_char"
+    recipe = "gpt2_124m" if documents else "vlm_digits" if source == "digits" else "vlm_shapes" if images \
+        else "shakespeare_char"
     print(f"train on it: python train.py config/{recipe}.py --dataset={name}")
 
 

@@ -39,17 +39,17 @@ def flops_per_token(s):
     return 6 * (parameters(s) - s.block_size * s.n_embd) + 12 * s.n_layer * s.n_embd * s.block_size
 
 
-def state_bytes(s, workers=1, shard=False):
+def state_bytes(s, shards=1):
     """What a GPU holds from step to step: 4 bytes each for weight, gradient and AdamW's two moments, in float32.
 
-    Several workers without sharding: 4 more for the buckets in which DDP exchanges gradients. Sharded: the share of a
-    worker (Rajbhandari et al. 2020, stage 3), and what is gathered meanwhile: embeddings and two blocks in 16 bits,
-    and the gradients of the embeddings and a block in 32.
+    Several workers hold it each (DDP exchanges gradients where they lie), or a share of it if it is sharded (Rajbhandari
+    et al. 2020, stage 3), and what is gathered meanwhile: embeddings and two blocks in 16 bits, and the gradients of
+    the embeddings and a block in 32.
     """
-    if not shard:
-        return parameters(s) * (16 if workers == 1 else 20)
+    if shards == 1:
+        return 16 * parameters(s)
     embeddings, block = parts(s)
-    return 16 * parameters(s) // workers + 2 * (embeddings + 2 * block) + 4 * (embeddings + block)
+    return 16 * parameters(s) // shards + 2 * (embeddings + 2 * block) + 4 * (embeddings + block)
 
 
 def activation_bytes(s, sequences, recompute=False, shard=False):
@@ -100,9 +100,9 @@ def sentence(s):
     """What a recipe takes."""
     tokens = s.max_iters * s.batch_size * s.block_size
     one, eight, many = times(s, tokens)
-    memory = state_bytes(s, 8) + activation_bytes(s, sequences_at_once(s))
+    memory = state_bytes(s) + activation_bytes(s, sequences_at_once(s))
     return (f"{count(parameters(s))} parameters, {count(tokens)} tokens: {one} on one H100, {eight} on 8, {many} on 64,"
-            f" if they reach {MFU:.0%} MFU; {gigabytes(memory)} GB on each of 8.")
+            f" if they reach {MFU:.0%} MFU; {gigabytes(memory)} GB on each.")
 
 
 def tables(named):
@@ -112,8 +112,8 @@ def tables(named):
          count(TOKENS_PER_PARAMETER * parameters(s)), *times(s, TOKENS_PER_PARAMETER * parameters(s))]
         for name, s in named.items()))
     yield ""
-    yield from table("GB per GPU, state on 1, DDP, sharded over 8, over 64, per sequence, recomputed, sequences,"
-                     " total on 1, DDP, sharded over 8 and recomputed",
+    yield from table("GB per GPU, state, sharded over 8, over 64, per sequence, recomputed, sequences, total,"
+                     " sharded over 8 and recomputed",
                      (memory_row(name, s) for name, s in named.items()))
 
 
@@ -123,10 +123,9 @@ def times(s, tokens):
 
 def memory_row(name, s):
     n = sequences_at_once(s)
-    states = [state_bytes(s), state_bytes(s, 8), state_bytes(s, 8, True), state_bytes(s, 64, True)]
+    states = [state_bytes(s, shards) for shards in (1, 8, 64)]
     each = [activation_bytes(s, 2, recompute) - activation_bytes(s, 1, recompute) for recompute in (False, True)]
-    totals = [states[0] + activation_bytes(s, n), states[1] + activation_bytes(s, n),
-              states[2] + activation_bytes(s, n, True, True)]
+    totals = [states[0] + activation_bytes(s, n), states[1] + activation_bytes(s, n, True, True)]
     return [name, *map(gigabytes, states + each), str(n), *map(gigabytes, totals)]
 
 

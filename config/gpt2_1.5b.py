@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=8 train.py config/gpt2_1.5b.py
 
 Computed by scaling.py, not measured: 1.56B parameters, 31.14B tokens: 9.4 d on one H100, 28.1 h on 8, 3.5 h on 64, if
-they reach 40% MFU; 64.5 GB on each of 8. Without a GPU the same command makes ten small updates, to see that all is
+they reach 40% MFU; 58.2 GB on each. Without a GPU the same command makes ten small updates, to see that all is
 in place.
 """
 

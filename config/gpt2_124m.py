@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=8 train.py config/gpt2_124m.py
 
 Computed by scaling.py, not measured: 124M parameters, 10.00B tokens: 6.0 h on one H100, 45 min on 8, 6 min on 64, if
-they reach 40% MFU; 34.8 GB on each of 8. Without a GPU the same command makes ten small updates, to see that all is
+they reach 40% MFU; 34.3 GB on each. Without a GPU the same command makes ten small updates, to see that all is
 in place.
 """
 

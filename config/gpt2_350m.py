@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=8 train.py config/gpt2_350m.py
 
 Computed by scaling.py, not measured: 355M parameters, 10.00B tokens: 17.0 h on one H100, 2.1 h on 8, 16 min on 64, if
-they reach 40% MFU; 33.9 GB on each of 8. Without a GPU the same command makes ten small updates, to see that all is
+they reach 40% MFU; 32.5 GB on each. Without a GPU the same command makes ten small updates, to see that all is
 in place.
 """
 

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=8 train.py config/gpt2_774m.py
 
 Computed by scaling.py, not measured: 774M parameters, 15.47B tokens: 2.4 d on one H100, 7.1 h on 8, 53 min on 64, if
-they reach 40% MFU; 57.3 GB on each of 8. Without a GPU the same command makes ten small updates, to see that all is
+they reach 40% MFU; 54.2 GB on each. Without a GPU the same command makes ten small updates, to see that all is
 in place.
 """
 
