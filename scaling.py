@@ -42,9 +42,9 @@ def flops_per_token(s):
 def state_bytes(s, shards=1):
     """What a GPU holds from step to step: 4 bytes each for weight, gradient and AdamW's two moments, in float32.
 
-    Several workers hold it each (DDP exchanges gradients where they lie), or a share of it if it is sharded (Rajbhandari
-    et al. 2020, stage 3), and what is gathered meanwhile: embeddings and two blocks in 16 bits, and the gradients of
-    the embeddings and a block in 32.
+    Several workers hold it each, for DDP exchanges gradients where they lie; sharded, each holds its share (Rajbhandari
+    et al. 2020, stage 3) and what is gathered meanwhile: embeddings and two blocks in 16 bits, and the gradients of the
+    embeddings and a block in 32.
     """
     if shards == 1:
         return 16 * parameters(s)
