@@ -318,7 +318,8 @@ def kept(out_dir):
     """What a run that ends here leaves to go on from, in words."""
     for folder in present(out_dir, "last"):
         with contextlib.suppress(UserError):
-            return f"{folder} holds step {read_config(folder)['step']}, from where --resume goes on"
+            return f"{folder} holds step {read_config(folder)['step']}: python train.py --resume --out_dir={out_dir}" \
+                   " replays what came after"
     return "nothing was saved yet"
 
 

@@ -10,7 +10,6 @@ import time
 
 import torch
 
-import checkpoint
 from configurator import UserError
 
 SECONDS = 1.0  # between looks: also the longest that a signal to one of many workers goes unnoticed, beside an update
@@ -66,8 +65,5 @@ class Health:
         return val_loss
 
     def stop(self, loss, norm, why):
-        again = f"python train.py --resume --out_dir={self.settings.out_dir}"
-        if not checkpoint.present(self.settings.out_dir, "last"):
-            again = "the same command"
         raise UserError(f"the loss is {loss:.4f} and the gradient's norm {norm:.4f} at step {self.step}: {why}; its"
-                        f" batch is {self.task.name_batch(self.step - 1)}; {again} with --log_interval=1 replays it")
+                        f" batch is {self.task.name_batch(self.step - 1)}")

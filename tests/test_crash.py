@@ -170,7 +170,7 @@ def test_a_full_disk_is_one_line_and_costs_nothing(tmp_path, limit, background):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
-        with pytest.raises(UserError, match=r"last can't be written: File too large.*last holds step 1, from where"):
+        with pytest.raises(UserError, match=r"last can't be written: File too large.*last holds step 1: python"):
             write(2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
