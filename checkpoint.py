@@ -77,8 +77,7 @@ def write(out_dir, name, state, tokenizer, config, trainer):
     """`save` of what is taken apart already. state: the model's tensors."""
     final, new = Path(out_dir) / name, Path(out_dir) / f"{name}.new"
     try:
-        if is_complete(new) and not final.exists():
-            put_in_place(final, new)  # an earlier save was killed between its two renames
+        settle(out_dir, name)
         remove(new)
         new.mkdir(parents=True)
         state = {key: value.detach().contiguous().cpu() for key, value in state.items()}
@@ -120,6 +119,13 @@ def put_in_place(final, new, keep_old=True):
     sync_folder(final.parent)
     if not keep_old:
         remove(old)
+
+
+def settle(out_dir, name):
+    """Does the second rename of a save that was killed between its two."""
+    final, new = Path(out_dir) / name, Path(out_dir) / f"{name}.new"
+    if is_complete(new) and not final.exists():
+        os.rename(new, final)
 
 
 def remove(folder):

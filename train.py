@@ -255,7 +255,7 @@ def update(parallel, optimizer, scaler, batches, settings, dtype, device):
 def train(settings, given, world):
     """The run: set up, then one loop. Returns (the task, the step reached, the exit status if it was stopped or 0)."""
     out_dir, device = Path(settings.out_dir), world.device
-    folder = world.from_main(lambda: checkpoint.first_intact(to_resume(out_dir, settings.resume)))
+    folder = world.from_main(lambda: pick_up(out_dir, settings.resume))
     task = TASKS[settings.task](settings, given, device, folder)
     model = task.model
     state = checkpoint.load_trainer(folder) if folder else {"step": 0, "best_val_loss": math.inf}
@@ -326,6 +326,14 @@ def train(settings, given, world):
     log.close()
     stop.restore()
     return task, step, status
+
+
+def pick_up(out_dir, resume):
+    """The checkpoint to go on from, or None to start."""
+    if to_resume(out_dir, resume):
+        for name in ("best", "last"):
+            checkpoint.settle(out_dir, name)
+    return checkpoint.first_intact(to_resume(out_dir, resume))
 
 
 def restore(optimizer, scaler, state, folder):
