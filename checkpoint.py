@@ -165,14 +165,15 @@ class Writer:
     """
 
     def __init__(self, out_dir, background):
-        self.out_dir, self.pool, self.job = out_dir, ThreadPoolExecutor(1) if background else None, None
+        self.out_dir, self.job, self.buffers = out_dir, None, {}
+        self.pool = ThreadPoolExecutor(1) if background else None
 
     def save(self, names, model, tokenizer, info, trainer):
         """Writes the checkpoints `names` in this order, all of the same state; trainer goes into `last` alone."""
         self.wait()
         state, config = model.state_dict(), full_config(model, info)
         if self.pool:
-            state, trainer = host_copy((state, trainer), next(model.parameters()).device)
+            state, trainer = host_copy((state, trainer), next(model.parameters()).device, self.buffers)
             self.job = self.pool.submit(self.write, names, state, tokenizer, config, trainer)
         else:
             self.write(names, state, tokenizer, config, trainer)
@@ -206,16 +207,22 @@ class Writer:
             raise UserError(f"{error}; {kept(self.out_dir)}") from error
 
 
-def host_copy(tree, device):
-    """A copy of all tensors in a nest of dicts, lists and tuples, in memory of the host."""
-    def copy(value):
+def host_copy(tree, device, buffers):
+    """A copy of all tensors in a nest of dicts, lists and tuples, in memory of the host.
+
+    buffers: where the copies lie, an empty dict at first: memory that is used again costs a third of new memory.
+    """
+    def copy(value, path=()):
         if isinstance(value, torch.Tensor):
             pinned = value.device.type == "cuda"  # the copies of all tensors run while the host goes on
-            target = torch.empty_like(value, device="cpu", pin_memory=pinned, memory_format=torch.contiguous_format)
-            return target.copy_(value.detach(), non_blocking=pinned)
+            if path not in buffers:
+                buffers[path] = torch.empty(value.shape, dtype=value.dtype, pin_memory=pinned)
+            return buffers[path].copy_(value.detach(), non_blocking=pinned)
         if isinstance(value, dict):
-            return {key: copy(item) for key, item in value.items()}
-        return type(value)(copy(item) for item in value) if isinstance(value, list | tuple) else value
+            return {key: copy(item, (*path, key)) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(copy(item, (*path, i)) for i, item in enumerate(value))
+        return value
 
     result = copy(tree)
     synchronize(device)
