@@ -78,7 +78,7 @@ def write(out_dir, name, state, tokenizer, config, trainer):
     final, new = Path(out_dir) / name, Path(out_dir) / f"{name}.new"
     try:
         settle(out_dir, name)
-        remove(new)
+        shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
         state = {key: value.detach().contiguous().cpu() for key, value in state.items()}
         save_file(state, new / "model.safetensors", metadata={"format": "pt"})
@@ -89,8 +89,7 @@ def write(out_dir, name, state, tokenizer, config, trainer):
         seal(new, config)
         put_in_place(final, new, keep_old=trainer is not None)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            remove(new)  # a full disk needs the room
+        shutil.rmtree(new, ignore_errors=True)  # a full disk needs the room
         raise UserError(f"{final} can't be written: {reason(error)}") from error
 
 
@@ -113,12 +112,12 @@ def put_in_place(final, new, keep_old=True):
     """Renames the complete checkpoint `new` to `final`, and what was there to final.old."""
     old = final.with_name(final.name + ".old")
     if final.exists():
-        remove(old)
+        shutil.rmtree(old, ignore_errors=True)
         os.rename(final, old)
     os.rename(new, final)
     sync_folder(final.parent)
     if not keep_old:
-        remove(old)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def settle(out_dir, name):
@@ -126,13 +125,6 @@ def settle(out_dir, name):
     final, new = Path(out_dir) / name, Path(out_dir) / f"{name}.new"
     if is_complete(new) and not final.exists():
         os.rename(new, final)
-
-
-def remove(folder):
-    """Deletes a checkpoint; one that is deleted in part does not pass for complete."""
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(folder / "config.json")
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def sync_folder(folder):

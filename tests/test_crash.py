@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -151,6 +152,22 @@ def test_a_kill_at_any_operation_on_files_of_a_whole_run(tmp_path, tiny, monkeyp
         assert [row["step"] for row in found] == [1, 2, 3, 4, 5, 6]
         assert curve(rows(out_dir / "earlier.1")) == curve(rows(earlier))
         shutil.rmtree(out_dir)
+
+
+def test_a_save_in_the_background_is_of_the_moment_when_it_was_asked_for(tmp_path, monkeypatch):
+    changed, write = threading.Event(), checkpoint.write
+    monkeypatch.setattr(checkpoint, "write", lambda *args: (changed.wait(), write(*args)))
+    model, state = make(1), {"step": 1, "moments": [torch.ones(3)]}
+    with checkpoint.Writer(tmp_path, background=True) as writer:
+        for _ in range(2):
+            writer.save(["last"], model, CharTokenizer("abc"), {"step": 1}, state)
+            with torch.no_grad():
+                for tensor in (*model.parameters(), *state["moments"]):
+                    tensor.add_(1)
+            changed.set()
+    for folder, moments in ((tmp_path / "last.old", torch.ones(3)), (tmp_path / "last", torch.ones(3) + 1)):
+        assert torch.equal(checkpoint.load_trainer(folder)["moments"][0], moments)
+    assert torch.equal(checkpoint.load(tmp_path / "last.old")[0].wte.weight, make(1).wte.weight)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
