@@ -6,16 +6,24 @@ A checkpoint is a folder of its own, with all that sampling needs:
     tokenizer.json       text to ids and back
     config.json          the model's shape, the run's settings, step and losses, where the data came from
     trainer.pt           what resuming needs besides (only in `last`); loads without running code
+    SHA256SUMS           the checksums of these files, as `sha256sum -c SHA256SUMS` reads them
 
-An out directory holds two: `last`, and `best` by validation loss. A save writes `last.new`, then renames: at any
-instant there is one complete checkpoint that `find` finds.
+An out directory holds two: `last`, and `best` by validation loss. A save writes `last.new`, config.json at its end,
+then renames `last` to `last.old` and `last.new` to `last`: at any instant `find` finds a complete checkpoint, and where
+the files of `last` are damaged, the one before.
 """
 
+import contextlib
 import dataclasses
+import functools
+import hashlib
 import json
 import os
 import platform
+import re
 import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy
@@ -27,8 +35,9 @@ from torch.overrides import TorchFunctionMode
 
 import tokenizer as tokenizers
 from configurator import UserError
+from device import synchronize
 from model import GPT, GPTConfig
-from tokenizer import write_json
+from tokenizer import to_json, write_json, write_text
 from vlm import (
     LOCATIONS,
     SEGMENTS,
@@ -53,34 +62,163 @@ def save(out_dir, name, model, tokenizer, info, trainer=None):
     """Writes the checkpoint out_dir/name in one step, as seen from outside.
 
     info: plain values for config.json, beside the model's shape. trainer: tensors and plain values, or None.
+    Raises UserError, with what was there before intact, if it can't be written.
     """
-    out_dir = Path(out_dir)
-    new, old, final = (out_dir / (name + suffix) for suffix in (".new", ".old", ""))
-    if not final.exists() and (found := find(out_dir, name)):
-        found.rename(final)  # an earlier save was killed between its two renames
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    new.mkdir(parents=True)
-    state = {key: value.detach().contiguous().cpu() for key, value in model.state_dict().items()}
-    save_file(state, new / "model.safetensors", metadata={"format": "pt"})
-    tokenizer.save(new / "tokenizer.json")
-    if trainer is not None:
-        torch.save(trainer, new / "trainer.pt")
+    write(out_dir, name, model.state_dict(), tokenizer, full_config(model, info), trainer)
+
+
+def full_config(model, info):
+    """What config.json says: `info`, the model's kind and shape, and the versions."""
     kind = next(kind for kind, (cls, _) in MODELS.items() if type(model) is cls)
-    config = {"model_type": kind, "model": dataclasses.asdict(model.config), **info, "versions": versions()}
-    flush_to_disk(new)
-    write_json(new / "config.json", config)  # last: a folder that has it is complete
-    flush_to_disk(new)
-    if final.exists():
-        final.rename(old)
-    new.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
+    return {"model_type": kind, "model": dataclasses.asdict(model.config), **info, "versions": versions()}
 
 
-def flush_to_disk(folder):
-    for path in folder.iterdir():
+def write(out_dir, name, state, tokenizer, config, trainer):
+    """`save` of what is taken apart already. state: the model's tensors."""
+    final, new = Path(out_dir) / name, Path(out_dir) / f"{name}.new"
+    try:
+        settle(out_dir, name)
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        state = {key: value.detach().contiguous().cpu() for key, value in state.items()}
+        save_file(state, new / "model.safetensors", metadata={"format": "pt"})
+        tokenizer.save(new / "tokenizer.json")
+        if trainer is not None:
+            with open(new / "trainer.pt", "wb") as file:
+                torch.save(trainer, file)
+        seal(new, config)
+        put_in_place(final, new, keep_old=trainer is not None)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        shutil.rmtree(new, ignore_errors=True)  # a full disk needs the room
+        raise UserError(f"{final} can't be written: {reason(error)}") from error
+
+
+def seal(folder, config):
+    """Completes a checkpoint: checksums of all its files, all of it on the disk, and only then config.json."""
+    text = to_json(config)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    sums = {path.relative_to(folder).as_posix(): digest(path) for path in paths}
+    sums["config.json"] = hashlib.sha256(text.encode()).hexdigest()  # the last line, so that a missing end is noticed
+    write_text(folder / "SHA256SUMS", "".join(f"{value}  {name}\n" for name, value in sums.items()))
+    for path in paths:
         with open(path, "rb+") as file:
             os.fsync(file.fileno())
+    sync_folder(folder)
+    write_text(folder / "config.json", text)
+    sync_folder(folder)
+
+
+def put_in_place(final, new, keep_old=True):
+    """Renames the complete checkpoint `new` to `final`, and what was there to final.old."""
+    old = final.with_name(final.name + ".old")
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(final, old)
+    os.rename(new, final)
+    sync_folder(final.parent)
+    if not keep_old:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def settle(out_dir, name):
+    """Does the second rename of a save that was killed between its two."""
+    final, new = Path(out_dir) / name, Path(out_dir) / f"{name}.new"
+    if is_complete(new) and not final.exists():
+        os.rename(new, final)
+
+
+def sync_folder(folder):
+    """Has the names in a folder reach the disk; Windows has no way to ask for that."""
+    if os.name != "nt":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def reason(error):
+    """Why a write failed, in the system's words if they can be found: torch and safetensors bury them."""
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    while error is not None:
+        if isinstance(error, OSError) and error.strerror:
+            return error.strerror + (f": {error.filename}" if error.filename else "")
+        if match := re.search(r"os error (\d+)", str(error)):
+            return os.strerror(int(match[1]))
+        error = error.__context__
+    return first
+
+
+class Writer:
+    """Saves a run's checkpoints, in the background if wanted: then the caller only waits for a copy in host memory.
+
+    One save is written at a time, and the next one waits for it. What a write raises comes up in the next call or at
+    the end of the `with` block, which waits for the last one. Errors that leave the block say what is kept.
+    """
+
+    def __init__(self, out_dir, background):
+        self.out_dir, self.job, self.buffers = out_dir, None, {}
+        self.pool = ThreadPoolExecutor(1) if background else None
+
+    def save(self, names, model, tokenizer, info, trainer):
+        """Writes the checkpoints `names` in this order, all of the same state; trainer goes into `last` alone."""
+        self.wait()
+        state, config = model.state_dict(), full_config(model, info)
+        if self.pool:
+            state, trainer = host_copy((state, trainer), next(model.parameters()).device, self.buffers)
+            self.job = self.pool.submit(self.write, names, state, tokenizer, config, trainer)
+        else:
+            self.write(names, state, tokenizer, config, trainer)
+
+    def write(self, names, state, tokenizer, config, trainer):
+        for name in names:
+            write(self.out_dir, name, state, tokenizer, config, trainer if name == "last" else None)
+
+    def check(self):
+        """Raises what a finished write raised."""
+        if self.job and self.job.done():
+            self.wait()
+
+    def wait(self):
+        job, self.job = self.job, None
+        if job:
+            job.result()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        try:
+            self.wait()
+        except UserError as late:
+            error = error or late
+        finally:
+            if self.pool:
+                self.pool.shutdown()
+        if isinstance(error, UserError):
+            raise UserError(f"{error}; {kept(self.out_dir)}") from error
+
+
+def host_copy(tree, device, buffers):
+    """A copy of all tensors in a nest of dicts, lists and tuples, in memory of the host.
+
+    buffers: where the copies lie, an empty dict at first: memory that is used again costs a third of new memory.
+    """
+    def copy(value, path=()):
+        if isinstance(value, torch.Tensor):
+            pinned = value.device.type == "cuda"  # the copies of all tensors run while the host goes on
+            if path not in buffers:
+                buffers[path] = torch.empty(value.shape, dtype=value.dtype, pin_memory=pinned)
+            return buffers[path].copy_(value.detach(), non_blocking=pinned)
+        if isinstance(value, dict):
+            return {key: copy(item, (*path, key)) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(copy(item, (*path, i)) for i, item in enumerate(value))
+        return value
+
+    result = copy(tree)
+    synchronize(device)
+    return result
 
 
 def versions():
@@ -88,27 +226,106 @@ def versions():
             "platform": platform.platform()}
 
 
+def is_complete(folder):
+    return (folder / "config.json").is_file()
+
+
+def present(out_dir, name):
+    """The checkpoints of this name in out_dir, the one to prefer first. A save that is killed may leave all three.
+
+    What was killed before it was complete is none; but what was put in place, and is not complete, is damaged.
+    """
+    folders = [Path(out_dir) / (name + suffix) for suffix in ("", ".new", ".old")]
+    return [folder for folder in folders if is_complete(folder) or folder.name == name and folder.exists()]
+
+
 def find(out_dir, name):
-    """The folder of the checkpoint `name` in out_dir, or None. A save that was killed leaves one of the three."""
-    for folder in (Path(out_dir) / (name + suffix) for suffix in ("", ".new", ".old")):
-        if (folder / "config.json").is_file():
-            return folder
-    return None
+    """The folder of the checkpoint `name` in out_dir, or None. A damaged one is told of, and the one before taken.
+
+    Raises UserError if there are only damaged ones.
+    """
+    return first_intact(present(out_dir, name))
 
 
 def find_any(out_dir, preferred="best"):
     """The folder to sample or evaluate: `preferred`, or else the other of best and last, or out_dir itself.
 
-    Raises UserError where there is no checkpoint.
+    Raises UserError where there is no checkpoint, or only damaged ones.
     """
     out_dir = Path(out_dir)
     if (out_dir / "model.safetensors").is_file():
         return out_dir
-    for name in sorted(("best", "last"), key=lambda name: name != preferred):
-        if folder := find(out_dir, name):
-            return folder
+    names = sorted(("best", "last"), key=lambda name: name != preferred)
+    if folder := first_intact([folder for name in names for folder in present(out_dir, name)], sampling=True):
+        return folder
     raise UserError(f"there is no checkpoint in {out_dir}: train one first, python train.py"
                     f" config/shakespeare_char.py --out_dir={out_dir}")
+
+
+def first_intact(folders, sampling=False):
+    damaged = []
+    for folder in folders:
+        if not (found := damage(folder, sampling)):
+            if damaged:
+                tell(f"{'; '.join(damaged)}: using {folder} instead, of step {read_config(folder).get('step')}")
+            return folder
+        damaged.append(found)
+    if damaged:
+        raise UserError(f"{'; '.join(damaged)}; there is no other checkpoint to use instead")
+    return None
+
+
+@functools.cache
+def tell(line):
+    """One line on stderr, once, and not from every rank."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
+
+
+def damage(folder, sampling=False):
+    """What is wrong with a checkpoint's files, in words that name the first such file, or "".
+
+    sampling: trainer.pt does not matter. Without SHA256SUMS, as Quill's first checkpoints were, nothing is checked.
+    """
+    path = folder / "SHA256SUMS"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else ["  config.json"]
+        sums = {name: value for value, name in (line.split("  ", 1) for line in lines)}
+        if "config.json" not in sums:
+            raise ValueError("its end is missing")
+        for name, value in sums.items():
+            path = folder / name
+            if not (sampling and name == "trainer.pt") and digest(path) != value != "":
+                raise ValueError("its checksum is not the one in SHA256SUMS")
+    except FileNotFoundError:
+        return f"{path} is missing"
+    except (OSError, ValueError) as error:
+        return f"{path} is damaged ({getattr(error, 'strerror', error)})"
+    return ""
+
+
+def digest(path):
+    """The SHA-256 of a file, computed anew only if the file has changed since."""
+    found = os.stat(path)
+    return cached_digest(str(path), found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1000)
+def cached_digest(path, *_):
+    found, buffer = hashlib.sha256(), memoryview(bytearray(2**20))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            found.update(buffer[:count])
+    return found.hexdigest()
+
+
+def kept(out_dir):
+    """What a run that ends here leaves to go on from, in words."""
+    for folder in present(out_dir, "last"):
+        with contextlib.suppress(UserError):
+            return f"{folder} holds step {read_config(folder)['step']}: python train.py --resume --out_dir={out_dir}" \
+                   " replays what came after"
+    return "nothing was saved yet"
 
 
 def read_config(folder):
@@ -124,7 +341,10 @@ def load(folder, device="cpu", dropout=0.0):
 
     Raises UserError for a damaged or foreign folder.
     """
-    folder, config = Path(folder), read_config(folder)
+    folder = Path(folder)
+    if found := damage(folder, sampling=True):
+        raise UserError(found)
+    config = read_config(folder)
     if config.get("model_type") not in MODELS:
         raise UserError(f"{folder} is not a Quill checkpoint (model_type {config.get('model_type')!r}); for a published"
                         f" model use --init_from={folder}")
@@ -136,6 +356,8 @@ def load(folder, device="cpu", dropout=0.0):
 
 def load_trainer(folder):
     """What `save` got as trainer. Nothing in the file is executed. Raises UserError if it is damaged."""
+    if found := damage(Path(folder)):
+        raise UserError(found)
     try:
         return torch.load(Path(folder) / "trainer.pt", map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
@@ -187,7 +409,7 @@ class NoInitialisation(TorchFunctionMode):
 
 def load_initial(name, device="cpu", block_size=0, dropout=0.0):
     """(model, tokenizer) to start a run from: a Quill run's or checkpoint's folder, or what `load_published` takes."""
-    if any(find(name, which) for which in ("best", "last")) or (Path(name) / "trainer.pt").exists():
+    if any(present(name, which) for which in ("best", "last")) or (Path(name) / "trainer.pt").exists():
         model, tokenizer, _ = load(find_any(name), device, dropout)
         if block_size not in (0, model.config.block_size):
             raise UserError(f"block_size = {block_size}: the model of {name} has {model.config.block_size}")

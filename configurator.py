@@ -168,7 +168,7 @@ def check_value(name, value, hint, where):
 def parse_text(name, text, hint, bare=False):
     """A value from the command line, read as the declared type."""
     choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else None
-    if bare and hint is bool:
+    if bare and (hint is bool or any(choice is True for choice in choices or ())):
         return True
     if bare:
         raise UserError(f"--{name} needs a value: write --{name}=VALUE, where VALUE is {describe(hint)}")

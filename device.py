@@ -4,6 +4,7 @@ Every setting that may be "auto" is resolved here, once, with the reason in word
 """
 
 import contextlib
+import platform
 import re
 import sys
 import time
@@ -87,6 +88,14 @@ def has_triton():
 def autocast(device, dtype):
     """Matrix products in a 16-bit dtype, all else in float32; nothing at all for float32."""
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+
+
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        return re.search(r"model name\s*: (.*)|$", file.read())[1] or platform.processor()
+    return platform.processor()
 
 
 def synchronize(device):

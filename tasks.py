@@ -1,7 +1,8 @@
 """What can be trained. A task brings its data, its model, its batches and its measure; train.py brings the one loop.
 
 The loop knows of a task: model, tokenizer, micro_batches(step, world), val_loss(world, dtype), its width,
-tokens_per_update, flops_per_update(), describe(), show(), and the command to try what was trained.
+tokens_per_update, flops_per_update(), describe(), show(), name_batch(step), data_marks(), and the command to try what
+was trained.
 """
 
 import dataclasses
@@ -49,17 +50,28 @@ class Task:
     Raises UserError where the data, the settings and the model to start from don't belong together.
     """
 
-    def __init__(self, settings, given, device):
+    def __init__(self, settings, given, device, folder=None):
         self.settings, self.device = settings, device
         self.load_data(locate(settings.dataset))
-        if settings.resume:
-            folder = checkpoint.find(settings.out_dir, "last")
-            self.model, its_tokenizer, _ = checkpoint.load(folder, device, settings.dropout)
+        if folder:
+            self.model, its_tokenizer, config = checkpoint.load(folder, device, settings.dropout)
             if not tokenizers.same_vocabulary(self.tokenizer, its_tokenizer):
                 raise UserError(f"{folder} has another tokenizer than the data set {settings.dataset} has now")
+            if config.get("data", self.data_marks()) != self.data_marks():
+                raise UserError(f"{folder} was trained on other data than the data set {settings.dataset} holds now:"
+                                f" prepare it as it was, or start a new run with --init_from={settings.out_dir}")
         else:
             self.model = self.new_model(given, torch.Generator().manual_seed(settings.seed)).to(device)
         self.check()
+
+    def data_marks(self):
+        """What tells the data set from others: checksum and sizes, of its meta.json."""
+        marks = ("sha256", "train_tokens", "val_tokens", "train_rows", "val_rows")
+        return {name: self.dataset.meta[name] for name in marks if name in self.dataset.meta}
+
+    def name_batch(self, step):
+        """Which sequences the batch of update step + 1 is made of, in words."""
+        return f"{self.rows_are} {', '.join(map(str, self.batch_rows(step)))}"
 
     def micro_batches(self, step, world):
         """This rank's share of the batch of update step + 1: the model's arguments and the weight of each micro-batch.
@@ -80,6 +92,7 @@ class Text(Task):
     """Next-token prediction on a text: a GPT, new or published."""
 
     command = "python sample.py --out_dir={out_dir}"
+    rows_are = "the windows at the training tokens"
 
     def load_data(self, folder):
         self.dataset = Dataset(folder)
@@ -140,6 +153,8 @@ class Text(Task):
 class Images(Task):
     """What the tasks with images share: a data set of images with text, and a vision tower."""
 
+    rows_are = "the rows of the training split"
+
     def load_data(self, folder):
         self.dataset = ImageTextDataset(folder)
         self.tokenizer = tokenizers.load(folder / "tokenizer.json")
@@ -170,6 +185,7 @@ class Contrastive(Images):
     """Images and captions, each told from all others: a SigLIP."""
 
     command = "python train.py config/vlm_shapes.py --init_vision={out_dir}"
+    rows_are = "the captions of the training split, counted by image,"
 
     def encode(self, rows):
         return encode_captions(rows, self.tokenizer)

@@ -174,6 +174,18 @@ def code_points(text):
 
 
 def write_json(path, value):
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
-        json.dump(value, file, ensure_ascii=False, indent=1)
-        file.write("\n")
+    write_text(path, to_json(value))
+
+
+def to_json(value):
+    return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
+
+
+def write_text(path, text):
+    """Writes a file in one step, as seen from outside: whoever looks finds the old text or the new, and whole."""
+    new = f"{path}.new"
+    with open(new, "w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)

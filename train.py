@@ -4,13 +4,19 @@
     python train.py config/shakespeare_char.py           a recipe; on a CPU it takes the recipe's on_cpu values
     python train.py config/shakespeare_char.py --max_iters=100 --out_dir=out/short
     python train.py --resume --out_dir=out               goes on where a run stopped, to the same numbers
+    python train.py config/shakespeare_char.py --resume=auto       the same; where nothing was saved, it starts
     torchrun --nproc_per_node=2 train.py config/shakespeare_char.py
 
-Later values win: defaults, config files, --name=value. The out directory gets log.jsonl and the checkpoints `last`
-and `best` (see checkpoint.py); an earlier run found there is moved into a folder earlier.N of its own.
+Later values win: defaults, config files, --name=value. The out directory gets log.jsonl, run.json and the checkpoints
+`last` and `best` (see checkpoint.py); an earlier run found there is moved into a folder earlier.N of its own.
+
+Exit status: 0 finished; 2 an error that the one line explains; 75 stopped by --max_minutes or SIGUSR1, 130 by Ctrl-C,
+143 by SIGTERM, all three with a save.
 """
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 from configurator import UserError, check_ranges, differences, flat_values, from_command_line, one_line_errors
@@ -41,7 +47,7 @@ class Settings:
     out_dir: str = "out"  # everything the run leaves
     dataset: str = "shakespeare_char"  # a name under data/, or a folder made by prepare.py
     init_from: str = "scratch"  # or a run's folder, gpt2, gpt2-medium, -large, -xl, a hub id, a published folder
-    resume: bool = False  # continue the run in out_dir from its last checkpoint, with its settings
+    resume: Literal[False, True, "auto"] = False  # continue the run in out_dir, with its settings; auto: or start it
     # the model
     n_layer: int = 2  # blocks
     n_head: int = 2  # attention heads
@@ -73,6 +79,10 @@ class Settings:
     eval_interval: int = 100  # updates between evaluations, each followed by a save
     eval_tokens: int = 2_000_000  # most tokens per evaluation; a shorter split is scored whole; 0: always whole
     log_interval: int = 10  # updates between lines of the log
+    async_save: bool = True  # write checkpoints in the background; training waits for a copy in memory only
+    max_minutes: float = 0.0  # stop after so long, with a save and exit status 75; 0: no limit
+    max_grad_norm: float = 0.0  # stop if the gradient's norm, before clipping, exceeds it; 0: if it is no number
+    max_loss_rise: float = 0.0  # stop if a loss exceeds its mean of 100 updates by so much; 0: if it is no number
     sample_tokens: int = 300  # length of the sample at the end; 0: none
     publish: str = ""  # a folder to write the best image-text model to at the end, in the published layout
     wandb: bool = False  # log to Weights & Biases too (pip install wandb; WANDB_MODE=offline needs no account)
@@ -87,7 +97,8 @@ class Settings:
     def __post_init__(self):
         check_ranges(self, batch_size=1, gradient_accumulation_steps=1, max_iters=1, learning_rate=0.0, min_lr=0.0,
                      warmup_iters=0, lr_decay_iters=0, weight_decay=0.0, grad_clip=0.0, eval_interval=1,
-                     eval_tokens=0, log_interval=1, sample_tokens=0, lora_rank=0, seed=0)
+                     eval_tokens=0, log_interval=1, max_minutes=0.0, max_grad_norm=0.0, max_loss_rise=0.0,
+                     sample_tokens=0, lora_rank=0, seed=0)
         if self.publish and self.task != "image-text" or self.lora_rank and self.init_from == "scratch":
             raise UserError("--publish is for --task=image-text, and --lora_rank for one with --init_from")
         for name in ("beta1", "beta2"):
@@ -100,20 +111,40 @@ def has_accelerator(device):
     return devices.has_accelerator(device)
 
 
+def to_resume(out_dir, resume):
+    """The complete checkpoints to go on from; none if the run is to start. Raises UserError if none can be right."""
+    import checkpoint
+    from log import MOVING
+    moving = (Path(out_dir) / MOVING).exists()  # what is left beside it belongs to a run that was being set aside
+    folders = [] if moving or not resume else checkpoint.present(out_dir, "last")
+    if resume is True and not folders:
+        raise UserError(f"there is nothing to resume in {out_dir}: no checkpoint; drop --resume to start")
+    return folders
+
+
+def readable_config(folders):
+    """The config.json of the first checkpoint whose can be read; which one is intact is looked into later."""
+    import checkpoint
+    for folder in folders[:-1]:
+        with suppress(UserError):
+            return checkpoint.read_config(folder)
+    return checkpoint.read_config(folders[-1])
+
+
 def earlier_settings(given):
     """With --resume, the settings of the run that is being resumed."""
     if not given.get("resume"):
         return {}
-    import checkpoint
+    from prepare import BUILT_IN
     from tasks import SHAPE
     out_dir = given.get("out_dir", Settings.out_dir)
-    folder = checkpoint.find(out_dir, "last")
-    if folder is None:
-        raise UserError(f"there is nothing to resume in {out_dir}: no checkpoint; drop --resume to start")
-    saved = checkpoint.read_config(folder)["settings"]
+    folders = to_resume(out_dir, given["resume"])
+    if not folders:
+        return {}
+    saved = readable_config(folders)["settings"]
     for name, value in flat_values(saved).items():
         fixed = name in ("task", "architecture", "dataset", *SHAPE) or name.startswith("vision.")
-        if fixed and given.get(name, value) != value:
+        if fixed and given.get(name, value) != value and value != BUILT_IN:
             raise UserError(f"{name} = {given[name]!r}, but the run in {out_dir} has {value!r}: drop it to resume, or"
                             f" start a new run with --init_from={out_dir}")
     known = {field.name for field in fields(Settings)}
@@ -128,7 +159,6 @@ import math
 import signal
 import time
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -136,7 +166,8 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import distributed
 from device import autocast, peak_flops, peak_memory, pick_compile, pick_dtype
-from log import Log, set_aside
+from health import Health
+from log import Log, record_end, record_start, set_aside
 from prepare import ensure
 from tasks import TASKS
 
@@ -167,24 +198,36 @@ def make_optimizer(model, settings):
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=fused)
 
 
-class Interrupt:
-    """Notes SIGINT and SIGTERM for the loop to act on; a second one ends the process at once.
+SPARE = 75  # exit status of a run that saved to be taken up again later: EX_TEMPFAIL, "try again"
 
-    Not so under torchrun, which passes on what its workers may already have got: it ends them itself if they linger.
+
+class Stop:
+    """Whether the loop is to end early: `status` is then the exit status, else 0.
+
+    SIGINT and SIGTERM ask for it (a second one ends the process at once), SIGUSR1, which a cluster sends ahead of its
+    SIGTERM, and the clock. Under torchrun no second one counts: it passes on what its workers may already have got,
+    and ends them itself if they linger.
     """
 
-    def __init__(self, world):
-        self.signal, self.patient = 0, world.size > 1
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+    def __init__(self, world, minutes):
+        self.asked, self.patient = 0, world.size > 1
+        self.deadline = time.monotonic() + 60 * minutes if minutes else math.inf
+        statuses = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": SPARE}  # Windows has no SIGUSR1
+        self.statuses = {getattr(signal, name): status for name, status in statuses.items() if hasattr(signal, name)}
+        self.before = {number: signal.signal(number, self.note) for number in self.statuses}
 
     def note(self, number, frame):
-        self.signal = number
-        if not self.patient:
+        self.asked = self.asked or self.statuses[number]
+        if not self.patient and self.statuses[number] != SPARE:
             self.restore()
 
     def restore(self):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    @property
+    def status(self):
+        return self.asked or (SPARE if time.monotonic() > self.deadline else 0)
 
 
 def update(parallel, optimizer, scaler, batches, settings, dtype, device):
@@ -210,84 +253,97 @@ def update(parallel, optimizer, scaler, batches, settings, dtype, device):
 
 
 def train(settings, given, world):
-    """The run: set up, then one loop. Returns (the task, the step reached, the signal that stopped it or 0)."""
+    """The run: set up, then one loop. Returns (the task, the step reached, the exit status if it was stopped or 0)."""
     out_dir, device = Path(settings.out_dir), world.device
-    task = TASKS[settings.task](settings, given, device)
+    folder = world.from_main(lambda: pick_up(out_dir, settings.resume))
+    task = TASKS[settings.task](settings, given, device, folder)
     model = task.model
-    state = {"step": 0, "best_val_loss": math.inf}
-    if settings.resume:
-        state = checkpoint.load_trainer(checkpoint.find(out_dir, "last"))
+    state = checkpoint.load_trainer(folder) if folder else {"step": 0, "best_val_loss": math.inf}
     step, best_val_loss = state["step"], state["best_val_loss"]
     optimizer = make_optimizer(model, settings)
     dtype, why_dtype = pick_dtype(settings.dtype, device, task.width)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    if step:
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+    if folder:
+        restore(optimizer, scaler, state, folder)
     compiled, why_compiled = pick_compile(settings.compile, device, settings.max_iters - step)
     if world.is_main:
         print("settings: " + (", ".join(f"{k}={v!r}" for k, v in differences(settings).items()) or "the defaults"))
         print(f"device: {device}" + (f" x {world.size} workers" if world.size > 1 else "")
               + f"; dtype: {str(dtype)[6:]} ({why_dtype}); compile: {compiled} ({why_compiled})")
         print(task.describe(), flush=True)
-        if not settings.resume:
+        if not folder:
             set_aside(out_dir)
     if compiled:
         model.compile()
-    parallel = DistributedDataParallel(model) if world.size > 1 else model
+    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
     peak = peak_flops(device, dtype)
     log = Log(out_dir, settings, step, task.tokens_per_update, task.flops_per_update() / world.size, peak, world)
-    interrupt, stopping = Interrupt(world), 0
+    if world.is_main:
+        record_start(out_dir, settings, world, step=step, dtype=str(dtype)[6:], compile=compiled)
+    health = Health(settings, task, step, scaler.is_enabled(), state.get("mean_loss"))
+    stop, status = Stop(world, settings.max_minutes), 0
 
-    def save(name, val_loss):
+    def save(names, val_loss):
         if world.is_main:
-            info = {"settings": asdict(settings), "dataset": settings.dataset, "step": step, "val_loss": val_loss}
-            state = {"step": step, "best_val_loss": best_val_loss, "optimizer": optimizer.state_dict(),
-                     "scaler": scaler.state_dict()}
-            checkpoint.save(out_dir, name, model, task.tokenizer, info, state if name == "last" else None)
+            log.sync()
+            info = {"settings": asdict(settings), "dataset": settings.dataset, "data": task.data_marks(), "step": step,
+                    "val_loss": val_loss}
+            state = {"step": step, "best_val_loss": best_val_loss, "mean_loss": health.mean,
+                     "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            writer.save(names, model, task.tokenizer, info, state)
 
     model.train()
-    while step < settings.max_iters:
-        lr = learning_rate(step + 1, settings)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
-        batches = task.micro_batches(step, world)
-        loss, norm = update(parallel, optimizer, scaler, batches, settings, dtype, device)
-        step += 1
+    with checkpoint.Writer(out_dir, settings.async_save) as writer:
+        while step < settings.max_iters:
+            lr = learning_rate(step + 1, settings)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["scale"]
+            batches = task.micro_batches(step, world)
+            loss, norm = update(parallel, optimizer, scaler, batches, settings, dtype, device)
+            step += 1
 
-        evaluating = step % settings.eval_interval == 0 or step == settings.max_iters
-        logging = evaluating or step % settings.log_interval == 0 or step == 1
-        if not logging and not (interrupt.signal and world.size == 1):
-            continue
-        row = log.row(step, loss=world.mean(loss), lr=lr, grad_norm=norm.item())
-        stopping = world.max(interrupt.signal)
-        if evaluating:
-            row["val_loss"] = task.val_loss(world, dtype)
-        check_finite(row, out_dir, scaler.is_enabled())
-        if logging:
-            log.write(row)
-        if evaluating and row["val_loss"] < best_val_loss:
-            best_val_loss = row["val_loss"]
-            save("best", best_val_loss)
-        if evaluating or stopping:
-            save("last", row.get("val_loss"))
-        if stopping:
-            break
-        log.restart(step)
+            health.note(loss, norm)
+            evaluating = step % settings.eval_interval == 0 or step == settings.max_iters
+            logging = evaluating or step % settings.log_interval == 0 or step == 1
+            if not (logging or health.due(step) or stop.status and world.size == 1):
+                continue
+            row = log.row(step, lr=lr, **health.look(world))
+            status = world.max(stop.status) if step < settings.max_iters else 0
+            names = ["last"] if evaluating or status else []
+            if evaluating:
+                row["val_loss"] = health.check(task.val_loss(world, dtype))
+            if logging:
+                log.write(row)
+            if evaluating and row["val_loss"] < best_val_loss:
+                best_val_loss, names = row["val_loss"], ["best", "last"]
+            if names:
+                save(names, row.get("val_loss"))
+            if status:
+                break
+            if logging:
+                log.restart(step)
+            writer.check()
     log.close()
-    interrupt.restore()
-    return task, step, stopping
+    stop.restore()
+    return task, step, status
 
 
-def check_finite(row, out_dir, scaled):
-    """Raises UserError if the loss or the gradient is not a number: nothing is saved from there on."""
-    watched = ("loss", "val_loss") if scaled else ("loss", "val_loss", "grad_norm")  # fp16 skips steps on overflow
-    bad = [name for name in watched if name in row and not math.isfinite(row[name])]
-    if bad:
-        folder = checkpoint.find(out_dir, "last")
-        kept = f"{folder} holds step {checkpoint.read_config(folder)['step']}" if folder else "nothing was saved yet"
-        raise UserError(f"{bad[0]} is {row[bad[0]]} at step {row['step']}: try a lower --learning_rate, or"
-                        f" --dtype=float32; {kept}")
+def pick_up(out_dir, resume):
+    """The checkpoint to go on from, or None to start."""
+    if to_resume(out_dir, resume):
+        for name in ("best", "last"):
+            checkpoint.settle(out_dir, name)
+    return checkpoint.first_intact(to_resume(out_dir, resume))
+
+
+def restore(optimizer, scaler, state, folder):
+    """Raises UserError if the optimizer in the checkpoint is that of other parameters."""
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+    except ValueError:
+        raise UserError(f"{folder / 'trainer.pt'} holds the optimizer of other parameters: resume with the --rates and"
+                        " --lora_rank that the run had") from None
+    scaler.load_state_dict(state["scaler"])
 
 
 def main(settings, given):
@@ -300,10 +356,11 @@ def main(settings, given):
     began = time.perf_counter()
     task, step, stopped = train(dataclasses.replace(settings, dataset=name), given, world)
     if world.is_main:
+        record_end(task.settings.out_dir, step, stopped)
         say_where(task, step, stopped, time.perf_counter() - began)
     world.close()
     if stopped:
-        raise SystemExit(128 + stopped)
+        raise SystemExit(stopped)
 
 
 def say_where(task, step, stopped, seconds):
@@ -320,7 +377,7 @@ def say_where(task, step, stopped, seconds):
     best = checkpoint.read_config(checkpoint.find(out_dir, "best"))
     print(f"{step} updates in {seconds:.0f} s, at most {peak_memory(task.device) / 2**20:,.0f} MiB;"
           f" best validation loss {best['val_loss']:.4f} at step {best['step']}")
-    print(f"in {out_dir}: checkpoints best and last, log.jsonl\n"
+    print(f"in {out_dir}: checkpoints best and last, log.jsonl, run.json\n"
           f"try it:      {task.command.format(out_dir=out_dir)}\n"
           f"evaluate it: python evaluate.py --out_dir={out_dir}")
 

@@ -35,6 +35,7 @@ def test_text_is_parsed_by_the_declared_type():
     assert (s.batch_size, s.learning_rate, s.out_dir, s.compile, s.resume) == (32, 1.0, "a=b", False, True)
     assert type(s.learning_rate) is float and type(s.compile) is bool
     assert settings("--compile=true").compile is True and settings("--compile=auto").compile == "auto"
+    assert settings("--compile").compile is True
     assert settings("--resume=no").resume is False and settings("--out_dir=3").out_dir == "3"
 
 

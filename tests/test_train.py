@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import batches
 import checkpoint
+import distributed
+import health
 import tasks
 import train
 from configurator import UserError
@@ -144,15 +147,15 @@ def long_run(tmp_path_factory, tiny):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows can't send these signals")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_the_run_can_be_resumed(tmp_path, tiny, long_run, number):
+@pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 75)])
+def test_a_signal_saves_and_the_run_can_be_resumed(tmp_path, tiny, long_run, name, status):
     arguments = as_arguments(tiny, **LONG, out_dir=str(tmp_path / "parts"))
     process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, text=True)
     while not (tmp_path / "parts" / "log.jsonl").exists() or len(rows(tmp_path / "parts")) < 5:
         time.sleep(0.02)
-    process.send_signal(number)
+    process.send_signal(getattr(signal, name))
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
+    assert process.returncode == status
     assert f"go on with: python train.py --resume --out_dir={tmp_path / 'parts'}" in out
     stopped = trainer(tmp_path / "parts")["step"]
     assert 20 <= stopped < 1000
@@ -170,18 +173,106 @@ def test_best_and_last_are_kept_apart(tmp_path, tiny, monkeypatch):
     assert not (tmp_path / "best" / "trainer.pt").exists()
 
 
-def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(tmp_path, tiny, monkeypatch):
+def breaking(monkeypatch, change, at=27):
+    """From update `at` on, `change` makes another (loss, norm) of the update's."""
     real = train.update
 
-    def breaks(parallel, optimizer, *args):
+    def update(parallel, optimizer, *args):
         loss, norm = real(parallel, optimizer, *args)
-        steps = int(next(iter(optimizer.state.values()))["step"])
-        return (loss * math.nan if steps >= 27 else loss), norm
+        return change(loss, norm) if int(next(iter(optimizer.state.values()))["step"]) >= at else (loss, norm)
 
-    monkeypatch.setattr(train, "update", breaks)
-    with pytest.raises(UserError, match="loss is nan at step 30: try a lower --learning_rate, .*last holds step 20"):
+    monkeypatch.setattr(train, "update", update)
+
+
+@pytest.mark.parametrize("change, settings, message", [
+    (lambda loss, norm: (loss * math.nan, norm), {}, "the loss is nan .* at step 27: try a lower --learning_rate"),
+    (lambda loss, norm: (loss, norm / 0), {}, "norm inf at step 27: try a lower --learning_rate"),
+    (lambda loss, norm: (loss, norm * 0 + 99), dict(max_grad_norm=50.0), "norm 99.0000 at step 27: max_grad_norm = 50"),
+    (lambda loss, norm: (loss + 2, norm), dict(max_loss_rise=1.0), "at step 27: its running mean is .*_rise = 1.0"),
+])
+def test_a_step_that_is_not_sound_stops_the_run_which_can_be_replayed(tmp_path, tiny, monkeypatch, change, settings,
+                                                                      message):
+    breaking(monkeypatch, change)
+    with pytest.raises(UserError, match=f"{message}.*last holds step 20") as error:
+        run(tmp_path, tiny, **settings)
+    assert trainer(tmp_path)["step"] == 20 and rows(tmp_path)[-1]["step"] == 25  # noticed when looked at, named exactly
+    tokens = batches.random_offsets(28_052, 32, 8, train.Settings.seed, 26)
+    assert f"train.bin at the tokens {', '.join(map(str, tokens))};" in str(error.value)
+    assert f"python train.py --resume --out_dir={tmp_path} replays what came after" in str(error.value)
+    with pytest.raises(UserError) as again:
+        run(tmp_path, tiny, **settings, resume=True, log_interval=1)
+    assert str(again.value) == str(error.value) and rows(tmp_path)[-1]["step"] == 26
+
+
+def test_sound_runs_pass_the_guards_and_float16_may_skip_steps(tmp_path, tiny, trained, monkeypatch):
+    found = run(tmp_path, tiny, max_grad_norm=50.0, max_loss_rise=1.0)
+    assert curve(found) == curve(rows(trained))
+    guard = health.Health(train.Settings(max_grad_norm=5), None, 0, scaled=True)
+    guard.note(torch.tensor(3.0), torch.tensor(math.inf))
+    assert guard.look(distributed.World(0, 1, torch.device("cpu"))) == {"loss": 3.0, "grad_norm": math.inf}
+
+
+def test_no_number_is_saved_when_a_signal_comes_before_the_next_line_of_the_log(tmp_path, tiny, monkeypatch):
+    def change(loss, norm):
+        signal.raise_signal(signal.SIGINT)
+        return loss * math.nan, norm
+
+    breaking(monkeypatch, change, at=21)
+    with pytest.raises(UserError, match="the loss is nan .* at step 21"):
+        run(tmp_path, tiny, log_interval=1000)
+    assert trainer(tmp_path)["step"] == 20
+
+
+def test_a_validation_loss_that_is_no_number_stops_too(tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(tasks, "split_loss", lambda *args: (math.nan, 0))
+    with pytest.raises(UserError, match="val_loss is nan at step 20: .*; nothing was saved yet"):
         run(tmp_path, tiny)
-    assert trainer(tmp_path)["step"] == 20 and rows(tmp_path)[-1]["step"] == 25
+
+
+def test_the_time_limit_saves_and_has_a_status_of_its_own(tmp_path, tiny, trained, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, tiny, max_minutes=1e-9, log_interval=1000)
+    assert stopped.value.code == 75 and trainer(tmp_path)["step"] == 1
+    assert f"go on with: python train.py --resume --out_dir={tmp_path}" in capsys.readouterr().out
+    run(tmp_path, tiny, max_minutes=0, resume=True)
+    assert_same_run(trained, tmp_path)
+
+
+def test_auto_starts_and_goes_on(tmp_path, tiny, trained):
+    with pytest.raises(SystemExit):
+        run(tmp_path, tiny, max_minutes=1e-9, resume="auto")
+    for _ in range(2):  # the second has nothing left to do
+        run(tmp_path, tiny, resume="auto")
+        assert_same_run(trained, tmp_path)
+    assert not list(tmp_path.glob("earlier*"))
+    assert train.earlier_settings({"resume": "auto", "out_dir": str(tmp_path / "nowhere")}) == {}
+    saved = train.earlier_settings({"resume": "auto", "out_dir": str(tmp_path)})
+    assert saved["n_embd"] == 32 and saved["max_iters"] == 40
+
+
+def test_saving_in_the_background_changes_nothing(tmp_path, tiny, trained):
+    run(tmp_path, tiny, async_save=False)
+    assert_same_run(trained, tmp_path)
+    for name in ("best", "last"):
+        one, other = ((Path(folder) / name / "model.safetensors").read_bytes() for folder in (tmp_path, trained))
+        assert one == other
+
+
+def test_the_environment_is_recorded_at_every_start(tmp_path, tiny):
+    run(tmp_path, tiny, max_iters=5)
+    run(tmp_path, tiny, max_iters=10, resume=True)
+    first, second = json.loads((tmp_path / "run.json").read_text())
+    assert {"git", "device", "cpus", "host", "command", "started", "python", "torch", "numpy"} <= first.keys()
+    assert first["seed"] == 1337 and first["workers"] == 1
+    assert [(start["step"], start["end_step"], start["status"]) for start in (first, second)] == [(0, 5, 0), (5, 10, 0)]
+
+
+def test_an_optimizer_of_other_parameters_is_one_line(tmp_path, tiny, monkeypatch):
+    run(tmp_path, tiny, max_iters=5)
+    real = train.make_optimizer
+    monkeypatch.setattr(train, "make_optimizer", lambda model, settings: real(model.wte, settings))
+    with pytest.raises(UserError, match="trainer.pt holds the optimizer of other parameters"):
+        run(tmp_path, tiny, max_iters=10, resume=True)
 
 
 def test_an_earlier_run_is_moved_and_nothing_else(tmp_path, tiny, capsys):
