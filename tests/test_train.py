@@ -197,7 +197,7 @@ def test_a_step_that_is_not_sound_stops_the_run_which_can_be_replayed(tmp_path, 
         run(tmp_path, tiny, **settings)
     assert trainer(tmp_path)["step"] == 20 and rows(tmp_path)[-1]["step"] == 25  # noticed when looked at, named exactly
     tokens = batches.random_offsets(28_052, 32, 8, train.Settings.seed, 26)
-    assert f"train.bin at the tokens {', '.join(map(str, tokens))};" in str(error.value)
+    assert f"the training tokens {', '.join(map(str, tokens))};" in str(error.value)
     assert f"python train.py --resume --out_dir={tmp_path} replays what came after" in str(error.value)
     with pytest.raises(UserError) as again:
         run(tmp_path, tiny, **settings, resume=True, log_interval=1)
