@@ -3,7 +3,11 @@
     torchrun --nproc_per_node=2 train.py config/shakespeare_char.py
 """
 
+import contextlib
 import os
+import signal
+import sys
+import time
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +58,24 @@ class World:
     def close(self):
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+PATIENCE = 10  # seconds that torchrun takes at most to end the workers that are left
+
+
+@contextlib.contextmanager
+def others_explain():
+    """A worker whose peer is gone says so in a line, and leaves it to that one and to torchrun to say why."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not dist.is_initialized() or not any(words in str(error) for words in LOST):
+            raise
+        print(f"rank {dist.get_rank()}: another worker is gone", file=sys.stderr, flush=True)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(PATIENCE)  # torchrun takes the first worker that ends for the cause
+        os._exit(1)
 
 
 def start(device_name="auto"):

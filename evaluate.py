@@ -231,5 +231,5 @@ def main(settings):
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(), distributed.others_explain():
         main(SETTINGS)

@@ -383,5 +383,5 @@ def say_where(task, step, stopped, seconds):
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(), distributed.others_explain():
         main(SETTINGS, GIVEN)

@@ -1,0 +1,128 @@
+"""Runs of several workers, for real: torchrun starts them, kills them, and two hosts join."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import as_arguments, rows, run, trainer, weights
+
+import train
+
+ROOT = Path(train.__file__).parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+# train.py, in which worker 1 meets with an accident in its eighth update, once for each `accident` file
+ACCIDENTAL = """
+import os, sys
+sys.path.insert(0, {root!r})
+import tasks, train
+from configurator import UserError, from_command_line, one_line_errors
+from distributed import others_explain
+
+def micro_batches(self, step, world, real=tasks.Task.micro_batches):
+    if step == 7 and world.rank == 1 and os.path.exists({accident!r}):
+        os.remove({accident!r})
+        {what}
+    return real(self, step, world)
+
+tasks.Task.micro_batches = micro_batches
+with one_line_errors(), others_explain():
+    train.main(*from_command_line(train.Settings, "", base=train.earlier_settings))
+"""
+
+
+def torchrun(script, *arguments, options=("--standalone", "--nproc_per_node=2"), **how):
+    return subprocess.run([*TORCHRUN, *options, str(script), *arguments], capture_output=True, text=True, timeout=300,
+                          **how)
+
+
+def accidental(folder, what):
+    (folder / "accident").touch()
+    path = folder / "accidental.py"
+    path.write_text(ACCIDENTAL.format(root=str(ROOT), accident=str(folder / "accident"), what=what))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers, pieces", [(2, 2), (4, 2), (4, 1)])
+def test_hundreds_of_steps_of_many_workers_are_those_of_one(tmp_path, tiny, workers, pieces):
+    """With an evaluation whose batches don't divide by the workers."""
+    changes = dict(max_iters=200, eval_interval=50, log_interval=10, learning_rate=3e-3)
+    done = torchrun(ROOT / "train.py", *as_arguments(tiny, **changes, gradient_accumulation_steps=pieces,
+                                                     out_dir=str(tmp_path / "many")),
+                    options=["--standalone", f"--nproc_per_node={workers}"])
+    assert done.returncode == 0, done.stderr
+    for a, b in zip(run(tmp_path / "one", tiny, **changes), rows(tmp_path / "many"), strict=True):
+        assert a["step"] == b["step"] and a["loss"] == pytest.approx(b["loss"], abs=2e-4)
+        assert a.get("val_loss") == pytest.approx(b.get("val_loss"), abs=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+def test_a_killed_worker_is_started_again_and_the_curve_is_the_same(tmp_path, tiny):
+    script = accidental(tmp_path, "os.kill(os.getpid(), 9)")
+    arguments = as_arguments(tiny, resume="auto", eval_interval=5, log_interval=1)
+    done = torchrun(script, *arguments, f"--out_dir={tmp_path / 'killed'}",
+                    options=["--standalone", "--nproc_per_node=2", "--max-restarts=3"])
+    assert done.returncode == 0, done.stderr
+    assert [start["step"] for start in json.loads((tmp_path / "killed" / "run.json").read_text())] == [0, 5]
+    undisturbed = torchrun(script, *arguments, f"--out_dir={tmp_path / 'whole'}")
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    assert [(row["step"], row["loss"]) for row in rows(tmp_path / "killed")] == [
+        (row["step"], row["loss"]) for row in rows(tmp_path / "whole")]
+    torch.testing.assert_close(weights(tmp_path / "killed"), weights(tmp_path / "whole"), atol=0, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what, said", [("raise UserError('the cable is out')", "error on rank 1: the cable is out"),
+                                        ("raise ValueError('a bug')", "ValueError: a bug\n")])
+def test_an_error_of_one_worker_ends_all_with_its_message(tmp_path, tiny, what, said):
+    began = time.monotonic()
+    done = torchrun(accidental(tmp_path, what), *as_arguments(tiny, max_iters=100_000),
+                    f"--out_dir={tmp_path / 'out'}")
+    assert done.returncode == 1 and done.stderr.count(said) == 1
+    assert "rank 0: another worker is gone\n" in done.stderr and "gloo" not in done.stderr
+    assert time.monotonic() - began < 100  # of which most is the start; collectives would wait for half an hour
+
+
+@pytest.mark.slow
+def test_an_error_of_the_main_worker_alone_is_said_once(tmp_path, tiny):
+    done = torchrun(ROOT / "train.py", *as_arguments(tiny, dataset="nowhere"))
+    assert done.returncode == 1 and done.stderr.count("error: there is no data set") == 1
+    assert "gloo" not in done.stderr
+
+
+@pytest.mark.slow
+def test_two_hosts_give_the_curve_of_one(tmp_path, tiny):
+    """Two network namespaces stand for the hosts, each with an address of its own, joined by a cable."""
+    hosts = {f"quill{os.getpid()}{side}": f"10.77.0.{n}" for n, side in enumerate("ab", start=1)}
+    a, b = hosts
+    try:
+        for line in (f"netns add {a}", f"netns add {b}",
+                     f"link add {a[-8:]} netns {a} type veth peer {b[-8:]} netns {b}",
+                     *(f"-n {host} addr add {address}/24 dev {host[-8:]}" for host, address in hosts.items()),
+                     *(f"-n {host} link set {device} up" for host in hosts for device in (host[-8:], "lo"))):
+            if not shutil.which("ip") or subprocess.run(["ip", *line.split()], capture_output=True).returncode:
+                pytest.skip("network namespaces need Linux, root and iproute2")
+        arguments = as_arguments(tiny, out_dir=str(tmp_path / "two"))
+        workers = [subprocess.Popen(
+            ["ip", "netns", "exec", host, *TORCHRUN, "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
+             "--rdzv_id=1", f"--rdzv_endpoint={hosts[a]}:29500", f"--local_addr={address}", str(ROOT / "train.py"),
+             *arguments], env={**os.environ, "GLOO_SOCKET_IFNAME": host[-8:]}, stderr=subprocess.PIPE, text=True)
+            for host, address in hosts.items()]
+        for worker in workers:
+            _, errors = worker.communicate(timeout=300)
+            assert worker.returncode == 0, errors
+    finally:
+        for host in hosts:
+            if shutil.which("ip"):
+                subprocess.run(["ip", "netns", "del", host], capture_output=True)
+    for one, two in zip(run(tmp_path / "one", tiny), rows(tmp_path / "two"), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], abs=1e-4)
+    assert trainer(tmp_path / "two")["step"] == tiny["max_iters"]
