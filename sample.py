@@ -199,10 +199,8 @@ def draw_boxes(picture, answer, path):
 
 
 def draw_attention(model, tokenizer, picture, image, prompt, ids, path):
-    """Draws where the model looked as it wrote each of the ids, into the file `path`."""
-    if not ids:
-        print(f"the answer is empty, so {path} was not written")
-        return
+    """Draws where the model looked as it wrote each of the ids, or the end of an empty answer, into the file `path`."""
+    ids = ids or [tokenizer.eos]
     weights = vlm.image_attention(model, image, vlm.encode_prompt(tokenizer, prompt), ids)
     save_picture(vlm.draw_attention(picture, weights, prompt, [tokenizer.decode([i]) for i in ids]), path)
 
