@@ -8,6 +8,11 @@ A checkpoint is a folder of its own, with all that sampling needs:
     trainer.pt           what resuming needs besides (only in `last`); loads without running code
     SHA256SUMS           the checksums of these files, as `sha256sum -c SHA256SUMS` reads them
 
+The `last` of a sharded run has folders instead, `model` and `optimizer`, in which each rank writes its part of every
+tensor (torch.distributed.checkpoint). Any number of ranks reads them, and so does all that reads checkpoints. The parts
+are safetensors, which hold nothing that could be executed: the other format that PyTorch has, its default, describes
+the parts in a pickle. On several machines out_dir must be a folder that they share.
+
 An out directory holds two: `last`, and `best` by validation loss. A save writes `last.new`, config.json at its end,
 then renames `last` to `last.old` and `last.new` to `last`: at any instant `find` finds a complete checkpoint, and where
 the files of `last` are damaged, the one before.
@@ -23,12 +28,14 @@ import platform
 import re
 import shutil
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy
 import safetensors
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
@@ -69,19 +76,31 @@ def save(out_dir, name, model, tokenizer, info, trainer=None):
 
 def full_config(model, info):
     """What config.json says: `info`, the model's kind and shape, and the versions."""
-    kind = next(kind for kind, (cls, _) in MODELS.items() if type(model) is cls)
+    kind = next(kind for kind, (cls, _) in MODELS.items() if isinstance(model, cls))
     return {"model_type": kind, "model": dataclasses.asdict(model.config), **info, "versions": versions()}
 
 
-def write(out_dir, name, state, tokenizer, config, trainer):
-    """`save` of what is taken apart already. state: the model's tensors."""
+def write(out_dir, name, state, tokenizer, config, trainer, group=None):
+    """`save` of what is taken apart already. state: the model's tensors.
+
+    group: the ranks among which state and trainer's optimizer are sharded: all of them call this.
+    """
     final, new = Path(out_dir) / name, Path(out_dir) / f"{name}.new"
+    is_main = group is None or dist.get_rank() == 0
     try:
-        settle(out_dir, name)
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        state = {key: value.detach().contiguous().cpu() for key, value in state.items()}
-        save_file(state, new / "model.safetensors", metadata={"format": "pt"})
+        if is_main:
+            settle(out_dir, name)
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir(parents=True)
+        if group:
+            trainer, moments = without_moments(trainer)
+            write_shards(new / "model", state, group)
+            write_shards(new / "optimizer", moments, group)
+        else:
+            state = {key: value.detach().contiguous().cpu() for key, value in state.items()}
+            save_file(state, new / "model.safetensors", metadata={"format": "pt"})
+        if not is_main:
+            return
         tokenizer.save(new / "tokenizer.json")
         if trainer is not None:
             with open(new / "trainer.pt", "wb") as file:
@@ -89,8 +108,50 @@ def write(out_dir, name, state, tokenizer, config, trainer):
         seal(new, config)
         put_in_place(final, new, keep_old=trainer is not None)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        shutil.rmtree(new, ignore_errors=True)  # a full disk needs the room
+        if is_main:
+            shutil.rmtree(new, ignore_errors=True)  # a full disk needs the room
         raise UserError(f"{final} can't be written: {reason(error)}") from error
+
+
+def without_moments(trainer):
+    """(trainer without the sharded tensors of its optimizer, these tensors by parameter's number and name)."""
+    optimizer, moments = trainer["optimizer"], {}
+    rest = {number: dict(entry) for number, entry in optimizer["state"].items()}
+    for number, entry in optimizer["state"].items():
+        for name, value in entry.items():
+            if is_sharded(value):
+                moments[f"{number}.{name}"] = rest[number].pop(name)
+    return trainer | {"optimizer": optimizer | {"state": rest}}, moments
+
+
+def is_sharded(tensor):
+    return hasattr(tensor, "full_tensor")
+
+
+def write_shards(folder, state, group):
+    """Each rank's parts of the tensors into a file of its own; returns when all are written."""
+    import torch.distributed.checkpoint as dcp
+    try:
+        dist.barrier(group)  # the main rank has cleared the place
+        dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True),
+                 process_group=group)
+    except dcp.api.CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
+
+
+def read_shards(folder, like=None):
+    """{name: tensor} of a folder of shards, however many; with `like`, in the layout of the tensor like(name)."""
+    import torch.distributed.checkpoint as dcp
+    try:
+        reader = dcp.HuggingFaceStorageReader(str(folder))
+        state = {name: torch.empty_like(like(name)) if like else torch.empty(found.size, dtype=found.properties.dtype)
+                 for name, found in reader.read_metadata().state_dict_metadata.items()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # each rank reads for itself
+            dcp.load(state, storage_reader=reader, no_dist=True)
+        return state
+    except (dcp.api.CheckpointException, safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{folder} can't be read: {str(error).strip().splitlines()[-1]}") from None
 
 
 def seal(folder, config):
@@ -154,25 +215,31 @@ class Writer:
 
     One save is written at a time, and the next one waits for it. What a write raises comes up in the next call or at
     the end of the `with` block, which waits for the last one. Errors that leave the block say what is kept.
+    sharded: the model is, and all ranks save together; then `last` is written in shards, and `best` gathered.
     """
 
-    def __init__(self, out_dir, background):
+    def __init__(self, out_dir, background, sharded=False):
         self.out_dir, self.job, self.buffers = out_dir, None, {}
+        self.group = dist.new_group(backend="gloo") if sharded else None  # the writing ranks talk apart from the loop
         self.pool = ThreadPoolExecutor(1) if background else None
 
     def save(self, names, model, tokenizer, info, trainer):
         """Writes the checkpoints `names` in this order, all of the same state; trainer goes into `last` alone."""
         self.wait()
         state, config = model.state_dict(), full_config(model, info)
+        whole = gathered(state) if self.group and "best" in names else None
         if self.pool:
             state, trainer = host_copy((state, trainer), next(model.parameters()).device, self.buffers)
-            self.job = self.pool.submit(self.write, names, state, tokenizer, config, trainer)
+            self.job = self.pool.submit(self.write, names, state, whole, tokenizer, config, trainer)
         else:
-            self.write(names, state, tokenizer, config, trainer)
+            self.write(names, state, whole, tokenizer, config, trainer)
 
-    def write(self, names, state, tokenizer, config, trainer):
+    def write(self, names, state, whole, tokenizer, config, trainer):
         for name in names:
-            write(self.out_dir, name, state, tokenizer, config, trainer if name == "last" else None)
+            if name == "last":
+                write(self.out_dir, name, state, tokenizer, config, trainer, self.group)
+            elif not self.group or whole:
+                write(self.out_dir, name, whole or state, tokenizer, config, None)
 
     def check(self):
         """Raises what a finished write raised."""
@@ -199,12 +266,27 @@ class Writer:
             raise UserError(f"{error}; {kept(self.out_dir)}") from error
 
 
+def gathered(state):
+    """The whole tensors of a sharded state, in memory of the main rank's host; {} on the others."""
+    whole = {}
+    for name, value in state.items():
+        full = value.full_tensor()  # all ranks take part
+        if dist.get_rank() == 0:
+            whole[name] = full.cpu()
+    return whole
+
+
 def host_copy(tree, device, buffers):
     """A copy of all tensors in a nest of dicts, lists and tuples, in memory of the host.
 
     buffers: where the copies lie, an empty dict at first: memory that is used again costs a third of new memory.
     """
     def copy(value, path=()):
+        if is_sharded(value):
+            if path not in buffers:
+                buffers[path] = value.detach().to("cpu", copy=True)
+            buffers[path].to_local().copy_(value.detach().to_local())
+            return buffers[path]
         if isinstance(value, torch.Tensor):
             pinned = value.device.type == "cuda"  # the copies of all tensors run while the host goes on
             if path not in buffers:
@@ -253,7 +335,7 @@ def find_any(out_dir, preferred="best"):
     Raises UserError where there is no checkpoint, or only damaged ones.
     """
     out_dir = Path(out_dir)
-    if (out_dir / "model.safetensors").is_file():
+    if (out_dir / "model.safetensors").is_file() or (out_dir / "model").is_dir():
         return out_dir
     names = sorted(("best", "last"), key=lambda name: name != preferred)
     if folder := first_intact([folder for name in names for folder in present(out_dir, name)], sampling=True):
@@ -285,17 +367,19 @@ def tell(line):
 def damage(folder, sampling=False):
     """What is wrong with a checkpoint's files, in words that name the first such file, or "".
 
-    sampling: trainer.pt does not matter. Without SHA256SUMS, as Quill's first checkpoints were, nothing is checked.
+    sampling: trainer.pt and the optimizer's shards do not matter. Without SHA256SUMS, as Quill's first checkpoints
+    were, nothing is checked; those were never sharded.
     """
     path = folder / "SHA256SUMS"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else ["  config.json"]
+        checked = path.exists() or (folder / "model").is_dir()
+        lines = path.read_text(encoding="utf-8").splitlines() if checked else ["  config.json"]
         sums = {name: value for value, name in (line.split("  ", 1) for line in lines)}
         if "config.json" not in sums:
             raise ValueError("its end is missing")
         for name, value in sums.items():
             path = folder / name
-            if not (sampling and name == "trainer.pt") and digest(path) != value != "":
+            if not (sampling and name.startswith(("trainer.pt", "optimizer/"))) and digest(path) != value != "":
                 raise ValueError("its checksum is not the one in SHA256SUMS")
     except FileNotFoundError:
         return f"{path} is missing"
@@ -350,7 +434,9 @@ def load(folder, device="cpu", dropout=0.0):
                         f" model use --init_from={folder}")
     cls, config_cls = MODELS[config["model_type"]]
     shape = config_cls(**{**config["model"], "dropout": dropout})
-    model = build(cls, shape, read_weights([folder / "model.safetensors"]), device, folder)
+    shards, whole = folder / "model", folder / "model.safetensors"
+    state = read_shards(shards) if shards.is_dir() else read_weights([whole])
+    model = build(cls, shape, state, device, folder)
     return model, tokenizers.load(folder / "tokenizer.json"), config
 
 
@@ -363,6 +449,31 @@ def load_trainer(folder):
     except Exception as error:  # torch raises many kinds for a damaged file
         raise UserError(f"{Path(folder) / 'trainer.pt'} can't be read ({type(error).__name__});"
                         " to go on from the weights alone, start a new run") from None
+
+
+def load_optimizer(optimizer, saved, folder):
+    """Fills the optimizer with that of a checkpoint's trainer and shards; either of the two may be sharded or not.
+
+    Raises ValueError if its parameters are others.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if [len(group["params"]) for group in saved["param_groups"]] != [len(g["params"]) for g in optimizer.param_groups]:
+        raise ValueError("other groups of parameters")
+    state = {number: dict(entry) for number, entry in saved["state"].items()}
+    for number, entry in state.items():
+        if is_sharded(p := parameters[number]):
+            entry |= {name: distribute(value, p) for name, value in entry.items() if value.shape == p.shape}
+    if (shards := folder / "optimizer").is_dir():
+        for name, value in read_shards(shards, lambda name: parameters[int(name.split(".")[0])]).items():
+            number, _, name = name.partition(".")
+            state[int(number)][name] = value
+    optimizer.load_state_dict(saved | {"state": state})
+
+
+def distribute(tensor, like):
+    """This rank's part of a tensor that every rank has, laid out as `like` is."""
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def read_weights(paths):

@@ -48,6 +48,12 @@ class World:
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return largest.item()
 
+    def share(self, items):
+        """This rank's share of `items`, each with 1. All ranks get equally many: what is short is made up by the first
+        of all, with 0, for sharded models compute in step."""
+        for i in range(self.rank, -(-len(items) // self.size) * self.size, self.size):
+            yield (items[i], 1) if i < len(items) else (items[0], 0)
+
     def from_main(self, work):
         """What work() returns on the main rank, on every rank; the others wait for it."""
         result = [work() if self.is_main else None]
@@ -58,6 +64,19 @@ class World:
     def close(self):
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def shard(model, blocks, dtype, world):
+    """Spreads the model's parameters over all ranks, in place: each block by itself, then the rest (FSDP2).
+
+    A rank keeps its part of each parameter, and so of its gradient and moments, in float32, and gathers a block's, in
+    `dtype`, only while it computes it. Gradients are summed in float32. The model may lie on the CPU: only parts move.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes two seconds
+    mesh = dist.init_device_mesh(world.device.type, (world.size,))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for module in (*blocks, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")

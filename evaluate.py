@@ -73,11 +73,12 @@ def split_loss(model, tokens, block_size, world, dtype, limit=0):
     batches = fixed_windows(len(tokens), block_size, max(1, EVAL_TOKENS // block_size), limit)
     was_training, total, count = model.training, 0.0, 0
     model.eval()
-    for offsets, length in batches[world.rank::world.size]:
+    for (offsets, length), counts in world.share(batches):
         batch = gather(tokens, offsets, length, world.device)
+        scored = batch["targets"].numel() * counts
         with autocast(world.device, dtype):
-            total += model(**batch).item() * batch["targets"].numel()
-        count += batch["targets"].numel()
+            total += model(**batch).item() * scored
+        count += scored
     model.train(was_training)
     total, count = world.sum(total, count)
     return total / count, int(count)
@@ -113,9 +114,9 @@ def answer_loss(model, dataset, data, batch_size, world, dtype, limit=0):
     """The mean loss in nats of the tokens of all answers in `data`, a split's encoded rows, shared among the ranks."""
     was_training, total, count = model.training, 0.0, 0
     model.eval()
-    for rows in fixed_rows(len(data.images), batch_size, limit)[world.rank::world.size]:
+    for rows, counts in world.share(fixed_rows(len(data.images), batch_size, limit)):
         batch = gather_rows(dataset.images, data, rows, world.device)
-        scored = int((batch["targets"] >= 0).sum())
+        scored = int((batch["targets"] >= 0).sum()) * counts
         with autocast(world.device, dtype):
             total += model(**batch).item() * scored
         count += scored

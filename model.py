@@ -216,6 +216,11 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+def blocks(model):
+    """All blocks of a model, of all its trunks."""
+    return [module for module in model.modules() if isinstance(module, Block)]
+
+
 class Transformer(nn.Module):
     """The trunk of every model: the blocks and the final norm. (B, T, C) -> (B, T, C)."""
 

@@ -52,16 +52,17 @@ class Task:
 
     def __init__(self, settings, given, device, folder=None):
         self.settings, self.device = settings, device
+        model_device = "cpu" if settings.shard else device  # a rank moves only its part of what is sharded
         self.load_data(locate(settings.dataset))
         if folder:
-            self.model, its_tokenizer, config = checkpoint.load(folder, device, settings.dropout)
+            self.model, its_tokenizer, config = checkpoint.load(folder, model_device, settings.dropout)
             if not tokenizers.same_vocabulary(self.tokenizer, its_tokenizer):
                 raise UserError(f"{folder} has another tokenizer than the data set {settings.dataset} has now")
             if config.get("data", self.data_marks()) != self.data_marks():
                 raise UserError(f"{folder} was trained on other data than the data set {settings.dataset} holds now:"
                                 f" prepare it as it was, or start a new run with --init_from={settings.out_dir}")
         else:
-            self.model = self.new_model(given, torch.Generator().manual_seed(settings.seed)).to(device)
+            self.model = self.new_model(given, torch.Generator().manual_seed(settings.seed)).to(model_device)
         self.check()
 
     def data_marks(self):

@@ -93,12 +93,17 @@ class Settings:
     device: str = "auto"  # auto, cpu, cuda, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
     compile: Literal["auto", True, False] = "auto"  # torch.compile
+    shard: bool = False  # spread weights, gradients and moments over torchrun's workers instead of copying them
+    recompute: bool = False  # compute each block again in the backward pass instead of keeping its activations
 
     def __post_init__(self):
         check_ranges(self, batch_size=1, gradient_accumulation_steps=1, max_iters=1, learning_rate=0.0, min_lr=0.0,
                      warmup_iters=0, lr_decay_iters=0, weight_decay=0.0, grad_clip=0.0, eval_interval=1,
                      eval_tokens=0, log_interval=1, max_minutes=0.0, max_grad_norm=0.0, max_loss_rise=0.0,
                      sample_tokens=0, lora_rank=0, seed=0)
+        if self.shard and (self.task == "contrastive" or self.dtype == "float16"):
+            raise UserError("shard = True: not for --task=contrastive, whose single numbers can't be divided, nor for"
+                            " --dtype=float16")
         if self.publish and self.task != "image-text" or self.lora_rank and self.init_from == "scratch":
             raise UserError("--publish is for --task=image-text, and --lora_rank for one with --init_from")
         for name in ("beta1", "beta2"):
@@ -159,15 +164,18 @@ import math
 import signal
 import time
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as recomputed
 
 import checkpoint
 import distributed
 from device import autocast, peak_flops, peak_memory, pick_compile, pick_dtype
 from health import Health
 from log import Log, record_end, record_start, set_aside
+from model import blocks
 from prepare import ensure
 from tasks import TASKS
 
@@ -237,7 +245,8 @@ def update(parallel, optimizer, scaler, batches, settings, dtype, device):
     """
     loss = torch.zeros((), device=device)
     for i, (batch, weight) in enumerate(batches, start=1):
-        last = i == settings.gradient_accumulation_steps  # the ranks exchange gradients once, in the last backward
+        last = i == settings.gradient_accumulation_steps  # copies exchange gradients once, in the last backward; shards
+        # in each, for a rank has no room for the whole gradient
         wait = parallel.no_sync() if isinstance(parallel, DistributedDataParallel) and not last else nullcontext()
         with wait:  # around the forward pass too: DDP decides there
             with autocast(device, dtype):
@@ -246,6 +255,7 @@ def update(parallel, optimizer, scaler, batches, settings, dtype, device):
         loss += micro_loss.detach()
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parallel.parameters(), settings.grad_clip or math.inf)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded gradient
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -257,15 +267,16 @@ def train(settings, given, world):
     out_dir, device = Path(settings.out_dir), world.device
     folder = world.from_main(lambda: pick_up(out_dir, settings.resume))
     task = TASKS[settings.task](settings, given, device, folder)
-    model = task.model
+    model, sharded = task.model, settings.shard and world.size > 1
     state = checkpoint.load_trainer(folder) if folder else {"step": 0, "best_val_loss": math.inf}
     step, best_val_loss = state["step"], state["best_val_loss"]
-    optimizer = make_optimizer(model, settings)
     dtype, why_dtype = pick_dtype(settings.dtype, device, task.width)
+    compiled, why_compiled = pick_compile(settings.compile, device, settings.max_iters - step)
+    prepare_model(model, sharded, compiled, dtype, settings, world)
+    optimizer = make_optimizer(model, settings)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if folder:
         restore(optimizer, scaler, state, folder)
-    compiled, why_compiled = pick_compile(settings.compile, device, settings.max_iters - step)
     if world.is_main:
         print("settings: " + (", ".join(f"{k}={v!r}" for k, v in differences(settings).items()) or "the defaults"))
         print(f"device: {device}" + (f" x {world.size} workers" if world.size > 1 else "")
@@ -273,9 +284,9 @@ def train(settings, given, world):
         print(task.describe(), flush=True)
         if not folder:
             set_aside(out_dir)
-    if compiled:
-        model.compile()
-    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
+    parallel = model
+    if world.size > 1 and not sharded:
+        parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
     peak = peak_flops(device, dtype)
     log = Log(out_dir, settings, step, task.tokens_per_update, task.flops_per_update() / world.size, peak, world)
     if world.is_main:
@@ -284,7 +295,7 @@ def train(settings, given, world):
     stop, status = Stop(world, settings.max_minutes), 0
 
     def save(names, val_loss):
-        if world.is_main:
+        if world.is_main or sharded:
             log.sync()
             info = {"settings": asdict(settings), "dataset": settings.dataset, "data": task.data_marks(), "step": step,
                     "val_loss": val_loss}
@@ -293,7 +304,7 @@ def train(settings, given, world):
             writer.save(names, model, task.tokenizer, info, state)
 
     model.train()
-    with checkpoint.Writer(out_dir, settings.async_save) as writer:
+    with checkpoint.Writer(out_dir, settings.async_save, sharded) as writer:
         while step < settings.max_iters:
             lr = learning_rate(step + 1, settings)
             for group in optimizer.param_groups:
@@ -325,7 +336,24 @@ def train(settings, given, world):
             writer.check()
     log.close()
     stop.restore()
+    if sharded and world.is_main:
+        task.model = checkpoint.load(checkpoint.find(out_dir, "last"), device)[0]
     return task, step, status
+
+
+def prepare_model(model, sharded, compiled, dtype, settings, world):
+    """Recomputation, compilation and sharding, as the settings and the device have it. Names of parameters stay."""
+    for block in blocks(model) if sharded or settings.recompute else ():
+        if compiled and sharded:
+            block.forward = torch.compile(block.forward)  # what gathers the block's parameters stays outside
+        if settings.recompute:
+            block.forward = partial(recomputed, block.forward, use_reentrant=False)
+    if sharded:
+        distributed.shard(model, blocks(model), dtype, world)
+    else:
+        model.to(world.device)
+        if compiled:
+            model.compile()
 
 
 def pick_up(out_dir, resume):
@@ -339,7 +367,7 @@ def pick_up(out_dir, resume):
 def restore(optimizer, scaler, state, folder):
     """Raises UserError if the optimizer in the checkpoint is that of other parameters."""
     try:
-        optimizer.load_state_dict(state["optimizer"])
+        checkpoint.load_optimizer(optimizer, state["optimizer"], folder)
     except ValueError:
         raise UserError(f"{folder / 'trainer.pt'} holds the optimizer of other parameters: resume with the --rates and"
                         " --lora_rank that the run had") from None

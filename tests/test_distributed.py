@@ -113,8 +113,8 @@ def test_two_hosts_give_the_curve_of_one(tmp_path, tiny):
         arguments = as_arguments(tiny, out_dir=str(tmp_path / "two"))
         workers = [subprocess.Popen(
             ["ip", "netns", "exec", host, *TORCHRUN, "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
-             "--rdzv_id=1", f"--rdzv_endpoint={hosts[a]}:29500", f"--local_addr={address}", str(ROOT / "train.py"),
-             *arguments], env={**os.environ, "GLOO_SOCKET_IFNAME": host[-8:]}, stderr=subprocess.PIPE, text=True)
+             "--rdzv_id=1", f"--rdzv_endpoint={hosts[a]}:29500", f"--local_addr={address}",
+             f"--rdzv_conf=is_host={host == a}", str(ROOT / "train.py"), *arguments], env={**os.environ, "GLOO_SOCKET_IFNAME": host[-8:]}, stderr=subprocess.PIPE, text=True)
             for host, address in hosts.items()]
         for worker in workers:
             _, errors = worker.communicate(timeout=300)
