@@ -243,81 +243,64 @@ class Transformer(nn.Module):
         self.ln_f = NORMS[config.norm](config)
 
     def forward(self, x, caches=None, **per_call):
-        if caches and caches.decoder:
+        if caches and caches.decoder and x.size(1) == 1:
             return caches.decoder(x, **per_call)
         for i, block in enumerate(self.blocks):
             x = block(x, cache=caches[i] if caches else None, **per_call)
         return self.ln_f(x)
 
     def make_caches(self, batch_size, size):
-        """Empty caches of the weights' dtype and device; the weights must stay as they are until these are dropped."""
+        """Empty caches of the weights' dtype and device."""
         caches = Caches(KVCache(block.attn, batch_size, size) for block in self.blocks)
         caches.decoder = Decoder(self, caches) if Decoder.fits(self) else None
         return caches
 
 
 class Caches(list):
-    """One KVCache per layer, and the Decoder that works on them, or None."""
+    """One KVCache per layer, and the Decoder for steps of one token, or None."""
 
     decoder = None
 
 
 class Decoder:
-    """A trunk written out for decoding on a CPU: the same numbers from the same caches, sooner.
+    """A trunk written out for one new token per row: the same numbers from the same weights and caches, sooner.
 
-    What takes the time of a step of few tokens is reading weights and calling operations. So the matrices are copied,
-    in the layout that multiplies few rows 1.5 times as fast, side by side where they have the same input, and none of
-    the modules is called but the norms. A trunk that does not fit is called as it is.
+    In so small a step, calling modules and looking up their parts takes longer than computing. So all is looked up
+    before, and no module is called.
     """
-
-    LARGEST = 2**30  # bytes of weights: beyond, copies cost too much memory, and calls are no matter
 
     @classmethod
     def fits(cls, trunk):
-        """Whether the trunk has nothing that this class does not know, and is small enough."""
-        plain = all(type(block) is Block and type(block.attn) is Attention and not block.cross_attn
-                    for block in trunk.blocks)
-        linear = all(type(m) is nn.Linear for m in trunk.modules() if isinstance(m, nn.Linear))
-        weight = trunk.ln_f.weight
-        n_bytes = sum(p.numel() for p in trunk.parameters()) * weight.element_size()
-        return plain and linear and not trunk.training and weight.device.type == "cpu" and n_bytes <= cls.LARGEST
+        """Whether the trunk has nothing that this class does not know, such as cross-attention or LoRA."""
+        kinds = {Transformer, nn.ModuleList, nn.Linear, nn.Dropout, Block, Attention, *NORMS.values(), *MLPS.values()}
+        return not trunk.training and all(type(m) in kinds for m in trunk.modules()) and not trunk.blocks[0].cross_attn
 
     def __init__(self, trunk, caches):
-        self.ln_f, self.layers = trunk.ln_f, []
+        self.ln_f, self.layers = trunk.ln_f.forward, []
         for block, cache in zip(trunk.blocks, caches):
             a, mlp = block.attn, block.mlp
             ups = [mlp.up_proj, mlp.gate_proj] if isinstance(mlp, GatedMLP) else [mlp.up_proj]
-            self.layers.append((block.ln_1.forward, side_by_side(a.q_proj, a.k_proj, a.v_proj), cache,
-                                side_by_side(a.o_proj), block.ln_2.forward, side_by_side(*ups), mlp.activate, len(ups),
-                                side_by_side(mlp.down_proj)))
-        self.heads, self.head_dim = (a.n_head, a.n_kv_head, a.n_kv_head), a.head_dim
+            qkv, o, ups, down = ([(linear.weight, linear.bias) for linear in group]
+                                 for group in ([a.q_proj, a.k_proj, a.v_proj], [a.o_proj], ups, [mlp.down_proj]))
+            self.layers.append((block.ln_1.forward, *qkv, cache, *o, block.ln_2.forward, ups, mlp.activate, *down))
+        self.head_dim, self.gqa = a.head_dim, a.n_kv_head != a.n_head
 
     def __call__(self, x, mask=None, rope=None, start=0):
-        """(B, T, C) -> (B, T, C) as the trunk itself; arguments as Attention's."""
-        B, T, C = x.shape
-        x, shape, gqa = x.view(-1, C), (B, T, sum(self.heads), self.head_dim), self.heads[0] != self.heads[1]
-        causal, mask = (True, None) if isinstance(mask, str) else (False, mask)
-        for ln_1, qkv, cache, o, ln_2, up, activate, n_ups, down in self.layers:
-            q, k, v = product(ln_1(x), *qkv).view(shape).transpose(1, 2).split_with_sizes(self.heads, 1)  # (B, H, T, D)
+        """(B, 1, C) -> (B, 1, C) as the trunk itself; arguments as Attention's."""
+        x, shape = x[:, 0], (len(x), -1, 1, self.head_dim)
+        for ln_1, q_proj, k_proj, v_proj, cache, o_proj, ln_2, ups, activate, down_proj in self.layers:
+            y = ln_1(x)  # (B, C)
+            q = F.linear(y, *q_proj).view(shape)  # (B, H, 1, D)
+            k = F.linear(y, *k_proj).view(shape)  # (B, K, 1, D)
+            v = F.linear(y, *v_proj).view(shape)  # (B, K, 1, D)
             if rope is not None:
                 q, k = rotate(q, *rope), rotate(k, *rope)
-            k, v = cache.update(k, v, start)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=gqa)
-            x = x + product(y.transpose(1, 2).reshape(B * T, -1), *o)
-            h = product(ln_2(x), *up)
-            h = activate(h) if n_ups == 1 else activate(*h.chunk(n_ups, dim=-1))
-            x = x + product(h, *down)
-        return self.ln_f(x).view(B, T, C)
-
-
-def side_by_side(*layers):
-    """(weight, bias or None) of linear layers as one, for `product`."""
-    weight = torch.cat([layer.weight for layer in layers]).t().contiguous()
-    return weight, None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-
-
-def product(x, weight, bias):
-    return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
+            k, v = cache.update(k, v, start)  # (B, K, S, D)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.gqa)
+            x = x + F.linear(y.flatten(1), *o_proj)
+            y = ln_2(x)
+            x = x + F.linear(activate(*[F.linear(y, *up) for up in ups]), *down_proj)
+        return self.ln_f(x)[:, None]
 
 
 def init_weights(model, n_layer, generator=None, std=0.02):
