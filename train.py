@@ -124,6 +124,7 @@ if __name__ == "__main__":  # --help and typos answer before torch is imported
     SETTINGS, GIVEN = from_command_line(Settings, __doc__, has_accelerator, earlier_settings)
 
 import dataclasses
+import inspect
 import math
 import signal
 import time
@@ -164,7 +165,18 @@ def make_optimizer(model, settings):
     groups = [{"params": params, "scale": scale, "weight_decay": settings.weight_decay if decayed else 0.0}
               for (scale, decayed), params in sorted(groups.items(), key=lambda item: item[0], reverse=True)]
     fused = next(model.parameters()).device.type in ("cpu", "cuda", "mps")
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=fused)
+    return without_dynamo(torch.optim.AdamW)(groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=fused)
+
+
+def without_dynamo(optimizer_class):
+    """The class without PyTorch's wrappers that tell torch.compile to leave its methods alone.
+
+    Our optimizers are never compiled, and the wrappers import torch._dynamo, which takes as long as torch itself.
+    """
+    names = ("add_param_group", "state_dict", "load_state_dict", "zero_grad")
+    bare = {name: inspect.unwrap(getattr(optimizer_class, name)) for name in names}
+    step = torch.no_grad()(inspect.unwrap(optimizer_class.step))
+    return type(optimizer_class.__name__, (optimizer_class,), {**bare, "step": step})
 
 
 class Interrupt:
