@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from configurator import UserError, check_ranges
+from configurator import UserError, check_heads, check_ranges
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,7 @@ class TransformerConfig:
 
     def __post_init__(self):
         check_ranges(self, n_layer=1, n_head=1, n_embd=1, n_kv_head=0, head_dim=0, n_hidden=0, dropout=0.0)
-        if not self.head_dim and self.n_embd % self.n_head:
-            raise UserError(f"n_embd = {self.n_embd} does not divide into n_head = {self.n_head} heads:"
-                            f" try n_embd = {self.n_head * max(1, round(self.n_embd / self.n_head))}")
-        if self.n_kv_head and self.n_head % self.n_kv_head:
-            raise UserError(f"n_head = {self.n_head} does not divide into n_kv_head = {self.n_kv_head} groups")
+        check_heads(self.n_head if self.head_dim else self.n_embd, self.n_head, self.n_kv_head)
         if self.dropout >= 1:
             raise UserError(f"dropout = {self.dropout}: must be below 1")
         for field, table in (("norm", NORMS), ("mlp", MLPS)):

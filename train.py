@@ -10,10 +10,19 @@ Later values win: defaults, config files, --name=value. The out directory gets l
 and `best` (see checkpoint.py); an earlier run found there is moved into a folder earlier.N of its own.
 """
 
+import os
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
-from configurator import UserError, check_ranges, differences, flat_values, from_command_line, one_line_errors
+from configurator import (
+    UserError,
+    check_heads,
+    check_ranges,
+    differences,
+    flat_values,
+    from_command_line,
+    one_line_errors,
+)
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,16 @@ class Settings:
     def __post_init__(self):
         check_ranges(self, batch_size=1, gradient_accumulation_steps=1, max_iters=1, learning_rate=0.0, min_lr=0.0,
                      warmup_iters=0, lr_decay_iters=0, weight_decay=0.0, grad_clip=0.0, eval_interval=1,
-                     eval_tokens=0, log_interval=1, sample_tokens=0, lora_rank=0, seed=0)
+                     eval_tokens=0, log_interval=1, sample_tokens=0, lora_rank=0, seed=0,
+                     n_layer=1, n_head=1, n_embd=1, n_kv_head=0, block_size=1, dropout=0.0)
+        check_heads(self.n_embd, self.n_head, self.n_kv_head)
+        if self.dropout >= 1:
+            raise UserError(f"dropout = {self.dropout}: must be below 1")
+        workers = int(os.environ.get("WORLD_SIZE", 1))
+        pieces = workers * self.gradient_accumulation_steps
+        if self.batch_size % pieces:
+            raise UserError(f"batch_size = {self.batch_size} does not divide into {pieces} micro-batches ({workers}"
+                            f" workers x {self.gradient_accumulation_steps} accumulation steps)")
         if self.publish and self.task != "image-text" or self.lora_rank and self.init_from == "scratch":
             raise UserError("--publish is for --task=image-text, and --lora_rank for one with --init_from")
         for name in ("beta1", "beta2"):
@@ -165,7 +183,8 @@ def make_optimizer(model, settings):
     groups = [{"params": params, "scale": scale, "weight_decay": settings.weight_decay if decayed else 0.0}
               for (scale, decayed), params in sorted(groups.items(), key=lambda item: item[0], reverse=True)]
     fused = next(model.parameters()).device.type in ("cpu", "cuda", "mps")
-    return without_dynamo(torch.optim.AdamW)(groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=fused)
+    AdamW = without_dynamo(torch.optim.AdamW)
+    return AdamW(groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=fused)
 
 
 def without_dynamo(optimizer_class):
@@ -304,10 +323,6 @@ def check_finite(row, out_dir, scaled):
 
 def main(settings, given):
     world = distributed.start(settings.device)
-    pieces = world.size * settings.gradient_accumulation_steps
-    if settings.batch_size % pieces:
-        raise UserError(f"batch_size = {settings.batch_size} does not divide into {pieces} micro-batches"
-                        f" ({world.size} workers x {settings.gradient_accumulation_steps} accumulation steps)")
     name = world.from_main(lambda: ensure(settings.dataset))
     began = time.perf_counter()
     task, step, stopped = train(dataclasses.replace(settings, dataset=name), given, world)
