@@ -18,6 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configurator import UserError, check_heads, check_ranges
+from dropout import CausalAttention, Dropout
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class MLP(nn.Module):
         n_hidden = config.n_hidden or 4 * config.n_embd
         self.up_proj = nn.Linear(config.n_embd, n_hidden, bias=config.bias)
         self.down_proj = nn.Linear(n_hidden, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x):
         return self.dropout(self.down_proj(self.activate(self.up_proj(x))))
@@ -148,6 +149,20 @@ def continuing_mask(start, end, device):
     return causal_mask(pos[start:], pos)
 
 
+def attend(q, k, v, mask, dropout=0.0):
+    """softmax(q k^T / sqrt(D)) v by the fastest kernel there is. q: (B, H, T, D), k, v: (B, K, S, D); mask as below."""
+    causal, gqa = isinstance(mask, str) and mask == "causal", q.size(1) != k.size(1)
+    how = dict(attn_mask=None if causal else mask, is_causal=causal, dropout_p=dropout, enable_gqa=gqa)
+    if q.device.type != "cpu" or not q.requires_grad:
+        return F.scaled_dot_product_attention(q, k, v, **how)
+    if causal and dropout and q.shape == k.shape:
+        return CausalAttention.apply(*(x.flatten(0, 1) for x in (q, k, v)), dropout).view(q.shape)
+    if q.size(2) * q.size(3) >= 2**14:
+        return F.scaled_dot_product_attention(q, k, v, **how)
+    with torch.autocast("cpu", enabled=False):  # of short rows the backward pass in bfloat16 is up to six times slower
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **how)
+
+
 class Attention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017); with memory, cross-attention.
 
@@ -167,7 +182,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=config.bias)
         self.v_proj = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=config.bias)
         self.o_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x, mask=None, rope=None, cache=None, start=0, memory=None):
         source = x if memory is None else memory
@@ -178,10 +193,7 @@ class Attention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.update(k, v, start)
-        causal = isinstance(mask, str) and mask == "causal"
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=None if causal else mask, is_causal=causal,
-            dropout_p=self.dropout.p if self.training else 0.0, enable_gqa=self.n_kv_head != self.n_head)
+        y = attend(q, k, v, mask, self.dropout.p if self.training else 0.0)
         return self.dropout(self.o_proj(y.transpose(1, 2).flatten(2)))  # (B, H, T, D) -> (B, T, C)
 
 
@@ -268,7 +280,7 @@ class Decoder:
     @classmethod
     def fits(cls, trunk):
         """Whether the trunk has nothing that this class does not know, such as cross-attention or LoRA."""
-        kinds = {Transformer, nn.ModuleList, nn.Linear, nn.Dropout, Block, Attention, *NORMS.values(), *MLPS.values()}
+        kinds = {Transformer, nn.ModuleList, nn.Linear, Dropout, Block, Attention, *NORMS.values(), *MLPS.values()}
         return not trunk.training and all(type(m) in kinds for m in trunk.modules()) and not trunk.blocks[0].cross_attn
 
     def __init__(self, trunk, caches):
@@ -341,7 +353,7 @@ class GPT(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.transformer = Transformer(config)
 
     def forward(self, tokens, targets=None, caches=None, start=0):
