@@ -503,7 +503,8 @@ def unfilled(cls, config, device, dtype=torch.float32):
     """A model whose parameters are allocated, once and in their place, but hold no values yet."""
     with torch.device("meta"), NoInitialisation():
         model = cls(config)
-    return model.to(dtype).to_empty(device=device)
+    # to_empty does the same, and imports sympy to do so
+    return model.to(dtype)._apply(lambda p: torch.empty(p.shape, dtype=p.dtype, device=device))
 
 
 class NoInitialisation(TorchFunctionMode):

@@ -45,8 +45,8 @@ def one_line_errors():
         raise SystemExit(2) from None
 
 
-def from_command_line(cls, doc, has_accelerator=None, base=None):
-    """`parse` for a script: answers --help, and exits with one line on an error."""
+def from_command_line(cls, doc, has_accelerator=None, base=None, check=None):
+    """`parse` for a script: answers --help, and exits with one line on an error, as `check`(settings) may raise it."""
     for stream in (sys.stdout, sys.stderr):  # Windows' consoles may have another encoding
         stream.reconfigure(encoding="utf-8", errors="replace")
     argv = sys.argv[1:]
@@ -54,7 +54,10 @@ def from_command_line(cls, doc, has_accelerator=None, base=None):
         print(help_text(cls, doc))
         raise SystemExit(0)
     with one_line_errors():
-        return parse(cls, argv, has_accelerator, base)
+        settings, given = parse(cls, argv, has_accelerator, base)
+        if check:
+            check(settings)
+        return settings, given
 
 
 def parse(cls, argv, has_accelerator=None, base=None):
@@ -75,11 +78,22 @@ def parse(cls, argv, has_accelerator=None, base=None):
             layers += read_file(arg, fields)
     plain = {name: value for name, value, on_cpu in layers if not on_cpu}
     if any(on_cpu for *_, on_cpu in layers):
+        check_either(cls, plain, {name: value for name, value, _ in layers})
         device = plain.get("device", fields["device"].default if "device" in fields else "auto")
         if has_accelerator is None or has_accelerator(device):
             layers = [layer for layer in layers if not layer[2]]
     given = {name: value for name, value, _ in layers}
     return build(cls, {**(flat_values(base(given)) if base else {}), **given}), given
+
+
+def check_either(cls, *variants):
+    """Raises the UserError of the last if none makes an instance of cls: before PyTorch tells which it shall be."""
+    for values in variants:
+        try:
+            return build(cls, values)
+        except UserError as problem:
+            error = problem
+    raise error
 
 
 class Field(typing.NamedTuple):
@@ -199,6 +213,15 @@ def check_ranges(settings, **least):
         value = getattr(settings, name)
         if not value >= low:
             raise UserError(f"{name} = {value}: must be at least {low}")
+
+
+def check_heads(n_embd, n_head, n_kv_head=0):
+    """Raises UserError unless a width divides into heads, and these into groups with a key-value head each."""
+    if n_embd % n_head:
+        raise UserError(f"n_embd = {n_embd} does not divide into n_head = {n_head} heads:"
+                        f" try n_embd = {n_head * max(1, round(n_embd / n_head))}")
+    if n_kv_head and n_head % n_kv_head:
+        raise UserError(f"n_head = {n_head} does not divide into n_kv_head = {n_kv_head} groups")
 
 
 def comments(cls):

@@ -9,6 +9,7 @@ reports, the mean over random windows, under its own name: the two are different
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from configurator import UserError, check_ranges, from_command_line, one_line_errors
@@ -30,10 +31,15 @@ class Settings:
         check_ranges(self, random_windows=0, batch_size=1, seed=0)
 
 
-if __name__ == "__main__":  # --help and typos answer before torch is imported
-    SETTINGS, _ = from_command_line(Settings, __doc__)
+def check_paths(settings):
+    """Raises UserError for a folder that isn't there."""
+    if not Path(settings.out_dir).is_dir():
+        raise UserError(f"there is no checkpoint in {settings.out_dir}: train one first, python train.py"
+                        f" --out_dir={settings.out_dir}")
 
-from pathlib import Path
+
+if __name__ == "__main__":  # --help and typos answer before torch is imported
+    SETTINGS, _ = from_command_line(Settings, __doc__, check=check_paths)
 
 import numpy as np
 import torch

@@ -17,7 +17,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from configurator import UserError, check_ranges
+from configurator import UserError, check_heads, check_ranges
+from dropout import CausalAttention, Dropout
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,7 @@ class TransformerConfig:
 
     def __post_init__(self):
         check_ranges(self, n_layer=1, n_head=1, n_embd=1, n_kv_head=0, head_dim=0, n_hidden=0, dropout=0.0)
-        if not self.head_dim and self.n_embd % self.n_head:
-            raise UserError(f"n_embd = {self.n_embd} does not divide into n_head = {self.n_head} heads:"
-                            f" try n_embd = {self.n_head * max(1, round(self.n_embd / self.n_head))}")
-        if self.n_kv_head and self.n_head % self.n_kv_head:
-            raise UserError(f"n_head = {self.n_head} does not divide into n_kv_head = {self.n_kv_head} groups")
+        check_heads(self.n_head if self.head_dim else self.n_embd, self.n_head, self.n_kv_head)
         if self.dropout >= 1:
             raise UserError(f"dropout = {self.dropout}: must be below 1")
         for field, table in (("norm", NORMS), ("mlp", MLPS)):
@@ -89,10 +86,13 @@ class MLP(nn.Module):
         n_hidden = config.n_hidden or 4 * config.n_embd
         self.up_proj = nn.Linear(config.n_embd, n_hidden, bias=config.bias)
         self.down_proj = nn.Linear(n_hidden, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x):
-        return self.dropout(self.down_proj(F.gelu(self.up_proj(x), approximate="tanh")))
+        return self.dropout(self.down_proj(self.activate(self.up_proj(x))))
+
+    def activate(self, up):
+        return F.gelu(up, approximate="tanh")
 
 
 class GatedMLP(MLP):
@@ -103,7 +103,10 @@ class GatedMLP(MLP):
         self.gate_proj = nn.Linear(config.n_embd, self.up_proj.out_features, bias=config.bias)
 
     def forward(self, x):
-        return self.dropout(self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x)))
+        return self.dropout(self.down_proj(self.activate(self.up_proj(x), self.gate_proj(x))))
+
+    def activate(self, up, gate):
+        return F.gelu(gate, approximate="tanh") * up
 
 
 NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
@@ -136,12 +139,37 @@ def causal_mask(q_pos, kv_pos, prefix=0):
     return (kv_pos <= q_pos[:, None]) | (kv_pos < prefix)
 
 
+def continuing_mask(start, end, device):
+    """The `mask` of Attention for the tokens from `start` to `end`, each of which sees all up to itself."""
+    if end == start + 1:
+        return None  # one token sees all there is
+    if start == 0:
+        return "causal"
+    pos = torch.arange(end, device=device)
+    return causal_mask(pos[start:], pos)
+
+
+def attend(q, k, v, mask, dropout=0.0):
+    """softmax(q k^T / sqrt(D)) v by the fastest kernel there is. q: (B, H, T, D), k, v: (B, K, S, D); mask as below."""
+    causal, gqa = isinstance(mask, str) and mask == "causal", q.size(1) != k.size(1)
+    how = dict(attn_mask=None if causal else mask, is_causal=causal, dropout_p=dropout, enable_gqa=gqa)
+    if q.device.type != "cpu" or not q.requires_grad:
+        return F.scaled_dot_product_attention(q, k, v, **how)
+    if causal and dropout and q.shape == k.shape:
+        return CausalAttention.apply(*(x.flatten(0, 1) for x in (q, k, v)), dropout).view(q.shape)
+    if q.size(2) * q.size(3) >= 2**14:
+        return F.scaled_dot_product_attention(q, k, v, **how)
+    with torch.autocast("cpu", enabled=False):  # of short rows the backward pass in bfloat16 is up to six times slower
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **how)
+
+
 class Attention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017); with memory, cross-attention.
 
     mask: None (all see all), "causal" (which keeps the fused kernel's fast path), or a boolean tensor of two or
     more dimensions that broadcasts to (B, H, T, S), True = may look.
-    rope: (cos, sin) that broadcast to (B, H, T, D). cache, pos: a KVCache and the slots (T,) to write.
+    rope: (cos, sin) that broadcast to (B, H, T, D). cache, start: a KVCache and the first of the T slots to write; then
+    S counts the slots filled so far.
     memory: (B, S, C), where keys and values come from instead of x.
     """
 
@@ -154,9 +182,9 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=config.bias)
         self.v_proj = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=config.bias)
         self.o_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
-    def forward(self, x, mask=None, rope=None, cache=None, pos=None, memory=None):
+    def forward(self, x, mask=None, rope=None, cache=None, start=0, memory=None):
         source = x if memory is None else memory
         q = self.q_proj(x).unflatten(-1, (self.n_head, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(source).unflatten(-1, (self.n_kv_head, self.head_dim)).transpose(1, 2)  # (B, K, S, D)
@@ -164,11 +192,8 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
-            k, v = cache.update(k, v, pos)
-        causal = isinstance(mask, str) and mask == "causal"
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=None if causal else mask, is_causal=causal,
-            dropout_p=self.dropout.p if self.training else 0.0, enable_gqa=self.n_kv_head != self.n_head)
+            k, v = cache.update(k, v, start)
+        y = attend(q, k, v, mask, self.dropout.p if self.training else 0.0)
         return self.dropout(self.o_proj(y.transpose(1, 2).flatten(2)))  # (B, H, T, D) -> (B, T, C)
 
 
@@ -184,11 +209,12 @@ class KVCache:
         self.k = torch.zeros(shape, dtype=weight.dtype, device=weight.device)  # (B, K, S, D)
         self.v = torch.zeros_like(self.k)
 
-    def update(self, k, v, pos):
-        """Writes k, v: (B, K, T, D) at the slots pos: (T,), and returns all S of each."""
-        self.k.index_copy_(2, pos, k.to(self.k.dtype))
-        self.v.index_copy_(2, pos, v.to(self.v.dtype))
-        return self.k, self.v
+    def update(self, k, v, start):
+        """Writes k, v: (B, K, T, D) into the slots from `start` on, and returns all that are filled, (B, K, S, D)."""
+        end = start + k.size(2)
+        self.k[:, :, start:end] = k
+        self.v[:, :, start:end] = v
+        return self.k[:, :, :end], self.v[:, :, :end]
 
 
 class Block(nn.Module):
@@ -207,10 +233,10 @@ class Block(nn.Module):
         self.ln_2 = Norm(config)
         self.mlp = MLPS[config.mlp](config)
 
-    def forward(self, x, mask=None, rope=None, cache=None, pos=None, memory=None, memory_mask=None):
+    def forward(self, x, mask=None, rope=None, cache=None, start=0, memory=None, memory_mask=None):
         if (memory is None) != (self.cross_attn is None):
             raise ValueError("memory and cross=True belong together: this block has one of them")
-        x = x + self.attn(self.ln_1(x), mask, rope, cache, pos)
+        x = x + self.attn(self.ln_1(x), mask, rope, cache, start)
         if memory is not None:
             x = x + self.cross_attn(self.ln_x(x), memory_mask, memory=memory)
         return x + self.mlp(self.ln_2(x))
@@ -230,13 +256,64 @@ class Transformer(nn.Module):
         self.ln_f = NORMS[config.norm](config)
 
     def forward(self, x, caches=None, **per_call):
+        if caches and caches.decoder and x.size(1) == 1:
+            return caches.decoder(x, **per_call)
         for i, block in enumerate(self.blocks):
             x = block(x, cache=caches[i] if caches else None, **per_call)
         return self.ln_f(x)
 
     def make_caches(self, batch_size, size):
-        """One empty KVCache per layer, of the weights' dtype and device."""
-        return [KVCache(block.attn, batch_size, size) for block in self.blocks]
+        """Empty caches of the weights' dtype and device."""
+        caches = Caches(KVCache(block.attn, batch_size, size) for block in self.blocks)
+        caches.decoder = Decoder(self, caches) if Decoder.fits(self) else None
+        return caches
+
+
+class Caches(list):
+    """One KVCache per layer, and the Decoder for steps of one token, or None."""
+
+    decoder = None
+
+
+class Decoder:
+    """A trunk written out for one new token per row: the same numbers from the same weights and caches, sooner.
+
+    In so small a step, calling modules and looking up their parts takes longer than computing. So all is looked up
+    before, and no module is called.
+    """
+
+    @classmethod
+    def fits(cls, trunk):
+        """Whether the trunk has nothing that this class does not know, such as cross-attention or LoRA."""
+        kinds = {Transformer, nn.ModuleList, nn.Linear, Dropout, Block, Attention, *NORMS.values(), *MLPS.values()}
+        return not trunk.training and all(type(m) in kinds for m in trunk.modules()) and not trunk.blocks[0].cross_attn
+
+    def __init__(self, trunk, caches):
+        self.ln_f, self.layers = trunk.ln_f.forward, []
+        for block, cache in zip(trunk.blocks, caches):
+            a, mlp = block.attn, block.mlp
+            ups = [mlp.up_proj, mlp.gate_proj] if isinstance(mlp, GatedMLP) else [mlp.up_proj]
+            qkv, o, ups, down = ([(linear.weight, linear.bias) for linear in group]
+                                 for group in ([a.q_proj, a.k_proj, a.v_proj], [a.o_proj], ups, [mlp.down_proj]))
+            self.layers.append((block.ln_1.forward, *qkv, cache, *o, block.ln_2.forward, ups, mlp.activate, *down))
+        self.head_dim, self.gqa = a.head_dim, a.n_kv_head != a.n_head
+
+    def __call__(self, x, mask=None, rope=None, start=0):
+        """(B, 1, C) -> (B, 1, C) as the trunk itself; arguments as Attention's."""
+        x, shape = x[:, 0], (len(x), -1, 1, self.head_dim)
+        for ln_1, q_proj, k_proj, v_proj, cache, o_proj, ln_2, ups, activate, down_proj in self.layers:
+            y = ln_1(x)  # (B, C)
+            q = F.linear(y, *q_proj).view(shape)  # (B, H, 1, D)
+            k = F.linear(y, *k_proj).view(shape)  # (B, K, 1, D)
+            v = F.linear(y, *v_proj).view(shape)  # (B, K, 1, D)
+            if rope is not None:
+                q, k = rotate(q, *rope), rotate(k, *rope)
+            k, v = cache.update(k, v, start)  # (B, K, S, D)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.gqa)
+            x = x + F.linear(y.flatten(1), *o_proj)
+            y = ln_2(x)
+            x = x + F.linear(activate(*[F.linear(y, *up) for up in ups]), *down_proj)
+        return self.ln_f(x)[:, None]
 
 
 def init_weights(model, n_layer, generator=None, std=0.02):
@@ -281,34 +358,30 @@ class GPT(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.transformer = Transformer(config)
 
-    def forward(self, tokens, targets=None, caches=None, pos=None):
+    def forward(self, tokens, targets=None, caches=None, start=0):
         """Logits (B, T, V) in float32; given targets (B, T), their mean cross-entropy in nats instead.
 
-        A target of -100 is not scored. caches, pos: as in `hidden`.
+        A target of -100 is not scored. caches, start: as in `hidden`.
         """
-        logits = self.logits(self.hidden(tokens, caches, pos))
+        logits = self.logits(self.hidden(tokens, caches, start))
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
-    def hidden(self, tokens, caches=None, pos=None):
+    def hidden(self, tokens, caches=None, start=0):
         """The trunk's output (B, T, C) for tokens (B, T).
 
-        caches, pos: those of `make_caches`, and the positions (T,) of these tokens, which are written to them.
+        caches, start: those of `make_caches`, which hold the `start` tokens before these; these are written to them.
         Raises ValueError for more tokens than block_size.
         """
-        T = tokens.size(1)
-        if T > self.config.block_size:
-            raise ValueError(f"{T} tokens are more than block_size = {self.config.block_size}")
-        if caches is None:
-            pos, mask = torch.arange(T, device=tokens.device), "causal"
-        else:
-            mask = causal_mask(pos, torch.arange(caches[0].k.size(2), device=tokens.device))
-        x = self.dropout(self.wte(tokens) + self.wpe(pos))  # (B, T, C)
-        return self.transformer(x, caches, mask=mask, pos=pos)
+        end = start + tokens.size(1)
+        if end > self.config.block_size:
+            raise ValueError(f"{end} tokens are more than block_size = {self.config.block_size}")
+        x = self.dropout(self.wte(tokens) + self.wpe.weight[start:end])  # (B, T, C)
+        return self.transformer(x, caches, mask=continuing_mask(start, end, tokens.device), start=start)
 
     def logits(self, x):
         return F.linear(x, self.wte.weight).float()  # (B, T, C) -> (B, T, V)
@@ -367,8 +440,7 @@ def generate(model, tokens, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0,
     caches = model.make_caches(tokens.size(0))
     window, start = tokens[:, -block_size:], 0  # the window's tokens; how many of them the caches hold
     for _ in range(max_new_tokens):
-        pos = torch.arange(start, window.size(1), device=tokens.device)
-        x = model.hidden(window[:, start:], caches, pos)[:, -1]  # (B, C)
+        x = model.hidden(window[:, start:], caches, start)[:, -1]  # (B, C)
         next_tokens = pick_tokens(model.logits(x), temperature, top_k, top_p, generator)  # (B,)
         yield next_tokens
         start = window.size(1)

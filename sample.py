@@ -59,8 +59,18 @@ class Settings:
                 raise UserError(f"{name} = {path}: needs one --image and --num_samples=1")
 
 
+def check_paths(settings):
+    """Raises UserError for a file or folder that isn't there."""
+    if not settings.init_from and not Path(settings.out_dir).is_dir():
+        raise UserError(f"there is no checkpoint in {settings.out_dir}: train one first, python train.py"
+                        f" --out_dir={settings.out_dir}")
+    for path in filter(None, settings.image.split(",")):
+        if not Path(path).is_file():
+            raise UserError(f"image = {path}: there is no such file")
+
+
 if __name__ == "__main__":  # --help and typos answer before torch is imported
-    SETTINGS, _ = from_command_line(Settings, __doc__)
+    SETTINGS, _ = from_command_line(Settings, __doc__, check=check_paths)
 
 import torch
 

@@ -14,12 +14,21 @@ Exit status: 0 finished; 2 an error that the one line explains; 75 stopped by --
 143 by SIGTERM, all three with a save.
 """
 
+import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from configurator import UserError, check_ranges, differences, flat_values, from_command_line, one_line_errors
+from configurator import (
+    UserError,
+    check_heads,
+    check_ranges,
+    differences,
+    flat_values,
+    from_command_line,
+    one_line_errors,
+)
 
 
 @dataclass(frozen=True)
@@ -100,7 +109,16 @@ class Settings:
         check_ranges(self, batch_size=1, gradient_accumulation_steps=1, max_iters=1, learning_rate=0.0, min_lr=0.0,
                      warmup_iters=0, lr_decay_iters=0, weight_decay=0.0, grad_clip=0.0, eval_interval=1,
                      eval_tokens=0, log_interval=1, max_minutes=0.0, max_grad_norm=0.0, max_loss_rise=0.0,
-                     sample_tokens=0, lora_rank=0, seed=0)
+                     sample_tokens=0, lora_rank=0, seed=0, n_layer=1, n_head=1, n_embd=1, n_kv_head=0, block_size=1,
+                     dropout=0.0)
+        check_heads(self.n_embd, self.n_head, self.n_kv_head)
+        if self.dropout >= 1:
+            raise UserError(f"dropout = {self.dropout}: must be below 1")
+        workers = int(os.environ.get("WORLD_SIZE", 1))
+        pieces = workers * self.gradient_accumulation_steps
+        if self.batch_size % pieces:
+            raise UserError(f"batch_size = {self.batch_size} does not divide into {pieces} micro-batches ({workers}"
+                            f" workers x {self.gradient_accumulation_steps} accumulation steps)")
         if self.shard and (self.task == "contrastive" or self.dtype == "float16"):
             raise UserError("shard = True: not for --task=contrastive, whose single numbers can't be divided, nor for"
                             " --dtype=float16")
@@ -160,6 +178,7 @@ if __name__ == "__main__":  # --help and typos answer before torch is imported
     SETTINGS, GIVEN = from_command_line(Settings, __doc__, has_accelerator, earlier_settings)
 
 import dataclasses
+import inspect
 import math
 import signal
 import time
@@ -203,7 +222,19 @@ def make_optimizer(model, settings):
     groups = [{"params": params, "scale": scale, "weight_decay": settings.weight_decay if decayed else 0.0}
               for (scale, decayed), params in sorted(groups.items(), key=lambda item: item[0], reverse=True)]
     fused = next(model.parameters()).device.type in ("cpu", "cuda", "mps")
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=fused)
+    AdamW = without_dynamo(torch.optim.AdamW)
+    return AdamW(groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=fused)
+
+
+def without_dynamo(optimizer_class):
+    """The class without PyTorch's wrappers that tell torch.compile to leave its methods alone.
+
+    Our optimizers are never compiled, and the wrappers import torch._dynamo, which takes as long as torch itself.
+    """
+    names = ("add_param_group", "state_dict", "load_state_dict", "zero_grad")
+    bare = {name: inspect.unwrap(getattr(optimizer_class, name)) for name in names}
+    step = torch.no_grad()(inspect.unwrap(optimizer_class.step))
+    return type(optimizer_class.__name__, (optimizer_class,), {**bare, "step": step})
 
 
 SPARE = 75  # exit status of a run that saved to be taken up again later: EX_TEMPFAIL, "try again"
@@ -376,10 +407,6 @@ def restore(optimizer, scaler, state, folder):
 
 def main(settings, given):
     world = distributed.start(settings.device)
-    pieces = world.size * settings.gradient_accumulation_steps
-    if settings.batch_size % pieces:
-        raise UserError(f"batch_size = {settings.batch_size} does not divide into {pieces} micro-batches"
-                        f" ({world.size} workers x {settings.gradient_accumulation_steps} accumulation steps)")
     name = world.from_main(lambda: ensure(settings.dataset))
     began = time.perf_counter()
     task, step, stopped = train(dataclasses.replace(settings, dataset=name), given, world)

@@ -26,7 +26,16 @@ from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError, check_ranges
 from lora import add_lora, merge_lora
-from model import Transformer, TransformerConfig, causal_mask, init_weights, pick_tokens, rotary, rotate
+from model import (
+    Transformer,
+    TransformerConfig,
+    causal_mask,
+    continuing_mask,
+    init_weights,
+    pick_tokens,
+    rotary,
+    rotate,
+)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Models
@@ -136,28 +145,26 @@ class Gemma(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.transformer = Transformer(config)
 
-    def forward(self, tokens, targets=None, caches=None, pos=None):
+    def forward(self, tokens, targets=None, caches=None, start=0):
         """As a language model of its own; arguments and result as GPT's."""
-        return score(self.logits(self.hidden(tokens, caches, pos)), targets)
+        return score(self.logits(self.hidden(tokens, caches, start)), targets)
 
-    def hidden(self, tokens, caches=None, pos=None):
+    def hidden(self, tokens, caches=None, start=0):
         """The trunk's output (B, T, C), every token seeing those up to itself; arguments as GPT's."""
-        if caches is None:
-            pos, mask = torch.arange(tokens.size(1), device=tokens.device), "causal"
-        else:
-            mask = causal_mask(pos, torch.arange(caches[0].k.size(2), device=tokens.device))
-        return self.run(self.embed(tokens), mask, pos, caches, pos)
+        end = start + tokens.size(1)
+        positions = torch.arange(start, end, device=tokens.device)
+        return self.run(self.embed(tokens), continuing_mask(start, end, tokens.device), positions, caches, start)
 
     def embed(self, tokens):
         """(B, T) -> (B, T, C), scaled by sqrt(C), a factor that Gemma rounds to the weights' precision."""
         x = self.wte(tokens)
         return x * torch.tensor(self.config.n_embd ** 0.5, dtype=x.dtype, device=x.device)
 
-    def run(self, x, mask, positions, caches=None, pos=None):
+    def run(self, x, mask, positions, caches=None, start=0):
         """The trunk on embedded vectors. positions: (T,), or (B, 1, T) where they differ from row to row."""
         head_dim = self.config.head_dim or self.config.n_embd // self.config.n_head
         rope = rotary(positions, head_dim, self.config.rope_theta)
-        return self.transformer(x, caches, mask=mask, rope=rope, pos=pos)
+        return self.transformer(x, caches, mask=mask, rope=rope, start=start)
 
     def logits(self, x):
         return F.linear(x, self.wte.weight).float()  # (B, T, C) -> (B, T, V)
@@ -201,30 +208,29 @@ class PaliGemma(nn.Module):
         """(B, 3, H, W) -> (B, N, C): the vectors the decoder reads as the image."""
         return self.projector(self.vision(images))
 
-    def hidden(self, tokens, image=None, prefix=None, padding=None, caches=None, pos=None):
+    def hidden(self, tokens, image=None, prefix=None, padding=None, caches=None, start=0):
         """The trunk's output (B, T, C) for tokens (B, T), which follow the image (B, N, C) if there is one.
 
         prefix: (B,), how many of the row's tokens see each other in both directions, padding included; the tokens
         after them see only backwards. None: all of these tokens.
         padding: (B,), how many tokens at the left of each row's text stand for nothing; None: no row has any.
-        caches, pos: those of `make_caches`, and the slots (N + T,) or (T,) of what is passed here.
+        caches, start: those of `make_caches`, and the first of the N + T or T slots of what is passed here.
         """
         N = self.config.vision.n_patches
         x = self.decoder.embed(tokens)
         if image is not None:
             x = torch.cat((image, x), dim=1)  # (B, N + T, C)
-        slots = torch.arange(x.size(1), device=x.device) if pos is None else pos
-        keys = slots if caches is None else torch.arange(caches[0].k.size(2), device=x.device)
-        if prefix is None:
-            mask = causal_mask(slots[-1:], keys)  # (1, S): all see what the last one sees
-        else:
+        keys = torch.arange(start + x.size(1), device=x.device)
+        slots, mask = keys[start:], None  # all see all, as there is nothing after these
+        if prefix is not None:
             mask = causal_mask(slots, keys, N + prefix[:, None, None, None])  # (B, 1, N + T, S)
         positions = slots + 1  # as in training; in 16 bits the rounding of a rotation depends on where counting starts
         if padding is not None:
             padding = padding[:, None, None]  # (B, 1, 1)
-            mask = mask & ~((keys >= N) & (keys < N + padding))[:, None]  # (B, 1, 1 or N + T, S)
+            text = ~((keys >= N) & (keys < N + padding))[:, None]  # (B, 1, 1, S)
+            mask = text if mask is None else mask & text
             positions = torch.where(slots < N, positions, positions - padding)  # (B, 1, N + T)
-        return self.decoder.run(x, mask, positions, caches, slots)[:, -tokens.size(1):]
+        return self.decoder.run(x, mask, positions, caches, start)[:, -tokens.size(1):]
 
     def make_caches(self, batch_size, size):
         return self.decoder.make_caches(batch_size, size)
@@ -348,11 +354,11 @@ def generate(model, images, prompts, max_new_tokens, temperature=1.0, top_k=0, t
         raise UserError(f"{N} image tokens, a prompt of {T} and max_new_tokens = {max_new_tokens} are more than the"
                         f" model's {model.config.block_size} positions: lower --max_new_tokens")
     padding = padding if padding.any() else None
-    caches, pos = model.make_caches(B, size), torch.arange(N + T, device=images.device)
+    caches, start = model.make_caches(B, size), 0
     image = model.encode(images).repeat_interleave(B // len(images), dim=0)  # (B, N, C)
     ended = torch.zeros(B, dtype=torch.bool, device=images.device)
     for _ in range(max_new_tokens):
-        x = model.hidden(tokens, image, None, padding, caches, pos)[:, -1]  # (B, C)
+        x = model.hidden(tokens, image, None, padding, caches, start)[:, -1]  # (B, C)
         next_tokens = pick_tokens(model.decoder.logits(x), temperature, top_k, top_p, generator)  # (B,)
         if eos is not None:
             next_tokens = next_tokens.masked_fill(ended, eos)
@@ -360,7 +366,8 @@ def generate(model, images, prompts, max_new_tokens, temperature=1.0, top_k=0, t
         yield next_tokens
         if eos is not None and ended.all():
             return
-        tokens, image, pos = next_tokens[:, None], None, pos[-1:] + 1
+        start = start + tokens.size(1) + (0 if image is None else N)
+        tokens, image = next_tokens[:, None], None
 
 
 @torch.inference_mode()

@@ -114,7 +114,8 @@ def test_two_hosts_give_the_curve_of_one(tmp_path, tiny):
         workers = [subprocess.Popen(
             ["ip", "netns", "exec", host, *TORCHRUN, "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
              "--rdzv_id=1", f"--rdzv_endpoint={hosts[a]}:29500", f"--local_addr={address}",
-             f"--rdzv_conf=is_host={host == a}", str(ROOT / "train.py"), *arguments], env={**os.environ, "GLOO_SOCKET_IFNAME": host[-8:]}, stderr=subprocess.PIPE, text=True)
+             f"--rdzv_conf=is_host={host == a}", str(ROOT / "train.py"), *arguments],
+            env={**os.environ, "GLOO_SOCKET_IFNAME": host[-8:]}, stderr=subprocess.PIPE, text=True)
             for host, address in hosts.items()]
         for worker in workers:
             _, errors = worker.communicate(timeout=300)
@@ -126,3 +127,39 @@ def test_two_hosts_give_the_curve_of_one(tmp_path, tiny):
     for one, two in zip(run(tmp_path / "one", tiny), rows(tmp_path / "two"), strict=True):
         assert one["loss"] == pytest.approx(two["loss"], abs=1e-4)
     assert trainer(tmp_path / "two")["step"] == tiny["max_iters"]
+
+
+SLURM = {  # what the script calls, on a cluster of one node
+    "scontrol": 'if [ "$1" = show ]; then echo localhost; else echo "$@" > requeued; fi',
+    "srun": 'shift; SLURM_NODEID=0 SLURMD_NODENAME=localhost exec "$@"',
+    "torchrun": 'exec {python} -m torch.distributed.run "${{@/--nproc_per_node=gpu/--nproc_per_node=1}}"',
+    "python": 'exec {python} "$@"',
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="clusters run Linux")
+def test_under_slurm_a_run_is_queued_again_until_it_has_finished(tmp_path, tiny):
+    for path in (ROOT / "slurm.sh", *ROOT.glob("*.py")):
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "bin").mkdir()
+    for name, body in SLURM.items():
+        path = tmp_path / "bin" / name
+        path.write_text("#!/bin/bash\n" + body.format(python=sys.executable) + "\n")
+        path.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "7",
+                   "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "localhost",
+                   "SLURM_JOB_END_TIME": str(int(time.time()) + 3600)}
+
+    def job(*more):
+        done = subprocess.run(["bash", "slurm.sh", "out", *as_arguments(tiny), *more], cwd=tmp_path, text=True,
+                              capture_output=True, env=environment, timeout=300)
+        requeued = tmp_path / "requeued"
+        return done.returncode, done.stderr, requeued.exists() and requeued.read_text()
+
+    assert job("--max_minutes=0.0001")[::2] == (0, "requeue 7\n")
+    (tmp_path / "requeued").unlink()
+    status, said, requeued = job()
+    assert (status, requeued) == (0, False), said
+    assert trainer(tmp_path / "out")["step"] == tiny["max_iters"]
+    assert job("--dataset=nowhere")[0] == 1

@@ -143,7 +143,7 @@ def test_gemma_logits_equal_transformers_uncached_and_cached(n_kv_head):
     assert expected.std() > 0.5
     torch.testing.assert_close(model(tokens), expected, **CLOSE)
     caches = model.make_caches(2, 9)
-    parts = [model(tokens[:, a:b], caches=caches, pos=torch.arange(a, b)) for a, b in ((0, 4), (4, 5), (5, 9))]
+    parts = [model(tokens[:, a:b], caches=caches, start=a) for a, b in ((0, 4), (4, 5), (5, 9))]
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, **CLOSE)
     shifted = F.cross_entropy(expected[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     torch.testing.assert_close(model(tokens[:, :-1], tokens[:, 1:]), shifted, **CLOSE)
@@ -160,12 +160,12 @@ def test_paligemma_prefill_and_every_decode_step_equal_transformers(ours, theirs
     tokens = torch.tensor(prompt)
     torch.testing.assert_close(ours(image, tokens), expected.logits[:, N:], **CLOSE)
     caches = ours.make_caches(1, N + T + 8)
-    x = ours.hidden(tokens, ours.encode(image), caches=caches, pos=torch.arange(N + T))
+    x = ours.hidden(tokens, ours.encode(image), caches=caches)
     torch.testing.assert_close(ours.decoder.logits(x), expected.logits[:, N:], **CLOSE)
     for step in range(8):
         token = torch.tensor([[(7 * step + 11) % VOCAB]])
         expected = theirs(input_ids=token, past_key_values=expected.past_key_values, use_cache=True)
-        x = ours.hidden(token, caches=caches, pos=torch.tensor([N + T + step]))
+        x = ours.hidden(token, caches=caches, start=N + T + step)
         torch.testing.assert_close(ours.decoder.logits(x), expected.logits, **CLOSE)
 
 

@@ -1,0 +1,335 @@
+"""How fast this machine trains, samples and starts: one table on the terminal, the same as JSON in bench.json.
+
+    python bench.py                                      everything: about ten minutes on two CPU cores
+    python bench.py --only=train,sample --sizes=small    some of it, in a minute
+    python bench.py --only=against --ours="python sample.py --num_samples=10" --against="python their_sample.py"
+
+What stands side by side runs in turns, once per repeat, after one run that is not counted; the table shows the median
+and the range. Compare within one run of this script on a machine that does nothing else. Where transformers is
+installed, its models of the same shape do the same work. Any other program is compared as a whole command.
+"""
+
+from dataclasses import dataclass
+
+from configurator import UserError, check_ranges, from_command_line, one_line_errors
+
+SECTIONS = ("peak", "start", "train", "sample", "vlm", "against")
+
+
+@dataclass(frozen=True)
+class Settings:
+    only: str = "peak,start,train,sample,vlm,against"  # which sections, with commas between
+    sizes: str = "small,full"  # small: 4 layers, width 128, context 64; full: 6 layers, width 384, context 256
+    dtypes: str = "float32,bfloat16"  # of the matrix products in training, of all in sampling
+    batches: str = "1,10,64"  # how many samples at once
+    new_tokens: int = 250  # length of each sample
+    repeats: int = 5  # runs of each case
+    compile: bool = False  # training steps by torch.compile too: their first runs take a minute each
+    transformers: bool = True  # compare with transformers if it is installed
+    against: str = ""  # another program's command line, timed as a whole: start-up, work and exit
+    ours: str = ""  # the command line of ours that does the same
+    threads: int = 0  # of the CPU; 0: PyTorch's choice
+    device: str = "auto"  # auto, cpu, cuda, mps
+    out: str = "bench.json"  # the table as JSON
+
+    def __post_init__(self):
+        check_ranges(self, new_tokens=1, repeats=1, threads=0)
+        for name, known in (("only", SECTIONS), ("sizes", tuple(SHAPES)), ("dtypes", ("float32", "bfloat16"))):
+            for word in getattr(self, name).split(","):
+                if word not in known:
+                    raise UserError(f"{name} = {word}: must be some of {', '.join(known)}, with commas between")
+        if not all(word.isdecimal() and int(word) for word in self.batches.split(",")):
+            raise UserError(f"batches = {self.batches}: must be whole numbers above 0, with commas between")
+        if bool(self.against) != bool(self.ours):
+            raise UserError("--against and --ours are two command lines that do the same work: give both or neither")
+
+
+SHAPES = {  # of config/shakespeare_char.py, without and with a GPU; batch size and dropout of the training step
+    "small": (dict(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65), 16, 0.0),
+    "full": (dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65), 64, 0.2),
+}
+
+if __name__ == "__main__":  # --help and typos answer before torch is imported
+    SETTINGS, _ = from_command_line(Settings, __doc__)
+
+import functools
+import importlib.util
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from device import DTYPES, peak_flops, peak_memory, pick_device, reset_peak_memory, synchronize
+from model import GPT, GPTConfig, flops_per_token, generate, init_weights
+
+HERE = Path(__file__).resolve().parent
+
+
+class Table:
+    """The rows measured so far, each printed as soon as it is there."""
+
+    def __init__(self, settings, device):
+        self.settings, self.device, self.rows = settings, device, []
+
+    def compare(self, section, cases, unit="ms", amount=0):
+        """Measures {name: function} in turns, and returns {name: its row}.
+
+        unit: ms or s per call, or tokens/s of calls that make `amount` tokens. Of a function that returns a number of
+        bytes, as `command` does, that is the peak memory; else it is what the process came to hold in addition.
+        """
+        seconds, memory = {name: [] for name in cases}, dict.fromkeys(cases, 0)
+        for run in range(self.settings.repeats + 1):
+            for name, work in cases.items():
+                reset_peak_memory(self.device)
+                synchronize(self.device)
+                before, start = peak_memory(self.device), time.perf_counter()
+                result = work()
+                synchronize(self.device)
+                if run:  # the first one warms up
+                    seconds[name].append(time.perf_counter() - start)
+                used = result if isinstance(result, int) else peak_memory(self.device) - before
+                memory[name] = max(memory[name], used)
+        scale = {"ms": 1000, "s": 1}
+        return {name: self.add(section, name, unit, [amount / t if amount else t * scale[unit] for t in times],
+                               MiB=round(memory[name] / 2**20)) for name, times in seconds.items()}
+
+    def add(self, section, case, unit, values, **more):
+        values = sorted(values)
+        row = dict(section=section, case=case, unit=unit, median=statistics.median(values), least=values[0],
+                   most=values[-1], **more)
+        self.rows.append(row)
+        digits = 2 if row["median"] < 10 else 0
+        median, least, most = (f"{row[name]:,.{digits}f}" for name in ("median", "least", "most"))
+        beside = "".join(f"  {value:,} {name}" for name, value in more.items())
+        print(f"{section:7} {case:44} {f'{median} ({least}-{most}) {unit}':36}{beside}", flush=True)
+        return row
+
+
+def words(text):
+    return text.split(",")
+
+
+def seeded(seed=1337):
+    return torch.Generator().manual_seed(seed)
+
+
+def new_gpt(shape, dropout=0.0):
+    model = GPT(GPTConfig(**shape, dropout=dropout))
+    init_weights(model, shape["n_layer"], seeded())
+    return model
+
+
+def peers(settings):
+    """The transformers module, or None where it is not wanted or not installed."""
+    if not settings.transformers or importlib.util.find_spec("transformers") is None:
+        return None
+    import transformers
+    transformers.logging.set_verbosity_error()
+    return transformers
+
+
+def their_gpt(transformers, shape, dropout=0.0):
+    """GPT-2 of this shape; it has biases that ours does without."""
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        n_layer=shape["n_layer"], n_head=shape["n_head"], n_embd=shape["n_embd"], n_positions=shape["block_size"],
+        vocab_size=shape["vocab_size"], resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout,
+        bos_token_id=0, eos_token_id=None))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sections
+
+def measure_peak(table):
+    """Matrix products and a large copy: the floors under all other figures."""
+    for name in words(table.settings.dtypes):
+        speed = [peak_flops(table.device, DTYPES[name]) for _ in range(table.settings.repeats)]
+        if None not in speed:
+            table.add("peak", f"matrix products, {name}", "GFLOP/s", [x / 1e9 for x in speed])
+    x = torch.ones(2**26, device=table.device)
+    table.compare("peak", {"reading 256 MiB": lambda: x.sum()})
+
+
+def measure_train(table):
+    """The optimizer's step of train.py on one fixed batch: forward, backward, clipping, update."""
+    from train import Settings, make_optimizer, update
+    settings, device, transformers = table.settings, table.device, peers(table.settings)
+
+    def step(model, dtype):
+        model.to(device).train()
+        optimizer, scaler = make_optimizer(model, Settings()), torch.amp.GradScaler(device.type, enabled=False)
+        return lambda: update(model, optimizer, scaler, [(batch, 1.0)], Settings(), dtype, device)
+
+    for size in words(settings.sizes):
+        shape, batch_size, dropout = SHAPES[size]
+        tokens = torch.randint(shape["vocab_size"], (batch_size, shape["block_size"] + 1), generator=seeded())
+        batch = {"tokens": tokens[:, :-1].to(device), "targets": tokens[:, 1:].to(device)}
+        for name in words(settings.dtypes):
+            dtype, ours = DTYPES[name], new_gpt(shape, dropout)
+            cases = {f"{size}, {name}, ours": step(ours, dtype)}
+            if settings.compile:
+                compiled = new_gpt(shape, dropout)
+                compiled.compile()
+                cases[f"{size}, {name}, ours compiled"] = step(compiled, dtype)
+            if transformers:
+                cases[f"{size}, {name}, transformers"] = step(TheirLoss(their_gpt(transformers, shape, dropout)), dtype)
+            flops, peak = tokens[:, 1:].numel() * flops_per_token(ours, shape["block_size"]), peak_flops(device, dtype)
+            for row in table.compare("train", cases).values():
+                seconds = row["median"] / 1000
+                row["tokens/s"], row["of peak"] = tokens[:, 1:].numel() / seconds, peak and flops / seconds / peak
+                print(f"{'':44} {row['tokens/s']:,.0f} tokens/s" + (f", {row['of peak']:.0%} of peak" if peak else ""))
+
+
+class TheirLoss(torch.nn.Module):
+    """A transformers model, called as ours are."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens, targets):
+        return F.cross_entropy(self.model(tokens, use_cache=False).logits.flatten(0, 1), targets.flatten())
+
+
+def measure_sample(table):
+    """Tokens of all samples together per second, for samples that fill the context; nothing is decoded to text."""
+    settings, device, transformers = table.settings, table.device, peers(table.settings)
+    for size in words(settings.sizes):
+        shape = SHAPES[size][0]
+        new_tokens = min(settings.new_tokens, shape["block_size"] - 1)
+        for name in words(settings.dtypes):
+            dtype, cases = DTYPES[name], {}
+            ours = new_gpt(shape).to(device, dtype).eval()
+            theirs = their_gpt(transformers, shape).to(device, dtype).eval() if transformers else None
+            for count in map(int, words(settings.batches)):
+                prompt = torch.zeros(count, 1, dtype=torch.long, device=device)
+                cases = {f"{size}, {name}, {count} at once, ours": functools.partial(ours_samples, ours, prompt,
+                                                                                      new_tokens)}
+                if theirs:
+                    cases[f"{size}, {name}, {count} at once, transformers"] = functools.partial(
+                        theirs.generate, prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens,
+                        min_new_tokens=new_tokens, do_sample=True, temperature=0.8, top_k=200, pad_token_id=0)
+                table.compare("sample", cases, "tokens/s", count * new_tokens)
+
+
+def ours_samples(model, prompt, new_tokens):
+    for tokens in generate(model, prompt, new_tokens, 0.8, 200, generator=torch.Generator(prompt.device)):
+        tokens.tolist()
+
+
+VISION = dict(n_layer=4, n_head=4, n_embd=256, n_hidden=1024, image_size=224, patch_size=14)  # of the small PaliGemma
+TEXT = dict(n_layer=6, n_head=8, n_kv_head=1, n_embd=512, head_dim=64, n_hidden=2048, vocab_size=8192, block_size=1024)
+
+
+def measure_vlm(table, prompt_tokens=16, new_tokens=64):
+    """A small PaliGemma with random weights: an image with a prompt to the first token, and the tokens after it."""
+    import vlm
+    settings, device, transformers = table.settings, table.device, peers(table.settings)
+    image = torch.rand(1, 3, 224, 224, generator=seeded()).to(device) * 2 - 1
+    for name in words(settings.dtypes):
+        dtype = DTYPES[name]
+        ours = vlm.PaliGemma(vlm.PaliGemmaConfig(vlm.ViTConfig(**VISION), vlm.GemmaConfig(**TEXT)))
+        vlm.init_parts(ours, seeded())
+        ours.to(device, dtype).eval()
+        theirs = their_paligemma(transformers).to(device, dtype).eval() if transformers else None
+
+        def answer(count, ours=ours):
+            for tokens in vlm.generate(ours, image, [[1] * prompt_tokens], count, temperature=0):
+                tokens.tolist()
+
+        def their_answer(count, theirs=theirs, dtype=dtype):
+            ids = torch.tensor([[8191] * 256 + [1] * prompt_tokens], device=device)
+            theirs.generate(input_ids=ids, pixel_values=image.to(dtype), attention_mask=torch.ones_like(ids),
+                            token_type_ids=torch.zeros_like(ids), max_new_tokens=count, min_new_tokens=count,
+                            do_sample=False)
+
+        work = {"ours": answer, "transformers": their_answer} if theirs else {"ours": answer}
+        one, all_of_them = (table.compare("vlm", {f"{name}, {count} tokens, {who}": functools.partial(f, count)
+                                                  for who, f in work.items()}) for count in (1, new_tokens))
+        for who, first, whole in zip(work, one.values(), all_of_them.values()):
+            table.add("vlm", f"{name}, after the first token, {who}", "tokens/s",
+                      [1000 * (new_tokens - 1) / (whole[x] - first["median"]) for x in ("least", "median", "most")])
+
+
+def their_paligemma(transformers):
+    vision = dict(num_hidden_layers=VISION["n_layer"], num_attention_heads=VISION["n_head"],
+                  hidden_size=VISION["n_embd"], intermediate_size=VISION["n_hidden"], image_size=VISION["image_size"],
+                  patch_size=VISION["patch_size"], model_type="siglip_vision_model", vision_use_head=False)
+    text = dict(num_hidden_layers=TEXT["n_layer"], num_attention_heads=TEXT["n_head"],
+                num_key_value_heads=TEXT["n_kv_head"], hidden_size=TEXT["n_embd"], head_dim=TEXT["head_dim"],
+                intermediate_size=TEXT["n_hidden"], vocab_size=TEXT["vocab_size"], model_type="gemma")
+    return transformers.PaliGemmaForConditionalGeneration(transformers.PaliGemmaConfig(
+        vision_config=vision, text_config=text, image_token_index=8191, projection_dim=TEXT["n_embd"],
+        hidden_size=TEXT["n_embd"]))
+
+
+def measure_start(table):
+    """Whole commands, from their start to their exit."""
+    python, here = sys.executable, str(HERE)
+    helps = {f"{name} --help": command([python, f"{name}.py", "--help"], here)
+             for name in ("train", "sample", "evaluate", "prepare", "bench")}
+    typo = {"train.py --batchsize=32": command([python, "train.py", "--batchsize=32"], here, status=2)}
+    table.compare("start", {**helps, **typo, "import torch": command([python, "-c", "import torch"], here)}, "s")
+    with tempfile.TemporaryDirectory() as folder:
+        out = f"--out_dir={folder}/run"
+        train = [python, "train.py", out, "--max_iters=1", "--eval_tokens=64", "--sample_tokens=0", "--device=cpu"]
+        command(train, here)()  # leaves what sample.py samples
+        sample = [python, "sample.py", out, "--max_new_tokens=1", "--device=cpu"]
+        table.compare("start", {"one update, evaluated and saved": command(train, here),
+                                "one token": command(sample, here)}, "s")
+
+
+def measure_against(table):
+    """Two command lines in turns, each with the most memory that it held."""
+    if table.settings.against:
+        lines = {"ours": table.settings.ours, "theirs": table.settings.against}
+        for who, row in table.compare("against", {who: command(shlex.split(line), ".") for who, line in lines.items()},
+                                      "s").items():
+            row["command"] = lines[who]
+
+
+def command(argv, folder, status=0):
+    """A function that runs the command and returns the most bytes it held, where the system tells.
+
+    Raises UserError unless it ends with this status.
+    """
+    def work():
+        with tempfile.TemporaryFile() as said:
+            process = subprocess.Popen(argv, cwd=folder, stdout=said, stderr=said)
+            if hasattr(os, "wait4"):
+                _, ended, usage = os.wait4(process.pid, 0)
+                process.returncode = os.waitstatus_to_exitcode(ended)
+            if process.wait() != status:
+                said.seek(0)
+                last = (said.read().decode(errors="replace").strip() or "it said nothing").splitlines()[-1]
+                raise UserError(f"{shlex.join(argv)} ended with status {process.returncode}: {last}")
+            return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) if hasattr(os, "wait4") else 0
+    return work
+
+
+def main(settings):
+    device = pick_device(settings.device)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    table = Table(settings, device)
+    about = dict(machine=platform.processor() or platform.machine(), device=str(device), cores=os.cpu_count(),
+                 threads=torch.get_num_threads(), python=platform.python_version(), torch=torch.__version__)
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    for section in words(settings.only):
+        globals()[f"measure_{section}"](table)
+    with open(settings.out, "w", encoding="utf-8") as file:
+        json.dump({**about, "rows": table.rows}, file, indent=1)
+    print(f"wrote {settings.out}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(SETTINGS)

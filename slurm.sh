@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Trains on all nodes of a SLURM job, and queues the job again until the run has finished:
+#
+#     sbatch --nodes=2 --gpus-per-node=8 --time=4:00:00 slurm.sh out/gpt2_124m config/gpt2_124m.py
+#
+# The first argument is the out directory, the others are train.py's. The folder is one that all nodes share, with the
+# data set prepared in it. Five minutes before the time is up, the run saves and ends, and the job goes on from there.
+#SBATCH --job-name=quill
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=16
+#SBATCH --requeue
+#SBATCH --open-mode=append
+
+set -euo pipefail
+out_dir=$1
+shift
+if [ -d .venv ]; then source .venv/bin/activate; fi
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export FIRST_NODE=${nodes%%$'\n'*}
+minutes=$(((SLURM_JOB_END_TIME - $(date +%s)) / 60 - 5))
+
+# Each node's torchrun starts as many workers as it has GPUs; the first node's hosts the store where all of them meet.
+srun --kill-on-bad-exit=1 bash -c 'exec torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node=gpu \
+    --rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID" --rdzv_endpoint="$FIRST_NODE:29500" \
+    --rdzv_conf="is_host=$([ "$SLURM_NODEID" = 0 ] && echo 1 || echo 0)" --local_addr="$SLURMD_NODENAME" "$@"' \
+    torchrun train.py --resume=auto --out_dir="$out_dir" --max_minutes="$minutes" "$@" || failed=$?
+
+# torchrun returns 1 whatever its workers return; run.json has what they did: 75 if the run is to go on.
+status=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))[-1].get("status", "none"))' "$out_dir/run.json")
+if [ "$status" = 75 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+else
+    exit "${failed:-0}"
+fi
