@@ -230,33 +230,39 @@ TEXT = dict(n_layer=6, n_head=8, n_kv_head=1, n_embd=512, head_dim=64, n_hidden=
 
 
 def measure_vlm(table, prompt_tokens=16, new_tokens=64):
-    """A small PaliGemma with random weights: an image with a prompt to the first token, and the tokens after it."""
+    """A small PaliGemma with random weights: images with prompts to the first token, and the tokens after it."""
     import vlm
     settings, device, transformers = table.settings, table.device, peers(table.settings)
-    image = torch.rand(1, 3, 224, 224, generator=seeded()).to(device) * 2 - 1
     for name in words(settings.dtypes):
         dtype = DTYPES[name]
         ours = vlm.PaliGemma(vlm.PaliGemmaConfig(vlm.ViTConfig(**VISION), vlm.GemmaConfig(**TEXT)))
         vlm.init_parts(ours, seeded())
         ours.to(device, dtype).eval()
         theirs = their_paligemma(transformers).to(device, dtype).eval() if transformers else None
+        for n in (1, 8):
+            images = torch.rand(n, 3, 224, 224, generator=seeded()).to(device) * 2 - 1
+            work = {"ours": functools.partial(our_answers, ours, images, prompt_tokens)}
+            if theirs:
+                work["transformers"] = functools.partial(their_answers, theirs, images.to(dtype), prompt_tokens)
+            one, all_of_them = (
+                table.compare("vlm", {f"{name}, {n} at once, {count} tokens, {who}": functools.partial(f, count)
+                                      for who, f in work.items()}) for count in (1, new_tokens))
+            for who, first, whole in zip(work, one.values(), all_of_them.values()):
+                table.add("vlm", f"{name}, {n} at once, after the first, {who}", "tokens/s",
+                          [1000 * n * (new_tokens - 1) / (whole[x] - first["median"])
+                           for x in ("least", "median", "most")])
 
-        def answer(count, ours=ours):
-            for tokens in vlm.generate(ours, image, [[1] * prompt_tokens], count, temperature=0):
-                tokens.tolist()
 
-        def their_answer(count, theirs=theirs, dtype=dtype):
-            ids = torch.tensor([[8191] * 256 + [1] * prompt_tokens], device=device)
-            theirs.generate(input_ids=ids, pixel_values=image.to(dtype), attention_mask=torch.ones_like(ids),
-                            token_type_ids=torch.zeros_like(ids), max_new_tokens=count, min_new_tokens=count,
-                            do_sample=False)
+def our_answers(model, images, prompt_tokens, count):
+    import vlm
+    for tokens in vlm.generate(model, images, [[1] * prompt_tokens] * len(images), count, temperature=0):
+        tokens.tolist()
 
-        work = {"ours": answer, "transformers": their_answer} if theirs else {"ours": answer}
-        one, all_of_them = (table.compare("vlm", {f"{name}, {count} tokens, {who}": functools.partial(f, count)
-                                                  for who, f in work.items()}) for count in (1, new_tokens))
-        for who, first, whole in zip(work, one.values(), all_of_them.values()):
-            table.add("vlm", f"{name}, after the first token, {who}", "tokens/s",
-                      [1000 * (new_tokens - 1) / (whole[x] - first["median"]) for x in ("least", "median", "most")])
+
+def their_answers(model, images, prompt_tokens, count):
+    ids = torch.tensor([[8191] * 256 + [1] * prompt_tokens] * len(images), device=images.device)
+    model.generate(input_ids=ids, pixel_values=images, attention_mask=torch.ones_like(ids),
+                   token_type_ids=torch.zeros_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False)
 
 
 def their_paligemma(transformers):

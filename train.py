@@ -367,7 +367,7 @@ def train(settings, given, world):
             writer.check()
     log.close()
     stop.restore()
-    if sharded and world.is_main:
+    if sharded and world.is_main and (settings.sample_tokens or settings.publish):
         task.model = checkpoint.load(checkpoint.find(out_dir, "last"), device)[0]
     return task, step, status
 
