@@ -55,13 +55,13 @@ def split_scans(labels):
 
 
 def compose(scans, rng):
-    """An image of the scans (n, 8, 8) in a row, n from 1 to 4; their place, size, slant and shade vary."""
-    size = rng.uniform(11, min(23, SIZE / len(scans)))  # pixels of a scan's sides, before each one's own variation
-    left = rng.uniform(0, SIZE - size * len(scans))
-    top = rng.uniform(2, SIZE - size - 2)
+    """An image of the scans (n, 8, 8), n from 1 to 4, as on a line of a form; place, size, slant and shade vary."""
+    size = 11.5  # pixels of a scan's sides, before each one's own variation
+    left = rng.uniform(0, 2)
+    top = (SIZE - size) / 2 + rng.uniform(-3, 3)
     ink = np.zeros((SIZE, SIZE))
     for i, scan in enumerate(scans):
-        centre = left + (i + 0.5) * size + rng.uniform(-0.5, 0.5), top + size / 2 + rng.uniform(-2, 2)
+        centre = left + (i + 0.5) * size + rng.uniform(-0.5, 0.5), top + size / 2 + rng.uniform(-1, 1)
         ink = np.maximum(ink, placed(scan, centre, size * rng.uniform(0.9, 1.1), rng.uniform(-0.15, 0.15)))
     paper, pen = rng.integers(215, 256, size=3), rng.integers(0, 90, size=3)
     image = paper + ink[..., None] * (pen - paper) + rng.normal(scale=4, size=(SIZE, SIZE, 1))

@@ -3,8 +3,8 @@
     python prepare.py shapes                                        into data/shapes, ready for training
     python data/shapes/generate.py --images=100 --out=my_folder     the images and captions.jsonl alone
 
-Every tenth image is for validation, and shows at least one combination of colour and shape out of HELD_OUT, which no
-training image shows and no training row names. A question is asked only where it has exactly one answer.
+Every tenth image is for validation, and shows at least one combination of size, colour and shape out of HELD_OUT, which
+no training image shows and no training row names. A question is asked only where it has exactly one answer.
 """
 
 import sys
@@ -40,13 +40,13 @@ from PIL import Image, ImageDraw
 from vlm import Box, box_text
 
 SIZE = 48  # pixels of both sides
-GRID = 4  # pixels: where things may lie, so that a box is one of few
-SIDES = {"small": 10, "large": 16}  # pixels
+GRID = 8  # pixels: where things may lie, so that a box is one of few
+SIDES = {"small": 12, "large": 20}  # pixels
 COLOURS = {"red": (215, 35, 40), "orange": (245, 135, 20), "yellow": (240, 210, 30), "green": (40, 150, 60),
            "blue": (40, 80, 215), "purple": (125, 45, 165), "pink": (250, 130, 185), "black": (25, 25, 30)}
 SHAPES = ("circle", "square", "triangle", "star", "heart", "ring")
-HELD_OUT = (("red", "star"), ("yellow", "circle"), ("green", "heart"), ("blue", "triangle"), ("purple", "ring"),
-            ("black", "square"))
+HELD_OUT = (("small", "red", "star"), ("large", "yellow", "circle"), ("small", "green", "heart"),
+            ("large", "blue", "triangle"), ("small", "purple", "ring"), ("large", "black", "square"))
 SUPERSAMPLING = 8
 
 
@@ -68,7 +68,7 @@ class Thing(NamedTuple):
 
     @property
     def held_out(self):
-        return (self.colour, self.shape) in HELD_OUT
+        return (self.size, self.colour, self.shape) in HELD_OUT
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def make_things(rng, held_out):
         things = []
         for size, colour, shape in names:
             side = SIDES[size]
-            left, top = map(int, GRID * rng.integers(1, (SIZE - side) // GRID, size=2))  # a margin of GRID pixels
+            left, top = map(int, GRID * rng.integers(0, (SIZE - side) // GRID + 1, size=2))
             things.append(Thing(size, colour, shape, left, top, side))
         if all(apart(a, b) for a, b in combinations(things, 2)):
             return sorted(things, key=lambda thing: thing.centre)
@@ -91,16 +91,16 @@ def make_names(rng, held_out):
     """[(size, colour, shape)]; some take the colour or the shape of the one before, so that there is more to count."""
     names, count = [], rng.choice(3, p=(0.2, 0.4, 0.4)) + 1
     while len(names) < count:
-        colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
+        size, colour, shape = rng.choice(list(SIDES)), rng.choice(list(COLOURS)), rng.choice(SHAPES)
         like = rng.random()
         if held_out and not names:
-            colour, shape = HELD_OUT[rng.integers(len(HELD_OUT))]
+            size, colour, shape = HELD_OUT[rng.integers(len(HELD_OUT))]
         elif names and like < 0.3:
             colour = names[-1][1]
         elif names and like < 0.6:
             shape = names[-1][2]
-        if held_out or (colour, shape) not in HELD_OUT:
-            names.append((str(rng.choice(list(SIDES))), str(colour), str(shape)))
+        if held_out or (size, colour, shape) not in HELD_OUT:
+            names.append((str(size), str(colour), str(shape)))
     return names
 
 
