@@ -230,10 +230,11 @@ def gather_images(images, indices, device):
 def gather_rows(images, rows, indices, device):
     """{images, tokens, targets, prefix} of the rows at the indices, for PaliGemma.
 
-    images: those of the data set. tokens, targets: (B, T) int64; a target is the next token where that belongs to the
-    answer or is its eos, and -100 elsewhere. prefix: (B,).
+    images: those of the data set. tokens, targets: (B, T) int64, where T fits the longest of these rows; a target is
+    the next token where that belongs to the answer or is its eos, and -100 elsewhere. prefix: (B,).
     """
-    ids, places = rows.ids[indices], np.arange(1, rows.ids.shape[1])  # places of the targets in a row
+    longest = rows.lengths[indices].max()
+    ids, places = rows.ids[indices, :longest], np.arange(1, longest)  # places of the targets in a row
     answer = (places >= rows.prefix[indices, None]) & (places < rows.lengths[indices, None])  # (B, T)
     return {"images": gather_images(images, rows.images[indices], device),
             "tokens": to_device(ids[:, :-1], device),

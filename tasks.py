@@ -282,6 +282,8 @@ class ImageText(Images):
         if self.n_patches + self.n_tokens > self.model.config.block_size:
             raise UserError(f"block_size = {self.model.config.block_size}: {self.n_patches} image tokens and rows of up"
                             f" to {self.n_tokens} tokens need at least {self.n_patches + self.n_tokens}")
+        self.row_tokens = self.n_patches + self.data["train"].lengths.mean()  # those that stand for something
+        self.tokens_per_update = round(self.settings.batch_size * self.row_tokens)
 
     def count_scored(self, rows):
         data = self.data["train"]
@@ -296,7 +298,7 @@ class ImageText(Images):
 
     def flops_per_update(self):
         """Of full training: what freezing saves is not deducted."""
-        vision, decoder, n = self.model.vision, self.model.decoder, self.n_patches + self.n_tokens
+        vision, decoder, n = self.model.vision, self.model.decoder, self.row_tokens
         per_row = n * flops_per_token(decoder, n) - 6 * self.n_patches * decoder.wte.weight.numel()
         return self.settings.batch_size * (self.n_patches * flops_per_token(vision, self.n_patches) + per_row)
 

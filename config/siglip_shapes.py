@@ -9,7 +9,7 @@ task = "contrastive"
 dataset = "shapes"
 out_dir = "out/siglip_shapes"
 
-vision = dict(n_layer=4, n_head=4, n_embd=128, patch_size=8)
+vision = dict(n_layer=2, n_head=4, n_embd=128, patch_size=8)
 n_layer = 2  # of the text encoder, as the next two
 n_head = 4
 n_embd = 128

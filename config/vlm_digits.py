@@ -12,13 +12,13 @@ out_dir = "out/vlm_digits"
 vision = dict(n_layer=4, n_head=4, n_embd=128, patch_size=8)
 n_layer = 2  # of the decoder, as the next three
 n_head = 4
-n_kv_head = 1
+n_kv_head = 4
 n_embd = 128
 block_size = 128  # image tokens and text
 
 batch_size = 16
 max_iters = 6000
-learning_rate = 1e-3
+learning_rate = 4e-4
 min_lr = 2e-5
 warmup_iters = 200
 beta2 = 0.98

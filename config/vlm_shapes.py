@@ -9,15 +9,15 @@ task = "image-text"
 dataset = "shapes"
 out_dir = "out/vlm_shapes"
 
-vision = dict(n_layer=4, n_head=4, n_embd=128, patch_size=8)
+vision = dict(n_layer=2, n_head=4, n_embd=128, patch_size=8)
 n_layer = 4  # of the decoder, as the next three
 n_head = 4
-n_kv_head = 1
+n_kv_head = 4
 n_embd = 128
 block_size = 256  # image tokens and text
 
 batch_size = 16
-max_iters = 6500
+max_iters = 8000
 learning_rate = 1e-3
 min_lr = 2e-5
 warmup_iters = 200

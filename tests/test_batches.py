@@ -105,7 +105,7 @@ def test_targets_score_the_answer_and_its_end_alone(pairs):
     rows = encode_rows(data.rows["train"], tokenizer)
     indices = np.array([20, 3, 0])
     batch = gather_rows(data.images, rows, indices, CPU)
-    T = max(len(f"{row['prompt']}{row['answer']}") for row in data.rows["train"]) + 2  # <bos> and the newline
+    T = max(len(f"{row['prompt']}{row['answer']}") for row in map(data.rows["train"].__getitem__, indices)) + 2
     assert batch["tokens"].shape == batch["targets"].shape == (3, T) and batch["tokens"].dtype == torch.int64
     for tokens, targets, prefix, image, i in zip(batch["tokens"], batch["targets"], batch["prefix"], batch["images"],
                                                  indices):
@@ -125,10 +125,12 @@ def test_padding_changes_no_loss(pairs):
     shape = dict(n_layer=1, n_head=2, n_embd=16)
     model = PaliGemma(PaliGemmaConfig(ViTConfig(**shape, image_size=8, patch_size=4),
                                       GemmaConfig(**shape, vocab_size=tokenizer.vocab_size, block_size=64)))
-    long, short = (gather_rows(data.images, encode_rows(rows, tokenizer), np.array([0]), CPU)
-                   for rows in (data.rows["train"], data.rows["train"][:1]))
-    assert long["tokens"].size(1) > short["tokens"].size(1)
-    assert torch.isclose(model(**long), model(**short), rtol=1e-5)
+    rows = encode_rows(data.rows["train"], tokenizer)
+    longest = int(rows.lengths.argmax())
+    both, one, other = (gather_rows(data.images, rows, np.array(i), CPU) for i in ([0, longest], [0], [longest]))
+    assert both["tokens"].size(1) == other["tokens"].size(1) > one["tokens"].size(1)
+    n, m = ((batch["targets"] != -100).sum() for batch in (one, other))
+    assert torch.isclose((n + m) * model(**both), n * model(**one) + m * model(**other), rtol=1e-5)
 
 
 def test_captions_end_in_the_last_place_and_their_images_are_distinct(pairs):
