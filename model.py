@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configurator import UserError, check_heads, check_ranges
-from dropout import CausalAttention, Dropout
+from dropout import CausalAttention, Dropout, draw_kept
 
 MAX_BIGRAM_VOCABULARY = 512
 
@@ -189,10 +189,13 @@ def attend(q, k, v, mask, dropout=0.0):
     how = dict(attn_mask=None if causal else mask, is_causal=causal, dropout_p=dropout, enable_gqa=gqa)
     if q.device.type != "cpu" or not q.requires_grad:
         return F.scaled_dot_product_attention(q, k, v, **how)
-    if causal and not dropout and q.dtype == torch.bfloat16 and q.shape == k.shape and q.size(2) <= 512:
+    if causal and q.dtype == torch.bfloat16 and q.shape == k.shape and q.size(2) <= 512:
         future = torch.full(2 * q.shape[2:3], -torch.inf, dtype=q.dtype).triu_(1)
         scores = torch.baddbmm(future, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=q.size(3) ** -0.5)
-        return torch.bmm(scores.softmax(-1), v.flatten(0, 1)).view(q.shape)
+        weights = scores.softmax(-1)
+        if dropout:
+            weights = weights * draw_kept(weights.shape, dropout).to(q.dtype).mul_(1 / (1 - dropout))
+        return torch.bmm(weights, v.flatten(0, 1)).view(q.shape)
     if causal and dropout and q.shape == k.shape:
         return CausalAttention.apply(*(x.flatten(0, 1) for x in (q, k, v)), dropout).view(q.shape)
     if q.size(2) * q.size(3) >= 2**14:

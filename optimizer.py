@@ -48,47 +48,60 @@ def without_dynamo(optimizer_class):
 AdamW = without_dynamo(torch.optim.AdamW)
 
 
+CPU_BATCH = 2**19  # numbers that a CPU's caches hold
+
+
 class Muon(AdamW):
     """Muon (Jordan et al. 2024) for the groups with muon=True, AdamW for the others.
 
-    The step is that of torch.optim.Muon, with all matrices of one shape in one batch. A gradient is spent by a step.
+    The step is that of torch.optim.Muon, with matrices of one shape in batches. A step spends the gradients.
     """
 
     @torch.no_grad()
     def step(self):
-        if getattr(self, "found_inf", None) is None or not self.found_inf:  # float16's scaler: skip the step
+        if getattr(self, "found_inf", None) is None or not self.found_inf:  # else float16's scaler skips the step
             for group in self.param_groups:
                 if group.get("muon"):
-                    self.step_matrices(group)
-        super().step()  # skips what has no gradient any more
+                    for params in alike([p for p in group["params"] if p.grad is not None]):
+                        self.step_alike(params, group["lr"], group["weight_decay"])
+        super().step()  # of what has a gradient still
 
-    def step_matrices(self, group, momentum=0.95):
-        shapes = {}
-        for p in group["params"]:
-            if p.grad is not None:
-                shapes.setdefault(p.shape, []).append(p)
-                if not self.state[p]:
-                    self.state[p].update(step=torch.zeros(()), momentum_buffer=torch.zeros_like(p))
-                self.state[p]["step"] += 1
-        for (rows, columns), params in shapes.items():
-            grads, buffers = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
-            torch._foreach_lerp_(buffers, grads, 1 - momentum)
-            updates = orthogonalized(torch.stack(torch._foreach_lerp(grads, buffers, momentum)))
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(params, [*updates.to(params[0].dtype)],
-                                alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
-            for p in params:
-                p.grad = None
+    def step_alike(self, params, lr, weight_decay, momentum=0.95):
+        """A step of matrices of one shape."""
+        for p in params:
+            if not self.state[p]:
+                self.state[p].update(step=torch.zeros(()), momentum_buffer=torch.zeros_like(p))
+            self.state[p]["step"] += 1
+        grads, buffers = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
+        torch._foreach_lerp_(buffers, grads, 1 - momentum)
+        updates = orthogonalized(torch._foreach_lerp(grads, buffers, momentum))
+        rows, columns = params[0].shape
+        torch._foreach_mul_(params, 1 - lr * weight_decay)
+        torch._foreach_add_(params, [*updates], alpha=-lr * max(1, rows / columns) ** 0.5)
+        for p in params:
+            p.grad = None
+
+
+def alike(matrices):
+    """Yields lists of matrices of one shape; on a CPU no more than its caches hold."""
+    shapes = {}
+    for p in matrices:
+        shapes.setdefault(p.shape, []).append(p)
+    for shape, found in shapes.items():
+        count = max(1, CPU_BATCH // shape.numel()) if found[0].device.type == "cpu" else len(found)
+        yield from (found[i:i + count] for i in range(0, len(found), count))
 
 
 def orthogonalized(matrices, steps=5):
     """The nearest semi-orthogonal matrices, roughly: singular values end between about 0.7 and 1.2.
 
-    matrices: (N, rows, columns). Newton and Schulz's iteration takes each singular value s to a s + b s^3 + c s^5;
-    Jordan's coefficients make small ones grow fast rather than end at 1. In bfloat16 where the device is quick at it.
+    matrices: (N, rows, columns), or a list of N. Newton and Schulz's iteration takes each singular value s to
+    a s + b s^3 + c s^5; Jordan's coefficients make small ones grow fast rather than end at 1. In bfloat16 where the
+    device is quick at it. Returns (N, rows, columns).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.bfloat16() if matrices.device.type != "cpu" or has_amx() else matrices.float()
+    fast = torch.bfloat16 if matrices[0].device.type != "cpu" or has_amx() else torch.float32
+    x = torch.stack([matrix.to(fast) for matrix in matrices])
     tall = x.size(1) > x.size(2)
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)

@@ -232,6 +232,15 @@ def test_attention_in_bfloat16_equals_the_kernel(T):
         torch.testing.assert_close(rounded, exact, atol=0.03, rtol=0.03)
 
 
+def test_dropout_of_attention_in_bfloat16_removes_weights_and_scales_the_others():
+    q, k, v = (x.bfloat16().requires_grad_() for x in (randn(2, 3, 16, 16), randn(2, 3, 16, 16, seed=1),
+                                                       torch.eye(16).repeat(2, 3, 1, 1)))  # so the output is the weights
+    whole, left = attend(q, k, v, "causal").float(), attend(q, k, v, "causal", dropout=0.25).float()
+    kept = left > 0
+    torch.testing.assert_close(left, whole / 0.75 * kept, atol=0.01, rtol=0.01)
+    assert kept[whole > 0].float().mean().item() == pytest.approx(0.75, abs=0.06)
+
+
 def test_cache_keeps_one_key_per_group_in_place():
     attention = make_attention(n_kv_head=2)
     cache = KVCache(attention, batch_size=B, size=9)
