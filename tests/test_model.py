@@ -234,7 +234,7 @@ def test_attention_in_bfloat16_equals_the_kernel(T):
 
 def test_dropout_of_attention_in_bfloat16_removes_weights_and_scales_the_others():
     q, k, v = (x.bfloat16().requires_grad_() for x in (randn(2, 3, 16, 16), randn(2, 3, 16, 16, seed=1),
-                                                       torch.eye(16).repeat(2, 3, 1, 1)))  # so the output is the weights
+                                                       torch.eye(16).repeat(2, 3, 1, 1)))  # out come the weights
     whole, left = attend(q, k, v, "causal").float(), attend(q, k, v, "causal", dropout=0.25).float()
     kept = left > 0
     torch.testing.assert_close(left, whole / 0.75 * kept, atol=0.01, rtol=0.01)
