@@ -20,7 +20,7 @@ PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e
               "A10": 125e12, "A10G": 70e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12,
               "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12}
 
-CPU_BF16_MIN_WIDTH = 256  # narrower models are faster in float32: measured, see EXPERIMENTS.md
+CPU_BF16_MIN_WIDTH = 192  # narrower models are faster in float32: measured, see EXPERIMENTS.md
 CUDA_COMPILE_MIN_UPDATES = 1000  # about a minute of compiling to repay: an estimate, not measured
 
 

@@ -18,7 +18,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configurator import UserError, check_heads, check_ranges
-from dropout import CausalAttention, Dropout
+from dropout import CausalAttention, Dropout, draw_kept
+
+MAX_BIGRAM_VOCABULARY = 512
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,20 @@ class TransformerConfig:
 class GPTConfig(TransformerConfig):
     vocab_size: int = 65
     block_size: int = 64  # most positions the model can look at
+    positions: str = "learned"  # or rotary
+    tied: bool = True  # the embedding matrix is also the output head
+    bigrams: bool = False  # an embedding of each pair of neighbours too: vocab_size^2 rows
 
     def __post_init__(self):
         super().__post_init__()
         check_ranges(self, vocab_size=1, block_size=1)
+        if self.positions not in ("learned", "rotary"):
+            raise UserError(f"positions = {self.positions!r}: must be learned or rotary")
+        if self.positions == "rotary" and (head_dim := self.head_dim or self.n_embd // self.n_head) % 2:
+            raise UserError(f"head_dim = {head_dim}: rotary positions turn pairs, so it must be even")
+        if self.bigrams and self.vocab_size > MAX_BIGRAM_VOCABULARY:
+            raise UserError(f"bigrams = True: a vocabulary of {self.vocab_size:,} has {self.vocab_size**2:,} pairs, and"
+                            f" from more than {MAX_BIGRAM_VOCABULARY} tokens on they are too many")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -109,8 +121,30 @@ class GatedMLP(MLP):
         return F.gelu(gate, approximate="tanh") * up
 
 
+class SquaredReLU(torch.autograd.Function):
+    """relu(x)^2, in a third of the passes over memory that its parts would take backward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        positive = F.relu(x)
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    def backward(ctx, grad):
+        positive, = ctx.saved_tensors
+        return (grad * positive).mul_(2)
+
+
+class SquaredReLUMLP(MLP):
+    """down(relu(up(x))^2) (So et al. 2021)."""
+
+    def activate(self, up):
+        return SquaredReLU.apply(up) if up.requires_grad else F.relu(up).square_()
+
+
 NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
-MLPS = {"gelu": MLP, "geglu": GatedMLP}
+MLPS = {"gelu": MLP, "geglu": GatedMLP, "relu2": SquaredReLUMLP}
 
 
 def rotary(positions, head_dim, theta=10000.0):
@@ -155,6 +189,13 @@ def attend(q, k, v, mask, dropout=0.0):
     how = dict(attn_mask=None if causal else mask, is_causal=causal, dropout_p=dropout, enable_gqa=gqa)
     if q.device.type != "cpu" or not q.requires_grad:
         return F.scaled_dot_product_attention(q, k, v, **how)
+    if causal and q.dtype == torch.bfloat16 and q.shape == k.shape and q.size(2) <= 512:
+        future = torch.full(2 * q.shape[2:3], -torch.inf, dtype=q.dtype).triu_(1)
+        scores = torch.baddbmm(future, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=q.size(3) ** -0.5)
+        weights = scores.softmax(-1)
+        if dropout:
+            weights = weights * draw_kept(weights.shape, dropout).to(q.dtype).mul_(1 / (1 - dropout))
+        return torch.bmm(weights, v.flatten(0, 1)).view(q.shape)
     if causal and dropout and q.shape == k.shape:
         return CausalAttention.apply(*(x.flatten(0, 1) for x in (q, k, v)), dropout).view(q.shape)
     if q.size(2) * q.size(3) >= 2**14:
@@ -270,9 +311,9 @@ class Transformer(nn.Module):
 
 
 class Caches(list):
-    """One KVCache per layer, and the Decoder for steps of one token, or None."""
+    """One KVCache per layer, the Decoder for steps of one token, or None, and the last token of each row, (B, 1)."""
 
-    decoder = None
+    decoder = last = None
 
 
 class Decoder:
@@ -316,7 +357,7 @@ class Decoder:
         return self.ln_f(x)[:, None]
 
 
-def init_weights(model, n_layer, generator=None, std=0.02):
+def init_weights(model, n_layer, generator=None, std=0.02, zero=False):
     """GPT-2's initialisation, drawn on the CPU, so that a seed gives the same weights on every device.
 
     | parameter                                        | rule                          |
@@ -328,11 +369,13 @@ def init_weights(model, n_layer, generator=None, std=0.02):
     | LayerNorm, RMSNorm                               | gain 1                        |
 
     std: GPT-2's 0.02 fits widths around 1000; 1 / sqrt(width) keeps the signals of narrower models alive.
+    zero: what leads into the residual starts at 0, so that every block starts by adding nothing.
     """
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
             scale = 0.02 if isinstance(module, nn.Embedding) else std
-            scale /= (2 * n_layer) ** 0.5 if name.endswith(("o_proj", "down_proj")) else 1
+            if name.endswith(("o_proj", "down_proj")):
+                scale *= 0 if zero else (2 * n_layer) ** -0.5
             drawn = torch.empty(module.weight.shape, device="cpu").normal_(0.0, scale, generator=generator)
             with torch.no_grad():
                 module.weight.copy_(drawn)
@@ -348,7 +391,7 @@ def init_weights(model, n_layer, generator=None, std=0.02):
 # GPT
 
 class GPT(nn.Module):
-    """Decoder-only language model with learned positions; the embedding matrix is also the output head.
+    """Decoder-only language model, with learned positions or rotary ones.
 
     The parameters are uninitialised until `init_weights` or a checkpoint fills them.
     """
@@ -357,9 +400,11 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.positions == "learned" else None
+        self.bigrams = nn.Embedding(config.vocab_size**2, config.n_embd) if config.bigrams else None
         self.dropout = Dropout(config.dropout)
         self.transformer = Transformer(config)
+        self.head = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
     def forward(self, tokens, targets=None, caches=None, start=0):
         """Logits (B, T, V) in float32; given targets (B, T), their mean cross-entropy in nats instead.
@@ -380,11 +425,25 @@ class GPT(nn.Module):
         end = start + tokens.size(1)
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens are more than block_size = {self.config.block_size}")
-        x = self.dropout(self.wte(tokens) + self.wpe.weight[start:end])  # (B, T, C)
-        return self.transformer(x, caches, mask=continuing_mask(start, end, tokens.device), start=start)
+        x, rope = self.wte(tokens), None  # (B, T, C)
+        if self.bigrams:
+            x = x + self.bigrams(self.pairs(tokens, caches, start))
+        if self.wpe:
+            x = x + self.wpe.weight[start:end]
+        else:
+            rope = rotary(torch.arange(start, end, device=tokens.device), self.transformer.blocks[0].attn.head_dim)
+        mask = continuing_mask(start, end, tokens.device)
+        return self.transformer(self.dropout(x), caches, mask=mask, rope=rope, start=start)
+
+    def pairs(self, tokens, caches, start):
+        """Numbers of each token with the one before it, (B, T); before the first of all stands token 0."""
+        before = caches.last if caches and start else torch.zeros_like(tokens[:, :1])
+        if caches:
+            caches.last = tokens[:, -1:]
+        return torch.cat((before, tokens[:, :-1]), dim=1) * self.config.vocab_size + tokens
 
     def logits(self, x):
-        return F.linear(x, self.wte.weight).float()  # (B, T, C) -> (B, T, V)
+        return F.linear(x, (self.head or self.wte).weight).float()  # (B, T, C) -> (B, T, V)
 
     def make_caches(self, batch_size, size=None):
         return self.transformer.make_caches(batch_size, size or self.config.block_size)
@@ -398,10 +457,12 @@ def count_parameters(model):
 def flops_per_token(model, block_size):
     """FLOPs of one training token, forward and backward: 6 per weight in a matrix product, 12 L H D T of attention.
 
-    Source: Chowdhery et al. 2022 (PaLM), appendix B. Positions are looked up, not multiplied: not counted.
+    Source: Chowdhery et al. 2022 (PaLM), appendix B. What is looked up, not multiplied, is not counted: positions,
+    pairs, and the embeddings where the head is another matrix.
     """
-    config = model.config
-    n = count_parameters(model) - (model.wpe.weight.numel() if hasattr(model, "wpe") else 0)
+    config, names = model.config, ["wpe", "bigrams"] + ["wte"] * (getattr(model, "head", None) is not None)
+    looked_up = [part for name in names if (part := getattr(model, name, None)) is not None]
+    n = count_parameters(model) - sum(part.weight.numel() for part in looked_up)
     width = config.n_head * (config.head_dim or config.n_embd // config.n_head)
     return 6 * n + 12 * config.n_layer * width * block_size
 

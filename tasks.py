@@ -42,6 +42,7 @@ from vlm import (
 )
 
 SHAPE = ("n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "bias")  # settings that a checkpoint's model decides
+GPT_SHAPE = ("mlp", "positions", "tied", "bigrams")  # and those of a GPT alone
 
 
 class Task:
@@ -102,16 +103,16 @@ class Text(Task):
     def new_model(self, given, generator):
         s = self.settings
         if s.init_from == "scratch":
-            cls, config_cls = {"gpt": (GPT, GPTConfig), "gemma": (Gemma, GemmaConfig)}[s.architecture]
-            shape = {name: getattr(s, name) for name in (*SHAPE, "dropout")}
+            kinds = {"gpt": (GPT, GPTConfig, GPT_SHAPE), "gemma": (Gemma, GemmaConfig, ())}
+            cls, config_cls, more = kinds[s.architecture]
+            shape = {name: getattr(s, name) for name in (*SHAPE, *more, "dropout")}
             model = cls(config_cls(**shape, vocab_size=self.tokenizer.vocab_size))
-            init_weights(model, s.n_layer, generator)
+            init_weights(model, s.n_layer, generator, zero=s.zero_init)
             return model
         model, its_tokenizer = checkpoint.load_initial(s.init_from, self.device, given.get("block_size", 0), s.dropout)
-        for name in SHAPE:
-            if name in given and given[name] != getattr(model.config, name):
-                raise UserError(f"{name} = {given[name]!r}, but {s.init_from} has {getattr(model.config, name)!r}:"
-                                " leave it out")
+        for name in (*SHAPE, *GPT_SHAPE):
+            if name in given and given[name] != (its := getattr(model.config, name, None)):
+                raise UserError(f"{name} = {given[name]!r}, but {s.init_from} has {its!r}: leave it out")
         if not tokenizers.same_vocabulary(self.tokenizer, its_tokenizer):
             raise UserError(f"the data set {s.dataset} was not made with the tokenizer of {s.init_from}:"
                             " prepare it with that one")

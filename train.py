@@ -65,16 +65,24 @@ class Settings:
     dropout: float = 0.0  # share of activations dropped in training; pays when the data is seen many times
     bias: bool = False  # in linear layers and LayerNorms
     architecture: Literal["gpt", "gemma"] = "gpt"  # of the text task; the decoder of image-text is always a gemma
+    mlp: Literal["gelu", "relu2"] = "gelu"  # a gpt's activation: GPT-2's, or the square of ReLU
+    positions: Literal["learned", "rotary"] = "learned"  # of a gpt
+    tied: bool = True  # the embedding matrix is also a gpt's output head
+    bigrams: bool = False  # a gpt gets an embedding of each pair of neighbours too; for small vocabularies
+    zero_init: bool = False  # a gpt's blocks start by adding nothing: what leads out of them is zero
     n_kv_head: int = 0  # key-value heads of a gemma; 0: n_head
     vision: Vision = Vision()  # the vision tower of the tasks with images
     init_vision: str = ""  # a contrastive run's folder, whose vision tower an image-text model starts with
     init_decoder: str = ""  # a text run's folder (architecture gemma), whose blocks its decoder starts with
     pair_loss: Literal["sigmoid", "softmax"] = "sigmoid"  # of the contrastive task: SigLIP's or CLIP's
-    # the optimizer: AdamW, with warm-up and cosine decay
+    # the optimizer, with warm-up and decay
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, and AdamW for the rest
     batch_size: int = 16  # sequences per update, over all workers and micro-batches
     gradient_accumulation_steps: int = 1  # micro-batches per worker and update: less memory, the same numbers
     max_iters: int = 200  # updates
-    learning_rate: float = 3e-3  # the peak
+    learning_rate: float = 3e-3  # AdamW's at the peak
+    muon_lr: float = 0.02  # Muon's at the peak; it falls in proportion
+    lr_schedule: Literal["cosine", "linear"] = "cosine"  # the form of the decay
     min_lr: float = 3e-4  # at the end of the decay
     warmup_iters: int = 20  # updates to the peak
     lr_decay_iters: int = 0  # updates to min_lr; 0: max_iters
@@ -107,7 +115,7 @@ class Settings:
 
     def __post_init__(self):
         check_ranges(self, batch_size=1, gradient_accumulation_steps=1, max_iters=1, learning_rate=0.0, min_lr=0.0,
-                     warmup_iters=0, lr_decay_iters=0, weight_decay=0.0, grad_clip=0.0, eval_interval=1,
+                     muon_lr=0.0, warmup_iters=0, lr_decay_iters=0, weight_decay=0.0, grad_clip=0.0, eval_interval=1,
                      eval_tokens=0, log_interval=1, max_minutes=0.0, max_grad_norm=0.0, max_loss_rise=0.0,
                      sample_tokens=0, lora_rank=0, seed=0, n_layer=1, n_head=1, n_embd=1, n_kv_head=0, block_size=1,
                      dropout=0.0)
@@ -122,8 +130,14 @@ class Settings:
         if self.shard and (self.task == "contrastive" or self.dtype == "float16"):
             raise UserError("shard = True: not for --task=contrastive, whose single numbers can't be divided, nor for"
                             " --dtype=float16")
+        if self.optimizer == "muon" and (self.shard or not self.learning_rate):
+            raise UserError("optimizer = 'muon': not with --shard, for it needs whole matrices, nor with"
+                            " --learning_rate=0")
         if self.publish and self.task != "image-text" or self.lora_rank and self.init_from == "scratch":
             raise UserError("--publish is for --task=image-text, and --lora_rank for one with --init_from")
+        for name in ("mlp", "positions", "tied", "bigrams", "zero_init"):
+            if getattr(self, name) != getattr(Settings, name) and (self.task, self.architecture) != ("text", "gpt"):
+                raise UserError(f"{name} = {getattr(self, name)!r}: is for a text's gpt alone")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} = {getattr(self, name)}: must be at least 0 and below 1")
@@ -159,14 +173,14 @@ def earlier_settings(given):
     if not given.get("resume"):
         return {}
     from prepare import BUILT_IN
-    from tasks import SHAPE
+    from tasks import GPT_SHAPE, SHAPE
     out_dir = given.get("out_dir", Settings.out_dir)
     folders = to_resume(out_dir, given["resume"])
     if not folders:
         return {}
     saved = readable_config(folders)["settings"]
     for name, value in flat_values(saved).items():
-        fixed = name in ("task", "architecture", "dataset", *SHAPE) or name.startswith("vision.")
+        fixed = name in ("task", "architecture", "dataset", *SHAPE, *GPT_SHAPE) or name.startswith("vision.")
         if fixed and given.get(name, value) != value and value != BUILT_IN:
             raise UserError(f"{name} = {given[name]!r}, but the run in {out_dir} has {value!r}: drop it to resume, or"
                             f" start a new run with --init_from={out_dir}")
@@ -178,7 +192,6 @@ if __name__ == "__main__":  # --help and typos answer before torch is imported
     SETTINGS, GIVEN = from_command_line(Settings, __doc__, has_accelerator, earlier_settings)
 
 import dataclasses
-import inspect
 import math
 import signal
 import time
@@ -195,46 +208,19 @@ from device import autocast, peak_flops, peak_memory, pick_compile, pick_dtype
 from health import Health
 from log import Log, record_end, record_start, set_aside
 from model import blocks
+from optimizer import make_optimizer
 from prepare import ensure
 from tasks import TASKS
 
 
 def learning_rate(update, settings):
-    """The rate of the given update, counted from 1: linear warm-up, then half a cosine down to min_lr."""
+    """The rate of the given update, counted from 1: linear warm-up, then half a cosine or a line down to min_lr."""
     s, last = settings, settings.lr_decay_iters or settings.max_iters
     if update <= s.warmup_iters:
         return s.learning_rate * update / (s.warmup_iters + 1)
     progress = min(1.0, (update - 1 - s.warmup_iters) / max(1, last - 1 - s.warmup_iters))
-    return s.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (s.learning_rate - s.min_lr)
-
-
-def make_optimizer(model, settings):
-    """AdamW (Loshchilov and Hutter 2019); only what has two or more dimensions is decayed.
-
-    Each part of the model has its own multiple of the learning rate, its group's "scale"; 0 freezes the part.
-    """
-    groups = {}
-    for name, p in model.named_parameters():
-        scale = getattr(settings.rates, name.split(".")[0], 1.0)
-        p.requires_grad_(p.requires_grad and scale > 0)
-        if p.requires_grad:
-            groups.setdefault((scale, p.dim() >= 2), []).append(p)
-    groups = [{"params": params, "scale": scale, "weight_decay": settings.weight_decay if decayed else 0.0}
-              for (scale, decayed), params in sorted(groups.items(), key=lambda item: item[0], reverse=True)]
-    fused = next(model.parameters()).device.type in ("cpu", "cuda", "mps")
-    AdamW = without_dynamo(torch.optim.AdamW)
-    return AdamW(groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=fused)
-
-
-def without_dynamo(optimizer_class):
-    """The class without PyTorch's wrappers that tell torch.compile to leave its methods alone.
-
-    Our optimizers are never compiled, and the wrappers import torch._dynamo, which takes as long as torch itself.
-    """
-    names = ("add_param_group", "state_dict", "load_state_dict", "zero_grad")
-    bare = {name: inspect.unwrap(getattr(optimizer_class, name)) for name in names}
-    step = torch.no_grad()(inspect.unwrap(optimizer_class.step))
-    return type(optimizer_class.__name__, (optimizer_class,), {**bare, "step": step})
+    left = 1 - progress if s.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return s.min_lr + left * (s.learning_rate - s.min_lr)
 
 
 SPARE = 75  # exit status of a run that saved to be taken up again later: EX_TEMPFAIL, "try again"

@@ -14,8 +14,10 @@ from model import (
     GPTConfig,
     KVCache,
     RMSNorm,
+    SquaredReLUMLP,
     Transformer,
     TransformerConfig,
+    attend,
     causal_mask,
     count_parameters,
     flops_per_token,
@@ -25,8 +27,10 @@ from model import (
     rotary,
     rotate,
 )
+from vlm import Gemma, GemmaConfig
 
 B, T, C = 2, 7, 24
+FAST = dict(positions="rotary", mlp="relu2", tied=False, bigrams=True)
 
 
 def seeded(seed=0):
@@ -143,6 +147,12 @@ def test_norms_and_mlps_equal_their_formulas():
     torch.testing.assert_close(mlp(x), mlp.down_proj(F.gelu(mlp.up_proj(x), approximate="tanh")))
     inner = F.gelu(gated.gate_proj(x), approximate="tanh") * gated.up_proj(x)
     torch.testing.assert_close(gated(x), gated.down_proj(inner))
+    squared = SquaredReLUMLP(config)
+    expected = squared.down_proj(F.relu(squared.up_proj(x)).square())
+    torch.testing.assert_close(squared(x), expected)
+    for one, other in zip(*(torch.autograd.grad(y.square().sum(), [*squared.parameters()], retain_graph=True)
+                            for y in (squared(x), expected))):
+        torch.testing.assert_close(one, other)
 
 
 def test_block_raises_unless_memory_and_cross_go_together():
@@ -167,7 +177,7 @@ def test_a_cross_attending_decoder_is_causal_and_sees_only_unmasked_memory():
     assert not torch.allclose(decoder(x, mask="causal", memory=memory + 1, memory_mask=mask), y)
 
 
-@pytest.mark.parametrize("changes", [{}, dict(n_kv_head=2, norm="rmsnorm", mlp="geglu", bias=True, head_dim=8)])
+@pytest.mark.parametrize("changes", [{}, FAST, dict(n_kv_head=2, norm="rmsnorm", mlp="geglu", bias=True, head_dim=8)])
 def test_no_token_sees_a_later_one(changes):
     model = make_gpt(std=0.3, **changes)
     tokens = torch.randint(11, (1, 16), generator=seeded())
@@ -180,7 +190,7 @@ def test_no_token_sees_a_later_one(changes):
         assert not torch.allclose(after[:, t:], before[:, t:])
 
 
-@pytest.mark.parametrize("changes", [{}, dict(n_kv_head=1, norm="rmsnorm", mlp="geglu")])
+@pytest.mark.parametrize("changes", [{}, FAST, dict(n_kv_head=1, norm="rmsnorm", mlp="geglu")])
 def test_cached_logits_equal_uncached_ones_however_the_tokens_are_cut(changes):
     model = make_gpt(std=0.3, **changes)
     tokens = torch.randint(11, (3, 16), generator=seeded())
@@ -189,6 +199,46 @@ def test_cached_logits_equal_uncached_ones_however_the_tokens_are_cut(changes):
         caches = model.make_caches(batch_size=3)
         parts = [model(tokens[:, a:b], caches=caches, start=a) for a, b in zip(cuts, cuts[1:])]
         torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_gpt_with_rotary_positions_and_its_own_head_computes_what_a_gemma_does():
+    sizes = dict(n_layer=2, n_head=4, n_embd=C, norm="rmsnorm", mlp="geglu", block_size=16, vocab_size=11)
+    gpt, gemma = make_gpt(std=0.3, **sizes, positions="rotary", tied=False), Gemma(GemmaConfig(**sizes, norm_eps=1e-5))
+    gemma.transformer.load_state_dict(gpt.transformer.state_dict())
+    with torch.no_grad():
+        gemma.wte.weight.copy_(gpt.head.weight)
+        gpt.wte.weight.copy_(gpt.head.weight * C**0.5)  # Gemma's scale
+    tokens = torch.randint(11, (3, 16), generator=seeded())
+    torch.testing.assert_close(gpt(tokens), gemma(tokens), atol=1e-5, rtol=1e-5)
+
+
+def test_a_pair_is_a_token_and_the_one_before_it():
+    model = make_gpt(**FAST)
+    tokens = torch.tensor([[3, 7, 7]])
+    assert model.pairs(tokens, None, 0).tolist() == [[3, 3 * 11 + 7, 7 * 11 + 7]]
+
+
+@pytest.mark.parametrize("T", [16, 65])
+def test_attention_in_bfloat16_equals_the_kernel(T):
+    q, k, v, grad = (randn(2, 3, T, 8, seed=i) for i in range(4))
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
+        y = attend(*inputs, "causal")
+        y.backward(grad.to(dtype))
+        assert y.dtype == dtype
+        results.append([y.float(), *(x.grad.float() for x in inputs)])
+    for exact, rounded in zip(*results):
+        torch.testing.assert_close(rounded, exact, atol=0.03, rtol=0.03)
+
+
+def test_dropout_of_attention_in_bfloat16_removes_weights_and_scales_the_others():
+    q, k, v = (x.bfloat16().requires_grad_() for x in (randn(2, 3, 16, 16), randn(2, 3, 16, 16, seed=1),
+                                                       torch.eye(16).repeat(2, 3, 1, 1)))  # out come the weights
+    whole, left = attend(q, k, v, "causal").float(), attend(q, k, v, "causal", dropout=0.25).float()
+    kept = left > 0
+    torch.testing.assert_close(left, whole / 0.75 * kept, atol=0.01, rtol=0.01)
+    assert kept[whole > 0].float().mean().item() == pytest.approx(0.75, abs=0.06)
 
 
 def test_cache_keeps_one_key_per_group_in_place():
@@ -210,6 +260,13 @@ def test_initialisation_follows_its_table():
         else:
             expected = 0.02 / 4 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
             assert p.std().item() == pytest.approx(expected, rel=0.05), name
+
+
+def test_blocks_start_by_adding_nothing_if_asked():
+    model = make_gpt()
+    init_weights(model, 2, seeded(), zero=True)
+    x = randn(B, T, C)
+    assert all(torch.equal(block(x), x) for block in model.transformer.blocks)
 
 
 def test_initial_loss_is_near_guessing_and_the_seed_decides_the_weights():
@@ -234,7 +291,10 @@ def test_counts():
     model = make_gpt()
     # embeddings and positions; per block four C x C and two C x 4C matrices, two gains; the final gain
     assert count_parameters(model) == 11 * C + 16 * C + 2 * (4 * C * C + 8 * C * C + 2 * C) + C
-    assert flops_per_token(model, 16) == 6 * (count_parameters(model) - 16 * C) + 12 * 2 * C * 16
+    flops = 6 * (count_parameters(model) - 16 * C) + 12 * 2 * C * 16
+    fast = make_gpt(**FAST)
+    assert count_parameters(fast) == count_parameters(model) - 16 * C + 11 * 11 * C + 11 * C
+    assert flops_per_token(model, 16) == flops_per_token(fast, 16) == flops  # what is looked up costs nothing
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -243,6 +303,9 @@ def test_counts():
     (dict(norm="batchnorm"), "norm = 'batchnorm': must be one of layernorm, rmsnorm"),
     (dict(n_layer=0), "n_layer = 0: must be at least 1"), (dict(dropout=1.0), "dropout = 1.0: must be below 1"),
     (dict(block_size=0), "block_size = 0: must be at least 1"),
+    (dict(positions="sine"), "positions = 'sine': must be learned or rotary"),
+    (dict(positions="rotary", n_embd=36, n_head=4), "head_dim = 9: rotary positions turn pairs, so it must be even"),
+    (dict(bigrams=True, vocab_size=50257), "a vocabulary of 50,257 has 2,525,766,049 pairs"),
 ])
 def test_impossible_shapes_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
@@ -290,8 +353,9 @@ def reference_generate(model, tokens, n):
 
 @pytest.mark.parametrize("block_size", [16, 7, 1])
 @pytest.mark.parametrize("prompt_length", [1, 5, 16, 40])
-def test_generation_goes_on_past_block_size(prompt_length, block_size):
-    model = make_gpt(std=0.5, block_size=block_size)
+@pytest.mark.parametrize("changes", [{}, FAST])
+def test_generation_goes_on_past_block_size(prompt_length, block_size, changes):
+    model = make_gpt(std=0.5, block_size=block_size, **changes)
     prompt = torch.randint(11, (3, prompt_length), generator=seeded())
     new = list(generate(model, prompt, 40, temperature=0))
     assert torch.equal(torch.cat((prompt, torch.stack(new, dim=1)), dim=1), reference_generate(model, prompt, 40))

@@ -82,6 +82,8 @@ def test_learning_rate_warms_up_and_decays():
     assert rates[59] == pytest.approx(0.55) and rates[109] == rates[118] == pytest.approx(0.1)
     assert all(a > b for a, b in zip(rates[9:109], rates[10:110]))
     assert train.learning_rate(50, replace(s, lr_decay_iters=50)) == pytest.approx(0.1)
+    line = [train.learning_rate(update, replace(s, lr_schedule="linear")) for update in range(10, 111)]
+    assert line == pytest.approx([1.0 - 0.009 * n for n in range(101)])
 
 
 def test_matrices_decay_and_vectors_do_not(trained):
@@ -92,7 +94,12 @@ def test_matrices_decay_and_vectors_do_not(trained):
     assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize("changes", [{}, dict(dropout=0.2, gradient_accumulation_steps=2, dtype="bfloat16")])
+FAST = dict(optimizer="muon", positions="rotary", mlp="relu2", tied=False, bigrams=True, zero_init=True,
+            lr_schedule="linear")
+
+
+@pytest.mark.parametrize("changes", [{}, dict(dropout=0.2, gradient_accumulation_steps=2, dtype="bfloat16"),
+                                     dict(FAST, dropout=0.2, dtype="bfloat16")])
 def test_resuming_gives_the_numbers_of_an_undisturbed_run(tmp_path, tiny, changes, monkeypatch):
     run(tmp_path / "whole", tiny, **changes)
     real, calls = train.update, 0
@@ -121,7 +128,9 @@ def test_accumulation_does_not_change_the_curve(tmp_path, tiny, trained):
 
 
 @pytest.mark.slow
-def test_two_workers_give_the_curve_of_one(tmp_path, tiny):
+@pytest.mark.parametrize("settings", [{}, FAST])
+def test_two_workers_give_the_curve_of_one(tmp_path, tiny, settings):
+    tiny = dict(tiny, **settings)
     changes = dict(tiny, dropout=0.1, out_dir=str(tmp_path / "two"))
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     subprocess.run(command(*as_arguments(changes), launcher=torchrun), check=True, capture_output=True, timeout=120)
@@ -315,6 +324,16 @@ def test_wandb_logs_offline(tmp_path, tiny, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     run(tmp_path, tiny, max_iters=5, wandb=True)
     assert list(tmp_path.glob("wandb/offline-run-*"))
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(FAST, shard=True), "optimizer = 'muon': not with --shard, for it needs whole matrices"),
+    (dict(FAST, learning_rate=0.0), "nor with --learning_rate=0"),
+    (dict(architecture="gemma", mlp="relu2"), "mlp = 'relu2': is for a text's gpt alone"),
+])
+def test_parts_that_do_not_go_together_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        train.Settings(**changes)
 
 
 def test_a_short_validation_split_is_named(tmp_path, tiny):

@@ -1,0 +1,47 @@
+"""Tiny Shakespeare, one character at a time, by the quickest way we know: a modern block, and Muon.
+
+    python train.py config/shakespeare_char_fast.py
+
+On 2 CPU cores this takes about 140 s; EXPERIMENTS.md has the losses, what each part brings, and what lost. Sooner and
+worse, in about 15 s, or later and better, in about 10 minutes:
+
+    python train.py config/shakespeare_char_fast.py --n_embd=128 --n_head=2 --block_size=128 --batch_size=16 \\
+        --max_iters=180 --muon_lr=0.03 --dtype=bfloat16
+    python train.py config/shakespeare_char_fast.py --n_layer=6 --batch_size=12 --max_iters=2000 --dropout=0.1
+
+The values for a GPU are a guess that nobody has measured.
+"""
+
+dataset = "shakespeare_char"
+
+n_layer = 6
+n_head = 6
+n_embd = 384
+block_size = 256  # characters of context
+dropout = 0.2
+positions = "rotary"
+mlp = "relu2"
+tied = False
+bigrams = True  # the table of pairs costs no time: it is only looked up
+zero_init = True
+
+optimizer = "muon"
+learning_rate = 1e-2  # AdamW's, of the embeddings, the head and the norms
+muon_lr = 0.02
+lr_schedule = "linear"
+min_lr = 0.0
+warmup_iters = 20
+beta1 = 0.8
+beta2 = 0.95
+weight_decay = 0.1
+grad_clip = 0.0  # the length of a gradient means nothing to Muon
+
+batch_size = 64
+max_iters = 1000
+eval_interval = 250
+
+on_cpu = dict(
+    n_layer=4, n_head=3, n_embd=192, dropout=0.0,
+    batch_size=8, max_iters=1100,
+    eval_interval=550, log_interval=50,
+)
