@@ -262,8 +262,8 @@ def update(parallel, optimizer, scaler, batches, settings, dtype, device):
     """
     loss = torch.zeros((), device=device)
     for i, (batch, weight) in enumerate(batches, start=1):
-        last = i == settings.gradient_accumulation_steps  # copies exchange gradients once, in the last backward; shards
-        # in each, for a rank has no room for the whole gradient
+        # Copies exchange gradients once, in the last backward; shards in each, as a rank has no room for all of them.
+        last = i == settings.gradient_accumulation_steps
         wait = parallel.no_sync() if isinstance(parallel, DistributedDataParallel) and not last else nullcontext()
         with wait:  # around the forward pass too: DDP decides there
             with autocast(device, dtype):

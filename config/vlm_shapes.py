@@ -17,7 +17,7 @@ n_embd = 128
 block_size = 256  # image tokens and text
 
 batch_size = 16
-max_iters = 10500
+max_iters = 8000
 learning_rate = 1e-3
 min_lr = 2e-5
 warmup_iters = 200
