@@ -2,8 +2,8 @@
 
     python train.py config/shakespeare_char_fast.py
 
-On 2 CPU cores this takes about 140 s; EXPERIMENTS.md has the losses, what each part brings, and what lost. Sooner and
-worse, in about 15 s, or later and better, in about 10 minutes:
+On 2 CPU cores this takes 140 s, and the loss on the whole validation split is 1.51. EXPERIMENTS.md has the seeds, what
+each part brings, and what lost. To 1.80 in 15 s, or further in about 10 minutes:
 
     python train.py config/shakespeare_char_fast.py --n_embd=128 --n_head=2 --block_size=128 --batch_size=16 \\
         --max_iters=180 --muon_lr=0.03 --dtype=bfloat16
