@@ -20,7 +20,6 @@ PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e
               "A10": 125e12, "A10G": 70e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12,
               "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12}
 
-CPU_BF16_MIN_WIDTH = 192  # narrower models are faster in float32: measured, see EXPERIMENTS.md
 CUDA_COMPILE_MIN_UPDATES = 1000  # about a minute of compiling to repay: an estimate, not measured
 
 
@@ -44,8 +43,8 @@ def pick_device(name="auto"):
     return device
 
 
-def pick_dtype(name, device, n_embd):
-    """(dtype, why) for "auto", "float32", "bfloat16" or "float16"; n_embd is the model's width.
+def pick_dtype(name, device):
+    """(dtype, why) for "auto", "float32", "bfloat16" or "float16".
 
     Raises UserError for float16 anywhere but on CUDA: only there are its gradients scaled.
     """
@@ -58,9 +57,7 @@ def pick_dtype(name, device, n_embd):
             return torch.bfloat16, "this GPU has it"
         return torch.float16, "with gradient scaling: this GPU lacks bfloat16"
     if device.type == "cpu" and has_amx():
-        if n_embd >= CPU_BF16_MIN_WIDTH:
-            return torch.bfloat16, "this CPU has AMX"
-        return torch.float32, f"faster than bfloat16 for a width under {CPU_BF16_MIN_WIDTH}"
+        return torch.bfloat16, "this CPU has AMX"
     return torch.float32, f"the safe choice on {device.type}"
 
 

@@ -213,7 +213,7 @@ def main(settings):
     folder = checkpoint.find_any(settings.out_dir, settings.checkpoint)
     model, tokenizer, config = checkpoint.load(folder, world.device)
     text = model.config if isinstance(model, GPT | Gemma) else model.config.text
-    dtype, why = pick_dtype(settings.dtype, world.device, text.n_embd)
+    dtype, why = pick_dtype(settings.dtype, world.device)
     name = world.from_main(lambda: ensure(settings.dataset or config["dataset"]))
     dataset = (Dataset if text is model.config else ImageTextDataset)(locate(name))
     if not tokenizers.same_vocabulary(tokenizer, tokenizers.load(dataset.folder / "tokenizer.json")):

@@ -1,7 +1,7 @@
 """What can be trained. A task brings its data, its model, its batches and its measure; train.py brings the one loop.
 
-The loop knows of a task: model, tokenizer, micro_batches(step, world), val_loss(world, dtype), its width,
-tokens_per_update, flops_per_update(), describe(), show(), name_batch(step), data_marks(), and the command to try what
+The loop knows of a task: model, tokenizer, micro_batches(step, world), val_loss(world, dtype), tokens_per_update,
+flops_per_update(), describe(), show(), name_batch(step), data_marks(), and the command to try what
 was trained.
 """
 
@@ -119,7 +119,7 @@ class Text(Task):
         return model
 
     def check(self):
-        self.block_size, self.width = self.model.config.block_size, self.model.config.n_embd
+        self.block_size = self.model.config.block_size
         self.tokens = {split: self.dataset.tokens(split, self.block_size) for split in ("train", "val")}
         self.tokens_per_update = self.settings.batch_size * self.block_size
 
@@ -172,7 +172,6 @@ class Images(Task):
         self.data = {split: self.encode(self.dataset.rows[split]) for split in ("train", "val")}
         self.n_patches, self.n_tokens = vision.n_patches, self.data["train"].ids.shape[1]
         self.tokens_per_update = self.settings.batch_size * (self.n_patches + self.n_tokens)
-        self.width = min(vision.n_embd, self.model.config.text.n_embd)
 
     def batch_rows(self, step):
         return shuffled_rows(len(self.data["train"].images), self.settings.batch_size, self.settings.seed, step)

@@ -287,7 +287,7 @@ def train(settings, given, world):
     model, sharded = task.model, settings.shard and world.size > 1
     state = checkpoint.load_trainer(folder) if folder else {"step": 0, "best_val_loss": math.inf}
     step, best_val_loss = state["step"], state["best_val_loss"]
-    dtype, why_dtype = pick_dtype(settings.dtype, device, task.width)
+    dtype, why_dtype = pick_dtype(settings.dtype, device)
     compiled, why_compiled = pick_compile(settings.compile, device, settings.max_iters - step)
     prepare_model(model, sharded, compiled, dtype, settings, world)
     optimizer = make_optimizer(model, settings)

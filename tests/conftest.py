@@ -39,7 +39,7 @@ def tiny(dataset):
     """Settings of a run that takes a second."""
     return dict(dataset=str(dataset), n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=8, max_iters=40,
                 warmup_iters=5, learning_rate=1e-2, min_lr=1e-3, eval_interval=20, log_interval=5, sample_tokens=20,
-                device="cpu")
+                device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="session")

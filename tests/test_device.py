@@ -20,16 +20,16 @@ def test_a_device_that_is_not_there_is_named(name):
 
 
 def test_precision_is_the_best_that_the_hardware_has(monkeypatch):
-    for amx, width, expected in ((True, 256, torch.bfloat16), (True, 128, torch.float32), (False, 1024, torch.float32)):
+    for amx, expected in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(devices, "has_amx", lambda amx=amx: amx)
-        assert devices.pick_dtype("auto", CPU, width)[0] == expected
+        assert devices.pick_dtype("auto", CPU)[0] == expected
     for bf16, expected in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, bf16=bf16: bf16)
-        assert devices.pick_dtype("auto", CUDA, 64)[0] == expected
-    assert devices.pick_dtype("auto", torch.device("mps"), 1024)[0] == torch.float32
-    assert devices.pick_dtype("bfloat16", CPU, 64) == (torch.bfloat16, "as set")
+        assert devices.pick_dtype("auto", CUDA)[0] == expected
+    assert devices.pick_dtype("auto", torch.device("mps"))[0] == torch.float32
+    assert devices.pick_dtype("bfloat16", CPU) == (torch.bfloat16, "as set")
     with pytest.raises(UserError, match="dtype = float16 needs a CUDA device, not cpu"):
-        devices.pick_dtype("float16", CPU, 64)
+        devices.pick_dtype("float16", CPU)
 
 
 def test_compilation_must_pay(monkeypatch):

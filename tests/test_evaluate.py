@@ -15,7 +15,8 @@ from configurator import UserError
 
 
 def run(out_dir, **settings):
-    evaluate.main(evaluate.Settings(out_dir=str(out_dir), device="cpu", **{"random_windows": 4, **settings}))
+    evaluate.main(evaluate.Settings(out_dir=str(out_dir), device="cpu",
+                                    **{"random_windows": 4, "dtype": "float32", **settings}))
     return json.loads((Path(out_dir) / "evaluation.json").read_text())
 
 

@@ -38,7 +38,8 @@ def shapes(tmp_path_factory):
 def small(shapes):
     return dict(dataset=str(shapes), vision=train.Vision(n_layer=1, n_head=2, n_embd=32, patch_size=16), n_layer=1,
                 n_head=2, n_embd=32, block_size=128, batch_size=8, max_iters=12, warmup_iters=2, learning_rate=3e-3,
-                eval_interval=6, log_interval=3, device="cpu", sample_tokens=1)
+                eval_interval=6, log_interval=3, device="cpu", dtype="float32",
+                sample_tokens=1)
 
 
 KINDS = {"contrastive": dict(learning_rate=1e-3), "image-text": dict(n_kv_head=1)}
