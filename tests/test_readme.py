@@ -42,6 +42,11 @@ def test_the_file_tree_is_complete():
     assert {path.name for path in ROOT.glob("*.py")} <= named
 
 
+def test_what_is_linked_is_there():
+    links = re.findall(r"\]\(([^):#]+)\)", README)
+    assert links and all((ROOT / link).is_file() for link in links)
+
+
 def test_no_placeholder_is_left():
     assert not re.search(r"@[A-Z_]+@", README)
 
