@@ -11,7 +11,7 @@ MFU times peak; the MFU is an assumption, a small model on many GPUs won't reach
 import sys
 from pathlib import Path
 
-from configurator import one_line_errors, parse
+from configurator import UserError, one_line_errors, parse
 from device import PEAK_FLOPS
 from tokenizer import GPT2Tokenizer
 from train import Settings
@@ -140,6 +140,9 @@ def main(arguments):
     named = {path.stem.removeprefix("gpt2_"): parse(Settings, [str(path)])[0] for path in RECIPES}
     if arguments:
         named = {"these settings": parse(Settings, arguments)[0]}
+        for name in ("task", "architecture", "mlp", "positions", "tied", "bigrams", "optimizer"):
+            if (value := getattr(named["these settings"], name)) != getattr(Settings, name):
+                raise UserError(f"{name} = {value!r}: the formulas are of the classic GPT with AdamW alone")
     print("\n".join(tables(named)))
     for name, s in named.items():
         print(f"\n{name}: {sentence(s)}")

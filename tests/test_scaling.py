@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 import model as models
 import scaling
 import train
-from configurator import parse
+from configurator import UserError, parse
 from model import GPT, GPTConfig, init_weights
 
 ROOT = Path(scaling.__file__).parent
@@ -117,3 +117,8 @@ def test_the_readme_has_the_tables(capsys):
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(printed) == 12 and "\n".join(printed[:6]) in (ROOT / "README.md").read_text(encoding="utf-8")
     assert "\n".join(printed[6:]) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_other_models_are_not_counted_as_if_they_were_gpts():
+    with pytest.raises(UserError, match="positions = 'rotary': the formulas are of the classic GPT"):
+        scaling.main(["--positions=rotary"])
