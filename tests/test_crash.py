@@ -1,7 +1,8 @@
 """Kills, full disks and damaged files: whatever happens, a run goes on to the numbers of an undisturbed one.
 
 An audit hook sees every file that Python opens for writing, renames or deletes; the tests make each of these in turn
-the last thing that happens. The slow tests kill for real: QUILL_KILLS=60 python -m pytest tests/test_crash.py
+the last thing that happens. The slow tests kill for real: QUILL_KILLS=60 python -m pytest -m slow
+tests/test_crash.py
 """
 
 import errno

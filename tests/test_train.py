@@ -128,16 +128,16 @@ def test_accumulation_does_not_change_the_curve(tmp_path, tiny, trained):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, FAST])
-def test_two_workers_give_the_curve_of_one(tmp_path, tiny, settings):
+@pytest.mark.parametrize("settings, rounding", [({}, 1e-4), (FAST, 1e-3)])  # Muon's bfloat16 amplifies it
+def test_two_workers_give_the_curve_of_one(tmp_path, tiny, settings, rounding):
     tiny = dict(tiny, **settings)
     changes = dict(tiny, dropout=0.1, out_dir=str(tmp_path / "two"))
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     subprocess.run(command(*as_arguments(changes), launcher=torchrun), check=True, capture_output=True, timeout=120)
     one = run(tmp_path / "one", tiny, dropout=0.1, gradient_accumulation_steps=2)
     for a, b in zip(one, rows(tmp_path / "two"), strict=True):
-        assert a["step"] == b["step"] and a["loss"] == pytest.approx(b["loss"], abs=1e-4)
-        assert a.get("val_loss") == pytest.approx(b.get("val_loss"), abs=1e-4)
+        assert a["step"] == b["step"] and a["loss"] == pytest.approx(b["loss"], abs=rounding)
+        assert a.get("val_loss") == pytest.approx(b.get("val_loss"), abs=rounding)
     # a batch that does not divide says so, once per worker, and ends all
     uneven = command(*as_arguments(changes, batch_size=7), launcher=torchrun)
     done = subprocess.run(uneven, capture_output=True, text=True, timeout=120)
