@@ -282,7 +282,7 @@ def test_other_data_under_the_same_name_is_refused(tmp_path, tiny, dataset):
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 def test_killed_many_times_a_run_ends_with_the_numbers_of_an_undisturbed_one(tmp_path, tiny, capsys):
     """SIGKILL at random instants of a run that does little but save; every third life saves without a thread."""
-    long = dict(tiny, max_iters=40 * KILLS, eval_interval=2, log_interval=1, eval_tokens=200, n_layer=1, n_embd=16,
+    long = dict(tiny, max_iters=200 * KILLS, eval_interval=2, log_interval=1, eval_tokens=200, n_layer=1, n_embd=16,
                 sample_tokens=0, resume="auto")
     run(tmp_path / "whole", long)
     out_dir, lots = tmp_path / "parts", random.Random(0)
@@ -296,7 +296,7 @@ def test_killed_many_times_a_run_ends_with_the_numbers_of_an_undisturbed_one(tmp
                 time.sleep(0.02)
             time.sleep(0.8 * lots.random())
         else:
-            time.sleep(5 * lots.random())
+            time.sleep(3 * lots.random())
         assert process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.wait()
