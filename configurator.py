@@ -215,13 +215,21 @@ def check_ranges(settings, **least):
             raise UserError(f"{name} = {value}: must be at least {low}")
 
 
-def check_heads(n_embd, n_head, n_kv_head=0):
-    """Raises UserError unless a width divides into heads, and these into groups with a key-value head each."""
+def check_shape(n_embd, n_head, n_kv_head, dropout):
+    """Raises UserError unless a width divides into heads, these into groups with a key-value head each, and so on."""
     if n_embd % n_head:
         raise UserError(f"n_embd = {n_embd} does not divide into n_head = {n_head} heads:"
                         f" try n_embd = {n_head * max(1, round(n_embd / n_head))}")
     if n_kv_head and n_head % n_kv_head:
         raise UserError(f"n_head = {n_head} does not divide into n_kv_head = {n_kv_head} groups")
+    if dropout >= 1:
+        raise UserError(f"dropout = {dropout}: must be below 1")
+
+
+def check_run(out_dir):
+    """Raises UserError for an out directory that isn't there: before PyTorch is imported to look for a checkpoint."""
+    if not os.path.isdir(out_dir):
+        raise UserError(f"there is no checkpoint in {out_dir}: train one first, python train.py --out_dir={out_dir}")
 
 
 def comments(cls):

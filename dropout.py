@@ -23,11 +23,16 @@ def draw_kept(shape, p):
     return words.view(torch.int16)[:n].view(shape) >= min(round(p * 2**16) - 2**15, 2**15 - 1)
 
 
+def drop(x, p):
+    """x, on a CPU, with a share p of its elements set to 0 and the others made larger by as much."""
+    return x * draw_kept(x.shape, p).to(x.dtype).mul_(1 / (1 - p))
+
+
 class Dropout(nn.Dropout):
     def forward(self, x):
         if not self.training or self.p == 0 or x.device.type != "cpu":
             return super().forward(x)
-        return x * draw_kept(x.shape, self.p).to(x.dtype).mul_(1 / (1 - self.p))
+        return drop(x, self.p)
 
 
 class CausalAttention(torch.autograd.Function):

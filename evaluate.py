@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from configurator import UserError, check_ranges, from_command_line, one_line_errors
+from configurator import UserError, check_ranges, check_run, from_command_line, one_line_errors
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,8 @@ class Settings:
         check_ranges(self, random_windows=0, batch_size=1, seed=0)
 
 
-def check_paths(settings):
-    """Raises UserError for a folder that isn't there."""
-    if not Path(settings.out_dir).is_dir():
-        raise UserError(f"there is no checkpoint in {settings.out_dir}: train one first, python train.py"
-                        f" --out_dir={settings.out_dir}")
-
-
 if __name__ == "__main__":  # --help and typos answer before torch is imported
-    SETTINGS, _ = from_command_line(Settings, __doc__, check=check_paths)
+    SETTINGS, _ = from_command_line(Settings, __doc__, check=lambda settings: check_run(settings.out_dir))
 
 import numpy as np
 import torch

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from configurator import UserError, check_ranges, from_command_line, one_line_errors
+from configurator import UserError, check_ranges, check_run, from_command_line, one_line_errors
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,8 @@ class Settings:
 
 def check_paths(settings):
     """Raises UserError for a file or folder that isn't there."""
-    if not settings.init_from and not Path(settings.out_dir).is_dir():
-        raise UserError(f"there is no checkpoint in {settings.out_dir}: train one first, python train.py"
-                        f" --out_dir={settings.out_dir}")
+    if not settings.init_from:
+        check_run(settings.out_dir)
     for path in filter(None, settings.image.split(",")):
         if not Path(path).is_file():
             raise UserError(f"image = {path}: there is no such file")

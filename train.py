@@ -22,8 +22,8 @@ from typing import Literal
 
 from configurator import (
     UserError,
-    check_heads,
     check_ranges,
+    check_shape,
     differences,
     flat_values,
     from_command_line,
@@ -119,9 +119,7 @@ class Settings:
                      eval_tokens=0, log_interval=1, max_minutes=0.0, max_grad_norm=0.0, max_loss_rise=0.0,
                      sample_tokens=0, lora_rank=0, seed=0, n_layer=1, n_head=1, n_embd=1, n_kv_head=0, block_size=1,
                      dropout=0.0)
-        check_heads(self.n_embd, self.n_head, self.n_kv_head)
-        if self.dropout >= 1:
-            raise UserError(f"dropout = {self.dropout}: must be below 1")
+        check_shape(self.n_embd, self.n_head, self.n_kv_head, self.dropout)
         workers = int(os.environ.get("WORLD_SIZE", 1))
         pieces = workers * self.gradient_accumulation_steps
         if self.batch_size % pieces:

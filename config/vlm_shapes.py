@@ -2,7 +2,7 @@
 
     python train.py config/vlm_shapes.py
 
-The data are generated; the validation images show combinations of colour and shape that training never shows.
+The data are generated; the validation images show combinations of size, colour and shape that training never shows.
 """
 
 task = "image-text"
