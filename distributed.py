@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+import uuid
 from dataclasses import dataclass
 
 import torch
@@ -97,6 +98,29 @@ def others_explain():
         os._exit(1)
 
 
+def store_of_this_start(store, rank, size):
+    """A part of `store` that no earlier start of the workers has written to: a PrefixStore, the same on every rank.
+
+    torchrun keeps one store over all its restarts; a worker that finds in it the address of its dead peer waits for
+    that for half an hour. So the main rank, which alone is sure to be alive, names the part, each time anew, and tells
+    it to whoever says hello. It can't know which hellos are of the dead, and answers until all the others have heard.
+    """
+    mine = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"hello/{rank}", mine)
+        name = store.get(f"to/{mine}").decode()  # waits for it
+        store.set(f"{name}/heard/{rank}", "")
+        return dist.PrefixStore(name, store)
+    deaf = list(range(1, size))
+    while deaf:
+        for other in deaf:
+            if store.check([f"hello/{other}"]):
+                store.set("to/" + store.get(f"hello/{other}").decode(), mine)
+        deaf = [other for other in deaf if not store.check([f"{mine}/heard/{other}"])]
+        time.sleep(0.01)
+    return dist.PrefixStore(mine, store)
+
+
 def start(device_name="auto"):
     """Joins the process group when torchrun started this process; a world of one otherwise.
 
@@ -112,5 +136,9 @@ def start(device_name="auto"):
                             " lower --nproc_per_node or use --device=cpu")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    how = dict(rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        how["store"] = store_of_this_start(store, *how.values())
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **how)
     return World(dist.get_rank(), dist.get_world_size(), device)

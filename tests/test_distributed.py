@@ -6,13 +6,16 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_train import as_arguments, rows, run, trainer, weights
 
 import train
+from distributed import store_of_this_start
 
 ROOT = Path(train.__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -77,6 +80,24 @@ def test_a_killed_worker_is_started_again_and_the_curve_is_the_same(tmp_path, ti
     assert [(row["step"], row["loss"]) for row in rows(tmp_path / "killed")] == [
         (row["step"], row["loss"]) for row in rows(tmp_path / "whole")]
     torch.testing.assert_close(weights(tmp_path / "killed"), weights(tmp_path / "whole"), atol=0, rtol=0)
+
+
+def test_a_start_does_not_read_what_an_earlier_one_left_in_the_store():
+    """Of the first start, worker 2 died having said hello, and so the others of it too; all three come back."""
+    server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+
+    def begin(rank):
+        client = dist.TCPStore("localhost", server.port, is_master=False, wait_for_workers=False)
+        part = store_of_this_start(client, rank, 3)
+        if rank == 0:
+            assert not part.check(["address"])
+            part.set("address", str(time.monotonic()))
+        return part.get("address")
+
+    server.set("hello/2", "the dead")
+    with ThreadPoolExecutor(3) as workers:
+        starts = [set(workers.map(begin, range(3))) for _ in range(3)]
+    assert [len(seen) for seen in starts] == [1, 1, 1] and len(set.union(*starts)) == 3
 
 
 @pytest.mark.slow
