@@ -147,7 +147,7 @@ class Gemma(nn.Module):
 
     def forward(self, tokens, targets=None, caches=None, start=0):
         """As a language model of its own; arguments and result as GPT's."""
-        return score(self.logits(self.hidden(tokens, caches, start)), targets)
+        return score(self.logits, self.hidden(tokens, caches, start), targets)
 
     def hidden(self, tokens, caches=None, start=0):
         """The trunk's output (B, T, C), every token seeing those up to itself; arguments as GPT's."""
@@ -167,7 +167,7 @@ class Gemma(nn.Module):
         return self.transformer(x, caches, mask=mask, rope=rope, start=start)
 
     def logits(self, x):
-        return F.linear(x, self.wte.weight).float()  # (B, T, C) -> (B, T, V)
+        return F.linear(x, self.wte.weight).float()  # (..., C) -> (..., V)
 
     def make_caches(self, batch_size, size=None):
         return self.transformer.make_caches(batch_size, size or self.config.block_size)
@@ -202,7 +202,7 @@ class PaliGemma(nn.Module):
         Training takes tokens padded on the right, where nothing that is scored can see.
         """
         x = self.hidden(tokens, self.encode(images), prefix, padding)
-        return score(self.decoder.logits(x), targets)
+        return score(self.decoder.logits, x, targets)
 
     def encode(self, images):
         """(B, 3, H, W) -> (B, N, C): the vectors the decoder reads as the image."""
@@ -283,11 +283,16 @@ class SigLIP(nn.Module):
         return self.head(self.vision(images).mean(1))  # (B, 3, H, W) -> (B, C)
 
 
-def score(logits, targets):
-    """The logits themselves, or given targets (B, T) their mean cross-entropy in nats; -100 is not scored."""
+def score(head, x, targets):
+    """Logits head(x), (B, T, V), or given targets (B, T) their mean cross-entropy in nats.
+
+    Where a target is -100 nothing is scored, and no logits are computed: of a quarter of a million kinds of tokens
+    those of prompts and padding would be most of the memory.
+    """
     if targets is None:
-        return logits
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+        return head(x)
+    scored = targets != -100
+    return F.cross_entropy(head(x[scored]), targets[scored])
 
 
 @torch.no_grad()
