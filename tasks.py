@@ -297,9 +297,10 @@ class ImageText(Images):
                            self.settings.eval_tokens // self.n_tokens)
 
     def flops_per_update(self):
-        """Of full training: what freezing saves is not deducted."""
+        """Of full training: what freezing saves is not deducted. Logits are computed of the answers alone."""
         vision, decoder, n = self.model.vision, self.model.decoder, self.row_tokens
-        per_row = n * flops_per_token(decoder, n) - 6 * self.n_patches * decoder.wte.weight.numel()
+        unscored = self.n_patches + self.data["train"].prefix.mean()
+        per_row = n * flops_per_token(decoder, n) - 6 * unscored * decoder.wte.weight.numel()
         return self.settings.batch_size * (self.n_patches * flops_per_token(vision, self.n_patches) + per_row)
 
     def publish(self, folder):
