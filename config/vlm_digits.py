@@ -17,8 +17,8 @@ n_embd = 128
 block_size = 128  # image tokens and text
 
 batch_size = 16
-max_iters = 6000
-learning_rate = 4e-4
+max_iters = 8000
+learning_rate = 5e-4
 min_lr = 2e-5
 warmup_iters = 200
 beta2 = 0.98

@@ -19,7 +19,7 @@ from configurator import UserError, check_ranges, from_command_line, one_line_er
 
 @dataclass(frozen=True)
 class Settings:
-    images: int = 12000  # how many
+    images: int = 30000  # how many
     seed: int = 0  # of everything drawn
     out: str = ""  # the folder to write; default: data/digits/source
 
@@ -36,6 +36,7 @@ import numpy as np
 from PIL import Image
 
 SIZE = 48  # pixels of both sides
+TRAIN_SPREAD = 2.0  # training images vary more than those for validation
 
 
 def load_scans():
@@ -54,15 +55,19 @@ def split_scans(labels):
     return {"train": np.setdiff1d(np.arange(len(labels)), val), "val": val}
 
 
-def compose(scans, rng):
-    """An image of the scans (n, 8, 8), n from 1 to 4, as on a line of a form; place, size, slant and shade vary."""
+def compose(scans, rng, spread=1.0):
+    """An image of the scans (n, 8, 8), n from 1 to 4, as on a line of a form; place, size, slant and shade vary.
+
+    spread: how much the size and the slant of each scan do.
+    """
     size = 11.5  # pixels of a scan's sides, before each one's own variation
     left = rng.uniform(0, 2)
     top = (SIZE - size) / 2 + rng.uniform(-3, 3)
     ink = np.zeros((SIZE, SIZE))
     for i, scan in enumerate(scans):
         centre = left + (i + 0.5) * size + rng.uniform(-0.5, 0.5), top + size / 2 + rng.uniform(-1, 1)
-        ink = np.maximum(ink, placed(scan, centre, size * rng.uniform(0.9, 1.1), rng.uniform(-0.15, 0.15)))
+        side, angle = size * (1 + spread * rng.uniform(-0.1, 0.1)), spread * rng.uniform(-0.15, 0.15)
+        ink = np.maximum(ink, placed(scan, centre, side, angle))
     paper, pen = rng.integers(215, 256, size=3), rng.integers(0, 90, size=3)
     image = paper + ink[..., None] * (pen - paper) + rng.normal(scale=4, size=(SIZE, SIZE, 1))
     return Image.fromarray(image.round().clip(0, 255).astype(np.uint8))
@@ -83,7 +88,7 @@ def make(index, seed, scans, splits):
     rng = np.random.Generator(np.random.Philox(key=np.array((seed, index), dtype=np.uint64)))
     split = "val" if index % 10 == 9 else "train"
     chosen = rng.choice(splits[split], size=rng.integers(1, 5))
-    return compose(scans[chosen], rng), chosen, split
+    return compose(scans[chosen], rng, 1.0 if split == "val" else TRAIN_SPREAD), chosen, split
 
 
 def generate(folder, images=Settings.images, seed=Settings.seed):
