@@ -15,10 +15,15 @@ n_head = 4
 n_embd = 128
 block_size = 64  # tokens of the longest caption
 
+optimizer = "muon"
+muon_lr = 0.01
+grad_clip = 0.0  # the length of a gradient means nothing to Muon
+
 batch_size = 64
 max_iters = 2000
-learning_rate = 1e-3
-min_lr = 2e-5
+learning_rate = 1e-3  # AdamW's, of the embeddings and the norms
+lr_schedule = "linear"
+min_lr = 0.0
 warmup_iters = 100
 beta2 = 0.98
 weight_decay = 0.05

@@ -16,10 +16,15 @@ n_kv_head = 4
 n_embd = 128
 block_size = 256  # image tokens and text
 
-batch_size = 16
-max_iters = 8000
-learning_rate = 1e-3
-min_lr = 2e-5
+optimizer = "muon"
+muon_lr = 0.01
+grad_clip = 0.0  # the length of a gradient means nothing to Muon
+
+batch_size = 32
+max_iters = 4500
+learning_rate = 1e-3  # AdamW's, of the embeddings and the norms
+lr_schedule = "linear"
+min_lr = 0.0
 warmup_iters = 200
 beta2 = 0.98
 weight_decay = 0.05
