@@ -45,9 +45,10 @@ class Dataset:
         """The ids of one split. Raises UserError if they are fewer than one window of block_size + 1."""
         tokens = self.splits[split]
         if len(tokens) <= block_size:
+            other, most = "larger" if split == "val" else "smaller", min(map(len, self.splits.values())) - 1
             raise UserError(f"the {split} split of {self.folder} has {len(tokens)} tokens, and block_size ="
-                            f" {block_size} needs {block_size + 1}: use a longer text, a larger --val_fraction in"
-                            f" prepare.py, or --block_size={max(1, len(tokens) - 1)}")
+                            f" {block_size} needs {block_size + 1}: use a longer text, a {other} --val_fraction in"
+                            f" prepare.py, or --block_size={max(1, most)}")
         return tokens
 
 

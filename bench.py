@@ -9,6 +9,7 @@ and the range. Compare within one run of this script on a machine that does noth
 installed, its models of the same shape do the same work. Any other program is compared as a whole command.
 """
 
+import os
 from dataclasses import dataclass
 
 from configurator import UserError, check_ranges, from_command_line, one_line_errors
@@ -40,6 +41,8 @@ class Settings:
                     raise UserError(f"{name} = {word}: must be some of {', '.join(known)}, with commas between")
         if not all(word.isdecimal() and int(word) for word in self.batches.split(",")):
             raise UserError(f"batches = {self.batches}: must be whole numbers above 0, with commas between")
+        if not os.path.isdir(os.path.dirname(self.out) or "."):
+            raise UserError(f"out = {self.out}: there is no folder {os.path.dirname(self.out)}")
         if bool(self.against) != bool(self.ours):
             raise UserError("--against and --ours are two command lines that do the same work: give both or neither")
 
@@ -55,7 +58,6 @@ if __name__ == "__main__":  # --help and typos answer before torch is imported
 import functools
 import importlib.util
 import json
-import os
 import platform
 import shlex
 import statistics
@@ -305,11 +307,14 @@ def measure_against(table):
 def command(argv, folder, status=0):
     """A function that runs the command and returns the most bytes it held, where the system tells.
 
-    Raises UserError unless it ends with this status.
+    Raises UserError unless it starts, and ends with this status.
     """
     def work():
         with tempfile.TemporaryFile() as said:
-            process = subprocess.Popen(argv, cwd=folder, stdout=said, stderr=said)
+            try:
+                process = subprocess.Popen(argv, cwd=folder, stdout=said, stderr=said)
+            except OSError as error:
+                raise UserError(f"{shlex.join(argv)}: can't be started: {error.strerror}") from None
             if hasattr(os, "wait4"):
                 _, ended, usage = os.wait4(process.pid, 0)
                 process.returncode = os.waitstatus_to_exitcode(ended)

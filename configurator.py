@@ -30,6 +30,10 @@ class UserError(ValueError):
     """Something the user can put right: shown as one line, without a traceback."""
 
 
+# The disk is full, or a folder can't be written to or is a file.
+USERS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
+
+
 @contextlib.contextmanager
 def one_line_errors():
     """Turns what the user can put right into one line on stderr and exit status 2; bugs keep their traceback."""
@@ -38,7 +42,7 @@ def one_line_errors():
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except (UserError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno not in USERS_ERRORS:
             raise
         rank = os.environ.get("RANK", "0")
         print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr, flush=True)
@@ -208,11 +212,13 @@ def describe(hint):
 
 
 def check_ranges(settings, **least):
-    """Raises UserError for the first named field that is below its least value (or is no number)."""
+    """Raises UserError for the first named field that is below its least value, no number, or beyond 64 bits."""
     for name, low in least.items():
         value = getattr(settings, name)
         if not value >= low:
             raise UserError(f"{name} = {value}: must be at least {low}")
+        if isinstance(value, int) and value >= 2**63:
+            raise UserError(f"{name} = {value}: must be below 2^63")
 
 
 def check_shape(n_embd, n_head, n_kv_head, dropout):

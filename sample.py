@@ -84,11 +84,15 @@ def continuations(model, tokenizer, prompt, settings, show=None, images=None):
 
     images: (M, 3, H, W), if the model is a PaliGemma. A sample ends at `stop` (which is left out), at the tokenizer's
     end of text, or at max_new_tokens.
-    show(text): called with each new piece of the first sample's text as soon as its characters are whole.
+    show(text): called with the prompt, and with each new piece of the first sample's text as soon as its characters are
+    whole; about an image, with the latter only.
     """
     count = settings.num_samples * (1 if images is None else len(images))
     texts = [Text(tokenizer, settings.stop) for _ in range(count)]
-    for next_tokens in token_steps(model, tokenizer, prompt, settings, images):
+    steps = token_steps(model, tokenizer, prompt, settings, images)  # raises what is wrong with the prompt
+    if show and images is None:
+        show(prompt)
+    for next_tokens in steps:
         for text, token in zip(texts, next_tokens.tolist()):
             text.append(token)
         if show:
@@ -236,7 +240,6 @@ def main(settings):
         print(text, end="", flush=True)
 
     if len(heads) == 1:
-        show("" if pictures else prompt)
         (text,) = continuations(model, tokenizer, prompt, settings, show, images)
         print()
     else:

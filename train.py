@@ -120,6 +120,8 @@ class Settings:
                      sample_tokens=0, lora_rank=0, seed=0, n_layer=1, n_head=1, n_embd=1, n_kv_head=0, block_size=1,
                      dropout=0.0)
         check_shape(self.n_embd, self.n_head, self.n_kv_head, self.dropout)
+        if os.path.isfile(self.out_dir):
+            raise UserError(f"out_dir = {self.out_dir}: is a file; name a folder")
         workers = int(os.environ.get("WORLD_SIZE", 1))
         pieces = workers * self.gradient_accumulation_steps
         if self.batch_size % pieces:

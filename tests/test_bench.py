@@ -24,5 +24,9 @@ def test_every_measured_row_is_in_the_json(tmp_path, capsys):
 def test_a_command_that_fails_is_named():
     with pytest.raises(UserError, match="ended with status 3: alas"):
         bench.command([sys.executable, "-c", "import sys; sys.exit(print('alas') or 3)"], ".")()
+    with pytest.raises(UserError, match="no_such_program -x: can't be started: No such file"):
+        bench.command(["no_such_program", "-x"], ".")()
+    with pytest.raises(UserError, match="out = no_such_folder/b.json: there is no folder no_such_folder"):
+        bench.Settings(out="no_such_folder/b.json")
     with pytest.raises(UserError, match="give both or neither"):
         bench.Settings(against="true")

@@ -139,8 +139,9 @@ def test_help_documents_every_setting():
         assert all(documented[field.name] for field in fields(script.Settings)), script
 
 
-def test_ranges_reject_what_is_too_small_and_nan():
+def test_ranges_reject_what_is_too_small_too_large_and_nan():
     check_ranges(Example(), batch_size=1)
-    for bad in (Example(batch_size=0), Example(learning_rate=float("nan"))):
-        with pytest.raises(UserError, match="must be at least"):
-            check_ranges(bad, batch_size=1, learning_rate=0.0)
+    for bad, message in ((dict(batch_size=0), "at least 1"), (dict(learning_rate=float("nan")), "at least 0.0"),
+                         (dict(batch_size=2**63), "must be below")):
+        with pytest.raises(UserError, match=message):
+            check_ranges(Example(**bad), batch_size=1, learning_rate=0.0)

@@ -25,7 +25,7 @@ def test_one_sample_is_streamed_and_equals_the_first_of_many(trained, capsys, mo
     model, tokenizer, _ = checkpoint.load(checkpoint.find_any(trained))
     settings = sample.Settings(max_new_tokens=60, temperature=0.0)
     (text,) = sample.continuations(model, tokenizer, "the king", settings, pieces.append)
-    assert "".join(pieces) == str(text) == one.removeprefix("the king") and sum(map(bool, pieces)) == 60
+    assert "".join(pieces) == "the king" + str(text) == one and sum(map(bool, pieces)) == 61
 
 
 def test_only_the_out_directory_is_needed(trained, tmp_path):
@@ -50,9 +50,10 @@ def test_prompts_come_from_files_and_stdin(trained, tmp_path, capsys, monkeypatc
     assert len(capsys.readouterr().out) == 61
 
 
-def test_an_unknown_character_is_one_clear_line(trained):
+def test_an_unknown_character_is_one_clear_line(trained, capsys):
     with pytest.raises(UserError, match=r"prompt: the character 'É' \(U\+00C9\), number 5 of the text, is not among"):
         run(trained, prompt="the É")
+    assert not capsys.readouterr().out
 
 
 def test_the_seed_decides(trained, capsys):

@@ -336,9 +336,18 @@ def test_parts_that_do_not_go_together_are_refused(changes, message):
         train.Settings(**changes)
 
 
-def test_a_short_validation_split_is_named(tmp_path, tiny):
-    with pytest.raises(UserError, match="the val split of .* has .* tokens, and block_size = 5000 needs 5001"):
+def test_a_short_split_is_named_with_a_block_size_that_fits_both(tmp_path, tiny):
+    with pytest.raises(UserError, match="the val split of .* has .* tokens, and block_size = 5000 needs 5001.* larger"):
         run(tmp_path, tiny, block_size=5000)
+    with pytest.raises(UserError, match=r"the train split of .* a smaller --val_fraction .*--block_size=\d+") as error:
+        run(tmp_path, tiny, block_size=10**6)
+    run(tmp_path, tiny, block_size=int(str(error.value).rpartition("=")[2]), max_iters=1, batch_size=2)
+
+
+def test_a_file_where_the_out_directory_should_be_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="out_dir = .*file: is a file"):
+        train.Settings(out_dir=str(tmp_path / "file"))
 
 
 def test_mistakes_on_the_command_line_are_one_line_and_come_at_once(tmp_path):
