@@ -31,8 +31,16 @@ class Settings:
         check_ranges(self, random_windows=0, batch_size=1, seed=0)
 
 
+def check_paths(settings):
+    """Raises UserError for a run or a data set that isn't there."""
+    check_run(settings.out_dir)
+    if settings.dataset:
+        from prepare import check_dataset
+        check_dataset(settings.dataset)
+
+
 if __name__ == "__main__":  # --help and typos answer before torch is imported
-    SETTINGS, _ = from_command_line(Settings, __doc__, check=lambda settings: check_run(settings.out_dir))
+    SETTINGS, _ = from_command_line(Settings, __doc__, check=check_paths)
 
 import numpy as np
 import torch

@@ -340,18 +340,23 @@ def locate(dataset):
 def ensure(dataset):
     """The name of a data set that is ready: `dataset`, prepared if it is a known one, or what stands in for it.
 
-    Raises UserError that says how to prepare it if it is unknown.
+    Raises UserError as `check_dataset` does.
     """
+    check_dataset(dataset)
+    return dataset if (locate(dataset) / "meta.json").exists() else prepare_known(dataset)
+
+
+def check_dataset(dataset):
+    """Raises UserError that says how to prepare it if a data set is neither ready nor one that prepares itself."""
     if (locate(dataset) / "meta.json").exists():
-        return dataset
+        return
     if dataset in CORPORA:
         raise UserError(f"there is no data set at {locate(dataset)}: make it first with python prepare.py {dataset},"
                         " which downloads tens of gigabytes")
-    if dataset in known_names():
-        return prepare_known(dataset)
-    ready = sorted(path.parent.name for path in DATA.glob("*/meta.json"))
-    raise UserError(f"there is no data set at {locate(dataset)}: make one with python prepare.py FILE --name={dataset}"
-                    f" (ready: {', '.join(ready) or 'none'}; known: {', '.join(known_names())})")
+    if dataset not in known_names():
+        ready = sorted(path.parent.name for path in DATA.glob("*/meta.json"))
+        raise UserError(f"there is no data set at {locate(dataset)}: make one with python prepare.py FILE"
+                        f" --name={dataset} (ready: {', '.join(ready) or 'none'}; known: {', '.join(known_names())})")
 
 
 def report(meta, name):

@@ -66,6 +66,8 @@ def check_paths(settings):
     for path in filter(None, settings.image.split(",")):
         if not Path(path).is_file():
             raise UserError(f"image = {path}: there is no such file")
+    if settings.prompt.startswith("FILE:") and not Path(settings.prompt.removeprefix("FILE:")).exists():
+        raise UserError(f"prompt = {settings.prompt}: there is no such file")
 
 
 if __name__ == "__main__":  # --help and typos answer before torch is imported

@@ -9,6 +9,10 @@ MFU times peak; the MFU is an assumption, a small model on many GPUs won't reach
 """
 
 import sys
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # answered before torch is imported
+    raise SystemExit(print(__doc__.strip()))
+
 from pathlib import Path
 
 from configurator import UserError, one_line_errors, parse
@@ -150,7 +154,4 @@ def main(arguments):
 
 if __name__ == "__main__":
     with one_line_errors():
-        if {"-h", "--help"} & set(sys.argv):
-            print(__doc__.strip())
-        else:
-            main(sys.argv[1:])
+        main(sys.argv[1:])

@@ -150,10 +150,12 @@ def has_accelerator(device):
 
 def to_resume(out_dir, resume):
     """The complete checkpoints to go on from; none if the run is to start. Raises UserError if none can be right."""
-    import checkpoint
-    from log import MOVING
-    moving = (Path(out_dir) / MOVING).exists()  # what is left beside it belongs to a run that was being set aside
-    folders = [] if moving or not resume else checkpoint.present(out_dir, "last")
+    folders = []
+    if resume and os.path.isdir(out_dir):
+        import checkpoint
+        from log import MOVING
+        if not (Path(out_dir) / MOVING).exists():  # what is left beside it belongs to a run that was being set aside
+            folders = checkpoint.present(out_dir, "last")
     if resume is True and not folders:
         raise UserError(f"there is nothing to resume in {out_dir}: no checkpoint; drop --resume to start")
     return folders
@@ -172,12 +174,12 @@ def earlier_settings(given):
     """With --resume, the settings of the run that is being resumed."""
     if not given.get("resume"):
         return {}
-    from prepare import BUILT_IN
-    from tasks import GPT_SHAPE, SHAPE
     out_dir = given.get("out_dir", Settings.out_dir)
     folders = to_resume(out_dir, given["resume"])
     if not folders:
         return {}
+    from prepare import BUILT_IN
+    from tasks import GPT_SHAPE, SHAPE
     saved = readable_config(folders)["settings"]
     for name, value in flat_values(saved).items():
         fixed = name in ("task", "architecture", "dataset", *SHAPE, *GPT_SHAPE) or name.startswith("vision.")
@@ -188,8 +190,14 @@ def earlier_settings(given):
     return {name: value for name, value in saved.items() if name in known}
 
 
+def check_data(settings):
+    """Raises UserError for a data set that is unknown: before PyTorch is imported."""
+    from prepare import check_dataset
+    check_dataset(settings.dataset)
+
+
 if __name__ == "__main__":  # --help and typos answer before torch is imported
-    SETTINGS, GIVEN = from_command_line(Settings, __doc__, has_accelerator, earlier_settings)
+    SETTINGS, GIVEN = from_command_line(Settings, __doc__, has_accelerator, earlier_settings, check_data)
 
 import dataclasses
 import math
