@@ -17,6 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import decode
 from configurator import UserError, check_ranges, check_shape
 from dropout import CausalAttention, Dropout, drop
 
@@ -289,12 +290,17 @@ class Transformer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.config = config
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = NORMS[config.norm](config)
 
     def forward(self, x, caches=None, **per_call):
         if caches and caches.decoder and x.size(1) == 1:
             return caches.decoder(x, **per_call)
+        return self.run(x, caches, **per_call)
+
+    def run(self, x, caches=None, **per_call):
+        """`forward`, block by block in any case."""
         for i, block in enumerate(self.blocks):
             x = block(x, cache=caches[i] if caches else None, **per_call)
         return self.ln_f(x)
@@ -302,7 +308,8 @@ class Transformer(nn.Module):
     def make_caches(self, batch_size, size):
         """Empty caches of the weights' dtype and device."""
         caches = Caches(KVCache(block.attn, batch_size, size) for block in self.blocks)
-        caches.decoder = Decoder(self, caches) if Decoder.fits(self) else None
+        if Decoder.fits(self):
+            caches.decoder = decode.compiled(self, caches, Decoder(self, caches))
         return caches
 
 

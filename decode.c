@@ -1,0 +1,236 @@
+/* One new token per row through the blocks of a trunk: what model.py's Transformer computes, on a CPU, in float32.
+
+   In a step so small, PyTorch spends more time on calling its operations than on their arithmetic, and its products of
+   a few rows with a matrix are slow. decode.py compiles this file, where there is a compiler, and uses it where it gives
+   the trunk's own numbers. Weights and caches lie where PyTorch has them: a matrix row by row, (out, in).
+
+   All widths are multiples of 16. Axes: B rows, C channels, H query heads, K key-value heads, D head_dim, F hidden
+   width, S positions up to the new one. */
+
+#include <math.h>
+#include <stdint.h>
+
+#ifdef __AVX512F__
+enum { LANES = 16, ROWS = 6, OUTS = 4 };  /* a tile's sums fit into the registers */
+#else
+enum { LANES = 8, ROWS = 3, OUTS = 4 };
+#endif
+
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+typedef struct { const float *weight, *bias; } Layer;  /* a norm or a linear layer; a bias may be missing */
+
+typedef struct {
+    Layer ln_1, q_proj, k_proj, v_proj, o_proj, ln_2, up_proj, gate_proj, down_proj;
+    float *keys, *values;  /* (B, K, slots, D) */
+} Block;
+
+enum { GELU, GEGLU, RELU2 };
+
+typedef struct {
+    const Block *blocks;
+    Layer ln_f;
+    float *x, *y, *q, *k, *v, *hidden, *gates, *scores;  /* (B, C), (B, H D), (B, H D), twice (B, K D), twice (B, F), and
+                                                            (B, H, slots) with slots rounded up to a multiple of 16 */
+    int32_t n_layer, n_embd, n_head, n_kv_head, head_dim, n_hidden, slots, rms, mlp;
+    float eps;
+} Trunk;
+
+static inline vec load(const float *p) { return *(const vec *)p; }
+static inline void store(float *p, vec v) { *(vec *)p = v; }
+static inline vec pick(ints mask, vec a, vec b) { return (vec)((mask & (ints)a) | (~mask & (ints)b)); }
+
+static inline float sum(vec v)
+{
+    float total = 0;
+    for (int i = 0; i < LANES; i++)
+        total += v[i];
+    return total;
+}
+
+/* e^x to about 1e-7, for |x| up to 87; beyond that, as at 87. */
+static inline vec exponential(vec x)
+{
+    const vec most = (vec){0} + 87, shift = (vec){0} + 12582912;  /* 1.5 * 2^23: adding it rounds to an integer */
+    x = pick(x > most, most, pick(x < -most, -most, x));
+    const vec n = (x * 1.44269504f + shift) - shift;
+    const vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  /* x - n ln 2, within +-0.35 */
+    const vec p = 1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r * (1 / 720.f))))));
+    return p * (vec)((__builtin_convertvector(n, ints) + 127) << 23);  /* p * 2^n */
+}
+
+/* The tanh form of GELU: x / (1 + e^(-2 sqrt(2 / pi) (x + 0.044715 x^3))). */
+static inline vec gelu(vec x)
+{
+    return x / (1 + exponential(x * (-1.59576912f - 0.07135481f * x * x)));
+}
+
+/* y[r][o] = x[r] . w[o] (+ bias[o]) (+ y[r][o]) for `rows` rows of x and `outs` of w, both of length n. */
+static inline __attribute__((always_inline)) void tile(float *y, int y_width, const float *x, const float *w,
+                                                       const float *bias, int n, int add, int rows, int outs)
+{
+    vec sums[ROWS][OUTS] = {0};
+    for (int i = 0; i < n; i += LANES)
+        for (int o = 0; o < outs; o++)
+            for (int r = 0; r < rows; r++)
+                sums[r][o] += load(x + r * n + i) * load(w + o * n + i);
+    for (int r = 0; r < rows; r++)
+        for (int o = 0; o < outs; o++)
+            y[r * y_width + o] = sum(sums[r][o]) + (bias ? bias[o] : 0) + (add ? y[r * y_width + o] : 0);
+}
+
+/* The same for `rows` rows of x and `outs` of w, however many, where y has `width` columns. */
+static void tiles(float *y, int width, const float *x, const float *w, const float *bias, int n, int add, int rows,
+                  int outs)
+{
+    for (; rows >= ROWS && outs == OUTS; rows -= ROWS, x += ROWS * n, y += ROWS * width)
+        tile(y, width, x, w, bias, n, add, ROWS, OUTS);
+    for (; rows; rows--, x += n, y += width)
+        if (outs == OUTS)
+            tile(y, width, x, w, bias, n, add, 1, OUTS);
+        else
+            for (int o = 0; o < outs; o++)
+                tile(y + o, width, x, w + o * n, bias ? bias + o : 0, n, add, 1, 1);
+}
+
+/* y = x weight^T + bias, or added to y. x: (B, in), y: (B, out). */
+static void linear(float *y, const float *x, Layer layer, int B, int in, int out, int add)
+{
+    #pragma omp for schedule(static) nowait
+    for (int o = 0; o < out; o += OUTS)
+        tiles(y + o, out, x, layer.weight + (int64_t)o * in, layer.bias ? layer.bias + o : 0, in, add, B,
+              out - o < OUTS ? out - o : OUTS);
+}
+
+/* LayerNorm, or RMSNorm with the gain 1 + weight. x, y: (B, C). */
+static void norm(float *y, const float *x, Layer layer, const Trunk *t, int B)
+{
+    const int C = t->n_embd;
+    #pragma omp for schedule(static)
+    for (int b = 0; b < B; b++) {
+        const float *from = x + b * C;
+        float *to = y + b * C;
+        vec mean = {0}, square = {0};
+        if (!t->rms) {
+            for (int i = 0; i < C; i += LANES)
+                mean += load(from + i);
+            mean = (vec){0} + sum(mean) / C;
+        }
+        for (int i = 0; i < C; i += LANES)
+            square += (load(from + i) - mean) * (load(from + i) - mean);
+        const float scale = 1 / sqrtf(sum(square) / C + t->eps);
+        for (int i = 0; i < C; i += LANES) {
+            vec gain = load(layer.weight + i) + (float)t->rms;
+            store(to + i, (load(from + i) - mean) * scale * gain + (layer.bias ? load(layer.bias + i) : (vec){0}));
+        }
+    }
+}
+
+/* Rotary positions, half-split: turns each pair (x[i], x[i + D/2]) by its angle. */
+static void rotate(float *x, const float *cosine, const float *sine, int D)
+{
+    for (int i = 0; i < D / 2; i++) {
+        const float first = x[i], second = x[i + D / 2];
+        x[i] = first * cosine[i] - second * sine[i];
+        x[i + D / 2] = second * cosine[i] + first * sine[i];
+    }
+}
+
+/* softmax(q k^T / sqrt(D)) v of one head. q, y: (D), keys, values: (S, D), p: (S, rounded up). */
+static void attend(float *y, const float *q, const float *keys, const float *values, float *p, int S, int D)
+{
+    const int end = (S + LANES - 1) / LANES * LANES;
+    const float scale = 1 / sqrtf(D);
+    float most = -INFINITY;
+    for (int s = 0; s < S; s += OUTS)
+        tiles(p + s, S, q, keys + s * D, 0, D, 0, 1, S - s < OUTS ? S - s : OUTS);
+    for (int s = 0; s < S; s++)
+        most = p[s] > most ? p[s] : most;
+    for (int s = S; s < end; s++)
+        p[s] = -INFINITY;
+    vec total = {0};
+    for (int s = 0; s < end; s += LANES) {
+        const vec e = exponential((load(p + s) - most) * scale);
+        store(p + s, e);
+        total += e;
+    }
+    const float share = 1 / sum(total);
+    for (int d = 0; d < D; d += LANES) {
+        vec weighted = {0};
+        for (int s = 0; s < S; s++)
+            weighted += p[s] * load(values + s * D + d);
+        store(y + d, weighted * share);
+    }
+}
+
+/* Writes the new keys and values into the caches at `start`, and y: (B, H D) from all up to there. */
+static void attention(const Trunk *t, const Block *block, const float *cosine, const float *sine, int stride, int B,
+                      int start)
+{
+    const int H = t->n_head, K = t->n_kv_head, D = t->head_dim, padded = (t->slots + 15) / 16 * 16;
+    #pragma omp for schedule(static)
+    for (int i = 0; i < B * K; i++) {
+        const int64_t slot = ((int64_t)i * t->slots + start) * D;
+        if (cosine)
+            rotate(t->k + i * D, cosine + i / K * stride, sine + i / K * stride, D);
+        for (int d = 0; d < D; d++) {
+            block->keys[slot + d] = t->k[i * D + d];
+            block->values[slot + d] = t->v[i * D + d];
+        }
+    }
+    #pragma omp for schedule(static)
+    for (int i = 0; i < B * H; i++) {
+        const int64_t first = ((int64_t)(i / H) * K + i % H / (H / K)) * t->slots * D;
+        if (cosine)
+            rotate(t->q + i * D, cosine + i / H * stride, sine + i / H * stride, D);
+        attend(t->y + i * D, t->q + i * D, block->keys + first, block->values + first, t->scores + (int64_t)i * padded,
+               start + 1, D);
+    }
+}
+
+/* hidden = activation(hidden), or gelu(gates) * hidden. */
+static void activate(const Trunk *t, int B)
+{
+    #pragma omp for schedule(static)
+    for (int i = 0; i < B * t->n_hidden; i += LANES) {
+        vec up = load(t->hidden + i);
+        if (t->mlp == GELU)
+            up = gelu(up);
+        else if (t->mlp == GEGLU)
+            up *= gelu(load(t->gates + i));
+        else
+            up *= pick(up > 0, up, (vec){0});
+        store(t->hidden + i, up);
+    }
+}
+
+/* t->x: (B, C), the tokens' vectors at position `start`, and then what the trunk makes of them.
+   cosine, sine: (B, D) with the given stride between rows, 0 for one row for all, or NULL without rotary positions. */
+void decode(const Trunk *t, const float *cosine, const float *sine, int stride, int B, int start, int threads)
+{
+    const int C = t->n_embd, F = t->n_hidden, Q = t->n_head * t->head_dim, KV = t->n_kv_head * t->head_dim;
+    #pragma omp parallel num_threads(threads)
+    {
+        for (int i = 0; i < t->n_layer; i++) {
+            const Block *b = t->blocks + i;
+            norm(t->y, t->x, b->ln_1, t, B);
+            linear(t->q, t->y, b->q_proj, B, C, Q, 0);
+            linear(t->k, t->y, b->k_proj, B, C, KV, 0);
+            linear(t->v, t->y, b->v_proj, B, C, KV, 0);
+            #pragma omp barrier
+            attention(t, b, cosine, sine, stride, B, start);
+            linear(t->x, t->y, b->o_proj, B, Q, C, 1);
+            #pragma omp barrier
+            norm(t->y, t->x, b->ln_2, t, B);
+            linear(t->hidden, t->y, b->up_proj, B, C, F, 0);
+            if (t->mlp == GEGLU)
+                linear(t->gates, t->y, b->gate_proj, B, C, F, 0);
+            #pragma omp barrier
+            activate(t, B);
+            linear(t->x, t->hidden, b->down_proj, B, F, C, 1);
+            #pragma omp barrier
+        }
+        norm(t->y, t->x, t->ln_f, t, B);
+    }
+}

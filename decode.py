@@ -1,0 +1,139 @@
+"""Steps of one token through a trunk in compiled C (decode.c), on a CPU in float32, where there is a C compiler.
+
+The first sample compiles decode.c, in about a second, into this folder's __pycache__; later ones find it there. A
+trunk whose numbers it doesn't give, for somebody changed a block, is left to PyTorch, and so is all where there is no
+compiler. QUILL_COMPILER names another than cc; an empty one turns this off.
+"""
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from ctypes import POINTER, c_float, c_int, c_int32, c_void_p
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_suffix(".c")
+FLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-shared", "-fPIC"]
+WIDTH = 16  # all widths must be multiples of it
+MLPS = ("gelu", "geglu", "relu2")  # in the order of decode.c's numbers
+THREADS_FROM = 2**22  # multiplications in a step that are worth a second thread
+
+
+@functools.cache
+def library():
+    """The compiled decode.c, or None where it can't be compiled."""
+    compiler = shutil.which(os.environ.get("QUILL_COMPILER", "cc"))
+    if not compiler:
+        return None
+    key = hashlib.sha256(SOURCE.read_bytes() + repr((compiler, FLAGS, processor())).encode()).hexdigest()
+    path = Path(importlib.util.cache_from_source(__file__)).with_name(f"decode-{key[:16]}.so")
+    try:
+        if not path.exists():
+            compile_to(path, compiler)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def compile_to(path, compiler):
+    """For this processor and with OpenMP, if the compiler can; renamed when whole, for others may do the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        built = Path(folder) / path.name
+        for more in (["-march=native", "-fopenmp"], ["-march=native"], []):
+            done = subprocess.run([compiler, *FLAGS, *more, str(SOURCE), "-o", str(built), "-lm"], capture_output=True)
+            if done.returncode == 0:
+                break
+        done.check_returncode()
+        built.replace(path)
+
+
+def processor():
+    """What -march=native depends on."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return sorted({line for line in file if line.startswith(("model name", "flags", "Features", "CPU part"))})
+    except OSError:
+        return platform.processor()
+
+
+class Layer(ctypes.Structure):
+    _fields_ = [("weight", c_void_p), ("bias", c_void_p)]
+
+
+class Block(ctypes.Structure):
+    LAYERS = ("ln_1", "q_proj", "k_proj", "v_proj", "o_proj", "ln_2", "up_proj", "gate_proj", "down_proj")
+    _fields_ = [*((name, Layer) for name in LAYERS), ("keys", c_void_p), ("values", c_void_p)]
+
+
+class Trunk(ctypes.Structure):
+    BUFFERS = ("x", "y", "q", "k", "v", "hidden", "gates", "scores")
+    SIZES = ("n_layer", "n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden", "slots", "rms", "mlp")
+    _fields_ = [("blocks", POINTER(Block)), ("ln_f", Layer), *((name, c_void_p) for name in BUFFERS),
+                *((name, c_int32) for name in SIZES), ("eps", c_float)]
+
+
+class CompiledDecoder:
+    """As model.py's Decoder, whose place it takes in steps without a mask."""
+
+    def __init__(self, trunk, caches, decoder):
+        config, (B, K, slots, D) = trunk.config, caches[0].k.shape
+        C, H, F = config.n_embd, config.n_head, trunk.blocks[0].mlp.up_proj.out_features
+        widths = dict(x=C, y=max(C, H * D), q=H * D, k=K * D, v=K * D, hidden=F, gates=F,
+                      scores=H * (-(-slots // WIDTH) * WIDTH))
+        buffers = {name: torch.zeros(B * widths[name]) for name in Trunk.BUFFERS}
+        blocks = (Block * config.n_layer)(*map(block, trunk.blocks, caches))
+        sizes = (config.n_layer, C, H, K, D, F, slots, config.norm == "rmsnorm", MLPS.index(config.mlp))
+        struct = Trunk(blocks, layer(trunk.ln_f), *(b.data_ptr() for b in buffers.values()), *sizes, config.norm_eps)
+        self.trunk, self.kept = ctypes.byref(struct), (trunk, caches, blocks, buffers)  # what the pointers point to
+        self.x, self.y = (buffers[name][:B * C].view(B, 1, C) for name in "xy")
+        work = B * sum(p.numel() for p in trunk.parameters())
+        self.threads = torch.get_num_threads() if work >= THREADS_FROM else 1
+        self.decode, self.decoder = library().decode, decoder
+        self.decode.argtypes, self.decode.restype = [c_void_p] * 3 + [c_int] * 4, None
+
+    def __call__(self, x, mask=None, rope=None, start=0):
+        """(B, 1, C) -> (B, 1, C) as the trunk itself; arguments as Attention's."""
+        if mask is not None:
+            return self.decoder(x, mask, rope, start)
+        self.x.copy_(x)
+        cos, sin = (turn.contiguous() for turn in rope) if rope else (None, None)  # (1, D), or (B, 1, 1, D)
+        pointers, stride = (0, 0), 0
+        if rope:
+            pointers, stride = (cos.data_ptr(), sin.data_ptr()), cos.size(-1) if cos.numel() > cos.size(-1) else 0
+        self.decode(self.trunk, *pointers, stride, len(x), start, self.threads)
+        return self.y.clone()
+
+
+def layer(module):
+    parts = (getattr(module, name, None) for name in ("weight", "bias"))  # of a part that isn't there, neither is
+    return Layer(*(None if part is None else part.data_ptr() for part in parts))
+
+
+def block(module, cache):
+    layers = dict(child for part in (module, module.attn, module.mlp) for child in part.named_children())
+    return Block(*(layer(layers.get(name)) for name in Block.LAYERS), cache.k.data_ptr(), cache.v.data_ptr())
+
+
+def compiled(trunk, caches, decoder):
+    """A CompiledDecoder if it can be had and gives the trunk's numbers, else `decoder`, which is model.py's."""
+    c, tensors = trunk.config, [*trunk.parameters(), caches[0].k]
+    fits = all(t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+    widths = (c.n_embd, caches[0].k.size(3), trunk.blocks[0].mlp.up_proj.out_features)
+    if not fits or any(width % WIDTH for width in widths) or c.mlp not in MLPS or not library():
+        return decoder
+    ours = CompiledDecoder(trunk, caches, decoder)
+    generator, start = torch.Generator().manual_seed(0), min(1, caches[0].k.size(2) - 1)
+    x, angles = (torch.randn(shape, generator=generator) for shape in (ours.x.shape, (1, caches[0].k.size(3) // 2)))
+    rope = [turn(torch.cat((angles, angles), dim=1)) for turn in (torch.cos, torch.sin)]
+    for buffer in (buffer for cache in caches for buffer in (cache.k, cache.v)):
+        buffer[:, :, :start].normal_(generator=generator)  # something to attend to
+    expected = trunk.run(x, caches, rope=rope, start=start)
+    return ours if torch.allclose(ours(x, rope=rope, start=start), expected, rtol=1e-3, atol=1e-3) else decoder
