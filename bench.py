@@ -102,7 +102,8 @@ class Table:
                 memory[name] = max(memory[name], used)
         scale = {"ms": 1000, "s": 1}
         return {name: self.add(section, name, unit, [amount / t if amount else t * scale[unit] for t in times],
-                               MiB=round(memory[name] / 2**20)) for name, times in seconds.items()}
+                               **({"MiB": round(memory[name] / 2**20)} if memory[name] >= 2**20 else {}))
+                for name, times in seconds.items()}
 
     def add(self, section, case, unit, values, **more):
         values = sorted(values)
@@ -305,7 +306,7 @@ def measure_against(table):
 
 
 def command(argv, folder, status=0):
-    """A function that runs the command and returns the most bytes it held, where the system tells.
+    """A function that runs the command and returns the most bytes it held; 0 where that is not known.
 
     Raises UserError unless it starts, and ends with this status.
     """
@@ -322,7 +323,10 @@ def command(argv, folder, status=0):
                 said.seek(0)
                 last = (said.read().decode(errors="replace").strip() or "it said nothing").splitlines()[-1]
                 raise UserError(f"{shlex.join(argv)} ended with status {process.returncode}: {last}")
-            return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) if hasattr(os, "wait4") else 0
+            if not hasattr(os, "wait4"):
+                return 0
+            used = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            return used if used > peak_memory(torch.device("cpu")) else 0  # a process begins as a copy of this one
     return work
 
 

@@ -1,22 +1,25 @@
-/* One new token per row through the blocks of a trunk: what model.py's Transformer computes, on a CPU, in float32.
+/* One or a few new tokens per row through the blocks of a trunk: what model.py's Transformer computes, on a CPU, in
+   float32.
 
    In a step so small, PyTorch spends more time on calling its operations than on their arithmetic, and its products of
    a few rows with a matrix are slow. decode.py compiles this file, where there is a compiler, and uses it where it gives
    the trunk's own numbers. Weights and caches lie where PyTorch has them: a matrix row by row, (out, in).
 
-   All widths are multiples of 16. Axes: B rows, C channels, H query heads, K key-value heads, D head_dim, F hidden
-   width, S positions up to the new one. */
+   All widths are multiples of 16. Axes: B rows, T new tokens of each, N = B T, C channels, H query heads, K key-value
+   heads, D head_dim, F hidden width, S positions that a token sees. */
 
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
 #ifdef __AVX512F__
-enum { LANES = 16, ROWS = 6, OUTS = 4 };  /* a tile's sums fit into the registers */
+enum { LANES = 16, ROWS = 4, OUTS = 6 };  /* a tile's sums fit into the registers */
 #else
-enum { LANES = 8, ROWS = 3, OUTS = 4 };
+enum { LANES = 8, ROWS = 2, OUTS = 6 };
 #endif
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float quad __attribute__((vector_size(16)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 typedef struct { const float *weight, *bias; } Layer;  /* a norm or a linear layer; a bias may be missing */
@@ -31,8 +34,9 @@ enum { GELU, GEGLU, RELU2 };
 typedef struct {
     const Block *blocks;
     Layer ln_f;
-    float *x, *y, *q, *k, *v, *hidden, *gates, *scores;  /* (B, C), (B, H D), (B, H D), twice (B, K D), twice (B, F), and
-                                                            (B, H, slots) with slots rounded up to a multiple of 16 */
+    float *x, *y, *q, *k, *v, *hidden, *gates, *scores;  /* for N up to some limit: (N, C), (N, the larger of C and H D),
+                                                            (N, H D), twice (N, K D), twice (N, F), and (N, H, slots)
+                                                            with slots rounded up to a multiple of 16 */
     int32_t n_layer, n_embd, n_head, n_kv_head, head_dim, n_hidden, slots, rms, mlp;
     float eps;
 } Trunk;
@@ -43,10 +47,11 @@ static inline vec pick(ints mask, vec a, vec b) { return (vec)((mask & (ints)a) 
 
 static inline float sum(vec v)
 {
-    float total = 0;
-    for (int i = 0; i < LANES; i++)
-        total += v[i];
-    return total;
+    quad parts[LANES / 4], total = {0};
+    memcpy(parts, &v, sizeof v);
+    for (int i = 0; i < LANES / 4; i++)
+        total += parts[i];
+    return (total[0] + total[2]) + (total[1] + total[3]);
 }
 
 /* e^x to about 1e-7, for |x| up to 87; beyond that, as at 87. */
@@ -94,23 +99,23 @@ static void tiles(float *y, int width, const float *x, const float *w, const flo
                 tile(y + o, width, x, w + o * n, bias ? bias + o : 0, n, add, 1, 1);
 }
 
-/* y = x weight^T + bias, or added to y. x: (B, in), y: (B, out). */
-static void linear(float *y, const float *x, Layer layer, int B, int in, int out, int add)
+/* y = x weight^T + bias, or added to y. x: (N, in), y: (N, out). */
+static void linear(float *y, const float *x, Layer layer, int N, int in, int out, int add)
 {
     #pragma omp for schedule(static) nowait
     for (int o = 0; o < out; o += OUTS)
-        tiles(y + o, out, x, layer.weight + (int64_t)o * in, layer.bias ? layer.bias + o : 0, in, add, B,
+        tiles(y + o, out, x, layer.weight + (int64_t)o * in, layer.bias ? layer.bias + o : 0, in, add, N,
               out - o < OUTS ? out - o : OUTS);
 }
 
-/* LayerNorm, or RMSNorm with the gain 1 + weight. x, y: (B, C). */
-static void norm(float *y, const float *x, Layer layer, const Trunk *t, int B)
+/* LayerNorm, or RMSNorm with the gain 1 + weight. x, y: (N, C). */
+static void norm(float *y, const float *x, Layer layer, const Trunk *t, int N)
 {
     const int C = t->n_embd;
     #pragma omp for schedule(static)
-    for (int b = 0; b < B; b++) {
-        const float *from = x + b * C;
-        float *to = y + b * C;
+    for (int n = 0; n < N; n++) {
+        const float *from = x + n * C;
+        float *to = y + n * C;
         vec mean = {0}, square = {0};
         if (!t->rms) {
             for (int i = 0; i < C; i += LANES)
@@ -164,36 +169,36 @@ static void attend(float *y, const float *q, const float *keys, const float *val
     }
 }
 
-/* Writes the new keys and values into the caches at `start`, and y: (B, H D) from all up to there. */
-static void attention(const Trunk *t, const Block *block, const float *cosine, const float *sine, int stride, int B,
-                      int start)
+/* Writes the new keys and values into the caches from `start` on, and y: (N, H D) from all that each token sees. */
+static void attention(const Trunk *t, const Block *block, const float *cosine, const float *sine, int ropes, int B,
+                      int T, int start)
 {
     const int H = t->n_head, K = t->n_kv_head, D = t->head_dim, padded = (t->slots + 15) / 16 * 16;
     #pragma omp for schedule(static)
-    for (int i = 0; i < B * K; i++) {
-        const int64_t slot = ((int64_t)i * t->slots + start) * D;
+    for (int i = 0; i < B * T * K; i++) {
+        const int n = i / K;
+        const int64_t slot = ((int64_t)(n / T * K + i % K) * t->slots + start + n % T) * D;
         if (cosine)
-            rotate(t->k + i * D, cosine + i / K * stride, sine + i / K * stride, D);
-        for (int d = 0; d < D; d++) {
-            block->keys[slot + d] = t->k[i * D + d];
-            block->values[slot + d] = t->v[i * D + d];
-        }
+            rotate(t->k + i * D, cosine + n % ropes * D, sine + n % ropes * D, D);
+        memcpy(block->keys + slot, t->k + i * D, sizeof(float) * D);
+        memcpy(block->values + slot, t->v + i * D, sizeof(float) * D);
     }
     #pragma omp for schedule(static)
-    for (int i = 0; i < B * H; i++) {
-        const int64_t first = ((int64_t)(i / H) * K + i % H / (H / K)) * t->slots * D;
+    for (int i = 0; i < B * T * H; i++) {
+        const int n = i / H;
+        const int64_t first = (int64_t)(n / T * K + i % H / (H / K)) * t->slots * D;
         if (cosine)
-            rotate(t->q + i * D, cosine + i / H * stride, sine + i / H * stride, D);
+            rotate(t->q + i * D, cosine + n % ropes * D, sine + n % ropes * D, D);
         attend(t->y + i * D, t->q + i * D, block->keys + first, block->values + first, t->scores + (int64_t)i * padded,
-               start + 1, D);
+               start + n % T + 1, D);
     }
 }
 
 /* hidden = activation(hidden), or gelu(gates) * hidden. */
-static void activate(const Trunk *t, int B)
+static void activate(const Trunk *t, int N)
 {
     #pragma omp for schedule(static)
-    for (int i = 0; i < B * t->n_hidden; i += LANES) {
+    for (int i = 0; i < N * t->n_hidden; i += LANES) {
         vec up = load(t->hidden + i);
         if (t->mlp == GELU)
             up = gelu(up);
@@ -205,32 +210,32 @@ static void activate(const Trunk *t, int B)
     }
 }
 
-/* t->x: (B, C), the tokens' vectors at position `start`, and then what the trunk makes of them.
-   cosine, sine: (B, D) with the given stride between rows, 0 for one row for all, or NULL without rotary positions. */
-void decode(const Trunk *t, const float *cosine, const float *sine, int stride, int B, int start, int threads)
+/* t->x: (B, T, C), the tokens' vectors at the positions from `start` on. Leaves what the trunk makes of them in t->y.
+   cosine, sine: (ropes, D), of which the tokens take one after another, over and over; NULL without rotary positions. */
+void decode(const Trunk *t, const float *cosine, const float *sine, int ropes, int B, int T, int start, int threads)
 {
-    const int C = t->n_embd, F = t->n_hidden, Q = t->n_head * t->head_dim, KV = t->n_kv_head * t->head_dim;
+    const int N = B * T, C = t->n_embd, F = t->n_hidden, Q = t->n_head * t->head_dim, KV = t->n_kv_head * t->head_dim;
     #pragma omp parallel num_threads(threads)
     {
         for (int i = 0; i < t->n_layer; i++) {
             const Block *b = t->blocks + i;
-            norm(t->y, t->x, b->ln_1, t, B);
-            linear(t->q, t->y, b->q_proj, B, C, Q, 0);
-            linear(t->k, t->y, b->k_proj, B, C, KV, 0);
-            linear(t->v, t->y, b->v_proj, B, C, KV, 0);
+            norm(t->y, t->x, b->ln_1, t, N);
+            linear(t->q, t->y, b->q_proj, N, C, Q, 0);
+            linear(t->k, t->y, b->k_proj, N, C, KV, 0);
+            linear(t->v, t->y, b->v_proj, N, C, KV, 0);
             #pragma omp barrier
-            attention(t, b, cosine, sine, stride, B, start);
-            linear(t->x, t->y, b->o_proj, B, Q, C, 1);
+            attention(t, b, cosine, sine, ropes, B, T, start);
+            linear(t->x, t->y, b->o_proj, N, Q, C, 1);
             #pragma omp barrier
-            norm(t->y, t->x, b->ln_2, t, B);
-            linear(t->hidden, t->y, b->up_proj, B, C, F, 0);
+            norm(t->y, t->x, b->ln_2, t, N);
+            linear(t->hidden, t->y, b->up_proj, N, C, F, 0);
             if (t->mlp == GEGLU)
-                linear(t->gates, t->y, b->gate_proj, B, C, F, 0);
+                linear(t->gates, t->y, b->gate_proj, N, C, F, 0);
             #pragma omp barrier
-            activate(t, B);
-            linear(t->x, t->hidden, b->down_proj, B, F, C, 1);
+            activate(t, N);
+            linear(t->x, t->hidden, b->down_proj, N, F, C, 1);
             #pragma omp barrier
         }
-        norm(t->y, t->x, t->ln_f, t, B);
+        norm(t->y, t->x, t->ln_f, t, N);
     }
 }

@@ -1,4 +1,4 @@
-"""Steps of one token through a trunk in compiled C (decode.c), on a CPU in float32, where there is a C compiler.
+"""Short steps through a trunk in compiled C (decode.c), on a CPU in float32, where there is a C compiler.
 
 The first sample compiles decode.c, in about a second, into this folder's __pycache__; later ones find it there. A
 trunk whose numbers it doesn't give, for somebody changed a block, is left to PyTorch, and so is all where there is no
@@ -23,7 +23,8 @@ SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-shared", "-fPIC"]
 WIDTH = 16  # all widths must be multiples of it
 MLPS = ("gelu", "geglu", "relu2")  # in the order of decode.c's numbers
-THREADS_FROM = 2**22  # multiplications in a step that are worth a second thread
+PROMPT_TOKENS = 128  # more at once are a matter for PyTorch, whose products of large matrices are quicker
+THREADS_FROM = 2**19  # multiplications in a step that are worth a second thread
 
 
 @functools.cache
@@ -81,35 +82,37 @@ class Trunk(ctypes.Structure):
 
 
 class CompiledDecoder:
-    """As model.py's Decoder, whose place it takes in steps without a mask."""
+    """As model.py's Decoder, whose place it takes in steps without a mask; it takes short prompts too."""
 
     def __init__(self, trunk, caches, decoder):
         config, (B, K, slots, D) = trunk.config, caches[0].k.shape
         C, H, F = config.n_embd, config.n_head, trunk.blocks[0].mlp.up_proj.out_features
+        self.most = max(PROMPT_TOKENS, 2 * B)  # tokens at once
         widths = dict(x=C, y=max(C, H * D), q=H * D, k=K * D, v=K * D, hidden=F, gates=F,
                       scores=H * (-(-slots // WIDTH) * WIDTH))
-        buffers = {name: torch.zeros(B * widths[name]) for name in Trunk.BUFFERS}
+        buffers = {name: torch.zeros(self.most * widths[name]) for name in Trunk.BUFFERS}
         blocks = (Block * config.n_layer)(*map(block, trunk.blocks, caches))
         sizes = (config.n_layer, C, H, K, D, F, slots, config.norm == "rmsnorm", MLPS.index(config.mlp))
         struct = Trunk(blocks, layer(trunk.ln_f), *(b.data_ptr() for b in buffers.values()), *sizes, config.norm_eps)
         self.trunk, self.kept = ctypes.byref(struct), (trunk, caches, blocks, buffers)  # what the pointers point to
-        self.x, self.y = (buffers[name][:B * C].view(B, 1, C) for name in "xy")
-        work = B * sum(p.numel() for p in trunk.parameters())
-        self.threads = torch.get_num_threads() if work >= THREADS_FROM else 1
+        self.x, self.y = buffers["x"], buffers["y"]
+        self.weights = sum(p.numel() for p in trunk.parameters())
         self.decode, self.decoder = library().decode, decoder
-        self.decode.argtypes, self.decode.restype = [c_void_p] * 3 + [c_int] * 4, None
+        self.decode.argtypes, self.decode.restype = [c_void_p] * 3 + [c_int] * 5, None
+
+    def takes(self, x, mask):
+        return x.size(1) == 1 or isinstance(mask, str) and x.size(0) * x.size(1) <= self.most
 
     def __call__(self, x, mask=None, rope=None, start=0):
-        """(B, 1, C) -> (B, 1, C) as the trunk itself; arguments as Attention's."""
-        if mask is not None:
+        """(B, T, C) -> (B, T, C) as the trunk itself; arguments as Attention's."""
+        if mask is not None and not isinstance(mask, str):
             return self.decoder(x, mask, rope, start)
-        self.x.copy_(x)
-        cos, sin = (turn.contiguous() for turn in rope) if rope else (None, None)  # (1, D), or (B, 1, 1, D)
-        pointers, stride = (0, 0), 0
-        if rope:
-            pointers, stride = (cos.data_ptr(), sin.data_ptr()), cos.size(-1) if cos.numel() > cos.size(-1) else 0
-        self.decode(self.trunk, *pointers, stride, len(x), start, self.threads)
-        return self.y.clone()
+        cos, sin = (turn.contiguous() for turn in rope) if rope else (None, None)  # (1, D), (T, D) or (B, 1, T, D)
+        pointers = (cos.data_ptr(), sin.data_ptr(), cos.numel() // cos.size(-1)) if rope else (None, None, 0)
+        threads = torch.get_num_threads() if self.weights * x.size(0) * x.size(1) >= THREADS_FROM else 1
+        self.x[:x.numel()].view(x.shape).copy_(x)
+        self.decode(self.trunk, *pointers, x.size(0), x.size(1), start, threads)
+        return self.y[:x.numel()].view(x.shape).clone()
 
 
 def layer(module):
@@ -129,11 +132,9 @@ def compiled(trunk, caches, decoder):
     widths = (c.n_embd, caches[0].k.size(3), trunk.blocks[0].mlp.up_proj.out_features)
     if not fits or any(width % WIDTH for width in widths) or c.mlp not in MLPS or not library():
         return decoder
-    ours = CompiledDecoder(trunk, caches, decoder)
-    generator, start = torch.Generator().manual_seed(0), min(1, caches[0].k.size(2) - 1)
-    x, angles = (torch.randn(shape, generator=generator) for shape in (ours.x.shape, (1, caches[0].k.size(3) // 2)))
-    rope = [turn(torch.cat((angles, angles), dim=1)) for turn in (torch.cos, torch.sin)]
-    for buffer in (buffer for cache in caches for buffer in (cache.k, cache.v)):
-        buffer[:, :, :start].normal_(generator=generator)  # something to attend to
-    expected = trunk.run(x, caches, rope=rope, start=start)
-    return ours if torch.allclose(ours(x, rope=rope, start=start), expected, rtol=1e-3, atol=1e-3) else decoder
+    ours, slots, D = CompiledDecoder(trunk, caches, decoder), *caches[0].k.shape[2:]
+    T, generator = min(2, slots), torch.Generator().manual_seed(0)
+    x = torch.randn(caches[0].k.size(0), T, c.n_embd, generator=generator)
+    angles = torch.randn(T, D // 2, generator=generator).repeat(1, 2)
+    how = dict(mask="causal" if T > 1 else None, rope=(angles.cos(), angles.sin()))
+    return ours if torch.allclose(ours(x, **how), trunk.run(x, caches, **how), rtol=1e-3, atol=1e-3) else decoder

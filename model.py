@@ -295,7 +295,7 @@ class Transformer(nn.Module):
         self.ln_f = NORMS[config.norm](config)
 
     def forward(self, x, caches=None, **per_call):
-        if caches and caches.decoder and x.size(1) == 1:
+        if caches and caches.decoder and caches.decoder.takes(x, per_call.get("mask")):
             return caches.decoder(x, **per_call)
         return self.run(x, caches, **per_call)
 
@@ -314,9 +314,11 @@ class Transformer(nn.Module):
 
 
 class Caches(list):
-    """One KVCache per layer, the Decoder for steps of one token, or None, and the last token of each row, (B, 1)."""
+    """One KVCache per layer; with them the decoder of short steps, or None, and of a GPT that needs these (cos, sin) of
+    all positions and the last token of each row, (B, 1).
+    """
 
-    decoder = last = None
+    decoder = rope = last = None
 
 
 class Decoder:
@@ -341,6 +343,9 @@ class Decoder:
                                  for group in ([a.q_proj, a.k_proj, a.v_proj], [a.o_proj], ups, [mlp.down_proj]))
             self.layers.append((block.ln_1.forward, *qkv, cache, *o, block.ln_2.forward, ups, mlp.activate, *down))
         self.head_dim, self.gqa = a.head_dim, a.n_kv_head != a.n_head
+
+    def takes(self, x, mask):
+        return x.size(1) == 1
 
     def __call__(self, x, mask=None, rope=None, start=0):
         """(B, 1, C) -> (B, 1, C) as the trunk itself; arguments as Attention's."""
@@ -434,7 +439,8 @@ class GPT(nn.Module):
         if self.wpe:
             x = x + self.wpe.weight[start:end]
         else:
-            rope = rotary(torch.arange(start, end, device=tokens.device), self.transformer.blocks[0].attn.head_dim)
+            rope = caches.rope if caches else self.rope(end, tokens.device)
+            rope = [turn[start:end] for turn in rope]  # (T, D) each
         mask = continuing_mask(start, end, tokens.device)
         return self.transformer(self.dropout(x), caches, mask=mask, rope=rope, start=start)
 
@@ -448,8 +454,14 @@ class GPT(nn.Module):
     def logits(self, x):
         return F.linear(x, (self.head or self.wte).weight).float()  # (B, T, C) -> (B, T, V)
 
+    def rope(self, size, device):
+        return rotary(torch.arange(size, device=device), self.transformer.blocks[0].attn.head_dim)
+
     def make_caches(self, batch_size, size=None):
-        return self.transformer.make_caches(batch_size, size or self.config.block_size)
+        size = size or self.config.block_size
+        caches = self.transformer.make_caches(batch_size, size)
+        caches.rope = None if self.wpe else self.rope(size, caches[0].k.device)
+        return caches
 
 
 def count_parameters(model):
@@ -501,13 +513,13 @@ def generate(model, tokens, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0,
     So each token sees at least the block_size / 2 tokens before it, and the cost per token stays flat.
     """
     block_size = model.config.block_size
-    caches = model.make_caches(tokens.size(0))
-    window, start = tokens[:, -block_size:], 0  # the window's tokens; how many of them the caches hold
+    caches, start = model.make_caches(tokens.size(0)), 0
+    window = [tokens[:, -block_size:]]  # in pieces; the caches hold all of it but the last one, `start` tokens
     for _ in range(max_new_tokens):
-        x = model.hidden(window[:, start:], caches, start)[:, -1]  # (B, C)
+        x = model.hidden(window[-1], caches, start)[:, -1]  # (B, C)
         next_tokens = pick_tokens(model.logits(x), temperature, top_k, top_p, generator)  # (B,)
         yield next_tokens
-        start = window.size(1)
-        window = torch.cat((window, next_tokens[:, None]), dim=1)
-        if window.size(1) > block_size:
-            window, start = window[:, -max(1, block_size // 2):], 0
+        start += window[-1].size(1)
+        window.append(next_tokens[:, None])
+        if start == block_size:
+            window, start = [torch.cat(window, dim=1)[:, -max(1, block_size // 2):]], 0
