@@ -70,7 +70,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from device import DTYPES, peak_flops, peak_memory, pick_device, reset_peak_memory, synchronize
+from device import DTYPES, keep_freed_memory, peak_flops, peak_memory, pick_device, reset_peak_memory, synchronize
 from model import GPT, GPTConfig, flops_per_token, generate, init_weights
 
 HERE = Path(__file__).resolve().parent
@@ -165,6 +165,7 @@ def measure_train(table):
     """The optimizer's step of train.py on one fixed batch: forward, backward, clipping, update."""
     from train import Settings, make_optimizer, update
     settings, device, transformers = table.settings, table.device, peers(table.settings)
+    keep_freed_memory()  # as train.py does
 
     def step(model, dtype):
         model.to(device).train()

@@ -212,7 +212,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 import checkpoint
 import distributed
-from device import autocast, peak_flops, peak_memory, pick_compile, pick_dtype
+from device import autocast, keep_freed_memory, peak_flops, peak_memory, pick_compile, pick_dtype
 from health import Health
 from log import Log, record_end, record_start, set_aside
 from model import blocks
@@ -401,6 +401,7 @@ def restore(optimizer, scaler, state, folder):
 
 def main(settings, given):
     world = distributed.start(settings.device)
+    keep_freed_memory()
     name = world.from_main(lambda: ensure(settings.dataset))
     began = time.perf_counter()
     task, step, stopped = train(dataclasses.replace(settings, dataset=name), given, world)
