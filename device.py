@@ -52,7 +52,8 @@ def pick_dtype(name, device):
     if name == "float16" and device.type != "cuda":
         raise UserError(f"dtype = float16 needs a CUDA device, not {device.type}: use --dtype=float32 or bfloat16")
     if name != "auto":
-        return DTYPES[name], "as set"
+        slow = name == "bfloat16" and device.type == "cpu" and not (has_amx() or cpu_has("_is_avx512_bf16_supported"))
+        return DTYPES[name], "as set" + "; this CPU is many times slower at it than at float32" * slow
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "this GPU has it"
@@ -63,7 +64,11 @@ def pick_dtype(name, device):
 
 
 def has_amx():
-    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return cpu_has("_is_amx_tile_supported")
+
+
+def cpu_has(name):
+    probe = getattr(torch.cpu, name, None)
     return bool(probe and probe())
 
 
@@ -120,13 +125,19 @@ def peak_flops(device, dtype):
         return next(known, None) if dtype != torch.float32 else None
     if device.type != "cpu":
         return None
-    a = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0)).to(dtype)
+    small = mm_flops(256, dtype)
+    return small if small < 1e10 else mm_flops(1024, dtype)  # which would take a CPU slow at this dtype ten seconds
+
+
+def mm_flops(n, dtype):
+    """FLOP/s of a product of two n x n matrices on the CPU, the best of a few."""
+    a = torch.randn(n, n, generator=torch.Generator().manual_seed(0)).to(dtype)
     best = float("inf")
     for _ in range(6):  # the first is a warm-up
         start = time.perf_counter()
         torch.mm(a, a)
         best = min(best, time.perf_counter() - start)
-    return 2 * 1024**3 / best
+    return 2 * n**3 / best
 
 
 def peak_memory(device):

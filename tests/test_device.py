@@ -27,7 +27,10 @@ def test_precision_is_the_best_that_the_hardware_has(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, bf16=bf16: bf16)
         assert devices.pick_dtype("auto", CUDA)[0] == expected
     assert devices.pick_dtype("auto", torch.device("mps"))[0] == torch.float32
-    assert devices.pick_dtype("bfloat16", CPU) == (torch.bfloat16, "as set")
+    for fast, expected in ((True, "as set"), (False, "as set; this CPU is many times slower at it than at float32")):
+        monkeypatch.setattr(devices, "has_amx", lambda fast=fast: fast)
+        monkeypatch.setattr(devices, "cpu_has", lambda name, fast=fast: fast)
+        assert devices.pick_dtype("bfloat16", CPU) == (torch.bfloat16, expected)
     with pytest.raises(UserError, match="dtype = float16 needs a CUDA device, not cpu"):
         devices.pick_dtype("float16", CPU)
 

@@ -37,7 +37,7 @@ def test_the_commands_were_found():
 
 def test_the_file_tree_is_complete():
     tree = README.split("## What is where")[1].split("```")[1]
-    named = {line.split()[0] for line in tree.strip().splitlines()}
+    named = {name for line in tree.strip().splitlines() for name in re.split("  +", line)[0].split(", ")}
     assert all((ROOT / name).exists() for name in named)
     assert {path.name for path in ROOT.glob("*.py")} <= named
 

@@ -76,6 +76,7 @@ def test_saved_activations_are_what_the_formula_adds_up(small, sequences):
     assert sum(saved.values()) == pytest.approx(scaling.activation_bytes(SMALL, sequences) - in_backward, rel=0.005)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute, tolerance", [(False, 0.01), (True, 0.05)])
 def test_the_peak_is_that_of_a_training_step(small, recompute, tolerance):
     mem_tracker = pytest.importorskip("torch.distributed._tools.mem_tracker")
