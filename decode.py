@@ -87,7 +87,7 @@ class CompiledDecoder:
     def __init__(self, trunk, caches, decoder):
         config, (B, K, slots, D) = trunk.config, caches[0].k.shape
         C, H, F = config.n_embd, config.n_head, trunk.blocks[0].mlp.up_proj.out_features
-        self.most = max(PROMPT_TOKENS, 2 * B)  # tokens at once
+        self.rows, self.slots, self.most = B, slots, max(PROMPT_TOKENS, 2 * B)  # most tokens at once
         widths = dict(x=C, y=max(C, H * D), q=H * D, k=K * D, v=K * D, hidden=F, gates=F,
                       scores=H * (-(-slots // WIDTH) * WIDTH))
         buffers = {name: torch.zeros(self.most * widths[name]) for name in Trunk.BUFFERS}
@@ -104,7 +104,10 @@ class CompiledDecoder:
         return x.size(1) == 1 or isinstance(mask, str) and x.size(0) * x.size(1) <= self.most
 
     def __call__(self, x, mask=None, rope=None, start=0):
-        """(B, T, C) -> (B, T, C) as the trunk itself; arguments as Attention's."""
+        """(B, T, C) -> (B, T, C) as the trunk itself; arguments as Attention's. Raises ValueError where caches end."""
+        if x.size(0) != self.rows or start + x.size(1) > self.slots:
+            raise ValueError(f"{x.size(0)} rows up to position {start + x.size(1)}: the caches have {self.rows} rows of"
+                             f" {self.slots}")
         if mask is not None and not isinstance(mask, str):
             return self.decoder(x, mask, rope, start)
         cos, sin = (turn.contiguous() for turn in rope) if rope else (None, None)  # (1, D), (T, D) or (B, 1, T, D)

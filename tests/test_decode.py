@@ -70,6 +70,15 @@ def test_a_step_with_a_mask_is_left_to_pytorch():
 
 
 @needs_compiler
+def test_steps_past_the_caches_are_an_error():
+    model, tokens = make_gpt(), torch.zeros(2, 1, dtype=torch.long)
+    caches = model.make_caches(2, 8)
+    for wrong, start in ((tokens, 8), (tokens.expand(2, 9), 0), (tokens[:1], 0)):
+        with pytest.raises(ValueError, match="the caches have 2 rows of 8"):
+            model(wrong, caches=caches, start=start)
+
+
+@needs_compiler
 def test_a_changed_block_is_noticed(monkeypatch):
     monkeypatch.setattr(MLP, "activate", lambda self, up: up.relu())
     model, tokens = make_gpt(), torch.randint(11, (B, T), generator=seeded())
