@@ -2,8 +2,8 @@
    float32.
 
    In a step so small, PyTorch spends more time on calling its operations than on their arithmetic, and its products of
-   a few rows with a matrix are slow. decode.py compiles this file, where there is a compiler, and uses it where it gives
-   the trunk's own numbers. Weights and caches lie where PyTorch has them: a matrix row by row, (out, in).
+   a few rows with a matrix are slow. decode.py compiles this file, where there is a compiler, and model.py uses it
+   where it gives the trunk's own numbers. Weights and caches lie where PyTorch has them: a matrix row by row, (out, in).
 
    All widths are multiples of 16. Axes: B rows, T new tokens of each, N = B T, C channels, H query heads, K key-value
    heads, D head_dim, F hidden width, S positions that a token sees. */
@@ -34,9 +34,9 @@ enum { GELU, GEGLU, RELU2 };
 typedef struct {
     const Block *blocks;
     Layer ln_f;
-    float *x, *y, *q, *k, *v, *hidden, *gates, *scores;  /* for N up to some limit: (N, C), (N, the larger of C and H D),
-                                                            (N, H D), twice (N, K D), twice (N, F), and (N, H, slots)
-                                                            with slots rounded up to a multiple of 16 */
+    float *x, *y, *q, *k, *v, *hidden, *gates, *scores;
+    /* For N up to some limit: (N, C), (N, the larger of C and H D), (N, H D), twice (N, K D), twice (N, F), and
+       (N, H, slots) with slots rounded up to a multiple of 16. */
     int32_t n_layer, n_embd, n_head, n_kv_head, head_dim, n_hidden, slots, rms, mlp;
     float eps;
 } Trunk;
@@ -211,7 +211,8 @@ static void activate(const Trunk *t, int N)
 }
 
 /* t->x: (B, T, C), the tokens' vectors at the positions from `start` on. Leaves what the trunk makes of them in t->y.
-   cosine, sine: (ropes, D), of which the tokens take one after another, over and over; NULL without rotary positions. */
+   cosine, sine: (ropes, D), of which the tokens take one after another, over and over; NULL without rotary positions.
+*/
 void decode(const Trunk *t, const float *cosine, const float *sine, int ropes, int B, int T, int start, int threads)
 {
     const int N = B * T, C = t->n_embd, F = t->n_hidden, Q = t->n_head * t->head_dim, KV = t->n_kv_head * t->head_dim;

@@ -1,8 +1,8 @@
 """Short steps through a trunk in compiled C (decode.c), on a CPU in float32, where there is a C compiler.
 
-The first sample compiles decode.c, in about a second, into this folder's __pycache__; later ones find it there. A
-trunk whose numbers it doesn't give, for somebody changed a block, is left to PyTorch, and so is all where there is no
-compiler. QUILL_COMPILER names another than cc; an empty one turns this off.
+The first sample compiles decode.c, in about a second, into this folder's __pycache__; later ones find it there.
+Everything else is left to PyTorch, see model.py's Decoder. QUILL_COMPILER names another compiler than cc; an empty one
+turns this off.
 """
 
 import ctypes
@@ -129,15 +129,11 @@ def block(module, cache):
 
 
 def compiled(trunk, caches, decoder):
-    """A CompiledDecoder if it can be had and gives the trunk's numbers, else `decoder`, which is model.py's."""
-    c, tensors = trunk.config, [*trunk.parameters(), caches[0].k]
-    fits = all(t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
-    widths = (c.n_embd, caches[0].k.size(3), trunk.blocks[0].mlp.up_proj.out_features)
-    if not fits or any(width % WIDTH for width in widths) or c.mlp not in MLPS or not library():
-        return decoder
-    ours, slots, D = CompiledDecoder(trunk, caches, decoder), *caches[0].k.shape[2:]
-    T, generator = min(2, slots), torch.Generator().manual_seed(0)
-    x = torch.randn(caches[0].k.size(0), T, c.n_embd, generator=generator)
-    angles = torch.randn(T, D // 2, generator=generator).repeat(1, 2)
-    how = dict(mask="causal" if T > 1 else None, rope=(angles.cos(), angles.sin()))
-    return ours if torch.allclose(ours(x, **how), trunk.run(x, caches, **how), rtol=1e-3, atol=1e-3) else decoder
+    """A CompiledDecoder if there is a compiler and it knows such a trunk, else None."""
+    tensors = [*trunk.parameters(), caches[0].k]
+    plain = all(t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+    alike = len({tuple(p.shape for p in block.parameters()) for block in trunk.blocks}) == 1
+    widths = (trunk.config.n_embd, caches[0].k.size(3), trunk.blocks[0].mlp.up_proj.out_features)
+    if not plain or not alike or any(width % WIDTH for width in widths) or trunk.config.mlp not in MLPS:
+        return None
+    return CompiledDecoder(trunk, caches, decoder) if library() else None

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import decode
+import model as models
 from model import GPT, MLP, Decoder, GPTConfig, generate, init_weights
 
 C, T, B = 64, 24, 5
@@ -48,7 +49,7 @@ def test_compiled_steps_give_the_uncached_logits(monkeypatch, changes, threads):
 @needs_compiler
 def test_compiled_steps_choose_the_same_tokens(monkeypatch):
     model, texts = make_gpt(), []
-    for compiled in (decode.compiled, lambda trunk, caches, decoder: decoder):
+    for compiled in (decode.compiled, lambda *_: None):
         monkeypatch.setattr(decode, "compiled", compiled)
         steps = generate(model, torch.zeros(3, 1, dtype=torch.long), 3 * T, 0.8, generator=seeded())
         texts.append(torch.stack(list(steps)))
@@ -78,12 +79,18 @@ def test_steps_past_the_caches_are_an_error():
             model(wrong, caches=caches, start=start)
 
 
-@needs_compiler
-def test_a_changed_block_is_noticed(monkeypatch):
-    monkeypatch.setattr(MLP, "activate", lambda self, up: up.relu())
+def halved(q, k, v, *more, attend=models.attend):
+    return attend(q / 2, k, v, *more)
+
+
+@pytest.mark.parametrize("place, name, new, expected", [
+    (MLP, "activate", lambda self, up: up.relu(), Decoder),  # which calls it
+    (models, "attend", halved, type(None))])
+def test_a_changed_block_is_noticed(monkeypatch, place, name, new, expected):
+    monkeypatch.setattr(place, name, new)
     model, tokens = make_gpt(), torch.randint(11, (B, T), generator=seeded())
     found, kind = stepped(model, tokens)
-    assert kind is Decoder
+    assert kind is expected
     torch.testing.assert_close(found, model(tokens), atol=1e-4, rtol=1e-4)
 
 
