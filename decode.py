@@ -5,6 +5,7 @@ Everything else is left to PyTorch, see model.py's Decoder. QUILL_COMPILER names
 turns this off.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -31,28 +32,23 @@ THREADS_FROM = 2**19  # multiplications in a step that are worth a second thread
 def library():
     """The compiled decode.c, or None where it can't be compiled."""
     compiler = shutil.which(os.environ.get("QUILL_COMPILER", "cc"))
-    if not compiler:
-        return None
-    key = hashlib.sha256(SOURCE.read_bytes() + repr((compiler, FLAGS, processor())).encode()).hexdigest()
-    path = Path(importlib.util.cache_from_source(__file__)).with_name(f"decode-{key[:16]}.so")
-    try:
-        if not path.exists():
-            compile_to(path, compiler)
-        return ctypes.CDLL(str(path))
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    for more in (["-march=native", "-fopenmp"], ["-march=native"], []) if compiler else ():
+        command = [compiler, *FLAGS, *more]
+        key = hashlib.sha256(SOURCE.read_bytes() + repr((command, processor())).encode()).hexdigest()
+        path = Path(importlib.util.cache_from_source(__file__)).with_name(f"decode-{key[:16]}.so")
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):  # a compiler without OpenMP, a folder that is
+            if not path.exists():                                          # not ours to write to
+                compile_to(path, command)
+            return ctypes.CDLL(str(path))
+    return None
 
 
-def compile_to(path, compiler):
-    """For this processor and with OpenMP, if the compiler can; renamed when whole, for others may do the same."""
+def compile_to(path, command):
+    """Runs the compiler; the file gets its name when it is whole, for others may be doing the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
-        for more in (["-march=native", "-fopenmp"], ["-march=native"], []):
-            done = subprocess.run([compiler, *FLAGS, *more, str(SOURCE), "-o", str(built), "-lm"], capture_output=True)
-            if done.returncode == 0:
-                break
-        done.check_returncode()
+        subprocess.run([*command, str(SOURCE), "-o", str(built), "-lm"], capture_output=True, check=True)
         built.replace(path)
 
 
