@@ -321,7 +321,7 @@ def agrees(decoder, trunk, caches):
     (B, _, size, D), dtype, device = caches[0].k.shape, caches[0].k.dtype, caches[0].k.device
     T, generator = min(2, size), torch.Generator().manual_seed(0)
     x = torch.randn(B, T, trunk.config.n_embd, generator=generator).to(device, dtype)
-    angles = torch.randn(T, D // 2, generator=generator).repeat(1, 2).to(device)
+    angles = torch.randn(T, (D + 1) // 2, generator=generator).repeat(1, 2)[:, :D].to(device)
     cos, sin = angles.cos(), angles.sin()
     expected = trunk.run(x, caches, mask=continuing_mask(0, T, device), rope=(cos, sin)).float()
     found = [decoder(x[:, t:t + 1], rope=(cos[t:t + 1], sin[t:t + 1]), start=t).float() for t in range(T)]

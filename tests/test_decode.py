@@ -103,7 +103,7 @@ def test_without_a_working_compiler_pytorch_takes_the_steps(monkeypatch, tmp_pat
     assert stepped(model, tokens)[1] is Decoder
 
 
-@pytest.mark.parametrize("changes", [dict(n_embd=72), dict(n_head=8), dict(n_hidden=100)])
+@pytest.mark.parametrize("changes", [dict(n_embd=72), dict(n_embd=60), dict(n_head=8), dict(n_hidden=100)])
 def test_widths_that_are_no_multiples_of_16_are_left_to_pytorch(changes):
     model, tokens = make_gpt(**changes), torch.randint(11, (B, T), generator=seeded())
     found, kind = stepped(model, tokens)
