@@ -306,7 +306,7 @@ class Transformer(nn.Module):
         return self.ln_f(x)
 
     def make_caches(self, batch_size, size):
-        """Empty caches of the weights' dtype and device."""
+        """Caches of the weights' dtype and device, to be filled from position 0 on."""
         caches = Caches(KVCache(block.attn, batch_size, size) for block in self.blocks)
         if Decoder.fits(self):
             plain = Decoder(self, caches)

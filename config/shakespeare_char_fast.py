@@ -2,8 +2,9 @@
 
     python train.py config/shakespeare_char_fast.py
 
-On 2 CPU cores with AMX this takes 140 s, without AMX about 330 s; the loss on the whole validation split is 1.51.
-EXPERIMENTS.md has the seeds, what each part brings, and what lost. To 1.80 in 15 s, or to 1.47 in 11 minutes:
+On 2 CPU cores with AMX this takes 140 s, and the loss on the whole validation split is 1.51; without AMX, 330 s by the
+time of an update. EXPERIMENTS.md has the seeds, what each part brings, and what lost. To 1.80 in 15 s, or to 1.47 in
+11 minutes, with AMX:
 
     python train.py config/shakespeare_char_fast.py --n_embd=128 --n_head=2 --block_size=128 --batch_size=16 \\
         --max_iters=180 --muon_lr=0.03
