@@ -198,7 +198,7 @@ def attend(q, k, v, mask, dropout=0.0):
     if q.size(2) * q.size(3) >= 2**14:
         return F.scaled_dot_product_attention(q, k, v, **how)
     with torch.autocast("cpu", enabled=False):  # of short rows the backward pass in bfloat16 is up to six times slower
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **how)
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **how).type_as(q)
 
 
 class Attention(nn.Module):

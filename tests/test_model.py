@@ -218,13 +218,13 @@ def test_a_pair_is_a_token_and_the_one_before_it():
     assert model.pairs(tokens, None, 0).tolist() == [[3, 3 * 11 + 7, 7 * 11 + 7]]
 
 
-@pytest.mark.parametrize("T", [16, 65])
-def test_attention_in_bfloat16_equals_the_kernel(T):
-    q, k, v, grad = (randn(2, 3, T, 8, seed=i) for i in range(4))
+@pytest.mark.parametrize("T, kv_heads, mask", [(16, 3, "causal"), (65, 3, "causal"), (16, 1, "causal"), (16, 3, None)])
+def test_attention_in_bfloat16_equals_the_kernel(T, kv_heads, mask):
+    q, k, v, grad = (randn(2, heads, T, 8, seed=i) for i, heads in enumerate([3, kv_heads, kv_heads, 3]))
     results = []
     for dtype in (torch.float32, torch.bfloat16):
         inputs = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
-        y = attend(*inputs, "causal")
+        y = attend(*inputs, mask)
         y.backward(grad.to(dtype))
         assert y.dtype == dtype
         results.append([y.float(), *(x.grad.float() for x in inputs)])
