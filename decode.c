@@ -1,9 +1,10 @@
 /* One or a few new tokens per row through the blocks of a trunk: what model.py's Transformer computes, on a CPU, in
-   float32.
+   float32; with -DBFLOAT16 from weights and caches in bfloat16, which take half as long to read.
 
    In a step so small, PyTorch spends more time on calling its operations than on their arithmetic, and its products of
    a few rows with a matrix are slow. decode.py compiles this file, where there is a compiler, and model.py uses it
-   where it gives the trunk's own numbers. Weights and caches lie where PyTorch has them: a matrix row by row, (out, in).
+   where it gives the trunk's own numbers. Weights and caches lie where PyTorch has them: a matrix row by row,
+   (out, in).
 
    All widths are multiples of 16. Axes: B rows, T new tokens of each, N = B T, C channels, H query heads, K key-value
    heads, D head_dim, F hidden width, S positions that a token sees. */
@@ -22,11 +23,37 @@ typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias))
 typedef float quad __attribute__((vector_size(16)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
-typedef struct { const float *weight, *bias; } Layer;  /* a norm or a linear layer; a bias may be missing */
+/* What weights and caches are stored as; read and written as floats. */
+#ifdef BFLOAT16
+typedef uint16_t number;  /* the upper half of a float */
+typedef uint16_t numbers __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
+static inline vec get(const number *p) { return (vec)(__builtin_convertvector(*(const numbers *)p, ints) << 16); }
+static inline void put(number *p, vec v)
+{
+    const ints bits = (ints)v, odd = bits >> 16 & 1;
+    *(numbers *)p = __builtin_convertvector((bits + 0x7fff + odd) >> 16, numbers);  /* the nearest; ties to even */
+}
+static inline float get_one(const number *p)
+{
+    const uint32_t bits = (uint32_t)*p << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+#else
+typedef float number;
+
+static inline vec get(const number *p) { return *(const vec *)p; }
+static inline void put(number *p, vec v) { *(vec *)p = v; }
+static inline float get_one(const number *p) { return *p; }
+#endif
+
+typedef struct { const number *weight, *bias; } Layer;  /* a norm or a linear layer; a bias may be missing */
 
 typedef struct {
     Layer ln_1, q_proj, k_proj, v_proj, o_proj, ln_2, up_proj, gate_proj, down_proj;
-    float *keys, *values;  /* (B, K, slots, D) */
+    number *keys, *values;  /* (B, K, slots, D) */
 } Block;
 
 enum { GELU, GEGLU, RELU2 };
@@ -72,21 +99,21 @@ static inline vec gelu(vec x)
 }
 
 /* y[r][o] = x[r] . w[o] (+ bias[o]) (+ y[r][o]) for `rows` rows of x and `outs` of w, both of length n. */
-static inline __attribute__((always_inline)) void tile(float *y, int y_width, const float *x, const float *w,
-                                                       const float *bias, int n, int add, int rows, int outs)
+static inline __attribute__((always_inline)) void tile(float *y, int y_width, const float *x, const number *w,
+                                                       const number *bias, int n, int add, int rows, int outs)
 {
     vec sums[ROWS][OUTS] = {0};
     for (int i = 0; i < n; i += LANES)
         for (int o = 0; o < outs; o++)
             for (int r = 0; r < rows; r++)
-                sums[r][o] += load(x + r * n + i) * load(w + o * n + i);
+                sums[r][o] += load(x + r * n + i) * get(w + o * n + i);
     for (int r = 0; r < rows; r++)
         for (int o = 0; o < outs; o++)
-            y[r * y_width + o] = sum(sums[r][o]) + (bias ? bias[o] : 0) + (add ? y[r * y_width + o] : 0);
+            y[r * y_width + o] = sum(sums[r][o]) + (bias ? get_one(bias + o) : 0) + (add ? y[r * y_width + o] : 0);
 }
 
 /* The same for `rows` rows of x and `outs` of w, however many, where y has `width` columns. */
-static void tiles(float *y, int width, const float *x, const float *w, const float *bias, int n, int add, int rows,
+static void tiles(float *y, int width, const float *x, const number *w, const number *bias, int n, int add, int rows,
                   int outs)
 {
     for (; rows >= ROWS && outs == OUTS; rows -= ROWS, x += ROWS * n, y += ROWS * width)
@@ -126,8 +153,9 @@ static void norm(float *y, const float *x, Layer layer, const Trunk *t, int N)
             square += (load(from + i) - mean) * (load(from + i) - mean);
         const float scale = 1 / sqrtf(sum(square) / C + t->eps);
         for (int i = 0; i < C; i += LANES) {
-            vec gain = load(layer.weight + i) + (float)t->rms;
-            store(to + i, (load(from + i) - mean) * scale * gain + (layer.bias ? load(layer.bias + i) : (vec){0}));
+            const vec gain = get(layer.weight + i) + (float)t->rms;
+            const vec bias = layer.bias ? get(layer.bias + i) : (vec){0};
+            store(to + i, (load(from + i) - mean) * scale * gain + bias);
         }
     }
 }
@@ -143,7 +171,7 @@ static void rotate(float *x, const float *cosine, const float *sine, int D)
 }
 
 /* softmax(q k^T / sqrt(D)) v of one head. q, y: (D), keys, values: (S, D), p: (S, rounded up). */
-static void attend(float *y, const float *q, const float *keys, const float *values, float *p, int S, int D)
+static void attend(float *y, const float *q, const number *keys, const number *values, float *p, int S, int D)
 {
     const int end = (S + LANES - 1) / LANES * LANES;
     const float scale = 1 / sqrtf(D);
@@ -164,7 +192,7 @@ static void attend(float *y, const float *q, const float *keys, const float *val
     for (int d = 0; d < D; d += LANES) {
         vec weighted = {0};
         for (int s = 0; s < S; s++)
-            weighted += p[s] * load(values + s * D + d);
+            weighted += p[s] * get(values + s * D + d);
         store(y + d, weighted * share);
     }
 }
@@ -180,8 +208,10 @@ static void attention(const Trunk *t, const Block *block, const float *cosine, c
         const int64_t slot = ((int64_t)(n / T * K + i % K) * t->slots + start + n % T) * D;
         if (cosine)
             rotate(t->k + i * D, cosine + n % ropes * D, sine + n % ropes * D, D);
-        memcpy(block->keys + slot, t->k + i * D, sizeof(float) * D);
-        memcpy(block->values + slot, t->v + i * D, sizeof(float) * D);
+        for (int d = 0; d < D; d += LANES) {
+            put(block->keys + slot + d, load(t->k + i * D + d));
+            put(block->values + slot + d, load(t->v + i * D + d));
+        }
     }
     #pragma omp for schedule(static)
     for (int i = 0; i < B * T * H; i++) {

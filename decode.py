@@ -1,4 +1,4 @@
-"""Short steps through a trunk in compiled C (decode.c), on a CPU in float32, where there is a C compiler.
+"""Short steps through a trunk in compiled C (decode.c), on a CPU in float32 or bfloat16, where there is a C compiler.
 
 The first sample compiles decode.c, in about a second, into this folder's __pycache__; later ones find it there.
 Everything else is left to PyTorch, see model.py's Decoder. QUILL_COMPILER names another compiler than cc; an empty one
@@ -20,20 +20,24 @@ from pathlib import Path
 
 import torch
 
+from device import has_amx
+
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-shared", "-fPIC"]
+DTYPES = {torch.float32: [], torch.bfloat16: ["-DBFLOAT16"]}
 WIDTH = 16  # all widths must be multiples of it
 MLPS = ("gelu", "geglu", "relu2")  # in the order of decode.c's numbers
 PROMPT_TOKENS = 128  # more at once are a matter for PyTorch, whose products of large matrices are quicker
+AMX_ROWS = 8  # likewise of bfloat16 on a CPU with AMX: an estimate, not measured
 THREADS_FROM = 2**19  # multiplications in a step that are worth a second thread
 
 
 @functools.cache
-def library():
-    """The compiled decode.c, or None where it can't be compiled."""
-    compiler = shutil.which(os.environ.get("QUILL_COMPILER", "cc"))
+def library(dtype=torch.float32):
+    """The compiled decode.c, or None where it can't be compiled. dtype: of weights and caches; sums are in float32."""
+    compiler, numbers = shutil.which(os.environ.get("QUILL_COMPILER", "cc")), DTYPES[dtype]
     for more in (["-march=native", "-fopenmp"], ["-march=native"], []) if compiler else ():
-        command = [compiler, *FLAGS, *more]
+        command = [compiler, *FLAGS, *numbers, *more]
         key = hashlib.sha256(SOURCE.read_bytes() + repr((command, processor())).encode()).hexdigest()
         path = Path(importlib.util.cache_from_source(__file__)).with_name(f"decode-{key[:16]}.so")
         with contextlib.suppress(OSError, subprocess.CalledProcessError):  # a compiler without OpenMP, a folder that is
@@ -83,7 +87,8 @@ class CompiledDecoder:
     def __init__(self, trunk, caches, decoder):
         config, (B, K, slots, D) = trunk.config, caches[0].k.shape
         C, H, F = config.n_embd, config.n_head, trunk.blocks[0].mlp.up_proj.out_features
-        self.rows, self.slots, self.most = B, slots, max(PROMPT_TOKENS, 2 * B)  # most tokens at once
+        prompt = 0 if prefers_amx(caches) else PROMPT_TOKENS
+        self.rows, self.slots, self.most = B, slots, max(prompt, 2 * B)  # most tokens at once
         widths = dict(x=C, y=max(C, H * D), q=H * D, k=K * D, v=K * D, hidden=F, gates=F,
                       scores=H * (-(-slots // WIDTH) * WIDTH))
         buffers = {name: torch.zeros(self.most * widths[name]) for name in Trunk.BUFFERS}
@@ -93,7 +98,7 @@ class CompiledDecoder:
         self.trunk, self.kept = ctypes.byref(struct), (trunk, caches, blocks, buffers)  # what the pointers point to
         self.x, self.y = buffers["x"], buffers["y"]
         self.weights = sum(p.numel() for p in trunk.parameters())
-        self.decode, self.decoder = library().decode, decoder
+        self.decode, self.decoder = library(caches[0].k.dtype).decode, decoder
         self.decode.argtypes, self.decode.restype = [c_void_p] * 3 + [c_int] * 5, None
 
     def takes(self, x, mask):
@@ -111,7 +116,7 @@ class CompiledDecoder:
         threads = torch.get_num_threads() if self.weights * x.size(0) * x.size(1) >= THREADS_FROM else 1
         self.x[:x.numel()].view(x.shape).copy_(x)
         self.decode(self.trunk, *pointers, x.size(0), x.size(1), start, threads)
-        return self.y[:x.numel()].view(x.shape).clone()
+        return self.y[:x.numel()].view(x.shape).to(x.dtype, copy=True)
 
 
 def layer(module):
@@ -124,12 +129,17 @@ def block(module, cache):
     return Block(*(layer(layers.get(name)) for name in Block.LAYERS), cache.k.data_ptr(), cache.v.data_ptr())
 
 
+def prefers_amx(caches):
+    return caches[0].k.dtype == torch.bfloat16 and has_amx()
+
+
 def compiled(trunk, caches, decoder):
     """A CompiledDecoder if there is a compiler and it knows such a trunk, else None."""
-    tensors = [*trunk.parameters(), caches[0].k]
-    plain = all(t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+    tensors, dtype = [*trunk.parameters(), caches[0].k], caches[0].k.dtype
+    plain = dtype in DTYPES and all(t.device.type == "cpu" and t.dtype == dtype and t.is_contiguous() for t in tensors)
     alike = len({tuple(p.shape for p in block.parameters()) for block in trunk.blocks}) == 1
     widths = (trunk.config.n_embd, caches[0].k.size(3), trunk.blocks[0].mlp.up_proj.out_features)
-    if not plain or not alike or any(width % WIDTH for width in widths) or trunk.config.mlp not in MLPS:
+    many = prefers_amx(caches) and len(caches[0].k) > AMX_ROWS
+    if not plain or not alike or many or any(width % WIDTH for width in widths) or trunk.config.mlp not in MLPS:
         return None
-    return CompiledDecoder(trunk, caches, decoder) if library() else None
+    return CompiledDecoder(trunk, caches, decoder) if library(dtype) else None

@@ -47,6 +47,18 @@ def test_compiled_steps_give_the_uncached_logits(monkeypatch, changes, threads):
 
 
 @needs_compiler
+@pytest.mark.parametrize("changes", [
+    {}, dict(bias=True, mlp="relu2", positions="rotary", tied=False, bigrams=True),
+    dict(norm="rmsnorm", mlp="geglu", positions="rotary", n_kv_head=2, head_dim=32)])
+def test_compiled_steps_from_bfloat16_are_nearer_to_float32_than_pytorch_s_own(changes):
+    model, tokens = make_gpt(**changes).bfloat16(), torch.randint(11, (B, T), generator=seeded())
+    found, kind = stepped(model, tokens)
+    assert kind is decode.CompiledDecoder
+    plain, exact = model(tokens), model.float()(tokens)
+    assert (found - exact).norm() < (plain - exact).norm() < 0.1 * exact.norm()
+
+
+@needs_compiler
 def test_compiled_steps_choose_the_same_tokens(monkeypatch):
     model, texts = make_gpt(), []
     for compiled in (decode.compiled, lambda *_: None):
