@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from device import has_amx
+from device import emulates_bfloat16, has_amx
 
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-shared", "-fPIC"]
@@ -82,7 +82,10 @@ class Trunk(ctypes.Structure):
 
 
 class CompiledDecoder:
-    """As model.py's Decoder, whose place it takes in steps without a mask; it takes short prompts too."""
+    """As model.py's Decoder, whose place it takes in steps without a mask.
+
+    It takes short prompts too, and where the CPU only emulates bfloat16 prompts of any length in that.
+    """
 
     def __init__(self, trunk, caches, decoder):
         config, (B, K, slots, D) = trunk.config, caches[0].k.shape
@@ -97,12 +100,13 @@ class CompiledDecoder:
         struct = Trunk(blocks, layer(trunk.ln_f), *(b.data_ptr() for b in buffers.values()), *sizes, config.norm_eps)
         self.trunk, self.kept = ctypes.byref(struct), (trunk, caches, blocks, buffers)  # what the pointers point to
         self.x, self.y = buffers["x"], buffers["y"]
+        self.any_prompt = caches[0].k.dtype == torch.bfloat16 and emulates_bfloat16()
         self.weights = sum(p.numel() for p in trunk.parameters())
         self.decode, self.decoder = library(caches[0].k.dtype).decode, decoder
         self.decode.argtypes, self.decode.restype = [c_void_p] * 3 + [c_int] * 5, None
 
     def takes(self, x, mask):
-        return x.size(1) == 1 or isinstance(mask, str) and x.size(0) * x.size(1) <= self.most
+        return x.size(1) == 1 or isinstance(mask, str) and (self.any_prompt or x.size(0) * x.size(1) <= self.most)
 
     def __call__(self, x, mask=None, rope=None, start=0):
         """(B, T, C) -> (B, T, C) as the trunk itself; arguments as Attention's. Raises ValueError where caches end."""
@@ -111,6 +115,11 @@ class CompiledDecoder:
                              f" {self.slots}")
         if mask is not None and not isinstance(mask, str):
             return self.decoder(x, mask, rope, start)
+        step = self.most // x.size(0)  # positions at once
+        if x.size(1) > step:
+            parts = [slice(t, t + step) for t in range(0, x.size(1), step)]
+            return torch.cat([self(x[:, part], mask, rope and [turn[..., part, :] for turn in rope], start + part.start)
+                              for part in parts], dim=1)
         cos, sin = (turn.contiguous() for turn in rope) if rope else (None, None)  # (1, D), (T, D) or (B, 1, T, D)
         pointers = (cos.data_ptr(), sin.data_ptr(), cos.numel() // cos.size(-1)) if rope else (None, None, 0)
         threads = torch.get_num_threads() if self.weights * x.size(0) * x.size(1) >= THREADS_FROM else 1

@@ -52,7 +52,7 @@ def pick_dtype(name, device):
     if name == "float16" and device.type != "cuda":
         raise UserError(f"dtype = float16 needs a CUDA device, not {device.type}: use --dtype=float32 or bfloat16")
     if name != "auto":
-        slow = name == "bfloat16" and device.type == "cpu" and not (has_amx() or cpu_has("_is_avx512_bf16_supported"))
+        slow = name == "bfloat16" and device.type == "cpu" and emulates_bfloat16()
         return DTYPES[name], "as set" + "; this CPU is many times slower at it than at float32" * slow
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -65,6 +65,10 @@ def pick_dtype(name, device):
 
 def has_amx():
     return cpu_has("_is_amx_tile_supported")
+
+
+def emulates_bfloat16():
+    return not (has_amx() or cpu_has("_is_avx512_bf16_supported"))
 
 
 def cpu_has(name):

@@ -50,7 +50,11 @@ def test_compiled_steps_give_the_uncached_logits(monkeypatch, changes, threads):
 @pytest.mark.parametrize("changes", [
     {}, dict(bias=True, mlp="relu2", positions="rotary", tied=False, bigrams=True),
     dict(norm="rmsnorm", mlp="geglu", positions="rotary", n_kv_head=2, head_dim=32)])
-def test_compiled_steps_from_bfloat16_are_nearer_to_float32_than_pytorch_s_own(changes):
+@pytest.mark.parametrize("prompt_tokens", [decode.PROMPT_TOKENS, 0])  # in one piece, and in pieces of two
+def test_compiled_steps_from_bfloat16_are_nearer_to_float32_than_pytorch_s_own(monkeypatch, changes, prompt_tokens):
+    monkeypatch.setattr(decode, "PROMPT_TOKENS", prompt_tokens)
+    monkeypatch.setattr(decode, "emulates_bfloat16", lambda: True)
+    monkeypatch.setattr(decode, "has_amx", lambda: False)
     model, tokens = make_gpt(**changes).bfloat16(), torch.randint(11, (B, T), generator=seeded())
     found, kind = stepped(model, tokens)
     assert kind is decode.CompiledDecoder
