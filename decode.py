@@ -1,4 +1,6 @@
-"""Short steps through a trunk in compiled C (decode.c), on a CPU in float32 or bfloat16, where there is a C compiler.
+"""Short steps through a trunk in compiled C (decode.c), on a CPU where there is a C compiler, in float32.
+
+In bfloat16 too, for all prompts, where the CPU only emulates it.
 
 The first sample compiles decode.c, in about a second, into this folder's __pycache__; later ones find it there.
 Everything else is left to PyTorch, see model.py's Decoder. QUILL_COMPILER names another compiler than cc; an empty one
@@ -20,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from device import emulates_bfloat16, has_amx
+from device import emulates_bfloat16
 
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-shared", "-fPIC"]
@@ -28,7 +30,6 @@ DTYPES = {torch.float32: [], torch.bfloat16: ["-DBFLOAT16"]}
 WIDTH = 16  # all widths must be multiples of it
 MLPS = ("gelu", "geglu", "relu2")  # in the order of decode.c's numbers
 PROMPT_TOKENS = 128  # more at once are a matter for PyTorch, whose products of large matrices are quicker
-AMX_ROWS = 8  # likewise of bfloat16 on a CPU with AMX: an estimate, not measured
 THREADS_FROM = 2**19  # multiplications in a step that are worth a second thread
 
 
@@ -84,14 +85,13 @@ class Trunk(ctypes.Structure):
 class CompiledDecoder:
     """As model.py's Decoder, whose place it takes in steps without a mask.
 
-    It takes short prompts too, and where the CPU only emulates bfloat16 prompts of any length in that.
+    It takes short prompts too, and in bfloat16 prompts of any length, in pieces.
     """
 
     def __init__(self, trunk, caches, decoder):
         config, (B, K, slots, D) = trunk.config, caches[0].k.shape
         C, H, F = config.n_embd, config.n_head, trunk.blocks[0].mlp.up_proj.out_features
-        prompt = 0 if prefers_amx(caches) else PROMPT_TOKENS
-        self.rows, self.slots, self.most = B, slots, max(prompt, 2 * B)  # most tokens at once
+        self.rows, self.slots, self.most = B, slots, max(PROMPT_TOKENS, 2 * B)  # most tokens at once
         widths = dict(x=C, y=max(C, H * D), q=H * D, k=K * D, v=K * D, hidden=F, gates=F,
                       scores=H * (-(-slots // WIDTH) * WIDTH))
         buffers = {name: torch.zeros(self.most * widths[name]) for name in Trunk.BUFFERS}
@@ -100,7 +100,7 @@ class CompiledDecoder:
         struct = Trunk(blocks, layer(trunk.ln_f), *(b.data_ptr() for b in buffers.values()), *sizes, config.norm_eps)
         self.trunk, self.kept = ctypes.byref(struct), (trunk, caches, blocks, buffers)  # what the pointers point to
         self.x, self.y = buffers["x"], buffers["y"]
-        self.any_prompt = caches[0].k.dtype == torch.bfloat16 and emulates_bfloat16()
+        self.any_prompt = caches[0].k.dtype == torch.bfloat16
         self.weights = sum(p.numel() for p in trunk.parameters())
         self.decode, self.decoder = library(caches[0].k.dtype).decode, decoder
         self.decode.argtypes, self.decode.restype = [c_void_p] * 3 + [c_int] * 5, None
@@ -138,17 +138,13 @@ def block(module, cache):
     return Block(*(layer(layers.get(name)) for name in Block.LAYERS), cache.k.data_ptr(), cache.v.data_ptr())
 
 
-def prefers_amx(caches):
-    return caches[0].k.dtype == torch.bfloat16 and has_amx()
-
-
 def compiled(trunk, caches, decoder):
     """A CompiledDecoder if there is a compiler and it knows such a trunk, else None."""
     tensors, dtype = [*trunk.parameters(), caches[0].k], caches[0].k.dtype
-    plain = dtype in DTYPES and all(t.device.type == "cpu" and t.dtype == dtype and t.is_contiguous() for t in tensors)
+    known = dtype == torch.float32 or dtype == torch.bfloat16 and emulates_bfloat16()
+    plain = known and all(t.device.type == "cpu" and t.dtype == dtype and t.is_contiguous() for t in tensors)
     alike = len({tuple(p.shape for p in block.parameters()) for block in trunk.blocks}) == 1
     widths = (trunk.config.n_embd, caches[0].k.size(3), trunk.blocks[0].mlp.up_proj.out_features)
-    many = prefers_amx(caches) and len(caches[0].k) > AMX_ROWS
-    if not plain or not alike or many or any(width % WIDTH for width in widths) or trunk.config.mlp not in MLPS:
+    if not plain or not alike or any(width % WIDTH for width in widths) or trunk.config.mlp not in MLPS:
         return None
     return CompiledDecoder(trunk, caches, decoder) if library(dtype) else None

@@ -68,6 +68,7 @@ def has_amx():
 
 
 def emulates_bfloat16():
+    """Whether this CPU has no instructions for products in bfloat16."""
     return not (has_amx() or cpu_has("_is_avx512_bf16_supported"))
 
 

@@ -54,12 +54,16 @@ def test_compiled_steps_give_the_uncached_logits(monkeypatch, changes, threads):
 def test_compiled_steps_from_bfloat16_are_nearer_to_float32_than_pytorch_s_own(monkeypatch, changes, prompt_tokens):
     monkeypatch.setattr(decode, "PROMPT_TOKENS", prompt_tokens)
     monkeypatch.setattr(decode, "emulates_bfloat16", lambda: True)
-    monkeypatch.setattr(decode, "has_amx", lambda: False)
     model, tokens = make_gpt(**changes).bfloat16(), torch.randint(11, (B, T), generator=seeded())
     found, kind = stepped(model, tokens)
     assert kind is decode.CompiledDecoder
     plain, exact = model(tokens), model.float()(tokens)
     assert (found - exact).norm() < (plain - exact).norm() < 0.1 * exact.norm()
+
+
+def test_bfloat16_is_left_to_pytorch_where_the_cpu_has_it(monkeypatch):
+    monkeypatch.setattr(decode, "emulates_bfloat16", lambda: False)
+    assert stepped(make_gpt().bfloat16(), torch.randint(11, (B, T), generator=seeded()))[1] is Decoder
 
 
 @needs_compiler
