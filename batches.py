@@ -1,14 +1,13 @@
-"""Batches as a pure function of (seed, step), and fixed ones for evaluation: windows of a text, or images with text.
+"""Rows of a batch as a pure function of (seed, step), and fixed ones for evaluation; prepared data sets, opened.
 
 Nothing here has a state: to resume a run only its step number is needed, evaluation can't disturb the order of
-training, and one worker or four see the same sequences.
+training, and one worker or four see the same rows.
 
 Axes: B batch, T tokens of a row, S height and width of an image in pixels.
 """
 
 import functools
 import json
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +25,6 @@ class Dataset:
 
     def __init__(self, folder):
         self.folder, self.meta = folder, read_meta(folder, "text")
-        self.vocab_size = self.meta["vocab_size"]
         self.splits = {split: self.open_split(split) for split in ("train", "val")}
 
     def open_split(self, split):
@@ -92,7 +90,7 @@ def random_offsets(n_tokens, block_size, count, *key):
     return generator.integers(0, n_tokens - block_size, size=count)
 
 
-def gather(tokens, offsets, block_size, device):
+def read_windows(tokens, offsets, block_size, device):
     """{tokens, targets}: (len(offsets), block_size) int64 tensors; targets are the tokens one place on."""
     windows = np.stack([tokens[offset:offset + block_size + 1] for offset in offsets]).astype(np.int64)
     windows = to_device(windows, device)
@@ -127,7 +125,7 @@ class ImageTextDataset:
 
     def __init__(self, folder):
         self.folder, self.meta = folder, read_meta(folder, "image-text")
-        self.vocab_size, self.image_size = self.meta["vocab_size"], self.meta["image_size"]
+        self.image_size = self.meta["image_size"]
         path, shape = folder / "images.bin", (self.meta["images"], self.image_size, self.image_size, 3)
         if not path.exists() or path.stat().st_size != np.prod(shape):
             raise UserError(f"{path} does not hold the {shape[0]:,} images that meta.json promises: prepare it again")
@@ -144,55 +142,10 @@ class ImageTextDataset:
         raise UserError(f"{path} does not hold the {count:,} rows that meta.json promises: prepare it again")
 
 
-class Rows(NamedTuple):
-    """Questions and answers as token ids, each row padded on the right to the longest."""
-    images: np.ndarray  # (n,) index of the row's image
-    ids: np.ndarray  # (n, T + 1): prompt, answer, eos, padding
-    prefix: np.ndarray  # (n,) tokens of the prompt
-    lengths: np.ndarray  # (n,) tokens of prompt, answer and eos
-
-
-class Captions(NamedTuple):
-    """Texts alone as token ids, each padded on the left to the longest, so that eos is the last of every row."""
-    images: np.ndarray  # (n,) index of the row's image
-    ids: np.ndarray  # (n, T): padding, caption, eos
-    padding: np.ndarray  # (n,) tokens of padding
-
-
-def encode_rows(rows, tokenizer):
-    """The `Rows` of a split, or of some of its rows."""
-    from vlm import encode_prompt  # here, for text needs no vlm.py
-    prompts = {prompt: encode_prompt(tokenizer, prompt) for prompt in {row["prompt"] for row in rows}}
-    answers = {answer: with_eos(tokenizer, answer) for answer in {row["answer"] for row in rows}}
-    prefix = np.array([len(prompts[row["prompt"]]) for row in rows])
-    lengths = prefix + np.array([len(answers[row["answer"]]) for row in rows])
-    ids = np.zeros((len(rows), lengths.max()), dtype=np.int64)
-    for i, row in enumerate(rows):
-        ids[i, :prefix[i]] = prompts[row["prompt"]]
-        ids[i, prefix[i]:lengths[i]] = answers[row["answer"]]
-    return Rows(np.array([row["image"] for row in rows]), ids, prefix, lengths)
-
-
-def encode_captions(rows, tokenizer):
-    """The `Captions` of the rows of kind "caption": the first of each image, so that all images are distinct.
-
-    Raises UserError if there is none.
-    """
-    chosen = {row["image"]: row["answer"] for row in reversed(rows) if row["kind"] == "caption"}
-    if not chosen:
-        raise UserError("the data set has no rows of kind \"caption\", which contrastive training reads: prepare some")
-    images = np.array(sorted(chosen))
-    texts = [with_eos(tokenizer, chosen[image]) for image in images]
-    ids = np.zeros((len(texts), max(map(len, texts))), dtype=np.int64)
-    for row, text in zip(ids, texts):
-        row[len(row) - len(text):] = text
-    return Captions(images, ids, np.array([ids.shape[1] - len(text) for text in texts]))
-
-
-def with_eos(tokenizer, text):
-    if tokenizer.eos is None:
-        raise UserError(f"a tokenizer of kind {tokenizer.kind} has no token that ends an answer, which images need")
-    return np.append(tokenizer.encode(text), tokenizer.eos)
+def read_images(images, indices, device):
+    """Of uint8 (n, S, S, 3) those at the indices, as float32 (B, 3, S, S) in [-1, 1]."""
+    pixels = to_device(images[indices], device)
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, S, S, 3) -> (B, 3, S, S)
 
 
 def shuffled_rows(n_rows, count, seed, step):
@@ -220,34 +173,3 @@ def fixed_rows(n_rows, batch_size, limit=0):
     if limit and n_rows > limit:
         rows = rows[np.arange(limit) * n_rows // limit]
     return [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
-
-
-def gather_images(images, indices, device):
-    """Of uint8 (n, S, S, 3) those at the indices, as float32 (B, 3, S, S) in [-1, 1]."""
-    pixels = to_device(images[indices], device)
-    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, S, S, 3) -> (B, 3, S, S)
-
-
-def gather_rows(images, rows, indices, device):
-    """{images, tokens, targets, prefix} of the rows at the indices, for PaliGemma.
-
-    images: those of the data set. tokens, targets: (B, T) int64, where T fits the longest of these rows; a target is
-    the next token where that belongs to the answer or is its eos, and -100 elsewhere. prefix: (B,).
-    """
-    longest = rows.lengths[indices].max()
-    ids, places = rows.ids[indices, :longest], np.arange(1, longest)  # places of the targets in a row
-    answer = (places >= rows.prefix[indices, None]) & (places < rows.lengths[indices, None])  # (B, T)
-    return {"images": gather_images(images, rows.images[indices], device),
-            "tokens": to_device(ids[:, :-1], device),
-            "targets": to_device(np.where(answer, ids[:, 1:], -100), device),
-            "prefix": to_device(rows.prefix[indices], device)}
-
-
-def gather_captions(images, captions, indices, device):
-    """{images, tokens, padding} of the captions at the indices, for contrastive training.
-
-    tokens: (B, T), with padding (B,) tokens at the left that stand for nothing.
-    """
-    return {"images": gather_images(images, captions.images[indices], device),
-            "tokens": to_device(captions.ids[indices], device),
-            "padding": to_device(captions.padding[indices], device)}

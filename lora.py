@@ -1,7 +1,7 @@
 """LoRA (Hu et al. 2021): of each linear layer only a sum of `rank` outer products is trained; the rest stays as it is.
 
-    add_lora(model.decoder, rank=8, alpha=16)     before training
-    merge_lora(model.decoder)                     after it: ordinary layers again, under their ordinary names
+    add_lora(model, rank=8)      before training
+    merge_lora(model)            after it: ordinary layers again, under their ordinary names
 
 Any module will do, and nothing else in it needs to know.
 """
@@ -22,7 +22,8 @@ class LoRALinear(nn.Linear):
     def __init__(self, linear, rank, alpha, generator=None):
         super().__init__(linear.in_features, linear.out_features, device="meta")
         self.weight, self.bias, self.scale = linear.weight, linear.bias, alpha / rank
-        drawn = torch.empty(rank, self.in_features).normal_(0.0, self.in_features ** -0.5, generator=generator)
+        drawn = torch.empty(rank, self.in_features, device="cpu")
+        drawn.normal_(0.0, self.in_features ** -0.5, generator=generator)
         self.lora_a = nn.Parameter(drawn.to(self.weight.device))  # (rank, in)
         self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, device=self.weight.device))  # (out, rank)
 
@@ -39,26 +40,29 @@ class LoRALinear(nn.Linear):
         return linear
 
 
-def add_lora(module, rank, alpha, generator=None):
-    """Freezes the module, and gives every linear layer inside it the two matrices that train instead.
+def add_lora(model, rank, generator=None, alpha=0):
+    """Freezes a model's `decoder`, or all of a model without one, and gives each linear layer there two small matrices.
 
-    B starts at zero, so the module computes what it did; A is drawn with variance 1 / in, on the CPU.
-    Raises UserError for a rank below 1.
+    These train instead. B starts at zero, so the model computes what it did; A is drawn with variance 1 / in, on the CPU.
+    alpha: 0: 2 * rank. Raises UserError for a rank below 1, and for a model without linear layers.
     """
     if rank < 1:
-        raise UserError(f"lora rank = {rank}: must be at least 1")
-    module.requires_grad_(False)
-    replace(module, nn.Linear, lambda linear: LoRALinear(linear, rank, alpha, generator))
+        raise UserError(f"lora_rank = {rank}: must be at least 1")
+    part = getattr(model, "decoder", model)
+    part.requires_grad_(False)
+    if not replace(part, nn.Linear, lambda linear: LoRALinear(linear, rank, alpha or 2 * rank, generator)):
+        raise UserError(f"lora_rank = {rank}: a {type(model).__name__} has no linear layer to add it to")
 
 
-def merge_lora(module):
+def merge_lora(model):
     """Undoes `add_lora` and keeps what was learned. The weights stay frozen."""
-    replace(module, LoRALinear, LoRALinear.merged)
+    replace(model, LoRALinear, LoRALinear.merged)
 
 
-def replace(module, kind, make):
-    """Puts make(layer) in the place of each layer of exactly this kind."""
-    for parent in list(module.modules()):
-        for name, child in parent.named_children():
-            if type(child) is kind:
-                setattr(parent, name, make(child))
+def replace(model, kind, make):
+    """Puts make(layer) in the place of each layer of exactly this kind; returns how many there were."""
+    found = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()
+             if type(child) is kind]
+    for parent, name, child in found:
+        setattr(parent, name, make(child))
+    return len(found)

@@ -1,14 +1,14 @@
-"""Transformers from a few blocks: norms, attention, MLPs, the block, the trunk; GPT and generation.
+"""Transformers from a few blocks: norms, attention, MLPs, the block, the trunk, its cache, and GPT.
 
     python train.py config/shakespeare_char.py      trains a GPT (on a laptop's CPU too)
-    python sample.py --out_dir=out                  samples it
+    python sample.py --out_dir=out                  samples it; the loop that writes is in generate.py
 
 What has weights is a module; what varies from call to call (mask, rotation, cache, memory) is an argument.
 So one block serves a GPT, a bidirectional encoder, an encoder-decoder, a vision transformer and a Gemma:
-they differ in the parts they name (NORMS, MLPS), in a few numbers, and in what they do around the trunk.
+they differ in the parts they name (NORMS, MLPS, POSITIONS), in a few numbers, and in what they do around the trunk.
 
 Axes: B batch, T query positions, S key positions, C channels (n_embd), H query heads, K key-value heads,
-D head_dim, V vocabulary.
+D head_dim, V vocabulary, A places where something is predicted.
 """
 
 from dataclasses import dataclass
@@ -17,9 +17,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import decode
 from configurator import UserError, check_ranges, check_shape
-from dropout import CausalAttention, Dropout, drop
+from machine.attention import Dropout, attend, squared_relu
 
 MAX_BIGRAM_VOCABULARY = 512
 
@@ -42,33 +41,38 @@ class TransformerConfig:
     def __post_init__(self):
         check_ranges(self, n_layer=1, n_head=1, n_embd=1, n_kv_head=0, head_dim=0, n_hidden=0, dropout=0.0)
         check_shape(self.n_head if self.head_dim else self.n_embd, self.n_head, self.n_kv_head, self.dropout)
-        for field, table in (("norm", NORMS), ("mlp", MLPS)):
-            if getattr(self, field) not in table:
-                raise UserError(f"{field} = {getattr(self, field)!r}: must be one of {', '.join(table)}")
+        check_part("norm", self.norm, NORMS)
+        check_part("mlp", self.mlp, MLPS)
 
 
 @dataclass(frozen=True)
 class GPTConfig(TransformerConfig):
     vocab_size: int = 65
     block_size: int = 64  # most positions the model can look at
-    positions: str = "learned"  # or rotary
+    positions: str = "learned"  # a key of POSITIONS
+    rope_theta: float = 10000.0  # of rotary positions
     tied: bool = True  # the embedding matrix is also the output head
     bigrams: bool = False  # an embedding of each pair of neighbours too: vocab_size^2 rows
 
     def __post_init__(self):
         super().__post_init__()
         check_ranges(self, vocab_size=1, block_size=1)
-        if self.positions not in ("learned", "rotary"):
-            raise UserError(f"positions = {self.positions!r}: must be learned or rotary")
-        if self.positions == "rotary" and (head_dim := self.head_dim or self.n_embd // self.n_head) % 2:
+        check_part("positions", self.positions, POSITIONS)
+        head_dim = self.head_dim or self.n_embd // self.n_head
+        if self.positions == "rotary" and head_dim % 2:
             raise UserError(f"head_dim = {head_dim}: rotary positions turn pairs, so it must be even")
         if self.bigrams and self.vocab_size > MAX_BIGRAM_VOCABULARY:
             raise UserError(f"bigrams = True: a vocabulary of {self.vocab_size:,} has {self.vocab_size**2:,} pairs, and"
                             f" from more than {MAX_BIGRAM_VOCABULARY} tokens on they are too many")
 
 
+def check_part(setting, name, table):
+    if name not in table:
+        raise UserError(f"{setting} = {name!r}: must be one of {', '.join(table)}")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# Parts
+# Norms and MLPs
 
 class LayerNorm(nn.LayerNorm):
     def __init__(self, config):
@@ -100,10 +104,7 @@ class MLP(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x):
-        return self.dropout(self.down_proj(self.activate(self.up_proj(x))))
-
-    def activate(self, up):
-        return F.gelu(up, approximate="tanh")
+        return self.dropout(self.down_proj(F.gelu(self.up_proj(x), approximate="tanh")))
 
 
 class GatedMLP(MLP):
@@ -114,47 +115,50 @@ class GatedMLP(MLP):
         self.gate_proj = nn.Linear(config.n_embd, self.up_proj.out_features, bias=config.bias)
 
     def forward(self, x):
-        return self.dropout(self.down_proj(self.activate(self.up_proj(x), self.gate_proj(x))))
-
-    def activate(self, up, gate):
-        return F.gelu(gate, approximate="tanh") * up
-
-
-class SquaredReLU(torch.autograd.Function):
-    """relu(x)^2, in a third of the passes over memory that its parts would take backward."""
-
-    @staticmethod
-    def forward(ctx, x):
-        positive = F.relu(x)
-        ctx.save_for_backward(positive)
-        return positive * positive
-
-    @staticmethod
-    def backward(ctx, grad):
-        positive, = ctx.saved_tensors
-        return (grad * positive).mul_(2)
+        gate = F.gelu(self.gate_proj(x), approximate="tanh")
+        return self.dropout(self.down_proj(gate * self.up_proj(x)))
 
 
 class SquaredReLUMLP(MLP):
     """down(relu(up(x))^2) (So et al. 2021)."""
 
-    def activate(self, up):
-        return SquaredReLU.apply(up) if up.requires_grad else F.relu(up).square_()
+    def forward(self, x):
+        return self.dropout(self.down_proj(squared_relu(self.up_proj(x))))
 
 
 NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
 MLPS = {"gelu": MLP, "geglu": GatedMLP, "relu2": SquaredReLUMLP}
 
 
-def rotary(positions, head_dim, theta=10000.0):
-    """(cos, sin) for rotary positions (Su et al. 2021), in the half-split layout; float32.
+# ----------------------------------------------------------------------------------------------------------------------
+# Positions: each kind takes embedded tokens (B, T, C) and where they stand, a slice or integers (T,) or (B, 1, T),
+# and returns (x, rope): what it adds to them, and the rotation that attention applies to queries and keys, or None.
 
-    positions: (..., T) integers; returns two tensors of (..., T, D).
-    """
-    rates = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)  # (D/2,)
-    angles = positions[..., None].float() * rates  # (..., T, D/2)
-    angles = torch.cat((angles, angles), dim=-1)  # (..., T, D)
-    return angles.cos(), angles.sin()
+class Learned(nn.Embedding):
+    def __init__(self, config):
+        super().__init__(config.block_size, config.n_embd)
+
+    def forward(self, x, positions):
+        return x + self.weight[positions], None
+
+
+class Rotary(nn.Module):
+    """Cosines and sines of each position's angles (Su et al. 2021), in the half-split layout, float32, built once."""
+
+    def __init__(self, config):
+        super().__init__()
+        D = config.head_dim or config.n_embd // config.n_head
+        rates = config.rope_theta ** (-torch.arange(0, D, 2, device="cpu").float() / D)  # (D/2,)
+        places = torch.arange(config.block_size + 1, device="cpu").float()  # one more, for PaliGemma counts from 1
+        angles = (places[:, None] * rates).repeat(1, 2)  # (block_size + 1, D)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, x, positions):
+        return x, (self.cos[positions], self.sin[positions])
+
+
+POSITIONS = {"learned": Learned, "rotary": Rotary}
 
 
 def rotate(x, cos, sin):
@@ -172,43 +176,16 @@ def causal_mask(q_pos, kv_pos, prefix=0):
     return (kv_pos <= q_pos[:, None]) | (kv_pos < prefix)
 
 
-def continuing_mask(start, end, device):
-    """The `mask` of Attention for the tokens from `start` to `end`, each of which sees all up to itself."""
-    if end == start + 1:
-        return None  # one token sees all there is
-    if start == 0:
-        return "causal"
-    pos = torch.arange(end, device=device)
-    return causal_mask(pos[start:], pos)
-
-
-def attend(q, k, v, mask, dropout=0.0):
-    """softmax(q k^T / sqrt(D)) v by the fastest kernel there is. q: (B, H, T, D), k, v: (B, K, S, D); mask as below."""
-    causal, gqa = isinstance(mask, str) and mask == "causal", q.size(1) != k.size(1)
-    how = dict(attn_mask=None if causal else mask, is_causal=causal, dropout_p=dropout, enable_gqa=gqa)
-    if q.device.type != "cpu" or not q.requires_grad:
-        return F.scaled_dot_product_attention(q, k, v, **how)
-    if causal and q.dtype == torch.bfloat16 and q.shape == k.shape and q.size(2) <= 512:
-        future = torch.full(2 * q.shape[2:3], -torch.inf, dtype=q.dtype).triu_(1)
-        scores = torch.baddbmm(future, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=q.size(3) ** -0.5)
-        weights = drop(scores.softmax(-1), dropout) if dropout else scores.softmax(-1)
-        return torch.bmm(weights, v.flatten(0, 1)).view(q.shape)  # two to four times as fast as the fused kernel
-    if causal and dropout and q.shape == k.shape:
-        return CausalAttention.apply(*(x.flatten(0, 1) for x in (q, k, v)), dropout).view(q.shape)
-    if q.size(2) * q.size(3) >= 2**14:
-        return F.scaled_dot_product_attention(q, k, v, **how)
-    with torch.autocast("cpu", enabled=False):  # of short rows the backward pass in bfloat16 is up to six times slower
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **how).type_as(q)
-
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention, cache, block, trunk
 
 class Attention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017); with memory, cross-attention.
 
     mask: None (all see all), "causal" (which keeps the fused kernel's fast path), or a boolean tensor of two or
     more dimensions that broadcasts to (B, H, T, S), True = may look.
-    rope: (cos, sin) that broadcast to (B, H, T, D). cache, start: a KVCache and the first of the T slots to write; then
-    S counts the slots filled so far.
-    memory: (B, S, C), where keys and values come from instead of x.
+    rope: (cos, sin) that broadcast to (B, H, T, D). cache, start: a KVCache and where it is written, see there.
+    memory: (B, S, C), where keys and values come from instead of x; or what `keys_values` made of it.
     """
 
     def __init__(self, config):
@@ -223,16 +200,20 @@ class Attention(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x, mask=None, rope=None, cache=None, start=0, memory=None):
-        source = x if memory is None else memory
         q = self.q_proj(x).unflatten(-1, (self.n_head, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_proj(source).unflatten(-1, (self.n_kv_head, self.head_dim)).transpose(1, 2)  # (B, K, S, D)
-        v = self.v_proj(source).unflatten(-1, (self.n_kv_head, self.head_dim)).transpose(1, 2)  # (B, K, S, D)
+        k, v = memory if isinstance(memory, tuple) else self.keys_values(x if memory is None else memory)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.update(k, v, start)
         y = attend(q, k, v, mask, self.dropout.p if self.training else 0.0)
         return self.dropout(self.o_proj(y.transpose(1, 2).flatten(2)))  # (B, H, T, D) -> (B, T, C)
+
+    def keys_values(self, source):
+        """(B, S, C) -> keys and values, each (B, K, S, D). Of a memory they need computing once only."""
+        k = self.k_proj(source).unflatten(-1, (self.n_kv_head, self.head_dim)).transpose(1, 2)
+        v = self.v_proj(source).unflatten(-1, (self.n_kv_head, self.head_dim)).transpose(1, 2)
+        return k, v
 
 
 class KVCache:
@@ -248,18 +229,38 @@ class KVCache:
         self.v = torch.zeros_like(self.k)
 
     def update(self, k, v, start):
-        """Writes k, v: (B, K, T, D) into the slots from `start` on, and returns all that are filled, (B, K, S, D)."""
-        end = start + k.size(2)
-        self.k[:, :, start:end] = k
-        self.v[:, :, start:end] = v
-        return self.k[:, :, :end], self.v[:, :, :end]
+        """Writes k, v: (B, K, T, D), and returns the keys and values to look at, (B, K, S, D).
+
+        start: the first of the T slots, an int: then S counts the slots filled so far. Or the T slots as a tensor, whose
+        values a CUDA graph may change: then S counts all slots, and the mask must hide those not filled yet.
+        """
+        if isinstance(start, int):
+            end = start + k.size(2)
+            self.k[:, :, start:end] = k
+            self.v[:, :, start:end] = v
+            return self.k[:, :, :end], self.v[:, :, :end]
+        self.k.index_copy_(2, start, k)
+        self.v.index_copy_(2, start, v)
+        return self.k, self.v
+
+
+class Caches(list):
+    """One KVCache per layer, and `last`, (B, 1): the latest token of each row, which a model with bigrams needs."""
+
+    def __init__(self, layers):
+        super().__init__(layers)
+        k = layers[0].k
+        self.size = k.size(2)
+        self.last = torch.zeros(len(k), 1, dtype=torch.long, device=k.device)
+
+    def reorder(self, rows):
+        """Row i goes on from what row rows[i] holds, as beam search needs it. rows: (B,)."""
+        for buffer in (self.last, *(buffer for layer in self for buffer in (layer.k, layer.v))):
+            buffer.copy_(buffer[rows])
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: x + attention, [x + cross-attention to memory,] x + MLP.
-
-    Raises ValueError when memory is passed to a block built without cross-attention, or is missing in one with it.
-    """
+    """Pre-norm residual block: x + attention, [x + cross-attention to memory,] x + MLP."""
 
     def __init__(self, config):
         super().__init__()
@@ -272,17 +273,11 @@ class Block(nn.Module):
         self.mlp = MLPS[config.mlp](config)
 
     def forward(self, x, mask=None, rope=None, cache=None, start=0, memory=None, memory_mask=None):
-        if (memory is None) != (self.cross_attn is None):
-            raise ValueError("memory and cross=True belong together: this block has one of them")
+        assert (memory is None) == (self.cross_attn is None), "memory and cross=True belong together"
         x = x + self.attn(self.ln_1(x), mask, rope, cache, start)
         if memory is not None:
             x = x + self.cross_attn(self.ln_x(x), memory_mask, memory=memory)
         return x + self.mlp(self.ln_2(x))
-
-
-def blocks(model):
-    """All blocks of a model, of all its trunks."""
-    return [module for module in model.modules() if isinstance(module, Block)]
 
 
 class Transformer(nn.Module):
@@ -294,128 +289,77 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = NORMS[config.norm](config)
 
-    def forward(self, x, caches=None, **per_call):
-        if caches and caches.decoder and caches.decoder.takes(x, per_call.get("mask")):
-            return caches.decoder(x, **per_call)
-        return self.run(x, caches, **per_call)
-
-    def run(self, x, caches=None, **per_call):
-        """`forward`, block by block in any case."""
+    def forward(self, x, caches=None, memory=None, **per_call):
+        """memory: (B, S, C), or what `remember` made of it; the rest as in `Attention`."""
         for i, block in enumerate(self.blocks):
-            x = block(x, cache=caches[i] if caches else None, **per_call)
+            cache = caches[i] if caches else None
+            its_memory = memory[i] if isinstance(memory, list) else memory
+            x = block(x, cache=cache, memory=its_memory, **per_call)
         return self.ln_f(x)
+
+    def remember(self, memory):
+        """The keys and values that each block's cross-attention reads of a memory: computed once per source."""
+        return [block.cross_attn.keys_values(memory) for block in self.blocks]
 
     def make_caches(self, batch_size, size):
         """Caches of the weights' dtype and device, to be filled from position 0 on."""
-        caches = Caches(KVCache(block.attn, batch_size, size) for block in self.blocks)
-        if Decoder.fits(self):
-            plain = Decoder(self, caches)
-            candidates = filter(None, (decode.compiled(self, caches, plain), plain))
-            caches.decoder = next((decoder for decoder in candidates if agrees(decoder, self, caches)), None)
-        return caches
+        return Caches([KVCache(block.attn, batch_size, size) for block in self.blocks])
+
+
+def all_blocks(model):
+    """The blocks of all trunks of a model."""
+    return [module for module in model.modules() if isinstance(module, Block)]
 
 
 @torch.no_grad()
-def agrees(decoder, trunk, caches):
-    """Whether two steps of the decoder give the trunk's numbers, as they don't once somebody has changed a block."""
-    (B, _, size, D), dtype, device = caches[0].k.shape, caches[0].k.dtype, caches[0].k.device
-    T, generator = min(2, size), torch.Generator().manual_seed(0)
-    x = torch.randn(B, T, trunk.config.n_embd, generator=generator).to(device, dtype)
-    angles = torch.randn(T, (D + 1) // 2, generator=generator).repeat(1, 2)[:, :D].to(device)
-    cos, sin = angles.cos(), angles.sin()
-    expected = trunk.run(x, caches, mask=continuing_mask(0, T, device), rope=(cos, sin)).float()
-    found = [decoder(x[:, t:t + 1], rope=(cos[t:t + 1], sin[t:t + 1]), start=t).float() for t in range(T)]
-    tolerance = 1e-3 if dtype == torch.float32 else 0.1
-    return (torch.cat(found, dim=1) - expected).norm() <= tolerance * expected.norm()
-
-
-class Caches(list):
-    """One KVCache per layer; with them the decoder of short steps, or None, and of a GPT that needs these (cos, sin) of
-    all positions and the last token of each row, (B, 1).
-    """
-
-    decoder = rope = last = None
-
-
-class Decoder:
-    """A trunk written out for one new token per row: the same numbers from the same weights and caches, sooner.
-
-    In so small a step, calling modules and looking up their parts takes longer than computing. So all is looked up
-    before, and no module is called. It is used where `agrees` finds that the numbers are the same.
-    """
-
-    @classmethod
-    def fits(cls, trunk):
-        """Whether the trunk has nothing that this class does not know, such as cross-attention or LoRA."""
-        kinds = {Transformer, nn.ModuleList, nn.Linear, Dropout, Block, Attention, *NORMS.values(), *MLPS.values()}
-        return not trunk.training and all(type(m) in kinds for m in trunk.modules()) and not trunk.blocks[0].cross_attn
-
-    def __init__(self, trunk, caches):
-        self.ln_f, self.layers = trunk.ln_f.forward, []
-        for block, cache in zip(trunk.blocks, caches):
-            a, mlp = block.attn, block.mlp
-            ups = [mlp.up_proj, mlp.gate_proj] if isinstance(mlp, GatedMLP) else [mlp.up_proj]
-            qkv, o, ups, down = ([(linear.weight, linear.bias) for linear in group]
-                                 for group in ([a.q_proj, a.k_proj, a.v_proj], [a.o_proj], ups, [mlp.down_proj]))
-            self.layers.append((block.ln_1.forward, *qkv, cache, *o, block.ln_2.forward, ups, mlp.activate, *down))
-        self.head_dim, self.gqa = a.head_dim, a.n_kv_head != a.n_head
-
-    def takes(self, x, mask):
-        return x.size(1) == 1
-
-    def __call__(self, x, mask=None, rope=None, start=0):
-        """(B, 1, C) -> (B, 1, C) as the trunk itself; arguments as Attention's."""
-        x, shape = x[:, 0], (len(x), -1, 1, self.head_dim)
-        for ln_1, q_proj, k_proj, v_proj, cache, o_proj, ln_2, ups, activate, down_proj in self.layers:
-            y = ln_1(x)  # (B, C)
-            q = F.linear(y, *q_proj).view(shape)  # (B, H, 1, D)
-            k = F.linear(y, *k_proj).view(shape)  # (B, K, 1, D)
-            v = F.linear(y, *v_proj).view(shape)  # (B, K, 1, D)
-            if rope is not None:
-                q, k = rotate(q, *rope), rotate(k, *rope)
-            k, v = cache.update(k, v, start)  # (B, K, S, D)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.gqa)
-            x = x + F.linear(y.flatten(1), *o_proj)
-            y = ln_2(x)
-            x = x + F.linear(activate(*[F.linear(y, *up) for up in ups]), *down_proj)
-        return self.ln_f(x)[:, None]
-
-
-def init_weights(model, n_layer, generator=None, std=0.02, zero=False):
+def init_weights(model, generator=None, std=0.02, zero=False):
     """GPT-2's initialisation, drawn on the CPU, so that a seed gives the same weights on every device.
 
-    | parameter                                        | rule                          |
-    |--------------------------------------------------|-------------------------------|
-    | embeddings                                       | normal, std 0.02              |
-    | linear and convolution weights                   | normal, std                   |
-    | o_proj and down_proj weights (into the residual) | normal, std / sqrt(2 n_layer) |
-    | biases                                           | 0                             |
-    | LayerNorm, RMSNorm                               | gain 1                        |
+    | parameter                                        | rule                                   |
+    |--------------------------------------------------|----------------------------------------|
+    | embeddings                                       | normal, std 0.02                       |
+    | linear and convolution weights                   | normal, std                            |
+    | o_proj and down_proj weights (into the residual) | normal, std / sqrt(2 L); 0 with `zero` |
+    | biases; gains of LayerNorm and RMSNorm           | 0; 1                                   |
 
-    std: GPT-2's 0.02 fits widths around 1000; 1 / sqrt(width) keeps the signals of narrower models alive.
-    zero: what leads into the residual starts at 0, so that every block starts by adding nothing.
+    L counts the blocks. std: 0.02 fits widths around 1000; 1 / sqrt(width) keeps narrower models' signals alive.
     """
+    n_layer = len(all_blocks(model))
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
             scale = 0.02 if isinstance(module, nn.Embedding) else std
             if name.endswith(("o_proj", "down_proj")):
                 scale *= 0 if zero else (2 * n_layer) ** -0.5
             drawn = torch.empty(module.weight.shape, device="cpu").normal_(0.0, scale, generator=generator)
-            with torch.no_grad():
-                module.weight.copy_(drawn)
+            module.weight.copy_(drawn)
             if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+                module.bias.zero_()
         elif isinstance(module, nn.LayerNorm):
             module.reset_parameters()
         elif isinstance(module, RMSNorm):
-            nn.init.zeros_(module.weight)
+            module.weight.zero_()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # GPT
 
+def predict(head, x, targets=None, places=None):
+    """Logits head(x) in float32, (B, T, V); given targets, the nats of each one instead, in the targets' shape.
+
+    x: (B, T, C). places: (B, A), the positions where something is predicted, whose targets are (B, A); None: all T.
+    The head is computed nowhere else: with a large vocabulary, logits take most of the memory.
+    A target of -100 costs nothing.
+    """
+    if places is not None:
+        x = x.gather(1, places[..., None].expand(-1, -1, x.size(-1)))  # (B, T, C) -> (B, A, C)
+    logits = head(x)
+    if targets is None:
+        return logits
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+
+
 class GPT(nn.Module):
-    """Decoder-only language model, with learned positions or rotary ones.
+    """Decoder-only language model: embed, add or turn by positions, mask, trunk, head.
 
     The parameters are uninitialised until `init_weights` or a checkpoint fills them.
     """
@@ -424,118 +368,60 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.positions == "learned" else None
+        self.wpe = POSITIONS[config.positions](config)
         self.bigrams = nn.Embedding(config.vocab_size**2, config.n_embd) if config.bigrams else None
         self.dropout = Dropout(config.dropout)
         self.transformer = Transformer(config)
         self.head = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
-    def forward(self, tokens, targets=None, caches=None, start=0):
-        """Logits (B, T, V) in float32; given targets (B, T), their mean cross-entropy in nats instead.
-
-        A target of -100 is not scored. caches, start: as in `hidden`.
-        """
-        logits = self.logits(self.hidden(tokens, caches, start))
-        if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+    def forward(self, tokens, targets=None, places=None):
+        """tokens: (B, T); what it returns, and targets and places, as in `predict`."""
+        return predict(self.logits, self.hidden(tokens), targets, places)
 
     def hidden(self, tokens, caches=None, start=0):
-        """The trunk's output (B, T, C) for tokens (B, T).
+        """The trunk's output (B, T, C) for tokens (B, T), each of which sees those up to itself.
 
-        caches, start: those of `make_caches`, which hold the `start` tokens before these; these are written to them.
-        Raises ValueError for more tokens than block_size.
+        caches: those of `make_caches`; the tokens are written to them. start: the position of the first token, an int; or
+        the positions of all as a tensor (T,), as `KVCache.update` has it. Raises ValueError beyond block_size.
         """
+        x = self.embed(tokens)  # (B, T, C)
+        if self.bigrams is not None:
+            x = x + self.bigrams(self.pairs(tokens, caches, start))
+        positions, mask = self.look_back(tokens, caches, start)
+        x, rope = self.wpe(x, positions)
+        return self.transformer(self.dropout(x), caches, mask=mask, rope=rope, start=start)
+
+    def embed(self, tokens):
+        return self.wte(tokens)
+
+    def look_back(self, tokens, caches, start):
+        """(positions, mask) of tokens (B, T) that see all up to themselves."""
+        if not isinstance(start, int):
+            return start, causal_mask(start, torch.arange(caches.size, device=tokens.device))
         end = start + tokens.size(1)
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens are more than block_size = {self.config.block_size}")
-        x, rope = self.wte(tokens), None  # (B, T, C)
-        if self.bigrams:
-            x = x + self.bigrams(self.pairs(tokens, caches, start))
-        if self.wpe:
-            x = x + self.wpe.weight[start:end]
+        if tokens.size(1) == 1:
+            mask = None  # one token sees all there is
+        elif start == 0:
+            mask = "causal"
         else:
-            rope = caches.rope if caches else self.rope(end, tokens.device)
-            rope = [turn[start:end] for turn in rope]  # (T, D) each
-        mask = continuing_mask(start, end, tokens.device)
-        return self.transformer(self.dropout(x), caches, mask=mask, rope=rope, start=start)
+            keys = torch.arange(end, device=tokens.device)
+            mask = causal_mask(keys[start:], keys)
+        return slice(start, end), mask
 
     def pairs(self, tokens, caches, start):
-        """Numbers of each token with the one before it, (B, T); before the first of all stands token 0."""
-        before = caches.last if caches and start else torch.zeros_like(tokens[:, :1])
+        """The number of each token with the one before it, (B, T); token 0 stands before the first of all."""
+        before = torch.zeros_like(tokens[:, :1])
         if caches:
-            caches.last = tokens[:, -1:]
+            first = start if isinstance(start, int) else start[:1]
+            before = caches.last * (first > 0)
+            caches.last.copy_(tokens[:, -1:])
         return torch.cat((before, tokens[:, :-1]), dim=1) * self.config.vocab_size + tokens
 
     def logits(self, x):
-        return F.linear(x, (self.head or self.wte).weight).float()  # (B, T, C) -> (B, T, V)
-
-    def rope(self, size, device):
-        return rotary(torch.arange(size, device=device), self.transformer.blocks[0].attn.head_dim)
+        """(..., C) -> (..., V), in float32."""
+        return F.linear(x, (self.wte if self.head is None else self.head).weight).float()
 
     def make_caches(self, batch_size, size=None):
-        size = size or self.config.block_size
-        caches = self.transformer.make_caches(batch_size, size)
-        caches.rope = None if self.wpe else self.rope(size, caches[0].k.device)
-        return caches
-
-
-def count_parameters(model):
-    """All parameters, those of positions included."""
-    return sum(p.numel() for p in model.parameters())
-
-
-def flops_per_token(model, block_size):
-    """FLOPs of one training token, forward and backward: 6 per weight in a matrix product, 12 L H D T of attention.
-
-    Source: Chowdhery et al. 2022 (PaLM), appendix B. What is looked up, not multiplied, is not counted: positions,
-    pairs, and the embeddings where the head is another matrix.
-    """
-    config, names = model.config, ["wpe", "bigrams"] + ["wte"] * (getattr(model, "head", None) is not None)
-    looked_up = [part for name in names if (part := getattr(model, name, None)) is not None]
-    n = count_parameters(model) - sum(part.weight.numel() for part in looked_up)
-    width = config.n_head * (config.head_dim or config.n_embd // config.n_head)
-    return 6 * n + 12 * config.n_layer * width * block_size
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Generation
-
-def pick_tokens(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """One token per row, from softmax(logits / temperature); temperature 0 takes the likeliest.
-
-    logits: (B, V). top_k: only the k likeliest (0: all). top_p: of these, only the fewest likeliest whose
-    probabilities reach p together (Holtzman et al. 2019). Returns (B,).
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    order = None
-    if 0 < top_k < logits.size(-1) or top_p < 1:
-        logits, order = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # likeliest first
-    p = (logits / temperature).softmax(-1)
-    if top_p < 1:
-        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)  # the token that crosses top_p stays
-    # With e ~ Exp(1), argmax(p / e) is a draw from p: no normalising, no waiting for the device.
-    choice = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1, keepdim=True)  # (B, 1)
-    return (choice if order is None else order.gather(-1, choice)).squeeze(-1)
-
-
-@torch.inference_mode()
-def generate(model, tokens, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """Yields max_new_tokens times the next token of every row, (B,), continuing tokens: (B, T).
-
-    Of a prompt longer than block_size the last block_size tokens count. Learned positions end at block_size:
-    whenever the window is full, its last half is encoded anew from position 0 and generation goes on from there.
-    So each token sees at least the block_size / 2 tokens before it, and the cost per token stays flat.
-    """
-    block_size = model.config.block_size
-    caches, start = model.make_caches(tokens.size(0)), 0
-    window = [tokens[:, -block_size:]]  # in pieces; the caches hold all of it but the last one, `start` tokens
-    for _ in range(max_new_tokens):
-        x = model.hidden(window[-1], caches, start)[:, -1]  # (B, C)
-        next_tokens = pick_tokens(model.logits(x), temperature, top_k, top_p, generator)  # (B,)
-        yield next_tokens
-        start += window[-1].size(1)
-        window.append(next_tokens[:, None])
-        if start == block_size:
-            window, start = [torch.cat(window, dim=1)[:, -max(1, block_size // 2):]], 0
+        return self.transformer.make_caches(batch_size, size or self.config.block_size)

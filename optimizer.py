@@ -1,4 +1,4 @@
-"""AdamW, and Muon for the matrices of the blocks.
+"""AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the rest.
 
 Every parameter's group has a "scale", its multiple of the learning rate that train.py sets at each update.
 """
@@ -7,31 +7,44 @@ import inspect
 
 import torch
 
-from device import has_amx
-from model import blocks
+from configurator import UserError
+from machine.device import has_amx
+from model import all_blocks
+
+CPU_BATCH = 2**19  # numbers that a CPU's caches hold
 
 
-def make_optimizer(model, settings):
-    """AdamW (Loshchilov and Hutter 2019) for all parameters, or Muon for the blocks' matrices and AdamW for the rest.
+def make_optimizers(model, settings):
+    """{"optimizer": AdamW} (Loshchilov and Hutter 2019), and with settings.optimizer = "muon" {..., "muon": Muon}.
 
-    Only what has two or more dimensions is decayed. Each part of the model has its own multiple of the learning rate,
-    its group's "scale"; 0 freezes the part.
+    Only what has two or more dimensions is decayed. settings.rates has multiples of the learning rate for parts of the
+    model, by the names of its children; 0 freezes the part. Raises UserError for a part that the model lacks.
     """
-    groups, matrices = {}, set()
-    if settings.optimizer == "muon":
-        matrices = {p for block in blocks(model) for p in block.parameters() if p.dim() == 2}
+    s, groups, matrices = settings, {}, set()
+    parts = [name for name, child in model.named_children() if next(child.parameters(), None) is not None]
+    for name in s.rates.keys() - set(parts):
+        raise UserError(f"rates.{name} = {s.rates[name]}: the model has no such part, only {', '.join(parts)}")
+    if s.optimizer == "muon":
+        matrices = {p for block in all_blocks(model) for p in block.parameters() if p.dim() == 2}
     for name, p in model.named_parameters():
-        scale = getattr(settings.rates, name.split(".")[0], 1.0)
+        scale = s.rates.get(name.partition(".")[0], 1.0)
         p.requires_grad_(p.requires_grad and scale > 0)
         if p.requires_grad:
-            scale *= settings.muon_lr / settings.learning_rate if p in matrices else 1
+            scale *= s.muon_lr / s.learning_rate if p in matrices else 1
             groups.setdefault((scale, p.dim() >= 2, p in matrices), []).append(p)
-    groups = [{"params": params, "scale": scale, "weight_decay": settings.weight_decay if decayed else 0.0}
-              | ({"muon": True} if muon else {})
-              for (scale, decayed, muon), params in sorted(groups.items(), key=lambda item: item[0], reverse=True)]
+    if not groups:
+        raise UserError(f"rates = {s.rates}: nothing is left to train; give a part a rate above 0")
+    found = {"optimizer": [], "muon": []}
+    for (scale, decayed, muon), params in sorted(groups.items(), key=lambda item: item[0], reverse=True):
+        group = {"params": params, "scale": scale, "weight_decay": s.weight_decay if decayed else 0.0}
+        found["muon" if muon else "optimizer"].append(group)
     fused = next(model.parameters()).device.type in ("cpu", "cuda", "mps")
-    kind = Muon if matrices else AdamW
-    return kind(groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=fused)
+    optimizers = {}
+    if found["optimizer"]:
+        optimizers["optimizer"] = AdamW(found["optimizer"], lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=fused)
+    if found["muon"]:
+        optimizers["muon"] = Muon(found["muon"])
+    return optimizers
 
 
 def without_dynamo(optimizer_class):
@@ -48,38 +61,29 @@ def without_dynamo(optimizer_class):
 AdamW = without_dynamo(torch.optim.AdamW)
 
 
-CPU_BATCH = 2**19  # numbers that a CPU's caches hold
+@without_dynamo
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024), for matrices. The step is that of torch.optim.Muon, with matrices of one shape at once."""
 
+    def __init__(self, groups, lr=0.02, weight_decay=0.1, momentum=0.95):
+        super().__init__(groups, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
-class Muon(AdamW):
-    """Muon (Jordan et al. 2024) for the groups with muon=True, AdamW for the others.
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for params in alike([p for p in group["params"] if p.grad is not None]):
+                self.step_alike(params, group["lr"], group["weight_decay"], group["momentum"])
 
-    The step is that of torch.optim.Muon, with matrices of one shape in batches. A step spends the gradients.
-    """
-
-    @torch.no_grad()
-    def step(self):
-        if getattr(self, "found_inf", None) is None or not self.found_inf:  # else float16's scaler skips the step
-            for group in self.param_groups:
-                if group.get("muon"):
-                    for params in alike([p for p in group["params"] if p.grad is not None]):
-                        self.step_alike(params, group["lr"], group["weight_decay"])
-        super().step()  # of what has a gradient still
-
-    def step_alike(self, params, lr, weight_decay, momentum=0.95):
+    def step_alike(self, params, lr, weight_decay, momentum):
         """A step of matrices of one shape."""
         for p in params:
             if not self.state[p]:
-                self.state[p].update(step=torch.zeros(()), momentum_buffer=torch.zeros_like(p))
-            self.state[p]["step"] += 1
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         grads, buffers = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
-        updates = orthogonalized(torch._foreach_lerp(grads, buffers, momentum))
+        updates = orthogonalized(torch._foreach_lerp(grads, buffers, momentum)).to(params[0].dtype)
         rows, columns = params[0].shape
         torch._foreach_mul_(params, 1 - lr * weight_decay)
         torch._foreach_add_(params, [*updates], alpha=-lr * max(1, rows / columns) ** 0.5)
-        for p in params:
-            p.grad = None
 
 
 def alike(matrices):

@@ -1,10 +1,6 @@
 """Text to token ids and back: characters, bytes, GPT-2's BPE, or a BPE of one's own. Saved as JSON, loaded by name.
 
     python prepare.py my.txt --tokenizer=char|byte|gpt2|bpe:4096
-
-Every tokenizer has kind, vocab_size, eos (the id that ends a text, or None), encode(text) -> int64 array of
-ids, decode(ids) -> text, and save(path). The file of a BPE is the `tokenizer.json` of Hugging Face's
-tokenizers library, so a published model's own file loads as it is.
 """
 
 import json
@@ -15,13 +11,29 @@ import numpy as np
 from configurator import UserError
 
 
-class CharTokenizer:
-    """One id per character, in the order of their code points."""
+class Tokenizer:
+    """What all tokenizers have: kind, vocab_size, eos (the id that ends a text, or None), save(path), and
 
-    kind, eos = "char", None
+    encode(text) -> int64 array of ids (T,), decode(ids) -> text.
+    """
+
+    eos = None
+    fields = {}  # what a saved tokenizer holds beside its kind: the arguments that make it anew
+
+    def save(self, path):
+        """Writes the file in place: a caller whose readers must never find half of it renames it afterwards."""
+        with open(path, "w", encoding="utf-8", newline="\n") as file:
+            file.write(json.dumps({"kind": self.kind, **self.fields}, ensure_ascii=False, indent=1) + "\n")
+
+
+class CharTokenizer(Tokenizer):
+    """One id per character, in the order of the characters given."""
+
+    kind = "char"
 
     def __init__(self, characters):
         self.characters = "".join(characters)
+        self.fields = {"characters": self.characters}
         self.vocab_size = len(self.characters)
         points = code_points(self.characters)
         self.table = np.full(int(points.max(initial=0)) + 1, -1, dtype=np.int32)
@@ -40,14 +52,15 @@ class CharTokenizer:
     def decode(self, ids):
         return "".join([self.characters[i] for i in ids])
 
-    def save(self, path):
-        write_json(path, {"kind": self.kind, "characters": self.characters})
+
+def code_points(text):
+    return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype=np.uint32)
 
 
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
     """One id per byte of the text's UTF-8: any text can be encoded."""
 
-    kind, eos, vocab_size = "byte", None, 256
+    kind, vocab_size = "byte", 256
 
     def encode(self, text):
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
@@ -55,11 +68,8 @@ class ByteTokenizer:
     def decode(self, ids):
         return bytes(list(ids)).decode("utf-8", errors="replace")
 
-    def save(self, path):
-        write_json(path, {"kind": self.kind})
 
-
-class GPT2Tokenizer:
+class GPT2Tokenizer(Tokenizer):
     """GPT-2's byte-level BPE through tiktoken, which downloads its 1.5 MB of merges once."""
 
     kind, vocab_size = "gpt2", 50257
@@ -82,12 +92,12 @@ class GPT2Tokenizer:
     def decode(self, ids):
         return self.bpe.decode(list(map(int, ids)))
 
-    def save(self, path):
-        write_json(path, {"kind": self.kind})
 
+class BPETokenizer(Tokenizer):
+    """A BPE of the tokenizers library: trained here on one's own text, or a published model's.
 
-class BPETokenizer:
-    """A BPE of the tokenizers library: trained here on one's own text, or a published model's."""
+    Its file is the `tokenizer.json` of that library, so a published model's own file loads as it is.
+    """
 
     kind = "bpe"
 
@@ -99,16 +109,17 @@ class BPETokenizer:
 
     @classmethod
     def train(cls, texts, vocab_size, special=("<|endoftext|>",)):
-        """texts: an iterable of strings. special: tokens apart, the first ids. Without room for more: a token per byte.
+        """Learns vocab_size tokens from an iterable of strings. Raises UserError if they have too little for that many.
 
-        Raises UserError if the text has too little for that many tokens.
+        special: extra tokens, which get the first ids. If vocab_size leaves no room for merges, every byte is a token.
         """
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+        import tokenizers
+        from tokenizers import decoders, models, pre_tokenizers, trainers
         if vocab_size < 256 + len(special):
             count = "an end of text" if len(special) == 1 else f"{len(special):,} special tokens"
             raise UserError(f"tokenizer = bpe:{vocab_size}: 256 bytes and {count} need at least"
                             f" bpe:{256 + len(special)}")
-        bpe = Tokenizer(models.BPE())
+        bpe = tokenizers.Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = decoders.ByteLevel()
         bpe.train_from_iterator(texts, trainers.BpeTrainer(
@@ -143,7 +154,7 @@ def build(name, texts, train_texts):
     if name == "gpt2":
         return GPT2Tokenizer()
     kind, _, size = name.partition(":")
-    if kind == "bpe" and size.isdigit():
+    if kind == "bpe" and size.isdecimal():
         return BPETokenizer.train(train_texts(), int(size))
     raise UserError(f"tokenizer = {name}: must be char, byte, gpt2 or bpe:SIZE, such as bpe:4096")
 
@@ -154,10 +165,12 @@ def load(path):
         with open(path, encoding="utf-8") as file:
             saved = json.load(file)
         if "model" in saved:
-            from tokenizers import Tokenizer
-            return BPETokenizer(Tokenizer.from_file(os.fspath(path)))
-        return {"char": lambda: CharTokenizer(saved["characters"]), "byte": ByteTokenizer,
-                "gpt2": GPT2Tokenizer}[saved["kind"]]()
+            import tokenizers
+            return BPETokenizer(tokenizers.Tokenizer.from_file(os.fspath(path)))
+        kinds = {"char": CharTokenizer, "byte": ByteTokenizer, "gpt2": GPT2Tokenizer}
+        kind = kinds[saved["kind"]]
+        del saved["kind"]
+        return kind(**saved)
     except FileNotFoundError:
         raise UserError(f"there is no tokenizer at {path}") from None
     except (KeyError, TypeError, json.JSONDecodeError) as error:
@@ -169,23 +182,52 @@ def same_vocabulary(a, b):
     return a.vocab_size == b.vocab_size and all(a.decode([i]) == b.decode([i]) for i in range(a.vocab_size))
 
 
-def code_points(text):
-    return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype=np.uint32)
+class Transcript:
+    """One sample as it grows: decodes token by token, holds back unfinished characters, ends at a stop text."""
+
+    def __init__(self, tokenizer, stop=""):
+        self.tokenizer, self.stop, self.ended = tokenizer, stop, False
+        self.ids, self.done, self.shown = [], "", 0  # all ids; the text of those before `start`; the length shown
+        self.before = self.start = 0  # ids[before:start] came last to the text; that of ids[start:] is not whole yet
+
+    def append(self, token):
+        if self.ended or token == self.tokenizer.eos:
+            self.ended = True
+            return
+        self.ids.append(token)
+        piece = self.pending()
+        if piece.endswith("\ufffd") and len(self.ids) - self.start < 4:  # bytes of a character that is not complete
+            return
+        searched = max(0, len(self.done) - len(self.stop))
+        self.done, self.before, self.start = self.done + piece, self.start, len(self.ids)
+        if self.stop and (at := self.done.find(self.stop, searched)) >= 0:
+            self.done, self.ended = self.done[:at], True
+
+    def pending(self):
+        """The text of ids[start:], decoded together with what comes before: some decoders strip a leading space."""
+        before = self.tokenizer.decode(self.ids[self.before:self.start])
+        return self.tokenizer.decode(self.ids[self.before:])[len(before):]
+
+    def __str__(self):
+        return self.done + self.pending()
+
+    def news(self, final=False):
+        """The text that came since the last call, short of what may turn out to be the beginning of `stop`."""
+        text = str(self) if final else self.done
+        held = 0
+        if not (final or self.ended):
+            held = max((n for n in range(1, len(self.stop)) if text.endswith(self.stop[:n])), default=0)
+        news = text[self.shown:len(text) - held]
+        self.shown += len(news)
+        return news
 
 
-def write_json(path, value):
-    write_text(path, to_json(value))
-
-
-def to_json(value):
-    return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
-
-
-def write_text(path, text):
-    """Writes a file in one step, as seen from outside: whoever looks finds the old text or the new, and whole."""
-    new = f"{path}.new"
-    with open(new, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
+def transcribe(steps, transcripts):
+    """Yields (row, its new text) as soon as characters are whole. steps: of `generate`; transcripts: one per row."""
+    for tokens in steps:
+        for transcript, token in zip(transcripts, tokens.tolist()):
+            transcript.append(token)
+        yield from ((row, news) for row, transcript in enumerate(transcripts) if (news := transcript.news()))
+        if all(transcript.ended for transcript in transcripts):
+            break
+    yield from ((row, news) for row, transcript in enumerate(transcripts) if (news := transcript.news(final=True)))

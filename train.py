@@ -8,77 +8,41 @@
     torchrun --nproc_per_node=2 train.py config/shakespeare_char.py
 
 Later values win: defaults, config files, --name=value. The out directory gets log.jsonl, run.json and the checkpoints
-`last` and `best` (see checkpoint.py); an earlier run found there is moved into a folder earlier.N of its own.
+`last` and `best` (see run/checkpoint.py); an earlier run found there is moved into a folder earlier.N of its own.
+Below are the settings of every run; --help --task=NAME shows those of a task too.
 
 Exit status: 0 finished; 2 an error that the one line explains; 75 stopped by --max_minutes or SIGUSR1, 130 by Ctrl-C,
 143 by SIGTERM, all three with a save.
 """
 
 import os
-from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from configurator import (
     UserError,
+    check_idle,
     check_ranges,
-    check_shape,
     differences,
     flat_values,
     from_command_line,
     one_line_errors,
 )
-
-
-@dataclass(frozen=True)
-class Vision:
-    n_layer: int = 4  # blocks
-    n_head: int = 4  # attention heads
-    n_embd: int = 128  # width
-    patch_size: int = 8  # pixels of both sides of a patch
-
-
-@dataclass(frozen=True)
-class Rates:
-    vision: float = 1.0  # the vision tower
-    projector: float = 1.0  # from its vectors to the decoder's
-    decoder: float = 1.0  # the language model
-
-    def __post_init__(self):
-        check_ranges(self, vision=0.0, projector=0.0, decoder=0.0)
+from tasks import TASKS, elsewhere
 
 
 @dataclass(frozen=True)
 class Settings:
     # where
-    task: Literal["text", "contrastive", "image-text"] = "text"  # what is trained, see tasks.py
+    task: Literal[tuple(TASKS)] = "text"  # what is trained: text, contrastive, image-text
     out_dir: str = "out"  # everything the run leaves
     dataset: str = "shakespeare_char"  # a name under data/, or a folder made by prepare.py
     init_from: str = "scratch"  # or a run's folder, gpt2, gpt2-medium, -large, -xl, a hub id, a published folder
     resume: Literal[False, True, "auto"] = False  # continue the run in out_dir, with its settings; auto: or start it
-    # the model
-    n_layer: int = 2  # blocks
-    n_head: int = 2  # attention heads
-    n_embd: int = 64  # width
-    block_size: int = 64  # tokens of context
-    dropout: float = 0.0  # share of activations dropped in training; pays when the data is seen many times
-    bias: bool = False  # in linear layers and LayerNorms
-    architecture: Literal["gpt", "gemma"] = "gpt"  # of the text task; the decoder of image-text is always a gemma
-    mlp: Literal["gelu", "relu2"] = "gelu"  # a gpt's activation: GPT-2's, or the square of ReLU
-    positions: Literal["learned", "rotary"] = "learned"  # of a gpt
-    tied: bool = True  # the embedding matrix is also a gpt's output head
-    bigrams: bool = False  # a gpt gets an embedding of each pair of neighbours too; for small vocabularies
-    zero_init: bool = False  # a gpt's blocks start by adding nothing: what leads out of them is zero
-    n_kv_head: int = 0  # key-value heads of a gemma; 0: n_head
-    vision: Vision = Vision()  # the vision tower of the tasks with images
-    init_vision: str = ""  # a contrastive run's folder, whose vision tower an image-text model starts with
-    init_decoder: str = ""  # a text run's folder (architecture gemma), whose blocks its decoder starts with
-    pair_loss: Literal["sigmoid", "softmax"] = "sigmoid"  # of the contrastive task: SigLIP's or CLIP's
     # the optimizer, with warm-up and decay
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, and AdamW for the rest
-    batch_size: int = 16  # sequences per update, over all workers and micro-batches
-    gradient_accumulation_steps: int = 1  # micro-batches per worker and update: less memory, the same numbers
+    batch_size: int = 16  # rows per update, over all workers
+    micro_batch_size: int = 0  # rows in memory at a time; 0: the batch divided by the workers
     max_iters: int = 200  # updates
     learning_rate: float = 3e-3  # AdamW's at the peak
     muon_lr: float = 0.02  # Muon's at the peak; it falls in proportion
@@ -90,8 +54,9 @@ class Settings:
     beta1: float = 0.9  # AdamW's memory of the gradient
     beta2: float = 0.99  # and of its square
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
-    lora_rank: int = 0  # fine-tune an image-text decoder by LoRA of this rank, see lora.py; 0: all its weights
-    rates: Rates = Rates()  # multiples of the learning rate for the parts of an image-text model; 0 freezes the part
+    dropout: float = 0.0  # share of activations dropped in training; pays when the data is seen many times
+    lora_rank: int = 0  # fine-tune init_from by LoRA of this rank, see lora.py; 0: all its weights
+    rates: dict[str, float] = field(default_factory=dict)  # a multiple of the learning rate for a part; 0 freezes it
     # what it reports and saves
     eval_interval: int = 100  # updates between evaluations, each followed by a save
     eval_tokens: int = 2_000_000  # most tokens per evaluation; a shorter split is scored whole; 0: always whole
@@ -101,7 +66,6 @@ class Settings:
     max_grad_norm: float = 0.0  # stop if the gradient's norm, before clipping, exceeds it; 0: if it is no number
     max_loss_rise: float = 0.0  # stop if a loss exceeds its mean of 100 updates by so much; 0: if it is no number
     sample_tokens: int = 300  # length of the sample at the end; 0: none
-    publish: str = ""  # a folder to write the best image-text model to at the end, in the published layout
     wandb: bool = False  # log to Weights & Biases too (pip install wandb; WANDB_MODE=offline needs no account)
     wandb_project: str = "quill"  # its project
     wandb_name: str = ""  # the run's name there; default: wandb's choice
@@ -114,111 +78,83 @@ class Settings:
     recompute: bool = False  # compute each block again in the backward pass instead of keeping its activations
 
     def __post_init__(self):
-        check_ranges(self, batch_size=1, gradient_accumulation_steps=1, max_iters=1, learning_rate=0.0, min_lr=0.0,
-                     muon_lr=0.0, warmup_iters=0, lr_decay_iters=0, weight_decay=0.0, grad_clip=0.0, eval_interval=1,
-                     eval_tokens=0, log_interval=1, max_minutes=0.0, max_grad_norm=0.0, max_loss_rise=0.0,
-                     sample_tokens=0, lora_rank=0, seed=0, n_layer=1, n_head=1, n_embd=1, n_kv_head=0, block_size=1,
-                     dropout=0.0)
-        check_shape(self.n_embd, self.n_head, self.n_kv_head, self.dropout)
+        check_ranges(self, batch_size=1, micro_batch_size=0, max_iters=1, learning_rate=0.0, min_lr=0.0, muon_lr=0.0,
+                     warmup_iters=0, lr_decay_iters=0, weight_decay=0.0, beta1=0.0, beta2=0.0, grad_clip=0.0,
+                     eval_interval=1, eval_tokens=0, log_interval=1, max_minutes=0.0, max_grad_norm=0.0,
+                     max_loss_rise=0.0, sample_tokens=0, lora_rank=0, seed=0, dropout=0.0)
+        for name, rate in self.rates.items():
+            if not rate >= 0:
+                raise UserError(f"rates.{name} = {rate}: must be at least 0")
+        for name in ("beta1", "beta2", "dropout"):
+            if getattr(self, name) >= 1:
+                raise UserError(f"{name} = {getattr(self, name)}: must be below 1")
         if os.path.isfile(self.out_dir):
             raise UserError(f"out_dir = {self.out_dir}: is a file; name a folder")
-        workers = int(os.environ.get("WORLD_SIZE", 1))
-        pieces = workers * self.gradient_accumulation_steps
-        if self.batch_size % pieces:
-            raise UserError(f"batch_size = {self.batch_size} does not divide into {pieces} micro-batches ({workers}"
-                            f" workers x {self.gradient_accumulation_steps} accumulation steps)")
-        if self.shard and (self.task == "contrastive" or self.dtype == "float16"):
-            raise UserError("shard = True: not for --task=contrastive, whose single numbers can't be divided, nor for"
-                            " --dtype=float16")
-        if self.optimizer == "muon" and (self.shard or not self.learning_rate):
+        if self.shard and self.dtype == "float16":
+            raise UserError("shard = True: not with --dtype=float16")
+        if self.optimizer == "adamw":
+            check_idle(self, "is for --optimizer=muon", "muon_lr")
+        elif self.shard or not self.learning_rate:
             raise UserError("optimizer = 'muon': not with --shard, for it needs whole matrices, nor with"
                             " --learning_rate=0")
-        if self.publish and self.task != "image-text" or self.lora_rank and self.init_from == "scratch":
-            raise UserError("--publish is for --task=image-text, and --lora_rank for one with --init_from")
-        for name in ("mlp", "positions", "tied", "bigrams", "zero_init"):
-            if getattr(self, name) != getattr(Settings, name) and (self.task, self.architecture) != ("text", "gpt"):
-                raise UserError(f"{name} = {getattr(self, name)!r}: is for a text's gpt alone")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} = {getattr(self, name)}: must be at least 0 and below 1")
+        if self.init_from == "scratch":
+            check_idle(self, "is for fine-tuning with --init_from", "lora_rank")
+        if not self.wandb:
+            check_idle(self, "is for --wandb", "wandb_project", "wandb_name")
+
+
+def own_settings(values):
+    """The class of the settings that the task adds."""
+    return TASKS[values["task"]].training
 
 
 def has_accelerator(device):
-    import device as devices  # torch is imported only if a recipe has on_cpu values
+    from machine import device as devices  # imports torch: only if a recipe has on_cpu values
     return devices.has_accelerator(device)
-
-
-def to_resume(out_dir, resume):
-    """The complete checkpoints to go on from; none if the run is to start. Raises UserError if none can be right."""
-    folders = []
-    if resume and os.path.isdir(out_dir):
-        import checkpoint
-        from log import MOVING
-        if not (Path(out_dir) / MOVING).exists():  # what is left beside it belongs to a run that was being set aside
-            folders = checkpoint.present(out_dir, "last")
-    if resume is True and not folders:
-        raise UserError(f"there is nothing to resume in {out_dir}: no checkpoint; drop --resume to start")
-    return folders
-
-
-def readable_config(folders):
-    """The config.json of the first checkpoint whose can be read; which one is intact is looked into later."""
-    import checkpoint
-    for folder in folders[:-1]:
-        with suppress(UserError):
-            return checkpoint.read_config(folder)
-    return checkpoint.read_config(folders[-1])
 
 
 def earlier_settings(given):
     """With --resume, the settings of the run that is being resumed."""
     if not given.get("resume"):
         return {}
-    out_dir = given.get("out_dir", Settings.out_dir)
-    folders = to_resume(out_dir, given["resume"])
-    if not folders:
-        return {}
-    from prepare import BUILT_IN
-    from tasks import GPT_SHAPE, SHAPE
-    saved = readable_config(folders)["settings"]
-    for name, value in flat_values(saved).items():
-        fixed = name in ("task", "architecture", "dataset", *SHAPE, *GPT_SHAPE) or name.startswith("vision.")
-        if fixed and given.get(name, value) != value and value != BUILT_IN:
-            raise UserError(f"{name} = {given[name]!r}, but the run in {out_dir} has {value!r}: drop it to resume, or"
-                            f" start a new run with --init_from={out_dir}")
-    known = {field.name for field in fields(Settings)}
-    return {name: value for name, value in saved.items() if name in known}
+    from run import resume
+    return resume.earlier_settings(given.get("out_dir", Settings.out_dir), given["resume"])
 
 
-def check_data(settings):
-    """Raises UserError for a data set that is unknown: before PyTorch is imported."""
-    from prepare import check_dataset
+def check(settings, given):
+    """Raises UserError for an unknown data set, or for a setting that a resumed run can't change."""
+    from sources.known import check_dataset
+    if saved := earlier_settings(given):
+        from run import resume
+        resume.refuse_changes(saved, given, own_settings(vars(settings)), settings.out_dir)
     check_dataset(settings.dataset)
 
 
+HOW = dict(more=own_settings, has_accelerator=has_accelerator, base=earlier_settings, check=check,
+           elsewhere=elsewhere(lambda row: row.training))
 if __name__ == "__main__":  # --help and typos answer before torch is imported
-    SETTINGS, GIVEN = from_command_line(Settings, __doc__, has_accelerator, earlier_settings, check_data)
+    SETTINGS, GIVEN = from_command_line(Settings, __doc__, **HOW)
 
-import dataclasses
 import math
-import signal
 import time
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recomputed
 
-import checkpoint
-import distributed
-from device import autocast, keep_freed_memory, peak_flops, peak_memory, pick_compile, pick_dtype
-from health import Health
-from log import Log, record_end, record_start, set_aside
-from model import blocks
-from optimizer import make_optimizer
-from prepare import ensure
-from tasks import TASKS
+from machine import distributed
+from machine.device import autocast, keep_freed_memory, peak_flops, peak_memory, pick_compile, pick_dtype
+from model import all_blocks
+from optimizer import make_optimizers
+from run import checkpoint, resume
+from run.guards import Guard, require_finite
+from run.log import Log, record_end, record_start, set_aside
+from sources.known import ensure, locate
+from tasks.task import code_of, kind_of, load, start
 
 
 def learning_rate(update, settings):
@@ -231,171 +167,192 @@ def learning_rate(update, settings):
     return s.min_lr + left * (s.learning_rate - s.min_lr)
 
 
-SPARE = 75  # exit status of a run that saved to be taken up again later: EX_TEMPFAIL, "try again"
+def update(task, wrapped, optimizers, scaler, step, world, dtype):
+    """The update after `step` others: (this rank's share of the loss, the gradient's norm, what the task shows).
 
-
-class Stop:
-    """Whether the loop is to end early: `status` is then the exit status, else 0.
-
-    SIGINT and SIGTERM ask for it (a second one ends the process at once), SIGUSR1, which a cluster sends ahead of its
-    SIGTERM, and the clock. Under torchrun no second one counts: it passes on what its workers may already have got,
-    and ends them itself if they linger.
+    The rows are cut into pieces, which the workers take in turn. What a piece draws follows from (seed, step, piece), so
+    no number depends on how many workers there are. A worker without a piece computes the first one, with weight 0.
     """
-
-    def __init__(self, world, minutes):
-        self.asked, self.patient = 0, world.size > 1
-        self.deadline = time.monotonic() + 60 * minutes if minutes else math.inf
-        statuses = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": SPARE}  # Windows has no SIGUSR1
-        self.statuses = {getattr(signal, name): status for name, status in statuses.items() if hasattr(signal, name)}
-        self.before = {number: signal.signal(number, self.note) for number in self.statuses}
-
-    def note(self, number, frame):
-        self.asked = self.asked or self.statuses[number]
-        if not self.patient and self.statuses[number] != SPARE:
-            self.restore()
-
-    def restore(self):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    @property
-    def status(self):
-        return self.asked or (SPARE if time.monotonic() > self.deadline else 0)
-
-
-def update(parallel, optimizer, scaler, batches, settings, dtype, device):
-    """One step of the optimizer over all micro-batches: (this rank's mean loss, the gradient's norm), as tensors.
-
-    batches: (arguments of the model, weight of their loss) of each micro-batch.
-    """
-    loss = torch.zeros((), device=device)
-    for i, (batch, weight) in enumerate(batches, start=1):
+    s, device = task.settings, world.device
+    rows = task.pick(step)
+    total, n_pieces = task.weight(rows), -(-len(rows) // s.micro_batch_size)
+    turns = -(-n_pieces // world.size)
+    loss, shown = torch.zeros((), device=device), {}
+    for turn in range(turns):
+        piece, share = turn * world.size + world.rank, 1 / total
+        if piece >= n_pieces:
+            piece, share = 0, 0.0
+        seed = np.random.SeedSequence((s.seed, step, piece)).generate_state(1, np.uint64)[0]
+        torch.manual_seed(int(seed))  # dropout draws from the global generators
+        piece_rows = rows[piece * s.micro_batch_size:(piece + 1) * s.micro_batch_size]
+        arguments, weights = task.batch(piece_rows, torch.Generator().manual_seed(int(seed)))
         # Copies exchange gradients once, in the last backward; shards in each, as a rank has no room for all of them.
-        last = i == settings.gradient_accumulation_steps
-        wait = parallel.no_sync() if isinstance(parallel, DistributedDataParallel) and not last else nullcontext()
-        with wait:  # around the forward pass too: DDP decides there
+        wait = isinstance(wrapped, DistributedDataParallel) and turn < turns - 1
+        with wrapped.no_sync() if wait else nullcontext():  # around the forward pass too: DDP decides there
             with autocast(device, dtype):
-                micro_loss = parallel(**batch) * weight
-            scaler.scale(micro_loss).backward()
-        loss += micro_loss.detach()
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(parallel.parameters(), settings.grad_clip or math.inf)
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded gradient
-    scaler.step(optimizer)
+                piece_loss, piece_shown = task.loss(wrapped, arguments, weights * share)
+            scaler.scale(piece_loss * world.size).backward()  # the mean over ranks is then the sum
+        loss += piece_loss.detach()
+        for name, value in piece_shown.items():
+            shown[name] = shown.get(name, 0) + value.detach()
+    for optimizer in optimizers.values():
+        scaler.unscale_(optimizer)
+    norm = clip(wrapped.parameters(), s.grad_clip)
+    for optimizer in optimizers.values():
+        scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return loss, norm
+    for optimizer in optimizers.values():
+        optimizer.zero_grad(set_to_none=True)
+    return loss, norm, shown
+
+
+def clip(parameters, most):
+    """The norm of the gradient, which is then made no longer than `most`; 0: left as it is."""
+    parameters = [p for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    if most:
+        torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded gradient
 
 
 def train(settings, given, world):
-    """The run: set up, then one loop. Returns (the task, the step reached, the exit status if it was stopped or 0)."""
+    """The run: set up, then one loop. Returns (the task, the model, the step reached, the exit status or 0)."""
     out_dir, device = Path(settings.out_dir), world.device
-    folder = world.from_main(lambda: pick_up(out_dir, settings.resume))
-    task = TASKS[settings.task](settings, given, device, folder)
-    model, sharded = task.model, settings.shard and world.size > 1
-    state = checkpoint.load_trainer(folder) if folder else {"step": 0, "best_val_loss": math.inf}
-    step, best_val_loss = state["step"], state["best_val_loss"]
+
+    # The task, its data and its model.
+    folder = world.from_main(lambda: resume.pick_up(out_dir, settings.resume))
+    task, model = start(settings, given, folder, locate(settings.dataset), world)
+    state = checkpoint.load_trainer(folder) if folder else {"step": 0, "best": None}
+    step, best = state["step"], state["best"]
+
+    # What changes digits is decided once, from the whole run; it is recorded, and a resumed run keeps it.
     dtype, why_dtype = pick_dtype(settings.dtype, device)
-    compiled, why_compiled = pick_compile(settings.compile, device, settings.max_iters - step)
-    prepare_model(model, sharded, compiled, dtype, settings, world)
-    optimizer = make_optimizer(model, settings)
+    compiled, why_compiled = pick_compile(settings.compile, device, settings.max_iters)
+    rows = piece_size(task, world)
+    s = task.settings = replace(task.settings, dtype=str(dtype)[6:], compile=compiled, micro_batch_size=rows)
+    about = {"model_type": kind_of(model, task.models), "model": asdict(model.config), "lora_rank": s.lora_rank,
+             "code": code_of(model), "settings": asdict(s), "dataset": s.dataset, "data": task.fingerprint(),
+             "versions": checkpoint.versions()}
+
+    # Machinery.
+    sharded = s.shard and world.size > 1
+    wrapped = prepare_model(model, sharded, compiled, dtype, s, world)
+    optimizers = make_optimizers(model, s)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if folder:
-        restore(optimizer, scaler, state, folder)
+        restore(optimizers, scaler, state, folder)
     if world.is_main:
         print("settings: " + (", ".join(f"{k}={v!r}" for k, v in differences(settings).items()) or "the defaults"))
         print(f"device: {device}" + (f" x {world.size} workers" if world.size > 1 else "")
-              + f"; dtype: {str(dtype)[6:]} ({why_dtype}); compile: {compiled} ({why_compiled})")
-        print(task.describe(), flush=True)
+              + f"; dtype: {s.dtype} ({why_dtype}); compile: {compiled} ({why_compiled})")
+        print(task.summary(model), flush=True)
         if not folder:
             set_aside(out_dir)
-    parallel = model
-    if world.size > 1 and not sharded:
-        parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    peak = peak_flops(device, dtype)
-    log = Log(out_dir, settings, step, task.tokens_per_update, task.flops_per_update() / world.size, peak, world)
+    tokens, flops = task.cost(model)
+    log = Log(out_dir, s, step, tokens, flops / world.size, peak_flops(device, dtype), world)
     if world.is_main:
-        record_start(out_dir, settings, world, step=step, dtype=str(dtype)[6:], compile=compiled)
-    health = Health(settings, task, step, scaler.is_enabled(), state.get("mean_loss"))
-    stop, status = Stop(world, settings.max_minutes), 0
+        record_start(out_dir, s, world, step=step, dtype=s.dtype, compile=compiled)
+    guard = Guard(s, world, step, scaler.is_enabled(), state.get("mean_loss"), lambda n: task.where(task.pick(n - 1)))
+    measure, better = task.best
+    status = 0
 
-    def save(names, val_loss):
+    def save(names, row):
         if world.is_main or sharded:
             log.sync()
-            info = {"settings": asdict(settings), "dataset": settings.dataset, "data": task.data_marks(), "step": step,
-                    "val_loss": val_loss}
-            state = {"step": step, "best_val_loss": best_val_loss, "mean_loss": health.mean,
-                     "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            writer.save(names, model, task.tokenizer, info, state)
+            measured = {"val_loss": None, **{name: row[name] for name in row if name.startswith("val_")}}
+            state = {"step": step, "best": best, "mean_loss": guard.mean, "scaler": scaler.state_dict(),
+                     **{name: optimizer.state_dict() for name, optimizer in optimizers.items()}}
+            writer.save(names, model, task.tokenizers, {**about, "step": step, **measured}, state)
 
     model.train()
-    with checkpoint.Writer(out_dir, settings.async_save, sharded) as writer:
-        while step < settings.max_iters:
-            lr = learning_rate(step + 1, settings)
-            for group in optimizer.param_groups:
+    with guard, checkpoint.Writer(out_dir, s.async_save, sharded) as writer:
+        while step < s.max_iters and not status:
+            lr = learning_rate(step + 1, s)
+            for group in (group for optimizer in optimizers.values() for group in optimizer.param_groups):
                 group["lr"] = lr * group["scale"]
-            batches = task.micro_batches(step, world)
-            loss, norm = update(parallel, optimizer, scaler, batches, settings, dtype, device)
+            guard.record(*update(task, wrapped, optimizers, scaler, step, world, dtype))  # stays on the device
             step += 1
 
-            health.note(loss, norm)
-            evaluating = step % settings.eval_interval == 0 or step == settings.max_iters
-            logging = evaluating or step % settings.log_interval == 0 or step == 1
-            if not (logging or health.due(step) or stop.status and world.size == 1):
-                continue
-            row = log.row(step, lr=lr, **health.look(world))
-            status = world.max(stop.status) if step < settings.max_iters else 0
-            names = ["last"] if evaluating or status else []
-            if evaluating:
-                row["val_loss"] = health.check(task.val_loss(world, dtype))
-            if logging:
-                log.write(row)
-            if evaluating and row["val_loss"] < best_val_loss:
-                best_val_loss, names = row["val_loss"], ["best", "last"]
-            if names:
-                save(names, row.get("val_loss"))
-            if status:
-                break
-            if logging:
-                log.restart(step)
-            writer.check()
+            evaluating = step % s.eval_interval == 0 or step == s.max_iters
+            logging = evaluating or step % s.log_interval == 0 or step == 1
+            if logging or guard.due(step) or guard.status and world.size == 1:
+                row = log.row(step, lr=lr, **guard.read())  # waits for the device
+                status = world.max(guard.status) if step < s.max_iters else 0
+                names = ["last"] if evaluating or status else []
+                if evaluating:
+                    row |= evaluate(task, model, world, dtype, step)
+                    value = row[f"val_{measure}"]
+                    if best is None or better(value, best) != best:
+                        best, names = value, ["best", "last"]
+                if logging:
+                    log.write(row)
+                if names:
+                    save(names, row)
+                if logging:
+                    log.restart(step)
+                writer.raise_pending()
     log.close()
-    stop.restore()
-    if sharded and world.is_main and (settings.sample_tokens or settings.publish):
-        task.model = checkpoint.load(checkpoint.find(out_dir, "last"), device)[0]
-    return task, step, status
+    if sharded and world.is_main:
+        model = load(checkpoint.find(out_dir, "last"), device)[1]
+    return task, model, step, status
+
+
+def piece_size(task, world):
+    """How many rows a piece of an update has: as set, or each worker's share at the run's first start."""
+    s, size = task.settings, task.settings.micro_batch_size or -(-task.settings.batch_size // world.size)
+    n_pieces = -(-s.batch_size // size)
+    if task.whole and (s.batch_size % size or n_pieces != world.size):
+        raise UserError(f"micro_batch_size = {size}: --task={s.task} scores each row against all others, so every worker"
+                        f" takes one piece; give --batch_size={s.batch_size} as many rows for each of {world.size}"
+                        " workers, and leave out --micro_batch_size")
+    if world.is_main and n_pieces < world.size:
+        print(f"{world.size - n_pieces} of {world.size} workers are idle: an update has {n_pieces} pieces of {size} rows;"
+              " lower --micro_batch_size to use them all, for slightly other numbers")
+    return size
+
+
+def evaluate(task, model, world, dtype, step):
+    """{"val_loss": ..., ...} of the validation split. Raises UserError for what is no number."""
+    model.eval()
+    found = task.evaluate(model, "val", world, dtype, task.settings.eval_tokens)
+    model.train()
+    for name, value in found.items():
+        require_finite(f"val_{name}", value, step)
+    return {f"val_{name}": value for name, value in found.items()}
 
 
 def prepare_model(model, sharded, compiled, dtype, settings, world):
-    """Recomputation, compilation and sharding, as the settings and the device have it. Names of parameters stay."""
-    for block in blocks(model) if sharded or settings.recompute else ():
+    """The model to call, recomputing, compiled and on many workers as the settings have it. Names of parameters stay."""
+    for block in all_blocks(model) if sharded or settings.recompute else ():
         if compiled and sharded:
             block.forward = torch.compile(block.forward)  # what gathers the block's parameters stays outside
         if settings.recompute:
             block.forward = partial(recomputed, block.forward, use_reentrant=False)
     if sharded:
-        distributed.shard(model, blocks(model), dtype, world)
-    else:
-        model.to(world.device)
-        if compiled:
-            model.compile()
+        distributed.shard(model, all_blocks(model), dtype, world)
+        return model
+    model.to(world.device)
+    if compiled:
+        model.compile()
+    if world.size == 1:
+        return model
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
-def pick_up(out_dir, resume):
-    """The checkpoint to go on from, or None to start."""
-    if to_resume(out_dir, resume):
-        for name in ("best", "last"):
-            checkpoint.settle(out_dir, name)
-    return checkpoint.first_intact(to_resume(out_dir, resume))
+def restore(optimizers, scaler, state, folder):
+    """Fills the optimizers from a checkpoint; what the settings say of rates, decay and memory stays.
 
-
-def restore(optimizer, scaler, state, folder):
-    """Raises UserError if the optimizer in the checkpoint is that of other parameters."""
-    try:
-        checkpoint.load_optimizer(optimizer, state["optimizer"], folder)
-    except ValueError:
-        raise UserError(f"{folder / 'trainer.pt'} holds the optimizer of other parameters: resume with the --rates and"
-                        " --lora_rank that the run had") from None
+    Raises UserError if the optimizer in the checkpoint is that of other parameters.
+    """
+    for name, optimizer in optimizers.items():
+        chosen = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        try:
+            checkpoint.load_optimizer(optimizer, state[name], folder)
+        except (KeyError, ValueError):
+            raise UserError(f"{folder / 'trainer.pt'} holds the optimizer of other parameters: resume with the --rates,"
+                            " the --optimizer and the --lora_rank that the run had") from None
+        for group, values in zip(optimizer.param_groups, chosen):
+            group.update(values)
     scaler.load_state_dict(state["scaler"])
 
 
@@ -404,29 +361,28 @@ def main(settings, given):
     keep_freed_memory()
     name = world.from_main(lambda: ensure(settings.dataset))
     began = time.perf_counter()
-    task, step, stopped = train(dataclasses.replace(settings, dataset=name), given, world)
+    task, model, step, stopped = train(replace(settings, dataset=name), given, world)
     if world.is_main:
-        record_end(task.settings.out_dir, step, stopped)
-        say_where(task, step, stopped, time.perf_counter() - began)
+        record_end(settings.out_dir, step, stopped)
+        say_where(task, model.eval(), step, stopped, time.perf_counter() - began)
     world.close()
     if stopped:
         raise SystemExit(stopped)
 
 
-def say_where(task, step, stopped, seconds):
+def say_where(task, model, step, stopped, seconds):
     """The end of a run: a sample, where everything lies, what to run next."""
     out_dir = task.settings.out_dir
     if stopped:
         print(f"\nstopped at step {step} and saved; go on with: python train.py --resume --out_dir={out_dir}")
         return
     if task.settings.sample_tokens:
-        print(f"\n{task.show()}\n")
-    if task.settings.publish:
-        task.publish(task.settings.publish)
-        print(f"published in {task.settings.publish}")
+        print(f"\n{task.show(model)}\n")
+    task.finish()
     best = checkpoint.read_config(checkpoint.find(out_dir, "best"))
-    print(f"{step} updates in {seconds:.0f} s, at most {peak_memory(task.device) / 2**20:,.0f} MiB;"
-          f" best validation loss {best['val_loss']:.4f} at step {best['step']}")
+    measure = f"val_{task.best[0]}"
+    print(f"{step} updates in {seconds:.0f} s, at most {peak_memory(task.world.device) / 2**20:,.0f} MiB;"
+          f" best {measure.replace('val_', 'validation ')} {best[measure]:.4f} at step {best['step']}")
     print(f"in {out_dir}: checkpoints best and last, log.jsonl, run.json\n"
           f"try it:      {task.command.format(out_dir=out_dir)}\n"
           f"evaluate it: python evaluate.py --out_dir={out_dir}")

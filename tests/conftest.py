@@ -7,7 +7,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests compare digits: all on the 
 import numpy as np
 import pytest
 
-import prepare
+from sources import texts
 
 WORDS = ("the a some this every no king queen fool ghost lord lady storm sword night day crown grave loves hates fears"
          " sees hears takes gives breaks keeps and but or so then never always here there now").split()
@@ -17,6 +17,19 @@ def make_text(n_words=6000, seed=0):
     """Lines of random words: something to learn, and the same everywhere."""
     picks = np.random.Generator(np.random.Philox(key=seed)).integers(0, len(WORDS), size=n_words)
     return "".join(WORDS[i] + ("\n" if n % 8 == 7 else " ") for n, i in enumerate(picks))
+
+
+def settings_for(task, kind="training", **values):
+    """The settings of a command for a task, checked: of train.py, or with another kind sampling's or evaluating's."""
+    import evaluate
+    import sample
+    import train
+    from configurator import joined
+    from tasks import TASKS
+    command = {"training": train, "sampling": sample, "evaluating": evaluate}[kind]
+    if kind == "training":
+        values["task"] = task
+    return joined(command.Settings, getattr(TASKS[task], kind))(**values)
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +43,7 @@ def dataset(tmp_path_factory, text):
     folder = tmp_path_factory.mktemp("data") / "words"
     source = folder.with_suffix(".txt")
     source.write_text(text, encoding="utf-8")
-    prepare.prepare([source], folder, "char")
+    texts.prepare([source], folder, "char")
     return folder
 
 
@@ -47,5 +60,5 @@ def trained(tmp_path_factory, tiny):
     """The out directory of a finished tiny run."""
     import train
     out_dir = str(tmp_path_factory.mktemp("runs") / "trained")
-    train.main(train.Settings(**tiny, out_dir=out_dir), {})
+    train.main(settings_for("text", **tiny, out_dir=out_dir), {})
     return out_dir

@@ -10,6 +10,7 @@ import pytest
 import prepare
 import tokenizer as tokenizers
 from configurator import UserError
+from sources import known, texts
 
 TEXT = "To be, or not to be — that is the question:\r\n" * 40 + "ω"
 
@@ -17,7 +18,7 @@ TEXT = "To be, or not to be — that is the question:\r\n" * 40 + "ω"
 @pytest.fixture
 def data(tmp_path, monkeypatch):
     """An empty data folder in place of the project's."""
-    monkeypatch.setattr(prepare, "DATA", tmp_path / "data")
+    monkeypatch.setattr(known, "DATA", tmp_path / "data")
     return tmp_path / "data"
 
 
@@ -56,7 +57,7 @@ def test_the_first_ninety_percent_are_for_training(data, source, tokenizer):
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe:280"])
 def test_pieces_make_the_same_tokens_as_the_whole(data, source, tokenizer, monkeypatch):
     run(source, tokenizer=tokenizer, name="whole")
-    monkeypatch.setattr(prepare, "CHUNK", 61)  # cuts words, and the two bytes of a character
+    monkeypatch.setattr(texts, "CHUNK", 61)  # cuts words
     run(source, tokenizer=tokenizer, name="pieces")
     for name in ("train.bin", "val.bin", "tokenizer.json", "meta.json"):
         assert (data / "pieces" / name).read_bytes() == (data / "whole" / name).read_bytes(), name
@@ -69,12 +70,10 @@ def test_large_vocabularies_get_wide_ids_and_wrong_ids_are_refused(tmp_path):
         def encode(self, text):
             return np.array([69_999, 70_000][:len(text)])
 
-    assert prepare.write_tokens(tmp_path / "x.bin", ["a"], Large(), np.uint32) == 1
+    assert texts.write_tokens(tmp_path / "x.bin", ["a"], Large()) == 1
     assert np.fromfile(tmp_path / "x.bin", dtype=np.uint32).tolist() == [69_999]
-    with pytest.raises(ValueError, match="outside"):
-        prepare.write_tokens(tmp_path / "x.bin", ["a"], Large(), np.uint16)
-    with pytest.raises(ValueError, match="outside"):
-        prepare.write_tokens(tmp_path / "x.bin", ["ab"], Large(), np.uint32)
+    with pytest.raises(AssertionError, match="outside"):
+        texts.write_tokens(tmp_path / "x.bin", ["ab"], Large())
 
 
 def test_a_folder_is_joined_in_order_without_byte_order_marks(data, tmp_path):
@@ -100,16 +99,17 @@ def test_a_url_is_fetched(data, tmp_path, source):
             run(url.replace("hamlet", "macbeth"))
         server.shutdown()
     assert contents(data / "hamlet")[0] == TEXT[:int(len(TEXT) * 0.9)]
-    with pytest.raises(prepare.Offline, match="can't be reached"):
+    with pytest.raises(known.Offline, match="can't be reached"):
         run(url)
 
 
 @pytest.mark.parametrize("content, message", [
     (b"", "is empty"), (b"\xef\xbb\xbf", "is empty"), (b"ab", "has 2 characters: too few"),
     (b"x" * 70 + b"\xe9t\xe9", "is not UTF-8: byte 0xe9 at offset 70"), (b"x" * 70 + b"\xe9", "0xe9 at offset 70"),
+    ("\ufeff€".encode() * 3000 + b"\xe9", "0xe9 at offset 18,000"),
 ])
 def test_bad_text_is_named(data, tmp_path, content, message, monkeypatch):
-    monkeypatch.setattr(prepare, "CHUNK", 64)
+    monkeypatch.setattr(texts, "CHUNK", 64)
     (tmp_path / "bad.txt").write_bytes(content)
     with pytest.raises(UserError, match=message):
         run(tmp_path / "bad.txt")
@@ -123,32 +123,33 @@ def test_bad_sources_are_named(data, tmp_path):
         with pytest.raises(UserError, match=message):
             run(*sources)
     with pytest.raises(UserError, match="val_fraction = 1.0: must lie between"):
-        prepare.prepare([], data, "char", val_fraction=1.0)
+        texts.prepare([], data, "char", val_fraction=1.0)
     with pytest.raises(UserError, match="make one with python prepare.py FILE --name=mine"):
-        prepare.ensure("mine")
+        known.ensure("mine")
 
 
 def test_without_a_network_the_built_in_text_stands_in(data, monkeypatch, capsys):
     def offline(url, path):
-        raise prepare.Offline(f"{url} can't be reached")
+        raise known.Offline(f"{url} can't be reached")
 
-    monkeypatch.setattr(prepare, "download", offline)
-    assert prepare.ensure("shakespeare_char") == "python_reference"
+    monkeypatch.setattr(known, "download", offline)
+    assert known.ensure("shakespeare_char") == "python_reference"
     assert "NO NETWORK" in capsys.readouterr().out
     train, val, meta = contents(data / "python_reference")
     assert "Python" in train and meta["source"].startswith("pydoc_data.topics of Python 3.")
     assert not (data / "shakespeare_char").exists()
-    assert prepare.ensure("shakespeare_char") == "python_reference"  # the notice is for every run
+    assert known.ensure("shakespeare_char") == "python_reference"  # the notice is for every run
     assert "NO NETWORK" in capsys.readouterr().out
 
 
 def test_a_known_text_is_checked(data, monkeypatch):
-    monkeypatch.setitem(prepare.KNOWN, "hamlet", prepare.Known("http://x", 5, hashlib.sha256(b"words " * 9).hexdigest(),
-                                                               "char"))
-    path = data / "hamlet" / "input.txt"
+    expected = known.Known("http://x", 54, hashlib.sha256(b"words " * 9).hexdigest(), "char")
+    monkeypatch.setitem(known.KNOWN, "shakespeare_char", expected)
+    path = data / "shakespeare_char" / "input.txt"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"words ")
     with pytest.raises(UserError, match="is not the expected text .6 bytes"):
-        prepare.ensure("hamlet")
+        known.ensure("shakespeare_char")
     path.write_bytes(b"words " * 9)
-    assert prepare.ensure("hamlet") == "hamlet" and contents(data / "hamlet")[2]["characters"] == 54
+    assert known.ensure("shakespeare_char") == "shakespeare_char"
+    assert contents(data / "shakespeare_char")[2]["characters"] == 54

@@ -5,12 +5,11 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-import checkpoint
-import sample
-import train
 from configurator import UserError
+from published import files
 
 transformers = pytest.importorskip("transformers")
 PROMPT = "the king sees a "
@@ -37,13 +36,13 @@ def published(tmp_path_factory, text):
 
 def test_logits_equal_those_of_transformers(published):
     folder, theirs = published
-    ours, tokenizer = checkpoint.load_published(str(folder))
-    tokens = torch.randint(tokenizer.vocab_size, (3, 48), generator=torch.Generator().manual_seed(0))
+    ours, tokenizers = files.load(str(folder))
+    tokens = torch.randint(tokenizers["tokenizer"].vocab_size, (3, 48), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = theirs(tokens).logits
         assert expected.std() > 0.3  # a scale at which 1e-5 means something
         assert (ours(tokens) - expected).abs().max() < 1e-5
-        cropped, _ = checkpoint.load_published(str(folder), block_size=20)
+        cropped, _ = files.load(str(folder), block_size=20)
         assert (cropped(tokens[:, :20]) - expected[:, :20]).abs().max() < 1e-5
 
 
@@ -55,22 +54,13 @@ def test_shards_and_the_old_layout_of_the_hub_load_too(published, tmp_path):
     old = {name: tensor.clone() for name, tensor in theirs.transformer.state_dict().items()}
     old |= {f"h.{i}.attn.bias": torch.ones(1, 1, 48, 48) for i in range(3)}
     (tmp_path / "old").mkdir()
-    checkpoint.save_file(old, tmp_path / "old" / "model.safetensors")
+    save_file(old, tmp_path / "old" / "model.safetensors")
     shutil.copy(folder / "config.json", tmp_path / "old")
-    expected = checkpoint.load_published(str(folder))[0].state_dict()
+    expected = files.load(str(folder))[0].state_dict()
     for layout in ("shards", "old"):
         shutil.copy(folder / "tokenizer.json", tmp_path / layout)
-        found = checkpoint.load_published(str(tmp_path / layout))[0].state_dict()
+        found = files.load(str(tmp_path / layout))[0].state_dict()
         assert all(torch.equal(found[name], expected[name]) for name in expected), layout
-
-
-def test_sampling_continues_as_transformers_does(published, capsys):
-    folder, theirs = published
-    fast = transformers.AutoTokenizer.from_pretrained(folder)
-    ids = fast(PROMPT, return_tensors="pt")
-    expected = theirs.generate(**ids, max_new_tokens=30, do_sample=False, pad_token_id=0)
-    sample.main(sample.Settings(init_from=str(folder), prompt=PROMPT, temperature=0.0, max_new_tokens=30, device="cpu"))
-    assert capsys.readouterr().out == fast.decode(expected[0]) + "\n"
 
 
 def test_weights_that_do_not_fit_are_named(published, tmp_path):
@@ -78,10 +68,27 @@ def test_weights_that_do_not_fit_are_named(published, tmp_path):
     shutil.copytree(folder, tmp_path / "bad")
     state = {name: tensor.clone() for name, tensor in theirs.state_dict().items() if name != "lm_head.weight"}
     state["transformer.h.1.surprise"] = state.pop("transformer.h.2.ln_1.weight")
-    checkpoint.save_file(state, tmp_path / "bad" / "model.safetensors")
-    with pytest.raises(UserError, match=r"missing \['transformer.blocks.2.ln_1.weight'\],"
-                                        r" unexpected \['transformer.blocks.1.surprise'\]"):
-        checkpoint.load_published(str(tmp_path / "bad"))
+    save_file(state, tmp_path / "bad" / "model.safetensors")
+    with pytest.raises(UserError, match=r"missing \['h.2.ln_1.weight'\], unexpected \['transformer.h.1.surprise'\]"):
+        files.load(str(tmp_path / "bad"))
+
+
+def test_weights_come_in_the_precision_asked_for_and_in_pieces(published, monkeypatch):
+    expected = files.load(str(published[0]))[0].state_dict()
+    monkeypatch.setattr(files, "MAPPED_BYTES", 500)  # several pieces for most tensors
+    for dtype in (torch.float32, torch.bfloat16):
+        found = files.load(str(published[0]), dtype=dtype)[0].state_dict()
+        assert all(torch.equal(found[name], expected[name].to(dtype)) for name in expected)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(published, tmp_path):
+    folder, theirs = published
+    shutil.copytree(folder, tmp_path / "large")
+    bpe = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    bpe.add_tokens(["one more"])
+    bpe.save(str(tmp_path / "large" / "tokenizer.json"))
+    with pytest.raises(UserError, match="the tokenizer of .*large has 351 tokens, the model only 350"):
+        files.load(str(tmp_path / "large"))
 
 
 @pytest.mark.parametrize("key, value", [("activation_function", "relu"), ("model_type", "llama"),
@@ -92,24 +99,9 @@ def test_other_models_are_refused_by_name(published, tmp_path, key, value):
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "other" / "config.json").write_text(json.dumps({**config, key: value}))
     with pytest.raises(UserError, match=f"{key} = {value!r}, but only"):
-        checkpoint.load_published(str(tmp_path / "other"))
+        files.load(str(tmp_path / "other"))
 
 
-def test_fine_tuning_starts_from_the_published_weights(published, tmp_path, text, tiny):
-    import prepare
-    import tokenizer as tokenizers
-    folder, theirs = published
-    (tmp_path / "words.txt").write_text(text, encoding="utf-8")
-    prepare.prepare([tmp_path / "words.txt"], tmp_path / "words", "bpe:350")
-    (tmp_path / "words" / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())  # same merges
-    assert tokenizers.same_vocabulary(tokenizers.load(folder / "tokenizer.json"),
-                                      tokenizers.load(tmp_path / "words" / "tokenizer.json"))
-    given = {"block_size": 32}
-    settings = train.Settings(**{**tiny, "dataset": str(tmp_path / "words"), "init_from": str(folder), "max_iters": 1,
-                                 "learning_rate": 0.0, "min_lr": 0.0}, out_dir=str(tmp_path / "out"))
-    train.main(settings, given)
-    model, _, _ = checkpoint.load(tmp_path / "out" / "last")
-    tokens = torch.arange(32)[None]
-    assert (model(tokens) - theirs(tokens).logits).abs().max() < 1e-5
-    with pytest.raises(UserError, match="n_layer = 2, but .* has 3: leave it out"):
-        train.main(settings, {**given, "n_layer": 2})
+def test_more_positions_than_learned_are_refused(published):
+    with pytest.raises(UserError, match="block_size = 49: .* has learned only 48 positions"):
+        files.load(str(published[0]), block_size=49)

@@ -37,7 +37,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from vlm import Box, box_text
+from run.pictures import Box, box_text
 
 SIZE = 48  # pixels of both sides
 GRID = 8  # pixels: where things may lie, so that a box is one of few

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from configurator import UserError
-from device import pick_device
+from machine.device import pick_device
 
 
 @dataclass(frozen=True)

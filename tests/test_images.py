@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 import prepare
-import prepare_images
 import tokenizer as tokenizers
-from batches import ImageTextDataset, gather_images
+from batches import ImageTextDataset, read_images
 from configurator import UserError
-from vlm import parse_boxes, pixels
+from run.pictures import parse_boxes, pixels
+from sources import images, known
 
 DATA = Path(prepare.__file__).parent / "data"
 shapes = runpy.run_path(str(DATA / "shapes" / "generate.py"))
@@ -64,7 +64,7 @@ def read_rows(folder):
 # A folder of one's own
 
 def test_a_folder_becomes_a_data_set(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(prepare, "DATA", tmp_path / "data")
+    monkeypatch.setattr(known, "DATA", tmp_path / "data")
     prepare.main(prepare.Settings(image_size=8), [f"{folder}/"])
     assert "36 training rows on 18 images" in capsys.readouterr().out
     data = ImageTextDataset(tmp_path / "data" / "pictures")
@@ -74,24 +74,24 @@ def test_a_folder_becomes_a_data_set(folder, tmp_path, monkeypatch, capsys):
     assert data.rows["val"][1] == {"image": 18, "prompt": "detect it", "kind": "boxes", "width": 38, "height": 10,
                                    "answer": "<loc0012><loc0100><loc0200><loc0300> it"}
     assert data.rows["val"][0]["kind"] == "caption" and data.rows["val"][0]["answer"] == "picture 18 – ü"
-    for i, batch in enumerate(gather_images(data.images, np.arange(20), torch.device("cpu"))):
+    for i, batch in enumerate(read_images(data.images, np.arange(20), torch.device("cpu"))):
         with Image.open(folder / f"{'ab'[i % 2]}/{i}.png") as image:
             assert torch.equal(batch, pixels(image, 8)), i
 
 
 def test_preparing_again_gives_the_same_bytes(folder, tmp_path):
-    one, two = (prepare.prepare_pairs(folder, tmp_path / name) for name in ("one", "two"))
+    one, two = (images.prepare(folder, tmp_path / name) for name in ("one", "two"))
     assert one == two
-    for name in (*prepare_images.FILES, "meta.json"):
+    for name in (*images.FILES, "meta.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    assert prepare.prepare_pairs(folder, tmp_path / "one", image_size=32)["sha256"] != two["sha256"]
+    assert images.prepare(folder, tmp_path / "one", image_size=32)["sha256"] != two["sha256"]
 
 
 def test_turned_photographs_have_their_upright_size(folder, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # lies on its side
     (folder / "a" / "0.png").write_bytes(image_bytes("RGB", (20, 10), exif=exif))
-    prepare.prepare_pairs(folder, tmp_path / "out")
+    images.prepare(folder, tmp_path / "out")
     row = ImageTextDataset(tmp_path / "out").rows["train"][0]
     assert (row["width"], row["height"]) == (10, 20)
 
@@ -99,14 +99,14 @@ def test_turned_photographs_have_their_upright_size(folder, tmp_path):
 def test_splits_are_those_that_the_rows_name(folder, tmp_path):
     rows = read_rows(folder)
     write_rows(folder, [{**row, "split": "val" if "/3." in row["image"] else "train"} for row in rows])
-    prepare.prepare_pairs(folder, tmp_path / "out")
+    images.prepare(folder, tmp_path / "out")
     data = ImageTextDataset(tmp_path / "out")
     assert {row["image"] for row in data.rows["val"]} == {3} and data.meta["train_images"] == 19
 
 
 @pytest.mark.parametrize("name, size", [("char", 1412), ("bpe:1450", 1450)])
 def test_the_tokenizer_has_the_special_tokens(folder, tmp_path, name, size):
-    prepare.prepare_pairs(folder, tmp_path / "out", name)
+    images.prepare(folder, tmp_path / "out", name)
     tokenizer = tokenizers.load(tmp_path / "out" / "tokenizer.json")
     ids = {token: tokenizer.bpe.token_to_id(token) for token in ("<pad>", "<eos>", "<bos>", "<loc0012>", "<loc0100>")}
     assert tokenizer.vocab_size == size and tokenizer.eos == ids["<eos>"] and ids["<pad>"] == 0
@@ -120,10 +120,10 @@ def test_the_tokenizer_has_the_special_tokens(folder, tmp_path, name, size):
 
 
 def test_merges_are_learned_from_training_rows_alone(folder, tmp_path):
-    prepare.prepare_pairs(folder, tmp_path / "one", "bpe:1420")
+    images.prepare(folder, tmp_path / "one", "bpe:1420")
     rows = read_rows(folder)
     write_rows(folder, [*rows[:36], *({**row, "answer": "zzzz zzzz zzzz" * 50} for row in rows[36:])])
-    prepare.prepare_pairs(folder, tmp_path / "two", "bpe:1420")
+    images.prepare(folder, tmp_path / "two", "bpe:1420")
     assert len({(tmp_path / name / "tokenizer.json").read_bytes() for name in ("one", "two")}) == 1
 
 
@@ -152,16 +152,16 @@ GOOD = {"image": "a/0.png", "prompt": "caption", "answer": "x"}
 def test_bad_rows_are_named(folder, tmp_path, row, message):
     (folder / "broken.png").write_bytes(b"no image")
     (folder / "torn.png").write_bytes(image_bytes("RGB", (200, 200))[:5000])
-    before = prepare.prepare_pairs(folder, tmp_path / "out")
+    before = images.prepare(folder, tmp_path / "out")
     rows = read_rows(folder)
     write_rows(folder, [*rows[:4], row, *rows[4:], row])
     with pytest.raises(UserError, match=message) as error:
-        prepare.prepare_pairs(folder, tmp_path / "out")
+        images.prepare(folder, tmp_path / "out")
     line = 1 if "no split" in message else 5
     assert f"captions.jsonl, line {line}: " in str(error.value) and "\n" not in str(error.value)
     assert ImageTextDataset(tmp_path / "out").meta == before  # what was there is whole
     with pytest.raises(UserError):
-        prepare.prepare_pairs(folder, tmp_path / "new")
+        images.prepare(folder, tmp_path / "new")
     assert not (tmp_path / "new" / "meta.json").exists()
 
 
@@ -173,12 +173,12 @@ def test_bad_folders_are_named(folder, tmp_path):
                          ([*rows, {**rows[0], "split": "val"}], "line 41: split = 'val', but an earlier row has a/0")):
         write_rows(folder, bad)
         with pytest.raises(UserError, match=message):
-            prepare.prepare_pairs(folder, tmp_path / "out")
+            images.prepare(folder, tmp_path / "out")
     write_rows(folder, whole)
     with pytest.raises(UserError, match="tokenizer = gpt2: must be char or byte .*, or bpe:SIZE, for images"):
-        prepare.prepare_pairs(folder, tmp_path / "out", "gpt2", 0.5)
+        images.prepare(folder, tmp_path / "out", "gpt2", 0.5)
     with pytest.raises(UserError, match="bpe:300: 256 bytes and 1,156 special tokens need at least bpe:1412"):
-        prepare.prepare_pairs(folder, tmp_path / "out", "bpe:300")
+        images.prepare(folder, tmp_path / "out", "bpe:300")
     with pytest.raises(UserError, match="image_size = 0: must be at least 1"):
         prepare.Settings(image_size=0)
 
@@ -346,10 +346,10 @@ def test_without_scikit_learn_one_line_says_so(monkeypatch):
 @pytest.mark.parametrize("name", ["shapes", "digits"])
 def test_known_by_name(name, tmp_path, monkeypatch):
     real = runpy.run_path
-    monkeypatch.setattr(prepare, "DATA", tmp_path)
+    monkeypatch.setattr(known, "DATA", tmp_path)
     monkeypatch.setattr(runpy, "run_path", lambda path: {"generate": functools.partial(real(path)["generate"],
                                                                                        images=40)})
-    assert prepare.ensure(name) == name
+    assert known.ensure(name) == name
     data = ImageTextDataset(tmp_path / name)
     assert (data.meta["train_images"], data.meta["val_images"], data.image_size) == (36, 4, 48)
     assert data.meta["source"] == f"data/{name}/generate.py" and str(tmp_path) not in json.dumps(data.meta)

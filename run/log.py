@@ -13,65 +13,67 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
 from configurator import UserError
-from device import device_name
-from tokenizer import write_json, write_text
+from machine.device import device_name
+from run import checkpoint
+from run.files import write_json, write_text
 
 
 class Log:
-    """log.jsonl, one row a line; the terminal; and wandb if wanted. Silent on all but the main rank.
+    """Writes rows into log.jsonl, to the terminal, and to wandb if wanted. Silent on all but the main rank.
 
     tokens: those of one update; flops: what each worker computes in one; peak: a worker's FLOP/s, or None.
+    Raises UserError if wandb is wanted but not installed.
     """
 
     def __init__(self, out_dir, settings, step, tokens, flops, peak, world):
         self.settings, self.tokens, self.flops, self.peak = settings, tokens, flops, peak
-        self.file = self.run = None
+        self.file = self.wandb = None
         self.first_step, self.began = step, time.perf_counter()
         self.restart(step)
         if not world.is_main:
             return
-        out_dir.mkdir(parents=True, exist_ok=True)
-        path = out_dir / "log.jsonl"
+        path = Path(out_dir) / "log.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
         if step:  # the rows after the checkpoint will be written again
             write_text(path, "".join(line + "\n" for line in rows_until(path, step)))
         self.file = open(path, "a", encoding="utf-8", buffering=1)
         if settings.wandb:
-            try:
-                import wandb
-            except ImportError:
-                raise UserError("--wandb needs a package: pip install wandb") from None
-            self.run = wandb.init(project=settings.wandb_project, name=settings.wandb_name or None,
-                                  id=run_id(out_dir), resume="allow", config=asdict(settings), dir=str(out_dir))
+            self.wandb = start_wandb(path.parent, settings)
 
     def restart(self, step):
-        """The next row's time counts from here: after an evaluation or a save, which are no part of an update."""
+        """Counts the next row's time from here: after an evaluation or a save, which are no part of an update."""
         self.timed_from, self.clock = step, time.perf_counter()
 
     def row(self, step, **values):
         """A row with the mean time of the updates since `restart`. values: plain numbers, so the device is done."""
         seconds = (time.perf_counter() - self.clock) / (step - self.timed_from)
         row = {"step": step, **values, "ms": 1000 * seconds, "tokens_per_s": self.tokens / seconds}
-        return row | ({"mfu": self.flops / seconds / self.peak} if self.peak and self.flops else {})
+        if self.peak and self.flops:
+            row["mfu"] = self.flops / seconds / self.peak
+        return row
 
     def write(self, row):
+        """Adds the row to log.jsonl and wandb; the terminal shows loss, rate, speed, time left, validation measures.
+
+        Raises UserError if log.jsonl can't be written.
+        """
         if self.file is None:
             return
         try:
             self.file.write(json.dumps(row) + "\n")
         except OSError as error:
             raise UserError(f"{self.file.name} can't be written: {error.strerror}") from error
-        if self.run:
-            self.run.log(row, step=row["step"])
-        done = row["step"] - self.first_step
-        left = (time.perf_counter() - self.began) / done * (self.settings.max_iters - row["step"])
-        parts = [f"step {row['step']:>{len(str(self.settings.max_iters))}}/{self.settings.max_iters}",
-                 f"loss {row['loss']:.4f}", f"lr {row['lr']:.2e}", f"{row['ms']:.1f} ms",
-                 f"{row['tokens_per_s']:,.0f} tok/s"]
-        parts += [f"{row['mfu']:.0%} of peak"] if "mfu" in row else []
-        parts += [f"{int(left) // 60}:{int(left) % 60:02d} left"]
-        parts += [f"val loss {row['val_loss']:.4f}"] if "val_loss" in row else []
+        if self.wandb:
+            self.wandb.log(row, step=row["step"])
+        step, last = row["step"], self.settings.max_iters
+        left = int((time.perf_counter() - self.began) / (step - self.first_step) * (last - step))
+        parts = [f"step {step:>{len(str(last))}}/{last}", f"loss {row['loss']:.4f}", f"lr {row['lr']:.2e}",
+                 f"{row['ms']:.1f} ms", f"{row['tokens_per_s']:,.0f} tok/s"]
+        if "mfu" in row:
+            parts.append(f"{row['mfu']:.0%} of peak")
+        parts.append(f"{left // 60}:{left % 60:02d} left")
+        parts += [f"{name.replace('_', ' ')} {row[name]:.4f}" for name in row if name.startswith("val_")]
         print(" | ".join(parts), flush=True)
 
     def sync(self):
@@ -82,8 +84,8 @@ class Log:
     def close(self):
         if self.file:
             self.file.close()
-        if self.run:
-            self.run.finish()
+        if self.wandb:
+            self.wandb.finish()
 
 
 def rows_until(path, step):
@@ -94,18 +96,23 @@ def rows_until(path, step):
                 yield line
 
 
-def run_id(out_dir):
-    """wandb's id of the run in out_dir, made at its start, so that a resumed run goes on in the same charts."""
+def start_wandb(out_dir, settings):
+    """wandb's run. Its id is drawn once for out_dir, so that a resumed run goes on in the same charts."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--wandb needs a package: pip install wandb") from None
     path = out_dir / "wandb_id"
     if not path.exists():
         write_text(path, os.urandom(4).hex())
-    return path.read_text()
+    return wandb.init(project=settings.wandb_project, name=settings.wandb_name or None, id=path.read_text(),
+                      resume="allow", config=asdict(settings), dir=str(out_dir))
 
 
 def record_start(out_dir, settings, world, **facts):
     """Adds to run.json what this start of the run runs on: versions, code, machine, command."""
     path = Path(out_dir) / "run.json"
-    starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    starts = checkpoint.read_json(path) if path.exists() else []
     starts.append({
         "started": now(), **facts, "seed": settings.seed, "command": [sys.executable, *sys.argv], "git": git_state(),
         "device": device_name(world.device), "workers": world.size, "host": platform.node(), "cpus": os.cpu_count(),
@@ -116,7 +123,7 @@ def record_start(out_dir, settings, world, **facts):
 def record_end(out_dir, step, status):
     """Notes in run.json that this start ended by itself, at which step and with which exit status."""
     path = Path(out_dir) / "run.json"
-    starts = json.loads(path.read_text(encoding="utf-8"))
+    starts = checkpoint.read_json(path)
     starts[-1] |= {"ended": now(), "end_step": step, "status": status}
     write_json(path, starts)
 
@@ -136,7 +143,7 @@ def git_state():
         return None
 
 
-MOVING = "earlier.new"  # while it is there, what else is left of the run belongs into it
+MOVING = "earlier.new"  # while this folder is there, the other files of the run are still to be moved into it
 OURS = [name + suffix for name in ("last", "best", "log.jsonl", "run.json", "evaluation.json", "wandb_id")
         for suffix in ("", ".new", ".old")]
 

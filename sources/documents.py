@@ -7,13 +7,13 @@
 Each document, the row's `text`, is followed by the tokenizer's end-of-text token (two line breaks where it has none).
 A document is for validation if its hash says so, whatever the order or the tokenizer: doubles stay on one side.
 
-A shard holds one file, or neighbours that are small. It is the work of one process, and is finished when its .json is
+A shard holds one file, or neighbours that are small. One process writes it, and it is finished when its .json is
 there: after a kill the same command goes on, and repeats at most one shard per process. The bytes depend neither on
 that nor on the number of processes. A file from the hub is deleted when its shard is finished.
 """
 
-import contextlib
 import hashlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -29,12 +29,42 @@ import numpy as np
 
 import tokenizer as tokenizers
 from configurator import UserError
-from tokenizer import write_json
+from run.files import write_json
+from sources.texts import check_fraction, id_type, report_tokens, stored
 
 SHARD_BYTES = 1 << 26  # smaller neighbours share a shard
 ROWS = 256  # documents of a parquet file held at a time
 SAMPLE_CHARACTERS = 100_000_000  # from which a BPE learns
-SUFFIXES = (".parquet", ".jsonl")
+COUNTS = ("documents", "bytes", "train_characters", "train_tokens", "val_characters", "val_tokens")
+
+
+def prepare(source, folder, tokenizer_name, val_fraction=0.1, processes=0):
+    """Writes the shards of a Source that `folder` lacks, and returns the meta of all: goes on where it stopped.
+
+    processes: how many write at the same time; 0: one per CPU core. Raises UserError for documents that can't be
+    used, and for a folder with another data set.
+    """
+    check_fraction(val_fraction)
+    if tokenizer_name == "char":
+        raise UserError("tokenizer = char: it has to know all characters beforehand, which documents don't; use"
+                        " --tokenizer=gpt2, byte, or bpe:SIZE")
+    if any(name.endswith(".parquet") for name, _ in source.files) and not importlib.util.find_spec("pyarrow"):
+        raise UserError("parquet files need pyarrow: pip install pyarrow")
+    tokenizer = common_tokenizer(source, folder, tokenizer_name, val_fraction)
+    shards = list(group(source.files))
+    missing = [i for i, files in enumerate(shards) if read_record(folder, i).get("files") != files]
+    processes = min(processes or os.cpu_count(), len(missing))
+    size = sum(size for _, size in source.files)
+    print(f"{len(source.files):,} files of {size / 1e6:,.0f} MB in {len(shards):,} shards, {len(missing):,} to write,"
+          f" by {processes} processes; after a stop the same command goes on", flush=True)
+    if missing:
+        (folder / "meta.json").unlink(missing_ok=True)
+        in_processes(processes, [(i, shards[i], source, folder, val_fraction) for i in missing])
+    shutil.rmtree(folder / "download", ignore_errors=True)
+    meta = summary([read_record(folder, i) for i in range(len(shards))], source, tokenizer)
+    write_json(folder / "meta.json", meta)
+    report_tokens(folder, meta)
+    return meta
 
 
 @dataclass(frozen=True)
@@ -48,16 +78,8 @@ class Source:
         """Where the file lies on disk; one from the hub is downloaded into folder/download, once."""
         if not self.revision:
             return Path(self.location) / name
-        with hub_errors(f"{self.location}/{name}"):
-            from huggingface_hub import hf_hub_download
-            from huggingface_hub.utils import disable_progress_bars
-            disable_progress_bars()
-            return Path(hf_hub_download(self.location, name, repo_type="dataset", revision=self.revision,
-                                        local_dir=folder / "download"))
-
-    def release(self, name, folder):
-        if self.revision:
-            (folder / "download" / name).unlink(missing_ok=True)
+        return Path(ask_hub(f"{self.location}/{name}", lambda hub: hub.hf_hub_download(
+            self.location, name, repo_type="dataset", revision=self.revision, local_dir=folder / "download")))
 
 
 def folder_source(path):
@@ -65,45 +87,51 @@ def folder_source(path):
     folder = path if path.is_dir() else path.parent
     paths = sorted(path.rglob("*")) if path.is_dir() else [path]
     files = tuple((p.relative_to(folder).as_posix(), p.stat().st_size) for p in paths
-                  if p.suffix in SUFFIXES and not p.is_dir())
+                  if p.suffix in (".parquet", ".jsonl") and not p.is_dir())
     return Source(str(folder), "", files) if files else None
 
 
 def hub_source(name, under, revision):
     """The parquet files in the folder `under` of a data set on the hub."""
-    with hub_errors(name):
-        from huggingface_hub import HfApi
-        tree = HfApi().list_repo_tree(name, under, revision=revision, repo_type="dataset")
-        files = sorted((entry.path, entry.size) for entry in tree if entry.path.endswith(".parquet"))
+    entries = ask_hub(name, lambda hub: list(hub.list_repo_tree(name, under, revision=revision, repo_type="dataset")))
+    files = sorted((entry.path, entry.size) for entry in entries if entry.path.endswith(".parquet"))
     return Source(name, revision, tuple(files))
 
 
-@contextlib.contextmanager
-def hub_errors(what):
-    """What keeps a file from the hub away, as one line."""
+def ask_hub(what, question):
+    """question(the hub's API). Raises UserError that says in one line why `what` can't be had."""
     try:
-        from huggingface_hub import errors
+        from huggingface_hub import HfApi, errors
+        from huggingface_hub.utils import disable_progress_bars
     except ImportError:
         raise UserError("data sets on the hub need huggingface_hub: pip install huggingface_hub") from None
+    disable_progress_bars()
     try:
-        yield
+        return question(HfApi())
     except (OSError, errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HTTPError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"{what} can't be had from the hub ({reason}): run again to go on, finished shards are kept;"
                         " or pass a folder with the files") from None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Documents in
-
-def read_documents(path):
-    """Yields the texts of a .parquet or .jsonl file, none of them empty. Raises UserError for a file without them."""
-    rows = parquet_rows(path) if path.suffix == ".parquet" else jsonl_rows(path)
-    for number, text in enumerate(rows, start=1):
-        if not isinstance(text, str | None):
-            raise UserError(f"{path}, row {number}: the text is {text!r:.60}, and must be a string")
-        if text:
-            yield text
+def read(source, files, folder, val_fraction):
+    """Yields (split, text, its UTF-8, the SHA-256 of that) of each document in the files that is not empty."""
+    for name, _ in files:
+        path = source.fetch(name, folder)
+        rows = parquet_rows(path) if path.suffix == ".parquet" else jsonl_rows(path)
+        for number, text in enumerate(rows, start=1):
+            if not isinstance(text, str | None):
+                raise UserError(f"{path}, row {number}: the text is {text!r:.60}, and must be a string")
+            if not text:
+                continue
+            try:
+                content = text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise UserError(f"{name}: a document holds half of a surrogate pair, which is no character:"
+                                f" {text[max(0, error.start - 20):error.end + 20]!r}; remove it") from None
+            digest = hashlib.sha256(content).digest()
+            is_val = int.from_bytes(digest[:8], "big") < val_fraction * 2**64
+            yield "val" if is_val else "train", text, content, digest
 
 
 def parquet_rows(path):
@@ -128,65 +156,13 @@ def jsonl_rows(path):
                 raise UserError(f"{path}, line {number}: is no object with a text: {line.strip()!r:.60}") from None
 
 
-def is_for_validation(digest, val_fraction):
-    """Of a document, by the SHA-256 of its UTF-8."""
-    return int.from_bytes(digest[:8], "big") < val_fraction * 2**64
+def common_tokenizer(source, folder, tokenizer_name, val_fraction):
+    """The tokenizer of all shards, made at the first start. recipe.json says how the folder's data set is made.
 
-
-def sample(source, folder, val_fraction):
-    """Yields the first training documents, for a BPE to learn from."""
-    characters = 0
-    for name, _ in source.files:
-        for text in read_documents(source.fetch(name, folder)):
-            if not is_for_validation(hashlib.sha256(encode_utf8(text, name)).digest(), val_fraction):
-                characters += len(text)
-                yield text
-            if characters >= SAMPLE_CHARACTERS:
-                return
-
-
-def encode_utf8(text, name):
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{name}: a document holds half of a surrogate pair, which is no character:"
-                        f" {text[max(0, error.start - 20):error.end + 20]!r}; remove it") from None
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Shards out
-
-def write_shards(source, folder, tokenizer_name, val_fraction, processes=0):
-    """Writes the shards that `folder` lacks and its tokenizer.json, and returns what meta.json says of them all.
-
-    processes: how many write at the same time; 0: one per CPU core. Raises UserError for documents that can't be
-    used, and for a folder with another data set.
+    Raises UserError if the folder holds a data set that is made in another way.
     """
-    if tokenizer_name == "char":
-        raise UserError("tokenizer = char: it has to know all characters beforehand, which documents don't; use"
-                        " --tokenizer=gpt2, byte, or bpe:SIZE")
-    if any(name.endswith(".parquet") for name, _ in source.files):
-        try:
-            import pyarrow  # noqa: F401
-        except ImportError:
-            raise UserError("parquet files need pyarrow: pip install pyarrow") from None
-    tokenizer = start(source, folder, {"hub": source.location if source.revision else "", "revision": source.revision,
-                                       "tokenizer": tokenizer_name, "val_fraction": val_fraction})
-    shards = list(group(source.files))
-    missing = [i for i, files in enumerate(shards) if read_record(folder, i).get("files") != files]
-    processes = min(processes or os.cpu_count(), len(missing))
-    size = sum(size for _, size in source.files)
-    print(f"{len(source.files):,} files of {size / 1e6:,.0f} MB in {len(shards):,} shards, {len(missing):,} to write,"
-          f" by {processes} processes; after a stop the same command goes on", flush=True)
-    if missing:
-        (folder / "meta.json").unlink(missing_ok=True)
-        in_processes(processes, [(i, shards[i], source, folder, val_fraction) for i in missing])
-    shutil.rmtree(folder / "download", ignore_errors=True)
-    return summary([read_record(folder, i) for i in range(len(shards))], source, tokenizer)
-
-
-def start(source, folder, recipe):
-    """The tokenizer of the data set that is, or will be, in the folder, whose recipe.json says how it is made."""
+    recipe = {"hub": source.location if source.revision else "", "revision": source.revision,
+              "tokenizer": tokenizer_name, "val_fraction": val_fraction}
     path, meta = folder / "recipe.json", folder / "meta.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else recipe
     sharded = not meta.exists() or "shards" in json.loads(meta.read_text(encoding="utf-8"))
@@ -195,12 +171,21 @@ def start(source, folder, recipe):
         raise UserError(f"{folder} holds another data set ({other}): delete it, or choose another --name")
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        tokenizers.build(recipe["tokenizer"], None, lambda: sample(source, folder, recipe["val_fraction"])).save(
-            folder / "tokenizer.json.new")
-        os.replace(folder / "tokenizer.json.new", folder / "tokenizer.json")
-        write_json(folder / "recipe.json.new", recipe)
-        os.replace(folder / "recipe.json.new", path)
+        tokenizer = tokenizers.build(tokenizer_name, None, lambda: sample(source, folder, val_fraction))
+        tokenizer.save(folder / "tokenizer.json")
+        write_json(path, recipe)  # last: without it the next start makes the tokenizer again
     return tokenizers.load(folder / "tokenizer.json")
+
+
+def sample(source, folder, val_fraction):
+    """Yields the first training documents, for a BPE to learn from."""
+    characters = 0
+    for split, text, _, _ in read(source, source.files, folder, val_fraction):
+        if split == "train":
+            characters += len(text)
+            yield text
+        if characters >= SAMPLE_CHARACTERS:
+            return
 
 
 def group(files):
@@ -216,7 +201,7 @@ def group(files):
 
 
 def read_record(folder, number):
-    """What the shard's .json says; empty if it isn't finished."""
+    """What the shard's .json says; empty if the shard is not finished."""
     path = folder / f"shard_{number:05}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
@@ -241,7 +226,7 @@ def in_processes(processes, jobs):
 
 
 def end_with_parent():
-    """For each process: no work goes on when the one that gave it is gone; Ctrl-C is that one's business."""
+    """At the start of each process: it exits when its parent dies, and leaves Ctrl-C to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -251,48 +236,35 @@ def write_shard(number, files, source, folder, val_fraction):
     """Writes train_NUMBER.bin, val_NUMBER.bin and at last shard_NUMBER.json; returns the number of tokens."""
     tokenizer = tokenizers.load(folder / "tokenizer.json")
     end = tokenizer.encode("\n\n") if tokenizer.eos is None else np.array([tokenizer.eos])
-    dtype, digest = id_type(tokenizer), hashlib.sha256()
-    record = {"files": files, "documents": 0, "bytes": 0} | {
-        f"{split}_{what}": 0 for split in ("train", "val") for what in ("characters", "tokens")}
-    with contextlib.ExitStack() as stack:
-        out = {split: stack.enter_context(open(folder / f"{split}_{number:05}.bin.new", "wb"))
-               for split in ("train", "val")}
-        for name, _ in files:
-            for text in read_documents(source.fetch(name, folder)):
-                content = encode_utf8(text, name)
-                document = hashlib.sha256(content).digest()
-                split = "val" if is_for_validation(document, val_fraction) else "train"
-                ids = np.concatenate((tokenizer.encode(text), end))
-                if not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
-                    raise ValueError(f"token id {ids.max()} outside 0..{tokenizer.vocab_size - 1}")
-                out[split].write(ids.astype(dtype).tobytes())
-                digest.update(document)
-                for key, n in (("documents", 1), ("bytes", len(content)), (f"{split}_characters", len(text)),
-                               (f"{split}_tokens", len(ids))):
-                    record[key] += n
-                if record["documents"] % 100_000 == 0:
-                    print(f"  shard {number}: {record['documents']:,} documents so far", flush=True)
-        for file in out.values():
+    record, digest = {"files": files, **dict.fromkeys(COUNTS, 0)}, hashlib.sha256()
+    paths = {split: folder / f"{split}_{number:05}.bin" for split in ("train", "val")}
+    with open(f"{paths['train']}.new", "wb") as train, open(f"{paths['val']}.new", "wb") as val:
+        for split, text, content, document in read(source, files, folder, val_fraction):
+            ids = np.concatenate((tokenizer.encode(text), end))
+            (train if split == "train" else val).write(stored(ids, tokenizer).tobytes())
+            digest.update(document)
+            record["documents"] += 1
+            record["bytes"] += len(content)
+            record[f"{split}_characters"] += len(text)
+            record[f"{split}_tokens"] += len(ids)
+            if record["documents"] % 100_000 == 0:
+                print(f"  shard {number}: {record['documents']:,} documents so far", flush=True)
+        for file in (train, val):
             file.flush()
             os.fsync(file.fileno())
-    for split in out:
-        os.replace(folder / f"{split}_{number:05}.bin.new", folder / f"{split}_{number:05}.bin")
+    for path in paths.values():
+        os.replace(f"{path}.new", path)
     record["sha256"] = digest.hexdigest()  # of its documents' SHA-256
-    write_json(folder / f"shard_{number:05}.json.new", record)
-    os.replace(folder / f"shard_{number:05}.json.new", folder / f"shard_{number:05}.json")
-    for name, _ in files:
-        source.release(name, folder)
+    write_json(folder / f"shard_{number:05}.json", record)
+    if source.revision:
+        for name, _ in files:
+            (folder / "download" / name).unlink(missing_ok=True)
     return record["train_tokens"] + record["val_tokens"]
-
-
-def id_type(tokenizer):
-    return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
 
 
 def summary(records, source, tokenizer):
     """The meta of a data set, from its shards' records."""
-    totals = {key: sum(record[key] for record in records) for key in
-              ("documents", "bytes", "train_characters", "train_tokens", "val_characters", "val_tokens")}
+    totals = {key: sum(record[key] for record in records) for key in COUNTS}
     for split in ("train", "val"):
         if totals[f"{split}_tokens"] < 2:
             raise UserError(f"none of the {totals['documents']:,} documents of {source.location} is for {split}: use"

@@ -19,14 +19,15 @@ from conftest import make_text
 from pyarrow import parquet
 
 import prepare
-import prepare_documents
 import tokenizer as tokenizers
 from batches import Dataset
 from configurator import UserError
+from sources import documents, known
 
 ROOT = os.path.dirname(prepare.__file__)
-SCRIPT = """import prepare, prepare_documents, sys
-prepare_documents.SHARD_BYTES = 0
+SCRIPT = """import prepare, sys
+from sources import documents
+documents.SHARD_BYTES = 0
 source, name, tokenizer, processes, max_files = sys.argv[1:]
 prepare.main(prepare.Settings(tokenizer=tokenizer, name=name, processes=int(processes), max_files=int(max_files)),
              [source])"""
@@ -34,7 +35,7 @@ prepare.main(prepare.Settings(tokenizer=tokenizer, name=name, processes=int(proc
 
 @pytest.fixture(autouse=True)
 def a_shard_per_file(monkeypatch):
-    monkeypatch.setattr(prepare_documents, "SHARD_BYTES", 0)
+    monkeypatch.setattr(documents, "SHARD_BYTES", 0)
 
 
 def make_documents(count, seed):
@@ -89,7 +90,7 @@ def test_processes_and_grouping_change_nothing(corpus, tmp_path, monkeypatch):
     many = run(source, tmp_path / "many", tokenizer="bpe:300", processes=3)
     run(source, tmp_path / "one", tokenizer="bpe:300", processes=1)
     assert same(tmp_path / "many", tmp_path / "one")
-    monkeypatch.setattr(prepare_documents, "SHARD_BYTES", 1 << 20)
+    monkeypatch.setattr(documents, "SHARD_BYTES", 1 << 20)
     one = run(source, tmp_path / "single", tokenizer="bpe:300")
     assert one.meta["shards"]["train"] == [len(one.splits["train"])] and len(many.meta["shards"]["train"]) == 3
     assert np.array_equal(one.splits["train"], many.splits["train"][0:len(one.splits["train"])])
@@ -194,7 +195,7 @@ def test_what_cannot_be_used_is_named(tmp_path, monkeypatch):
     check("none of the 1 documents of .* is for", a_jsonl=b'{"text": "x"}')
     check("holds documents .a.parquet. and texts .b.txt.: which are meant", a_parquet=good, b_txt=b"words")
     with pytest.raises(UserError, match="make it first with python prepare.py openwebtext"):
-        prepare.ensure("openwebtext")
+        known.ensure("openwebtext")
     with pytest.raises(UserError, match="fineweb is a data set with tokenizer = gpt2: add --name=NEW"):
         prepare.main(prepare.Settings(tokenizer="byte"), ["fineweb"])
     monkeypatch.setitem(sys.modules, "pyarrow", None)
@@ -251,7 +252,7 @@ def test_files_come_from_the_hub_and_go_when_they_are_done(hub, corpus, tmp_path
     assert prepare_web("1")["documents"] == 301
     for finished in (tmp_path / "web").glob("shard_*.json"):
         finished.unlink()
-    meta, commit = prepare_web("0"), prepare.CORPORA["fineweb"][2]
+    meta, commit = prepare_web("0"), known.CORPORA["fineweb"][2]
     assert meta["source"] == "HuggingFaceFW/fineweb" and meta["revision"] == commit and meta["documents"] == 311
     assert all(f"/{commit}/" in path for path, _ in asked if "fineweb" in path)
     second = [there for path, there in asked if path.endswith("1.parquet")]

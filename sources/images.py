@@ -21,8 +21,9 @@ from pathlib import PurePath
 import numpy as np
 
 from configurator import UserError
+from run.pictures import LOCATIONS, SEGMENTS, read_image
+from sources.texts import check_fraction, put_in_place
 from tokenizer import BPETokenizer
-from vlm import LOCATIONS, SEGMENTS, read_image
 
 try:
     from PIL import Image
@@ -33,37 +34,42 @@ CONTROLS = ("<pad>", "<eos>", "<bos>", "<image>")  # in PaliGemma's order
 FILES = ("images.bin", "train.jsonl", "val.jsonl", "tokenizer.json")
 
 
-def write_pairs(source, folder, tokenizer_name, image_size, val_fraction):
-    """Writes each of FILES as NAME.new into `folder`, and returns what meta.json says of them.
+def prepare(path, folder, tokenizer_name="char", val_fraction=0.1, image_size=48, source=""):
+    """Writes the data set of the folder `path`, images with a captions.jsonl, into `folder`, and returns its meta.
 
-    source: a folder with captions.jsonl and the images it names. tokenizer_name: char or byte, a token per byte;
-    or bpe:SIZE, learned from the training rows. Raises UserError that names the line for a row that can't be used.
+    tokenizer_name: char or byte, a token per byte; or bpe:SIZE, learned from the training rows. Raises UserError that
+    names the line of a row or an image that can't be used; a data set that was in `folder` stays as it is.
     """
-    path = source / "captions.jsonl"
-    rows = list(read_rows(path))
-    first_lines = {}  # of each image, by path
-    for row in rows:
-        first_lines.setdefault(row["image"], row["line"])
-    splits = split_images(rows, list(first_lines), val_fraction, path)
+    check_fraction(val_fraction)
+    captions = path / "captions.jsonl"
+    rows = list(read_rows(captions))
+    splits = split_images(rows, val_fraction, captions)
     tokenizer = make_tokenizer(tokenizer_name, [row for row in rows if splits[row["image"]] == "train"])
     folder.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256()
-    sizes = write_images(path, first_lines, image_size, folder / "images.bin.new", digest)
+    digest = hashlib.sha256()  # of images.bin, train.jsonl and val.jsonl, one after the other
+    places = write_images(captions, rows, image_size, folder / "images.bin.new", digest)
     tokenizer.save(folder / "tokenizer.json.new")
-    meta = {"images": len(first_lines), "image_size": image_size, "tokenizer": tokenizer.kind,
-            "vocab_size": tokenizer.vocab_size}
-    indices = {image: index for index, image in enumerate(first_lines)}
+    meta = {"kind": "image-text", "source": str(source or path), "images": len(places), "image_size": image_size,
+            "tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size}
     for split in ("train", "val"):
-        chosen = [{"image": indices[row["image"]], "prompt": row["prompt"], "answer": row["answer"],
-                   "kind": row["kind"], **sizes[row["image"]]} for row in rows if splits[row["image"]] == split]
+        chosen = [row for row in rows if splits[row["image"]] == split]
         meta[f"{split}_images"] = len({row["image"] for row in chosen})
         meta[f"{split}_rows"] = len(chosen)
-        write_rows(folder / f"{split}.jsonl.new", chosen, digest)
-    return {**meta, "sha256": digest.hexdigest()}  # of images.bin, train.jsonl and val.jsonl, one after the other
+        with open(folder / f"{split}.jsonl.new", "wb") as file:
+            for row in chosen:
+                index, width, height = places[row["image"]]
+                row = {"image": index, "prompt": row["prompt"], "answer": row["answer"], "kind": row["kind"],
+                       "width": width, "height": height}
+                line = json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n"
+                digest.update(line)
+                file.write(line)
+    meta["sha256"] = digest.hexdigest()
+    put_in_place(folder, FILES, meta)
+    print(f"{folder}: {meta['train_rows']:,} training rows on {meta['train_images']:,} images,"
+          f" {meta['val_rows']:,} validation rows on {meta['val_images']:,}; {image_size} x {image_size} pixels,"
+          f" {meta['vocab_size']:,} kinds of tokens", flush=True)
+    return meta
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Rows
 
 def read_rows(path):
     """Yields the rows of a captions.jsonl: image (a normal path), prompt, answer, kind, split ("" if none), line."""
@@ -83,14 +89,15 @@ def check_row(line, folder):
     except ValueError as error:  # of JSON, or of UTF-8
         raise UserError(f"is not JSON: {error}; write one object per line") from None
     if not isinstance(row, dict):
-        raise UserError(f"is {shown(row)}: must be an object with image, prompt and answer")
+        raise UserError(f"is {json.dumps(row):.60}: must be an object with image, prompt and answer")
     row = {"split": "", **{name: value for name, value in row.items() if value is not None}}
     for name in ("image", "prompt", "answer"):
         if name not in row:
             raise UserError(f"has no {name}: every row needs image, prompt and answer")
     row.setdefault("kind", (str(row["prompt"]).split() or ["none"])[0])
-    for name in ("image", "prompt", "answer", "kind", "split"):
-        check_text(name, row[name])
+    row = {name: row[name] for name in ("image", "prompt", "answer", "kind", "split")}
+    for name, value in row.items():
+        check_text(name, value)
     if not row["answer"].strip():
         raise UserError(f"answer = {row['answer']!r}: is empty, so there is nothing to learn; remove the row")
     if row["split"] not in ("train", "val", ""):
@@ -101,12 +108,12 @@ def check_row(line, folder):
                         " relative path")
     if not os.path.isfile(folder / image):
         raise UserError(f"image = {row['image']!r}: there is no such file in {folder}; add it or remove the row")
-    return {"image": image, **{name: row[name] for name in ("prompt", "answer", "kind", "split")}}
+    return {**row, "image": image}
 
 
 def check_text(name, value):
     if not isinstance(value, str):
-        raise UserError(f"{name} = {shown(value)}: must be text, in double quotes")
+        raise UserError(f"{name} = {json.dumps(value):.60}: must be text, in double quotes")
     for control in CONTROLS:
         if control in value:
             raise UserError(f"{name} = {value!r}: leave out {control}, it is put where it belongs by itself")
@@ -116,19 +123,10 @@ def check_text(name, value):
         raise UserError(f"{name} = {value!r}: half of a surrogate pair is no character; remove it") from None
 
 
-def shown(value):
-    """A value as JSON has it, cut to a readable length."""
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def split_images(rows, images, val_fraction, path):
+def split_images(rows, val_fraction, path):
     """{image: "train" or "val"}, as the rows say; if none does, the last val_fraction of the images are "val"."""
-    if not any(row["split"] for row in rows):
-        n_train = int(len(images) * (1 - val_fraction))
-        splits = {image: "train" if i < n_train else "val" for i, image in enumerate(images)}
-    else:
-        splits = {}
+    splits = {}
+    if any(row["split"] for row in rows):
         for row in rows:
             if not row["split"]:
                 raise UserError(f"{path}, line {row['line']}: has no split, which other rows have: name it in all rows"
@@ -136,9 +134,13 @@ def split_images(rows, images, val_fraction, path):
             if splits.setdefault(row["image"], row["split"]) != row["split"]:
                 raise UserError(f"{path}, line {row['line']}: split = {row['split']!r}, but an earlier row has"
                                 f" {row['image']} in the other split: keep an image's rows together")
+    else:
+        images = dict.fromkeys(row["image"] for row in rows)
+        n_train = int(len(images) * (1 - val_fraction))
+        splits = {image: "train" if i < n_train else "val" for i, image in enumerate(images)}
     for split in ("train", "val"):
         if split not in splits.values():
-            raise UserError(f"{path} has {len(images)} images, and none for {split}: add images, or name the split of"
+            raise UserError(f"{path} has {len(splits)} images, and none for {split}: add images, or name the split of"
                             " every row")
     return splits
 
@@ -149,38 +151,30 @@ def make_tokenizer(name, rows):
     kind, _, size = name.partition(":")
     if name in ("char", "byte"):
         return BPETokenizer.train([], 256 + len(special), special)
-    if kind == "bpe" and size.isdigit():
+    if kind == "bpe" and size.isdecimal():
         return BPETokenizer.train((f"{row['prompt']}\n{row['answer']}" for row in rows), int(size), special)
     raise UserError(f"tokenizer = {name}: must be char or byte (both a token per byte), or bpe:SIZE, for images")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Files
+def write_images(captions, rows, size, target, digest):
+    """Writes the images as uint8 (n, size, size, 3), one by one; returns {image: (index, original width, height)}.
 
-def write_images(path, first_lines, size, target, digest):
-    """Writes the images as uint8 (n, size, size, 3), one by one; returns {image: its original {width, height}}.
-
-    They are made square by bicubic resizing, without regard to their proportions, as vlm.pixels does it.
+    They are made square by bicubic resizing, without regard to their proportions, as pictures.pixels does it.
     """
-    sizes = {}
+    places = {}
     with open(target, "wb") as file:
-        for image, line in first_lines.items():
+        for row in rows:
+            if row["image"] in places:
+                continue
             try:
-                picture = read_image(path.parent / image)
+                picture = read_image(captions.parent / row["image"])
             except UserError as error:
-                raise UserError(f"{path}, line {line}: {error}; replace the file or remove its rows") from None
-            sizes[image] = {"width": picture.width, "height": picture.height}
+                raise UserError(f"{captions}, line {row['line']}: {error}; replace the file or remove its"
+                                " rows") from None
+            places[row["image"]] = len(places), picture.width, picture.height
             content = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC)).tobytes()
             digest.update(content)
             file.write(content)
-            if len(sizes) % 10_000 == 0:
-                print(f"  {len(sizes):,} images so far", flush=True)
-    return sizes
-
-
-def write_rows(path, rows, digest):
-    with open(path, "wb") as file:
-        for row in rows:
-            line = json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n"
-            digest.update(line)
-            file.write(line)
+            if len(places) % 10_000 == 0:
+                print(f"  {len(places):,} images so far", flush=True)
+    return places

@@ -1,0 +1,1 @@
+"""Published weights, in and out: foreign names end here."""

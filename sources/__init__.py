@@ -1,0 +1,1 @@
+"""Raw material into data sets under data/."""

@@ -1,0 +1,69 @@
+"""What can be trained: TASKS, the only table. Nothing here imports torch before it is needed.
+
+A new task is a file with a subclass of `task.Task`, its settings in settings.py, and a row here.
+"""
+
+import contextlib
+import importlib
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from configurator import UserError, flat_fields
+from tasks import settings
+
+
+class Row(NamedTuple):
+    module: str
+    cls: str
+    training: type  # its settings for train.py
+    sampling: type  # for sample.py
+    evaluating: type  # for evaluate.py
+    published: tuple  # the model_type of published models that it samples and fine-tunes
+
+
+TASKS = {
+    "text": Row("tasks.text", "TextTask", settings.Text, settings.Writing, settings.Windows, ("gpt2",)),
+    "contrastive": Row("tasks.contrastive", "ContrastiveTask", settings.Contrastive, settings.Matching,
+                       settings.Nothing, ()),
+    "image-text": Row("tasks.image_text", "ImageTextTask", settings.ImageText, settings.Answering, settings.Nothing,
+                      ("paligemma",)),
+}
+
+
+def task_class(name):
+    row = TASKS[name]
+    return getattr(importlib.import_module(row.module), row.cls)
+
+
+def task_of(config, folder):
+    """The task that a config.json belongs to, our own or a published model's. Raises UserError if none does."""
+    if config.get("settings", {}).get("task") in TASKS:
+        return config["settings"]["task"]
+    kind = config.get("model_type")
+    for name, row in TASKS.items():
+        if kind in row.published:
+            return name
+    known = ", ".join(kind for row in TASKS.values() for kind in row.published)
+    raise UserError(f"{folder}: model_type = {kind!r}, but only {known} can be loaded")
+
+
+def find_task(name):
+    """The task of a run's folder, a checkpoint's, or a published model's folder or name."""
+    folders = [Path(name), *(Path(name) / (which + suffix) for which in ("best", "last") for suffix in ("", ".new", ".old"))]
+    for folder in folders:
+        with contextlib.suppress(OSError, ValueError):
+            return task_of(json.loads((folder / "config.json").read_text(encoding="utf-8")), folder)
+    if not Path(name).is_dir():
+        from published.files import GPT2, locate, read_config
+        return "text" if name in GPT2 else task_of(read_config(locate(name)), name)
+    return "text"  # a damaged run: what is wrong is said when it is loaded
+
+
+def elsewhere(settings_of):
+    """A function for configurator.parse: which tasks an unknown setting belongs to. settings_of: of a Row."""
+    def place(name):
+        tasks = [f"--task={task}" for task, row in TASKS.items() if name in flat_fields(settings_of(row))]
+        return f"it is for {' and '.join(tasks)} alone" if tasks else ""
+
+    return place

@@ -1,0 +1,312 @@
+"""The image-text task: answers to prompts about images, by a PaliGemma, new or published.
+
+    python train.py config/vlm_shapes.py
+    python sample.py --out_dir=out/vlm_shapes --image=photo.jpg --prompt=caption --temperature=0
+
+Axes: B batch, T tokens of a row, A tokens of the longest answer, N image tokens.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from batches import ImageTextDataset, fixed_rows, read_images, shuffled_rows, to_device
+from configurator import UserError
+from generate import generate, pick_tokens
+from lora import merge_lora
+from machine.device import autocast
+from published import paligemma
+from run import checkpoint, pictures
+from run.cost import count_parameters, flops_per_token
+from tasks.task import Task, load
+from tokenizer import Transcript, transcribe
+from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig, image_attention, init_parts
+
+DECODER = ("n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "bias")  # settings of the decoder's shape
+TOWER = ("n_layer", "n_head", "n_embd", "patch_size")  # and of the vision tower's
+
+
+class WithImages(Task):
+    """What the tasks with images share: a data set of images with text, and a vision tower.
+
+    encode(rows) makes arrays of a split's rows, with `images`, the number of each row's image, and `ids`, (n, T).
+    """
+
+    def open(self, folder, world):
+        self.dataset, self.world = ImageTextDataset(folder), world
+        self.open_tokenizer(folder)
+        self.data = {split: self.encode(self.dataset.rows[split]) for split in ("train", "val")}
+
+    def vision_config(self):
+        return ViTConfig(**dataclasses.asdict(self.settings.vision), image_size=self.dataset.image_size)
+
+    def fit(self, model):
+        self.n_patches, size = model.config.vision.n_patches, model.config.vision.image_size
+        if size != self.dataset.image_size:
+            raise UserError(f"the images of {self.dataset.folder} have {self.dataset.image_size} pixels, and the model"
+                            f" sees {size}: prepare them with --image_size={size}")
+
+    def pick(self, step):
+        return shuffled_rows(len(self.data["train"].images), self.settings.batch_size, self.settings.seed, step)
+
+    def summary(self, model):
+        n, s = len(self.data["train"].images), self.settings
+        return (f"model: {count_parameters(model) / 1e6:.2f}M parameters, {self.n_patches} image tokens; data:"
+                f" {n:,} rows of {s.dataset}; {s.max_iters} updates = {s.batch_size * s.max_iters / n:.1f} epochs")
+
+
+class Rows(NamedTuple):
+    """Questions and answers as token ids, each row padded on the right to the longest."""
+    images: np.ndarray  # (n,) index of the row's image
+    ids: np.ndarray  # (n, T + 1): prompt, answer, eos, padding
+    prefix: np.ndarray  # (n,) tokens of the prompt
+    lengths: np.ndarray  # (n,) tokens of prompt, answer and eos
+
+
+class ImageTextTask(WithImages):
+    models = {"paligemma": (PaliGemma, PaliGemmaConfig)}
+    rows_are = "the rows of the training split"
+    command = 'python sample.py --out_dir={out_dir} --image=FILE --prompt="caption" --temperature=0'
+
+    def encode(self, rows):
+        """The `Rows` of a split, or of some of its rows."""
+        prompts = {prompt: encode_prompt(self.tokenizer, prompt) for prompt in {row["prompt"] for row in rows}}
+        answers = {answer: with_eos(self.tokenizer, answer) for answer in {row["answer"] for row in rows}}
+        prefix = np.array([len(prompts[row["prompt"]]) for row in rows])
+        lengths = prefix + np.array([len(answers[row["answer"]]) for row in rows])
+        ids = np.zeros((len(rows), lengths.max()), dtype=np.int64)
+        for i, row in enumerate(rows):
+            ids[i, :prefix[i]] = prompts[row["prompt"]]
+            ids[i, prefix[i]:lengths[i]] = answers[row["answer"]]
+        return Rows(np.array([row["image"] for row in rows]), ids, prefix, lengths)
+
+    def build(self, generator):
+        s = self.settings
+        text = GemmaConfig(**{name: getattr(s, name) for name in DECODER}, vocab_size=self.tokenizer.vocab_size)
+        model = PaliGemma(PaliGemmaConfig(self.vision_config(), text, s.dropout))
+        init_parts(model, generator)
+        if s.init_vision:
+            _, siglip, _ = load(checkpoint.find_any(s.init_vision))
+            self.copy_part("init_vision", getattr(siglip, "vision", None), model.vision)
+        if s.init_decoder:
+            task, decoder, _ = load(checkpoint.find_any(s.init_decoder))
+            self.copy_part("init_decoder", getattr(decoder, "transformer", None), model.decoder.transformer)
+            self.copy_embeddings(decoder.wte.weight, task.tokenizer, model.decoder.wte.weight)
+        return model
+
+    def copy_part(self, setting, theirs, ours):
+        """Fills our part of the model with theirs. Raises UserError unless they have the same shape."""
+        wanted, found = ({name: p.shape for name, p in part.named_parameters()} if part else None
+                         for part in (ours, theirs))
+        if wanted != found:
+            raise UserError(f"{setting} = {getattr(self.settings, setting)}: its model has another shape than this"
+                            " run's: give both the same sizes")
+        ours.load_state_dict(theirs.state_dict())
+
+    @torch.no_grad()
+    def copy_embeddings(self, theirs, its_tokenizer, ours):
+        """Tokens that stand for the same text in both vocabularies start with the same vector."""
+        known = {its_tokenizer.decode([i]): i for i in range(its_tokenizer.vocab_size)}
+        for i in range(self.tokenizer.vocab_size):
+            if (j := known.get(self.tokenizer.decode([i]))) is not None:
+                ours[i] = theirs[j]
+
+    def fit(self, model):
+        super().fit(model)
+        needed = self.n_patches + max(data.ids.shape[1] for data in self.data.values())
+        if needed > model.config.block_size:
+            raise UserError(f"block_size = {model.config.block_size}: {self.n_patches} image tokens and rows of up to"
+                            f" {needed - self.n_patches} tokens need at least {needed}")
+
+    def shape(self, model):
+        decoder = {name: getattr(model.config.text, name) for name in DECODER}
+        return decoder | {f"vision.{name}": getattr(model.config.vision, name) for name in TOWER}
+
+    def weight(self, rows):
+        data = self.data["train"]
+        return int((data.lengths[rows] - data.prefix[rows]).sum())
+
+    def batch(self, rows, generator):
+        return self.gather(self.data["train"], rows)
+
+    def gather(self, data, rows):
+        """The arguments {images, tokens (B, T), targets (B, A), places (B, A), prefix (B,)} of these rows, and the
+        targets' weights (B, A): 1 where a token of an answer or its eos is, 0 where the answer is shorter.
+
+        T and A fit the longest of these rows; on a GPU, where one shape is faster than many, the longest of all.
+        """
+        device, prefix = self.world.device, data.prefix[rows]
+        among = slice(None) if device.type == "cuda" else rows
+        T, A = data.lengths[among].max() - 1, (data.lengths - data.prefix)[among].max()
+        places = prefix[:, None] - 1 + np.arange(A)  # (B, A): what comes at the next place is predicted here
+        weights = places < data.lengths[rows, None] - 1
+        places = np.minimum(places, T - 1)
+        targets = np.take_along_axis(data.ids[rows], places + 1, axis=1)
+        arguments = {"images": read_images(self.dataset.images, data.images[rows], device)}
+        for name, array in (("tokens", data.ids[rows, :T]), ("targets", targets), ("places", places),
+                            ("prefix", prefix)):
+            arguments[name] = to_device(array, device)
+        return arguments, to_device(weights, device).float()
+
+    @torch.no_grad()
+    def evaluate(self, model, split, world, dtype, limit=0):
+        """The mean nats of the tokens of all answers."""
+        data, total, count = self.data[split], 0.0, 0
+        most = max(1, limit // data.ids.shape[1]) if limit else 0  # rows
+        for rows, counts in world.share(fixed_rows(len(data.images), self.settings.batch_size, most)):
+            arguments, weights = self.gather(data, rows)
+            with autocast(world.device, dtype):
+                total += (model(**arguments) * weights).sum().item() * counts
+            count += int(weights.sum()) * counts
+        total, count = world.sum(total, count)
+        return {"loss": total / count}
+
+    def details(self, model, split, world, dtype, settings, found):
+        """Exact matches for each kind of question, with the image and without it; overlap of boxes."""
+        rows = self.dataset.rows[split]
+        with autocast(world.device, dtype):
+            seen, blind = (self.answers(model, rows, blank) for blank in (False, True))
+        result = {"rows": len(rows)}
+        for kind in (*sorted({row["kind"] for row in rows}), ""):
+            chosen = [i for i, row in enumerate(rows) if kind in ("", row["kind"])]
+            label = f" {kind}" if kind else ""
+            result[f"exact{label}"] = exact(seen, rows, chosen)
+            result[f"exact{label} (image blanked)"] = exact(blind, rows, chosen)
+            boxed = [i for i in chosen if pictures.parse_boxes(rows[i]["answer"], 1, 1)] if kind else []
+            if boxed:
+                overlaps = [pictures.box_iou(seen[i], rows[i]["answer"]) for i in boxed]
+                result[f"box IoU{label}"] = sum(overlaps) / len(overlaps)
+        return result
+
+    def answers(self, model, rows, blank=False, batch_size=64):
+        """The model's greedy answers to rows of the data set, as texts. blank: grey instead of every image."""
+        longest = max(len(with_eos(self.tokenizer, row["answer"])) for row in rows)
+        pick, found = functools.partial(pick_tokens, temperature=0), []
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start:start + batch_size]
+            images = read_images(self.dataset.images, [row["image"] for row in batch], self.world.device)
+            prompts = [encode_prompt(self.tokenizer, row["prompt"]) for row in batch]
+            texts = [Transcript(self.tokenizer) for _ in batch]
+            with torch.inference_mode():
+                image = model.encode(images * (not blank))
+            for _ in transcribe(self.write(model, image, prompts, longest, pick), texts):
+                pass
+            found += [str(text).strip() for text in texts]
+        return found
+
+    def write(self, model, image, prompts, count, pick):
+        """The steps of `generate` after each prompt, up to `count` of them. image: (B, N, C); prompts: B lists of ids."""
+        tokens, padding = (x.to(image.device) for x in pad_left(prompts))
+        N, T, most = image.size(1), tokens.size(1), model.config.block_size
+        if N + T >= most:
+            raise UserError(f"{N} image tokens and a prompt of {T} leave no room for an answer in the model's {most}"
+                            " positions: shorten the prompt")
+        return generate(model, tokens, min(count, most - N - T), pick, self.tokenizer.eos, image=image,
+                        padding=padding if padding.any() else None)
+
+    def sample(self, model, requests, sampling):
+        """Each answer; with `draw` or `attention`, pictures of it. The requests are one batch, and each picture is read
+        once."""
+        for request in requests:
+            if not request.get("image"):
+                raise UserError("the model is asked about an image: add --image=FILE")
+        device, paths = next(model.parameters()).device, list(dict.fromkeys(r["image"] for r in requests))
+        found = [pictures.read_image(path) for path in paths]
+        images = torch.stack([pictures.pixels(picture, model.config.vision.image_size) for picture in found]).to(device)
+        prompts = [encode_prompt(self.tokenizer, r["text"].rstrip("\r\n")) for r in requests]  # which end in a newline
+        with torch.inference_mode():
+            image = model.encode(images)[[paths.index(r["image"]) for r in requests]]  # (B, N, C)
+        pick = functools.partial(pick_tokens, temperature=sampling.temperature, top_k=sampling.top_k,
+                                 top_p=sampling.top_p, generator=torch.Generator(device).manual_seed(sampling.seed))
+        texts = [Transcript(self.tokenizer, sampling.stop) for _ in requests]
+        steps = self.write(model, image, prompts, sampling.max_new_tokens, pick)
+        if len(requests) > 1:
+            yield from ((row, f"{request['image']}: ") for row, request in enumerate(requests))
+        yield from transcribe(steps, texts)
+        if sampling.draw:
+            yield 0, "\n" + draw_boxes(found[0], str(texts[0]), sampling.draw)
+        if sampling.attention:
+            ids = texts[0].ids or [self.tokenizer.eos]  # an empty answer has its end
+            weights = image_attention(model, images, prompts[0], ids)
+            names = [self.tokenizer.decode([i]) for i in ids]
+            yield 0, "\n" + save_picture(pictures.draw_attention(found[0], weights, requests[0]["text"], names),
+                                         sampling.attention)
+
+    def show(self, model):
+        """Answers to ten questions of the validation split."""
+        rows = self.dataset.rows["val"]
+        rows = [rows[i] for i in range(0, len(rows), max(1, len(rows) // 10))][:10]
+        return "\n".join(f"{row['prompt']} {answer}" + f"  (right: {row['answer']})" * (answer != row["answer"])
+                         for row, answer in zip(rows, self.answers(model, rows)))
+
+    def finish(self):
+        """Writes the run's best model in the published layout, for transformers to load, if the settings say where."""
+        if folder := self.settings.publish:
+            task, model, _ = load(checkpoint.find_any(self.settings.out_dir))
+            merge_lora(model)
+            paligemma.save(model, task.tokenizer, folder)
+            print(f"published in {folder}")
+
+    def cost(self, model):
+        """Of full training: what freezing saves is not deducted. Logits are computed of the answers alone."""
+        data, vision, decoder = self.data["train"], model.vision, model.decoder
+        n = self.n_patches + data.lengths.mean()  # tokens of a row that stand for something
+        unscored = self.n_patches + data.prefix.mean()
+        per_row = n * flops_per_token(decoder, n) - 6 * unscored * decoder.wte.weight.numel()
+        per_row += self.n_patches * flops_per_token(vision, self.n_patches)
+        return round(self.settings.batch_size * n), self.settings.batch_size * per_row
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+def encode_prompt(tokenizer, prompt):
+    """The ids of "<bos>", the prompt and a newline.
+
+    The newline is tokenized together with the prompt, as published code does it, where the paper wants it apart. In
+    Gemma's vocabulary no word contains a newline, but a run of them is one token: the ids differ only for a prompt
+    that itself ends in a newline. Raises UserError for a prompt that has image tokens of its own.
+    """
+    if "<image>" in prompt:
+        raise UserError(f"prompt = {prompt!r}: leave out <image>, the image is put before the text anyway")
+    return tokenizer.encode(f"<bos>{prompt}\n")
+
+
+def with_eos(tokenizer, text):
+    if tokenizer.eos is None:
+        raise UserError(f"a tokenizer of kind {tokenizer.kind} has no token that ends an answer, which images need")
+    return np.append(tokenizer.encode(text), tokenizer.eos)
+
+
+def pad_left(prompts):
+    """Prompts of different lengths as one batch: tokens (B, T), and how many of each row are padding (B,)."""
+    T = max(map(len, prompts))
+    padding = torch.tensor([T - len(ids) for ids in prompts])
+    tokens = torch.zeros(len(prompts), T, dtype=torch.long)
+    for row, ids in zip(tokens, prompts):
+        row[T - len(ids):] = torch.as_tensor(ids)
+    return tokens, padding
+
+
+def exact(answers, rows, chosen):
+    """The share of the chosen rows whose answer is right."""
+    return sum(answers[i] == rows[i]["answer"].strip() for i in chosen) / len(chosen)
+
+
+def draw_boxes(picture, answer, path):
+    """Draws the answer's boxes on the picture into the file `path`; returns them in words."""
+    boxes = pictures.parse_boxes(answer, *picture.size)
+    if not boxes:
+        return f"there is no box in the answer, so {path} was not written"
+    lines = [f"{box.label}: left {box.left:.0f}, top {box.top:.0f}, right {box.right:.0f}, bottom {box.bottom:.0f}"
+             for box in boxes]
+    return "\n".join([*lines, save_picture(pictures.draw_boxes(picture, boxes), path)])
+
+
+def save_picture(picture, path):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
+    return f"wrote {path}"

@@ -1,0 +1,147 @@
+"""The settings that each task adds to those of every run, of every sample and of every evaluation; free of torch.
+
+A setting that does nothing for the task, the model or the optimizer at hand is refused.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from configurator import UserError, check_idle, check_ranges, check_shape
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training: beside train.Settings, whose fields the checks may read too
+
+@dataclass(frozen=True)
+class Text:
+    # the model
+    model: str = "gpt"  # gpt, gemma, or another name in MODELS of tasks/text.py
+    n_layer: int = 2  # blocks
+    n_head: int = 2  # attention heads
+    n_kv_head: int = 0  # key-value heads, each of which serves several attention heads; 0: n_head
+    n_embd: int = 64  # width
+    block_size: int = 64  # tokens of context
+    bias: bool = False  # in linear layers and LayerNorms
+    mlp: Literal["", "gelu", "geglu", "relu2"] = ""  # GPT-2's, gated, or the square of ReLU; default: the model's own
+    positions: Literal["", "learned", "rotary"] = ""  # default: the model's own
+    tied: bool = True  # the embedding matrix is also the output head
+    bigrams: bool = False  # an embedding of each pair of neighbours too; for small vocabularies
+    zero_init: bool = False  # blocks start by adding nothing: what leads out of them is zero
+
+    def __post_init__(self):
+        check_sizes(self)
+        if self.init_from != "scratch":
+            check_idle(self, "is for a model that starts from scratch", "zero_init")
+
+
+@dataclass(frozen=True)
+class Vision:
+    n_layer: int = 4  # blocks
+    n_head: int = 4  # attention heads
+    n_embd: int = 128  # width
+    patch_size: int = 8  # pixels of both sides of a patch
+
+
+@dataclass(frozen=True)
+class Contrastive:
+    # the model: a vision tower and a text encoder
+    n_layer: int = 2  # blocks of the text encoder
+    n_head: int = 2  # its attention heads
+    n_embd: int = 64  # its width
+    block_size: int = 64  # tokens of the longest caption
+    pair_loss: Literal["sigmoid", "softmax"] = "sigmoid"  # SigLIP's or CLIP's
+    vision: Vision = Vision()  # the vision tower
+
+    def __post_init__(self):
+        check_sizes(self)
+        if self.shard:
+            raise UserError("shard = True: not for --task=contrastive, whose single numbers can't be divided")
+
+
+@dataclass(frozen=True)
+class ImageText:
+    # the model: a vision tower and a decoder
+    n_layer: int = 2  # blocks of the decoder
+    n_head: int = 2  # its attention heads
+    n_kv_head: int = 0  # its key-value heads, each of which serves several attention heads; 0: n_head
+    n_embd: int = 64  # its width
+    block_size: int = 64  # image tokens and text
+    bias: bool = False  # in its linear layers
+    init_vision: str = ""  # a contrastive run's folder, whose vision tower the model starts with
+    init_decoder: str = ""  # a text run's folder (--model=gemma), whose blocks its decoder starts with
+    publish: str = ""  # a folder to write the best model to at the end, in the published layout
+    vision: Vision = Vision()  # the vision tower
+
+    def __post_init__(self):
+        check_sizes(self)
+        if self.init_from != "scratch":
+            check_idle(self, "is for a model that starts from scratch", "init_vision", "init_decoder")
+
+
+def check_sizes(settings):
+    """Raises UserError for sizes that no model can have."""
+    check_ranges(settings, n_layer=1, n_head=1, n_embd=1, block_size=1)
+    n_kv_head = getattr(settings, "n_kv_head", 0)
+    if n_kv_head < 0:
+        raise UserError(f"n_kv_head = {n_kv_head}: must be at least 0")
+    check_shape(settings.n_embd, settings.n_head, n_kv_head, settings.dropout)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sampling: beside sample.Settings
+
+@dataclass(frozen=True)
+class Writing:
+    # the text
+    max_new_tokens: int = 500  # length of each sample; about an image at most what the model's positions leave
+    temperature: float = 0.8  # below 1 is bolder, above 1 wilder; 0 always takes the likeliest token
+    top_k: int = 200  # choose among the k likeliest tokens only; 0: all
+    top_p: float = 1.0  # choose among the likeliest tokens that reach this probability together
+    stop: str = ""  # end a sample before this text
+    seed: int = 1337  # same seed, same samples
+
+    def __post_init__(self):
+        check_ranges(self, max_new_tokens=1, temperature=0.0, top_k=0, top_p=0.0, seed=0)
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p = {self.top_p}: must lie above 0 and not above 1")
+
+
+@dataclass(frozen=True)
+class Answering(Writing):
+    # the image
+    image: str = ""  # a picture's file; several with commas, each of which gets the prompt
+    draw: str = ""  # where to draw the boxes of the answer on the image: a .png or .jpg
+    attention: str = ""  # where to draw, for each token of the answer, what of the image it came from: a .png or .jpg
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("draw", "attention"):
+            path = getattr(self, name)
+            if path and not path.lower().endswith((".png", ".jpg", ".jpeg")):
+                raise UserError(f"{name} = {path}: must end in .png or .jpg")
+            if path and ("," in self.image or self.num_samples > 1):
+                raise UserError(f"{name} = {path}: needs one --image and --num_samples=1")
+
+
+@dataclass(frozen=True)
+class Matching:
+    # the image
+    image: str = ""  # a picture's file; several with commas, each of which is compared with the captions of --prompt
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluating: beside evaluate.Settings
+
+@dataclass(frozen=True)
+class Windows:
+    # the estimate from windows at random places
+    random_windows: int = 200  # batches of the estimate; 0: none
+    batch_size: int = 64  # windows per batch
+    seed: int = 1337  # of their places
+
+    def __post_init__(self):
+        check_ranges(self, random_windows=0, batch_size=1, seed=0)
+
+
+@dataclass(frozen=True)
+class Nothing:
+    pass

@@ -1,0 +1,227 @@
+"""The contract of a task: what can be trained brings its data, batches, loss, measures and samples; train.py the one loop.
+
+    task, model, config = load("out/best")           any checkpoint of ours, ready to be sampled or evaluated
+    for index, piece in task.sample(model, [{"text": "ROMEO:"}], settings.Writing()): ...
+
+A plain task is a subclass with `models`, `open`, `build`, `pick`, `batch`, `evaluate` and `sample`, in a file of its own.
+"""
+
+import dataclasses
+import sys
+from types import SimpleNamespace
+
+import torch
+
+import tokenizer as tokenizers
+from configurator import UserError, build, flat_values
+from lora import add_lora, merge_lora
+from machine.digest import NoSource, digests
+from published.files import load as load_published
+from run import checkpoint
+from tasks import TASKS, task_class, task_of
+
+
+class Task:
+    """rows are what a batch is made of, everywhere: positions of windows, or numbers of examples."""
+
+    best = ("loss", min)  # the measure of `evaluate` that picks the checkpoint `best`
+    whole = False  # True: each row is scored against all others, so a worker's share of an update is one piece
+    models = {}  # model_type: (class, class of its configuration)
+    rows_are = "the rows"  # what `where` calls them
+    command = "python sample.py --out_dir={out_dir}"  # which tries what was trained
+
+    def __init__(self, settings, tokenizers=None):
+        """Opens no data. tokenizers: those of a model to go on from, by name; None: the data set's."""
+        self.settings, self.tokenizers = settings, tokenizers
+
+    @property
+    def tokenizer(self):
+        return self.tokenizers["tokenizer"]
+
+    def open(self, folder, world):
+        """Opens the data set in `folder`. Raises UserError unless it fits the task and its tokenizers."""
+        raise NotImplementedError
+
+    def build(self, generator):
+        """A new model of the settings' shape."""
+        raise NotImplementedError
+
+    def fit(self, model):
+        """Called with the model before the first batch. Raises UserError unless model and data belong together."""
+
+    def shape(self, model):
+        """{setting: value} of what the model decides: these settings can't differ from it."""
+        return {}
+
+    def pick(self, step):
+        """The rows of the update after `step` updates: a pure function of (seed, step)."""
+        raise NotImplementedError
+
+    def weight(self, rows):
+        """The total weight of these rows' targets: known without drawing, and the same on all ranks."""
+        return len(rows)
+
+    def batch(self, rows, generator):
+        """(the model's arguments by name, the weight of each target): tensors on the device. Masks and crops are drawn
+        from the generator."""
+        raise NotImplementedError
+
+    def loss(self, model, arguments, weights):
+        """(the weighted sum of the nats of all targets, {name: another such sum, for the log})."""
+        return (model(**arguments) * weights).sum(), {}
+
+    def evaluate(self, model, split, world, dtype, limit=0):
+        """{"loss": ...} of a split, shared among the ranks. limit: most tokens to score; 0: all of them."""
+        raise NotImplementedError
+
+    def details(self, model, split, world, dtype, settings, found):
+        """What evaluate.py tells besides. settings: the task's own for evaluating; found: what `evaluate` returned."""
+        return {}
+
+    def sample(self, model, requests, sampling):
+        """Yields (number of a request, a piece of what is shown for it). Never needs the data.
+
+        requests: [{"text": prompt, "image": path}]. sampling: the task's settings for sampling.
+        """
+        raise NotImplementedError
+
+    def show(self, model):
+        """What the end of a run shows: an unconditioned sample."""
+        s = self.settings
+        sampling = TASKS[s.task].sampling(max_new_tokens=s.sample_tokens, seed=s.seed)
+        return "".join(piece for _, piece in self.sample(model, [{"text": ""}], sampling))
+
+    def finish(self):
+        """Called on the main rank after the last save."""
+
+    def where(self, rows):
+        """Which rows these are, in words."""
+        return f"{self.rows_are} {', '.join(map(str, rows))}"
+
+    def summary(self, model):
+        """The model and the data, in words."""
+        raise NotImplementedError
+
+    def cost(self, model):
+        """(tokens, FLOPs) of an update; 0 FLOPs: unknown."""
+        raise NotImplementedError
+
+    def fingerprint(self):
+        """What tells the data set from others: checksum and sizes, of its meta.json."""
+        marks = ("sha256", "train_tokens", "val_tokens", "train_rows", "val_rows")
+        return {name: self.dataset.meta[name] for name in marks if name in self.dataset.meta}
+
+    def open_tokenizer(self, folder):
+        """Takes the data set's tokenizer, unless the model has one already; returns the data set's."""
+        found = tokenizers.load(folder / "tokenizer.json")
+        if self.tokenizers is None:
+            self.tokenizers = {"tokenizer": found}
+        return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Where models come from
+
+def load(folder, device="cpu", settings=None, dropout=0.0):
+    """(task, model, config) of a checkpoint: the model in float32 and in eval mode, config as config.json has it.
+
+    settings: the task's; None: those of the run. Raises UserError for a damaged or foreign folder.
+    """
+    saved = checkpoint.load(folder)
+    config = saved.config
+    cls = task_class(task_of(config, folder))
+    if config.get("model_type") not in cls.models:
+        raise UserError(f"{folder} is not a Quill checkpoint (model_type {config.get('model_type')!r}); for a published"
+                        f" model use --init_from={folder}")
+    task = cls(settings or SimpleNamespace(**config["settings"]), saved.tokenizers)
+    model_cls, config_cls = cls.models[config["model_type"]]
+    shape = dict(config["model"])
+    lora_rank = config.get("lora_rank", 0) or shape.pop("lora_rank", 0)  # where checkpoints had it at first
+    if "dropout" in shape:
+        shape["dropout"] = dropout
+    model = checkpoint.unfilled(model_cls, config_cls(**shape), device)
+    if lora_rank:
+        add_lora(model, lora_rank)
+    checkpoint.fill(model, saved.state, folder)
+    compare_code(model, config.get("code", {}), folder)
+    return task, model, config
+
+
+def load_published_task(name, device, dtype):
+    """(task, model) of a published model: a folder, a name such as gpt2, or a hub id."""
+    model, found = load_published(name, device, dtype=dtype)
+    for row in TASKS:
+        cls = task_class(row)
+        if kind_of(model, cls.models):
+            return cls(SimpleNamespace(task=row), found), model
+
+
+def start(settings, given, folder, data, world):
+    """(task, model) of a run: from its checkpoint `folder`, from init_from, or new.
+
+    given: the settings that the user named. data: the data set's folder. task.settings are then what the run does.
+    Raises UserError where data, settings and model don't belong together.
+    """
+    s, generator = settings, torch.Generator().manual_seed(settings.seed)
+    device = "cpu" if s.shard else world.device  # a rank moves only its part of what is sharded
+    if folder:
+        task, model, config = load(folder, device, s, s.dropout)
+        task.open(data, world)
+        if config.get("data", task.fingerprint()) != task.fingerprint():
+            raise UserError(f"{folder} was trained on other data than the data set {s.dataset} holds now: prepare it as"
+                            f" it was, or start a new run with --init_from={s.out_dir}")
+    elif s.init_from != "scratch":
+        model, its_tokenizers = initial(s, device, given.get("block_size", 0))
+        task = task_class(s.task)(s, its_tokenizers)
+        task.open(data, world)
+    else:
+        task = task_class(s.task)(s)
+        task.open(data, world)
+        model = task.build(generator).to(device)
+    if s.lora_rank and not folder:
+        add_lora(model, s.lora_rank, generator)
+    decided = task.shape(model)
+    for name in decided.keys() & given.keys():
+        if given[name] != decided[name]:
+            raise UserError(f"{name} = {given[name]!r}, but {s.init_from} has {decided[name]!r}: leave it out")
+    task.settings = build(type(s), {**flat_values(dataclasses.asdict(s)), **decided})
+    task.fit(model)
+    return task, model
+
+
+def initial(settings, device, block_size=0):
+    """(model, tokenizers) that init_from names: a run's or a checkpoint's folder, or a published model."""
+    name, models = settings.init_from, task_class(settings.task).models
+    if checkpoint.is_run(name):
+        task, model, _ = load(checkpoint.find_any(name), device, dropout=settings.dropout)
+        found = task.tokenizers
+        merge_lora(model)
+        model.requires_grad_(True)
+    else:
+        model, found = load_published(name, device, block_size=block_size, dropout=settings.dropout)
+    if kind_of(model, models) is None:
+        raise UserError(f"init_from = {name}: is a {type(model).__name__}, and --task={settings.task} trains"
+                        f" {' or '.join(cls.__name__ for cls, _ in models.values())}")
+    return model, found
+
+
+def kind_of(model, models):
+    """The model_type of a model, or None."""
+    return next((kind for kind, (cls, _) in models.items() if type(model) is cls), None)
+
+
+def code_of(model):
+    """The digests of the model's code, as a checkpoint stores them; {} where its source can't be read."""
+    try:
+        return digests(model)
+    except NoSource:
+        return {}
+
+
+def compare_code(model, trained, folder):
+    """Says in one line if the code of the model is not the code that it was trained with."""
+    found = code_of(model)
+    changed = sorted(name for name, value in trained.items() if found.get(name, value) != value)
+    if changed:
+        print(f"{folder} was trained with other code of {', '.join(changed)}: it may compute something else now",
+              file=sys.stderr, flush=True)

@@ -1,0 +1,88 @@
+import math
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from configurator import UserError
+from machine.distributed import World
+from run.guards import Guard, require_finite
+
+CPU = torch.device("cpu")
+
+
+def make(world=None, scaled=False, mean=None, step=0, **settings):
+    settings = SimpleNamespace(**{"max_grad_norm": 0.0, "max_loss_rise": 0.0, "max_minutes": 0.0, **settings})
+    return Guard(settings, world or World(0, 1, CPU), step, scaled, mean, lambda step: f"the rows {step - 1}")
+
+
+def record(guard, *losses, norm=1.0):
+    for loss in losses:
+        guard.record(torch.tensor(loss), torch.tensor(norm), {"hits": torch.tensor(2 * loss)})
+
+
+def test_the_last_update_is_returned_and_the_mean_is_kept():
+    guard = make()
+    assert guard.due(1) and not guard.due(0)
+    record(guard, 3.0, 1.0)
+    assert guard.read() == {"loss": 1.0, "grad_norm": 1.0, "hits": 2.0}
+    assert guard.mean == 2.0 and not guard.due(2)
+    record(guard, 5.0, norm=2.0)
+    assert guard.read() == {"loss": 5.0, "grad_norm": 2.0, "hits": 10.0} and guard.mean == 3.0
+
+
+def test_ranks_add_their_shares():
+    class Two(World):
+        def sum(self, *numbers):
+            return [2.0 * number for number in numbers]
+
+    guard = make(Two(0, 2, CPU))
+    record(guard, 1.5, norm=0.5)
+    assert guard.read() == {"loss": 3.0, "grad_norm": 0.5, "hits": 6.0}
+
+
+@pytest.mark.parametrize("loss, norm, settings, message", [
+    (math.nan, 1.0, {}, "the loss is nan .*: try a lower --learning_rate"),
+    (1.0, math.inf, {}, "norm inf .*: try a lower --learning_rate"),
+    (1.0, 99.0, dict(max_grad_norm=50.0), "norm 99.0000 .*: max_grad_norm = 50.0"),
+    (3.5, 1.0, dict(max_loss_rise=1.0), "its running mean is 2.0000, and max_loss_rise = 1.0"),
+])
+def test_the_first_unsound_update_is_named(loss, norm, settings, message):
+    guard = make(step=10, mean=2.0, **settings)
+    record(guard, 2.0)
+    record(guard, loss, norm=norm)
+    record(guard, math.nan)
+    with pytest.raises(UserError, match=f"{message}.*; its batch is the rows 11") as error:
+        guard.read()
+    assert "at step 12: " in str(error.value)
+
+
+def test_float16_may_skip_updates():
+    guard = make(scaled=True, max_grad_norm=5.0)
+    record(guard, 3.0, norm=math.inf)
+    assert guard.read()["grad_norm"] == math.inf
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows can't send these signals")
+@pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 75)])
+def test_a_signal_is_noted_and_the_handlers_come_back(name, status):
+    number, before = getattr(signal, name), signal.getsignal(getattr(signal, name))
+    for workers, second_ends in ((1, status != 75), (2, False)):
+        with make(World(0, workers, CPU)) as guard:
+            assert guard.status == 0
+            signal.raise_signal(number)
+            assert guard.status == status
+            assert (signal.getsignal(number) is before) == second_ends
+        assert signal.getsignal(number) is before
+
+
+def test_the_clock_ends_the_run():
+    assert make(max_minutes=1e-9).status == 75 and make(max_minutes=60.0).status == 0
+
+
+def test_a_validation_loss_that_is_no_number_is_named():
+    require_finite("val_loss", 1.0, 3)
+    with pytest.raises(UserError, match="val_bleu is nan at step 3: try a lower --learning_rate"):
+        require_finite("val_bleu", math.nan, 3)

@@ -1,0 +1,1 @@
+"""Measurements and plans: python -m tools.bench, python -m tools.scaling."""
