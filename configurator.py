@@ -293,6 +293,13 @@ def check_ranges(settings, **least):
             raise UserError(f"{name} = {value}: must be below 2^63")
 
 
+def check_choices(settings, **choices):
+    """Raises UserError for the first named field whose value is not among its choices."""
+    for name, known in choices.items():
+        if getattr(settings, name) not in known:
+            raise UserError(f"{name} = {getattr(settings, name)!r}: must be one of {', '.join(known)}")
+
+
 def check_shape(n_embd, n_head, n_kv_head, dropout):
     """Raises UserError unless a width divides into heads, these into groups with a key-value head each, and so on."""
     if n_embd % n_head:

@@ -1,11 +1,10 @@
-"""Transformers from a few blocks: norms, attention, MLPs, the block, the trunk, its cache, and GPT.
+"""Transformers from a few blocks: norms, MLPs, positions, attention, its cache, the block, the trunk; and GPT.
 
-    python train.py config/shakespeare_char.py      trains a GPT (on a laptop's CPU too)
-    python sample.py --out_dir=out                  samples it; the loop that writes is in generate.py
+    python train.py config/shakespeare_char.py      trains a GPT, on a laptop's CPU too; generate.py writes with it
 
-What has weights is a module; what varies from call to call (mask, rotation, cache, memory) is an argument.
-So one block serves a GPT, a bidirectional encoder, an encoder-decoder, a vision transformer and a Gemma:
-they differ in the parts they name (NORMS, MLPS, POSITIONS), in a few numbers, and in what they do around the trunk.
+What has weights is a module; what varies from call to call (mask, rotation, cache, memory) is an argument. So one block
+serves a GPT, a bidirectional encoder, an encoder-decoder, a vision transformer and a Gemma: they differ in the parts
+they name (NORMS, MLPS, POSITIONS), in a few numbers, and in what they do around the trunk.
 
 Axes: B batch, T query positions, S key positions, C channels (n_embd), H query heads, K key-value heads,
 D head_dim, V vocabulary, A places where something is predicted.
@@ -17,10 +16,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from configurator import UserError, check_ranges, check_shape
+from configurator import UserError, check_choices, check_ranges, check_shape
 from machine.attention import Dropout, attend, squared_relu
-
-MAX_BIGRAM_VOCABULARY = 512
 
 
 @dataclass(frozen=True)
@@ -41,8 +38,7 @@ class TransformerConfig:
     def __post_init__(self):
         check_ranges(self, n_layer=1, n_head=1, n_embd=1, n_kv_head=0, head_dim=0, n_hidden=0, dropout=0.0)
         check_shape(self.n_head if self.head_dim else self.n_embd, self.n_head, self.n_kv_head, self.dropout)
-        check_part("norm", self.norm, NORMS)
-        check_part("mlp", self.mlp, MLPS)
+        check_choices(self, norm=NORMS, mlp=MLPS)
 
 
 @dataclass(frozen=True)
@@ -57,22 +53,16 @@ class GPTConfig(TransformerConfig):
     def __post_init__(self):
         super().__post_init__()
         check_ranges(self, vocab_size=1, block_size=1)
-        check_part("positions", self.positions, POSITIONS)
+        check_choices(self, positions=POSITIONS)
         head_dim = self.head_dim or self.n_embd // self.n_head
         if self.positions == "rotary" and head_dim % 2:
             raise UserError(f"head_dim = {head_dim}: rotary positions turn pairs, so it must be even")
-        if self.bigrams and self.vocab_size > MAX_BIGRAM_VOCABULARY:
+        if self.bigrams and self.vocab_size > 512:
             raise UserError(f"bigrams = True: a vocabulary of {self.vocab_size:,} has {self.vocab_size**2:,} pairs, and"
-                            f" from more than {MAX_BIGRAM_VOCABULARY} tokens on they are too many")
-
-
-def check_part(setting, name, table):
-    if name not in table:
-        raise UserError(f"{setting} = {name!r}: must be one of {', '.join(table)}")
+                            f" from more than 512 tokens on they are too many")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Norms and MLPs
 
 class LayerNorm(nn.LayerNorm):
     def __init__(self, config):
@@ -131,8 +121,8 @@ MLPS = {"gelu": MLP, "geglu": GatedMLP, "relu2": SquaredReLUMLP}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Positions: each kind takes embedded tokens (B, T, C) and where they stand, a slice or integers (T,) or (B, 1, T),
-# and returns (x, rope): what it adds to them, and the rotation that attention applies to queries and keys, or None.
+# Positions: each kind takes embedded tokens (B, T, C) and their positions, a slice or integers (T,) or (B, 1, T). It
+# returns (x, rope): the tokens with what it adds, and the rotation of queries and keys in attention, or None.
 
 class Learned(nn.Embedding):
     def __init__(self, config):
@@ -177,15 +167,14 @@ def causal_mask(q_pos, kv_pos, prefix=0):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Attention, cache, block, trunk
 
 class Attention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017); with memory, cross-attention.
 
     mask: None (all see all), "causal" (which keeps the fused kernel's fast path), or a boolean tensor of two or
     more dimensions that broadcasts to (B, H, T, S), True = may look.
-    rope: (cos, sin) that broadcast to (B, H, T, D). cache, start: a KVCache and where it is written, see there.
-    memory: (B, S, C), where keys and values come from instead of x; or what `keys_values` made of it.
+    rope: (cos, sin) that broadcast to (B, H, T, D). cache, start: see KVCache.update. memory: (B, S, C), where keys and
+    values come from instead of x; or what `keys_values` made of it.
     """
 
     def __init__(self, config):
@@ -217,22 +206,18 @@ class Attention(nn.Module):
 
 
 class KVCache:
-    """The keys and values of one layer for up to `size` positions, in buffers that never move.
-
-    Keys are stored rotated, and once per key-value head.
-    """
+    """The keys, rotated, and the values of one layer for up to `size` positions, in buffers that never move."""
 
     def __init__(self, attention, batch_size, size):
         weight = attention.k_proj.weight
         shape = (batch_size, attention.n_kv_head, size, attention.head_dim)
-        self.k = torch.zeros(shape, dtype=weight.dtype, device=weight.device)  # (B, K, S, D)
-        self.v = torch.zeros_like(self.k)
+        self.k, self.v = (torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
 
     def update(self, k, v, start):
         """Writes k, v: (B, K, T, D), and returns the keys and values to look at, (B, K, S, D).
 
-        start: the first of the T slots, an int: then S counts the slots filled so far. Or the T slots as a tensor, whose
-        values a CUDA graph may change: then S counts all slots, and the mask must hide those not filled yet.
+        start: the first of the T slots, an int: then S counts the slots filled so far. Or the T slots as a tensor, which
+        a CUDA graph can read anew: then S counts all slots, and the mask must hide those not filled yet.
         """
         if isinstance(start, int):
             end = start + k.size(2)
@@ -255,7 +240,7 @@ class Caches(list):
 
     def reorder(self, rows):
         """Row i goes on from what row rows[i] holds, as beam search needs it. rows: (B,)."""
-        for buffer in (self.last, *(buffer for layer in self for buffer in (layer.k, layer.v))):
+        for buffer in (self.last, *(layer.k for layer in self), *(layer.v for layer in self)):
             buffer.copy_(buffer[rows])
 
 
@@ -285,7 +270,6 @@ class Transformer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = NORMS[config.norm](config)
 
@@ -315,14 +299,12 @@ def all_blocks(model):
 def init_weights(model, generator=None, std=0.02, zero=False):
     """GPT-2's initialisation, drawn on the CPU, so that a seed gives the same weights on every device.
 
-    | parameter                                        | rule                                   |
-    |--------------------------------------------------|----------------------------------------|
-    | embeddings                                       | normal, std 0.02                       |
-    | linear and convolution weights                   | normal, std                            |
-    | o_proj and down_proj weights (into the residual) | normal, std / sqrt(2 L); 0 with `zero` |
-    | biases; gains of LayerNorm and RMSNorm           | 0; 1                                   |
+    | embeddings                                       | normal, std 0.02                            |
+    | linear and convolution weights                   | normal, std                                 |
+    | o_proj and down_proj weights (into the residual) | normal, std / sqrt(2 blocks); 0 with `zero` |
+    | biases; gains of LayerNorm and RMSNorm           | 0; 1                                        |
 
-    L counts the blocks. std: 0.02 fits widths around 1000; 1 / sqrt(width) keeps narrower models' signals alive.
+    std: 0.02 fits widths around 1000; 1 / sqrt(width) keeps the signals of narrower models alive.
     """
     n_layer = len(all_blocks(model))
     for name, module in model.named_modules():
@@ -346,9 +328,8 @@ def init_weights(model, generator=None, std=0.02, zero=False):
 def predict(head, x, targets=None, places=None):
     """Logits head(x) in float32, (B, T, V); given targets, the nats of each one instead, in the targets' shape.
 
-    x: (B, T, C). places: (B, A), the positions where something is predicted, whose targets are (B, A); None: all T.
-    The head is computed nowhere else: with a large vocabulary, logits take most of the memory.
-    A target of -100 costs nothing.
+    x: (B, T, C). places: (B, A), the positions where something is predicted, with targets (B, A); None: all T. The head
+    is computed nowhere else: with a large vocabulary, logits take most of the memory.
     """
     if places is not None:
         x = x.gather(1, places[..., None].expand(-1, -1, x.size(-1)))  # (B, T, C) -> (B, A, C)
@@ -359,10 +340,7 @@ def predict(head, x, targets=None, places=None):
 
 
 class GPT(nn.Module):
-    """Decoder-only language model: embed, add or turn by positions, mask, trunk, head.
-
-    The parameters are uninitialised until `init_weights` or a checkpoint fills them.
-    """
+    """Decoder-only language model: embed, add or turn by positions, mask, trunk, head; filled by `init_weights`."""
 
     def __init__(self, config):
         super().__init__()
@@ -381,8 +359,8 @@ class GPT(nn.Module):
     def hidden(self, tokens, caches=None, start=0):
         """The trunk's output (B, T, C) for tokens (B, T), each of which sees those up to itself.
 
-        caches: those of `make_caches`; the tokens are written to them. start: the position of the first token, an int; or
-        the positions of all as a tensor (T,), as `KVCache.update` has it. Raises ValueError beyond block_size.
+        caches: those of `make_caches`; the tokens are written to them. start: the first token's position, an int, or
+        all T as a tensor, as in `KVCache.update`. Raises ValueError beyond block_size.
         """
         x = self.embed(tokens)  # (B, T, C)
         if self.bigrams is not None:
@@ -392,7 +370,7 @@ class GPT(nn.Module):
         return self.transformer(self.dropout(x), caches, mask=mask, rope=rope, start=start)
 
     def embed(self, tokens):
-        return self.wte(tokens)
+        return self.wte(tokens)  # (B, T) -> (B, T, C)
 
     def look_back(self, tokens, caches, start):
         """(positions, mask) of tokens (B, T) that see all up to themselves."""
@@ -401,14 +379,10 @@ class GPT(nn.Module):
         end = start + tokens.size(1)
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens are more than block_size = {self.config.block_size}")
-        if tokens.size(1) == 1:
-            mask = None  # one token sees all there is
-        elif start == 0:
-            mask = "causal"
-        else:
-            keys = torch.arange(end, device=tokens.device)
-            mask = causal_mask(keys[start:], keys)
-        return slice(start, end), mask
+        if tokens.size(1) == 1 or start == 0:  # one token sees all there is
+            return slice(start, end), None if tokens.size(1) == 1 else "causal"
+        keys = torch.arange(end, device=tokens.device)
+        return slice(start, end), causal_mask(keys[start:], keys)
 
     def pairs(self, tokens, caches, start):
         """The number of each token with the one before it, (B, T); token 0 stands before the first of all."""

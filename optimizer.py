@@ -1,9 +1,10 @@
 """AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the rest.
 
-Every parameter's group has a "scale", its multiple of the learning rate that train.py sets at each update.
+Every group of parameters has a "scale", its multiple of the learning rate.
 """
 
 import inspect
+import math
 
 import torch
 
@@ -45,6 +46,34 @@ def make_optimizers(model, settings):
     if found["muon"]:
         optimizers["muon"] = Muon(found["muon"])
     return optimizers
+
+
+def learning_rate(update, settings):
+    """The rate of the given update, counted from 1: linear warm-up, then half a cosine or a line down to min_lr."""
+    s, last = settings, settings.lr_decay_iters or settings.max_iters
+    if update <= s.warmup_iters:
+        return s.learning_rate * update / (s.warmup_iters + 1)
+    progress = min(1.0, (update - 1 - s.warmup_iters) / max(1, last - 1 - s.warmup_iters))
+    left = 1 - progress if s.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return s.min_lr + left * (s.learning_rate - s.min_lr)
+
+
+def set_rates(optimizers, update, settings):
+    """Gives every group its rate for the given update, counted from 1; returns the learning rate."""
+    lr = learning_rate(update, settings)
+    for optimizer in optimizers.values():
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+    return lr
+
+
+def clip(model, most):
+    """The norm of the model's gradient, which is then made no longer than `most`; 0: left as it is."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    if most:
+        torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded gradient
 
 
 def without_dynamo(optimizer_class):

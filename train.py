@@ -15,20 +15,12 @@ Exit status: 0 finished; 2 an error that the one line explains; 75 stopped by --
 143 by SIGTERM, all three with a save.
 """
 
-import os
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
-from configurator import (
-    UserError,
-    check_idle,
-    check_ranges,
-    differences,
-    flat_values,
-    from_command_line,
-    one_line_errors,
-)
+from configurator import UserError, differences, from_command_line, one_line_errors
 from tasks import TASKS, elsewhere
+from tasks.settings import check_training
 
 
 @dataclass(frozen=True)
@@ -78,29 +70,7 @@ class Settings:
     recompute: bool = False  # compute each block again in the backward pass instead of keeping its activations
 
     def __post_init__(self):
-        check_ranges(self, batch_size=1, micro_batch_size=0, max_iters=1, learning_rate=0.0, min_lr=0.0, muon_lr=0.0,
-                     warmup_iters=0, lr_decay_iters=0, weight_decay=0.0, beta1=0.0, beta2=0.0, grad_clip=0.0,
-                     eval_interval=1, eval_tokens=0, log_interval=1, max_minutes=0.0, max_grad_norm=0.0,
-                     max_loss_rise=0.0, sample_tokens=0, lora_rank=0, seed=0, dropout=0.0)
-        for name, rate in self.rates.items():
-            if not rate >= 0:
-                raise UserError(f"rates.{name} = {rate}: must be at least 0")
-        for name in ("beta1", "beta2", "dropout"):
-            if getattr(self, name) >= 1:
-                raise UserError(f"{name} = {getattr(self, name)}: must be below 1")
-        if os.path.isfile(self.out_dir):
-            raise UserError(f"out_dir = {self.out_dir}: is a file; name a folder")
-        if self.shard and self.dtype == "float16":
-            raise UserError("shard = True: not with --dtype=float16")
-        if self.optimizer == "adamw":
-            check_idle(self, "is for --optimizer=muon", "muon_lr")
-        elif self.shard or not self.learning_rate:
-            raise UserError("optimizer = 'muon': not with --shard, for it needs whole matrices, nor with"
-                            " --learning_rate=0")
-        if self.init_from == "scratch":
-            check_idle(self, "is for fine-tuning with --init_from", "lora_rank")
-        if not self.wandb:
-            check_idle(self, "is for --wandb", "wandb_project", "wandb_name")
+        check_training(self)
 
 
 def own_settings(values):
@@ -123,10 +93,10 @@ def earlier_settings(given):
 
 def check(settings, given):
     """Raises UserError for an unknown data set, or for a setting that a resumed run can't change."""
-    from sources.known import check_dataset
+    from sources.known import BUILT_IN, check_dataset
     if saved := earlier_settings(given):
         from run import resume
-        resume.refuse_changes(saved, given, own_settings(vars(settings)), settings.out_dir)
+        resume.refuse_changes(saved, given, own_settings(vars(settings)), BUILT_IN)
     check_dataset(settings.dataset)
 
 
@@ -135,36 +105,24 @@ HOW = dict(more=own_settings, has_accelerator=has_accelerator, base=earlier_sett
 if __name__ == "__main__":  # --help and typos answer before torch is imported
     SETTINGS, GIVEN = from_command_line(Settings, __doc__, **HOW)
 
-import math
 import time
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint as recomputed
 
 from machine import distributed
-from machine.device import autocast, keep_freed_memory, peak_flops, peak_memory, pick_compile, pick_dtype
+from machine.device import autocast, keep_freed_memory, peak_flops, pick_compile, pick_dtype
+from machine.digest import code_of
 from model import all_blocks
-from optimizer import make_optimizers
+from optimizer import clip, make_optimizers, set_rates
 from run import checkpoint, resume
 from run.guards import Guard, require_finite
-from run.log import Log, record_end, record_start, set_aside
+from run.log import Log, record_end, record_start, say_where, set_aside
 from sources.known import ensure, locate
-from tasks.task import code_of, kind_of, load, start
-
-
-def learning_rate(update, settings):
-    """The rate of the given update, counted from 1: linear warm-up, then half a cosine or a line down to min_lr."""
-    s, last = settings, settings.lr_decay_iters or settings.max_iters
-    if update <= s.warmup_iters:
-        return s.learning_rate * update / (s.warmup_iters + 1)
-    progress = min(1.0, (update - 1 - s.warmup_iters) / max(1, last - 1 - s.warmup_iters))
-    left = 1 - progress if s.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    return s.min_lr + left * (s.learning_rate - s.min_lr)
+from tasks.task import kind_of, load, start
 
 
 def update(task, wrapped, optimizers, scaler, step, world, dtype):
@@ -197,22 +155,13 @@ def update(task, wrapped, optimizers, scaler, step, world, dtype):
             shown[name] = shown.get(name, 0) + value.detach()
     for optimizer in optimizers.values():
         scaler.unscale_(optimizer)
-    norm = clip(wrapped.parameters(), s.grad_clip)
+    norm = clip(wrapped, s.grad_clip)
     for optimizer in optimizers.values():
         scaler.step(optimizer)
     scaler.update()
     for optimizer in optimizers.values():
         optimizer.zero_grad(set_to_none=True)
     return loss, norm, shown
-
-
-def clip(parameters, most):
-    """The norm of the gradient, which is then made no longer than `most`; 0: left as it is."""
-    parameters = [p for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    if most:
-        torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded gradient
 
 
 def train(settings, given, world):
@@ -223,56 +172,38 @@ def train(settings, given, world):
     folder = world.from_main(lambda: resume.pick_up(out_dir, settings.resume))
     task, model = start(settings, given, folder, locate(settings.dataset), world)
     state = checkpoint.load_trainer(folder) if folder else {"step": 0, "best": None}
-    step, best = state["step"], state["best"]
+    step, best, status = state["step"], state["best"], 0
 
     # What changes digits is decided once, from the whole run; it is recorded, and a resumed run keeps it.
     dtype, why_dtype = pick_dtype(settings.dtype, device)
     compiled, why_compiled = pick_compile(settings.compile, device, settings.max_iters)
-    rows = piece_size(task, world)
-    s = task.settings = replace(task.settings, dtype=str(dtype)[6:], compile=compiled, micro_batch_size=rows)
-    about = {"model_type": kind_of(model, task.models), "model": asdict(model.config), "lora_rank": s.lora_rank,
-             "code": code_of(model), "settings": asdict(s), "dataset": s.dataset, "data": task.fingerprint(),
-             "versions": checkpoint.versions()}
+    s = task.settings = replace(task.settings, dtype=str(dtype)[6:], compile=compiled,
+                                micro_batch_size=piece_size(task, world))
 
     # Machinery.
     sharded = s.shard and world.size > 1
-    wrapped = prepare_model(model, sharded, compiled, dtype, s, world)
+    wrapped = distributed.wrap(model, all_blocks(model), sharded, compiled, s.recompute, dtype, world)
     optimizers = make_optimizers(model, s)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if folder:
-        restore(optimizers, scaler, state, folder)
+        resume.restore(optimizers, scaler, state, folder)
     if world.is_main:
         print("settings: " + (", ".join(f"{k}={v!r}" for k, v in differences(settings).items()) or "the defaults"))
-        print(f"device: {device}" + (f" x {world.size} workers" if world.size > 1 else "")
-              + f"; dtype: {s.dtype} ({why_dtype}); compile: {compiled} ({why_compiled})")
+        print(f"device: {device} x {world.size}; dtype: {s.dtype} ({why_dtype}); compile: {compiled} ({why_compiled})")
         print(task.summary(model), flush=True)
         if not folder:
             set_aside(out_dir)
-    tokens, flops = task.cost(model)
-    log = Log(out_dir, s, step, tokens, flops / world.size, peak_flops(device, dtype), world)
-    if world.is_main:
         record_start(out_dir, s, world, step=step, dtype=s.dtype, compile=compiled)
-    guard = Guard(s, world, step, scaler.is_enabled(), state.get("mean_loss"), lambda n: task.where(task.pick(n - 1)))
-    measure, better = task.best
-    status = 0
+    log = Log(out_dir, s, step, *task.cost(model), peak_flops(device, dtype), world)
 
-    def save(names, row):
-        if world.is_main or sharded:
-            log.sync()
-            measured = {"val_loss": None, **{name: row[name] for name in row if name.startswith("val_")}}
-            state = {"step": step, "best": best, "mean_loss": guard.mean, "scaler": scaler.state_dict(),
-                     **{name: optimizer.state_dict() for name, optimizer in optimizers.items()}}
-            writer.save(names, model, task.tokenizers, {**about, "step": step, **measured}, state)
-
+    # The loop: rate, update, look, evaluate, log, save.
     model.train()
+    guard = Guard(s, world, step, scaler.is_enabled(), state.get("mean_loss"), lambda n: task.where(task.pick(n - 1)))
     with guard, checkpoint.Writer(out_dir, s.async_save, sharded) as writer:
         while step < s.max_iters and not status:
-            lr = learning_rate(step + 1, s)
-            for group in (group for optimizer in optimizers.values() for group in optimizer.param_groups):
-                group["lr"] = lr * group["scale"]
+            lr = set_rates(optimizers, step + 1, s)
             guard.record(*update(task, wrapped, optimizers, scaler, step, world, dtype))  # stays on the device
             step += 1
-
             evaluating = step % s.eval_interval == 0 or step == s.max_iters
             logging = evaluating or step % s.log_interval == 0 or step == 1
             if logging or guard.due(step) or guard.status and world.size == 1:
@@ -281,13 +212,13 @@ def train(settings, given, world):
                 names = ["last"] if evaluating or status else []
                 if evaluating:
                     row |= evaluate(task, model, world, dtype, step)
-                    value = row[f"val_{measure}"]
-                    if best is None or better(value, best) != best:
-                        best, names = value, ["best", "last"]
+                    best, improved = better(task, row, best)
+                    names = ["best", "last"] if improved else names
                 if logging:
                     log.write(row)
-                if names:
-                    save(names, row)
+                if names and (world.is_main or sharded):
+                    log.sync()
+                    writer.save(names, model, task.tokenizers, *snapshot(task, model, row, best, guard, optimizers, scaler))
                 if logging:
                     log.restart(step)
                 writer.raise_pending()
@@ -297,17 +228,38 @@ def train(settings, given, world):
     return task, model, step, status
 
 
+def better(task, row, best):
+    """(the better of `best` and the row's measure, whether that is the row's)."""
+    name, choose = task.best
+    value = row[f"val_{name}"]
+    if best is None or choose(value, best) != best:
+        return value, True
+    return best, False
+
+
+def snapshot(task, model, row, best, guard, optimizers, scaler):
+    """(what config.json says, what trainer.pt holds) of a checkpoint."""
+    s, step = task.settings, row["step"]
+    measured = {"val_loss": None, **{name: value for name, value in row.items() if name.startswith("val_")}}
+    config = {"model_type": kind_of(model, task.models), "model": asdict(model.config), "lora_rank": s.lora_rank,
+              "code": code_of(model), "settings": asdict(s), "dataset": s.dataset, "data": task.fingerprint(),
+              "step": step, **measured, "versions": checkpoint.versions()}
+    states = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
+    return config, {"step": step, "best": best, "mean_loss": guard.mean, "scaler": scaler.state_dict(), **states}
+
+
 def piece_size(task, world):
     """How many rows a piece of an update has: as set, or each worker's share at the run's first start."""
-    s, size = task.settings, task.settings.micro_batch_size or -(-task.settings.batch_size // world.size)
+    s = task.settings
+    size = s.micro_batch_size or -(-s.batch_size // world.size)
     n_pieces = -(-s.batch_size // size)
     if task.whole and (s.batch_size % size or n_pieces != world.size):
-        raise UserError(f"micro_batch_size = {size}: --task={s.task} scores each row against all others, so every worker"
-                        f" takes one piece; give --batch_size={s.batch_size} as many rows for each of {world.size}"
-                        " workers, and leave out --micro_batch_size")
+        raise UserError(f"micro_batch_size = {size}: --task={s.task} scores each row against all others, so each of the"
+                        f" {world.size} workers takes one piece of the {s.batch_size} rows: leave it out, or choose"
+                        " another --batch_size")
     if world.is_main and n_pieces < world.size:
-        print(f"{world.size - n_pieces} of {world.size} workers are idle: an update has {n_pieces} pieces of {size} rows;"
-              " lower --micro_batch_size to use them all, for slightly other numbers")
+        print(f"{world.size - n_pieces} of {world.size} workers are idle: an update has {n_pieces} pieces of {size}"
+              " rows; a smaller --micro_batch_size gives all of them work, and slightly other numbers")
     return size
 
 
@@ -319,41 +271,6 @@ def evaluate(task, model, world, dtype, step):
     for name, value in found.items():
         require_finite(f"val_{name}", value, step)
     return {f"val_{name}": value for name, value in found.items()}
-
-
-def prepare_model(model, sharded, compiled, dtype, settings, world):
-    """The model to call, recomputing, compiled and on many workers as the settings have it. Names of parameters stay."""
-    for block in all_blocks(model) if sharded or settings.recompute else ():
-        if compiled and sharded:
-            block.forward = torch.compile(block.forward)  # what gathers the block's parameters stays outside
-        if settings.recompute:
-            block.forward = partial(recomputed, block.forward, use_reentrant=False)
-    if sharded:
-        distributed.shard(model, all_blocks(model), dtype, world)
-        return model
-    model.to(world.device)
-    if compiled:
-        model.compile()
-    if world.size == 1:
-        return model
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
-
-
-def restore(optimizers, scaler, state, folder):
-    """Fills the optimizers from a checkpoint; what the settings say of rates, decay and memory stays.
-
-    Raises UserError if the optimizer in the checkpoint is that of other parameters.
-    """
-    for name, optimizer in optimizers.items():
-        chosen = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-        try:
-            checkpoint.load_optimizer(optimizer, state[name], folder)
-        except (KeyError, ValueError):
-            raise UserError(f"{folder / 'trainer.pt'} holds the optimizer of other parameters: resume with the --rates,"
-                            " the --optimizer and the --lora_rank that the run had") from None
-        for group, values in zip(optimizer.param_groups, chosen):
-            group.update(values)
-    scaler.load_state_dict(state["scaler"])
 
 
 def main(settings, given):
@@ -368,24 +285,6 @@ def main(settings, given):
     world.close()
     if stopped:
         raise SystemExit(stopped)
-
-
-def say_where(task, model, step, stopped, seconds):
-    """The end of a run: a sample, where everything lies, what to run next."""
-    out_dir = task.settings.out_dir
-    if stopped:
-        print(f"\nstopped at step {step} and saved; go on with: python train.py --resume --out_dir={out_dir}")
-        return
-    if task.settings.sample_tokens:
-        print(f"\n{task.show(model)}\n")
-    task.finish()
-    best = checkpoint.read_config(checkpoint.find(out_dir, "best"))
-    measure = f"val_{task.best[0]}"
-    print(f"{step} updates in {seconds:.0f} s, at most {peak_memory(task.world.device) / 2**20:,.0f} MiB;"
-          f" best {measure.replace('val_', 'validation ')} {best[measure]:.4f} at step {best['step']}")
-    print(f"in {out_dir}: checkpoints best and last, log.jsonl, run.json\n"
-          f"try it:      {task.command.format(out_dir=out_dir)}\n"
-          f"evaluate it: python evaluate.py --out_dir={out_dir}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from configurator import UserError, check_ranges
+from configurator import check_choices, check_ranges
 from model import GPT, GPTConfig, Transformer, TransformerConfig, causal_mask, init_weights, predict, rotate
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -89,8 +89,7 @@ class SigLIPConfig:
 
     def __post_init__(self):
         set_parts(self, vision=ViTConfig, text=TextEncoderConfig)
-        if self.loss not in ("sigmoid", "softmax"):
-            raise UserError(f"loss = {self.loss!r}: must be sigmoid or softmax")
+        check_choices(self, loss=("sigmoid", "softmax"))
 
 
 def set_parts(config, **parts):

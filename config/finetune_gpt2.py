@@ -13,7 +13,7 @@ block_size = 1024  # tokens of context; fewer need less memory
 dropout = 0.1  # the text is small: 300,000 tokens
 
 batch_size = 32
-gradient_accumulation_steps = 32  # one sequence at a time
+micro_batch_size = 1  # sequences in memory at a time; more are faster where they fit
 max_iters = 100
 learning_rate = 3e-5
 min_lr = 3e-5  # constant
@@ -22,4 +22,4 @@ beta2 = 0.95
 eval_interval = 20
 log_interval = 1
 
-on_cpu = dict(block_size=256, batch_size=4, gradient_accumulation_steps=4, max_iters=20, eval_interval=10)
+on_cpu = dict(block_size=256, batch_size=4, max_iters=20, eval_interval=10)

@@ -23,6 +23,14 @@ def digests(model):
     return {full_name(cls): digest(cls) for cls in {type(module) for module in model.modules()} if is_ours(cls)}
 
 
+def code_of(model):
+    """`digests`, as a checkpoint stores them; {} where the source can't be read."""
+    try:
+        return digests(model)
+    except NoSource:
+        return {}
+
+
 def full_name(cls):
     return f"{cls.__module__}.{cls.__qualname__}"
 

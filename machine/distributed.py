@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError
 from machine.device import pick_device
@@ -38,9 +41,6 @@ class World:
         dist.all_reduce(total)
         return total.tolist()
 
-    def mean(self, number):
-        return self.sum(number)[0] / self.size
-
     def max(self, number):
         """The largest over all ranks of a whole number."""
         if self.size == 1:
@@ -50,8 +50,11 @@ class World:
         return largest.item()
 
     def share(self, items):
-        """This rank's share of `items`, each with 1. All ranks get equally many: what is short is made up by the first
-        of all, with 0, for sharded models compute in step."""
+        """Yields this rank's share of `items`, each with 1.
+
+        Every rank gets the same number of items, because sharded models must run in lockstep: missing ones are filled
+        with the first item, and 0.
+        """
         for i in range(self.rank, -(-len(items) // self.size) * self.size, self.size):
             yield (items[i], 1) if i < len(items) else (items[0], 0)
 
@@ -65,6 +68,27 @@ class World:
     def close(self):
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def wrap(model, blocks, sharded, compiled, recompute, dtype, world):
+    """The model to call in training: recomputing, compiled, on many workers. The parameters keep their names.
+
+    recompute: each block is computed again in the backward pass, instead of keeping its activations.
+    """
+    for block in blocks if sharded or recompute else ():
+        if compiled and sharded:
+            block.forward = torch.compile(block.forward)  # what gathers the block's parameters stays outside
+        if recompute:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    if sharded:
+        shard(model, blocks, dtype, world)
+        return model
+    model.to(world.device)
+    if compiled:
+        model.compile()
+    if world.size == 1:
+        return model
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def shard(model, blocks, dtype, world):
@@ -81,6 +105,7 @@ def shard(model, blocks, dtype, world):
 
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+ARRIVAL = 1800  # seconds that rank 0 waits for the other workers of a start
 PATIENCE = 10  # seconds that torchrun takes at most to end the workers that are left
 
 
@@ -101,9 +126,9 @@ def others_explain():
 def store_of_this_start(store, rank, size):
     """A part of `store` that no earlier start of the workers has written to: a PrefixStore, the same on every rank.
 
-    torchrun keeps one store over all its restarts; a worker that finds in it the address of its dead peer waits for
-    that for half an hour. So the main rank, which alone is sure to be alive, names the part, each time anew, and tells
-    it to whoever says hello. It can't know which hellos are of the dead, and answers until all the others have heard.
+    torchrun keeps one store over all its restarts. A restarted worker may read a dead peer's address from it and wait 30
+    minutes for that peer. So rank 0 picks a fresh prefix for each start and sends it to every rank that asks. Requests
+    that dead workers left are answered too, which does no harm. Raises UserError if a worker doesn't ask in time.
     """
     mine = uuid.uuid4().hex
     if rank > 0:
@@ -111,8 +136,10 @@ def store_of_this_start(store, rank, size):
         name = store.get(f"to/{mine}").decode()  # waits for it
         store.set(f"{name}/heard/{rank}", "")
         return dist.PrefixStore(name, store)
-    deaf = list(range(1, size))
+    deaf, until = list(range(1, size)), time.monotonic() + ARRIVAL
     while deaf:
+        if time.monotonic() > until:
+            raise UserError(f"workers {', '.join(map(str, deaf))} did not start within {ARRIVAL // 60} minutes")
         for other in deaf:
             if store.check([f"hello/{other}"]):
                 store.set("to/" + store.get(f"hello/{other}").decode(), mine)

@@ -2,14 +2,9 @@
 
     python sample.py --init_from=gpt2 --prompt="Once upon"
 
-A published folder holds config.json, tokenizer.json and model.safetensors, or shards and their index. Each family of
-models has a module with
-
-    MODEL                                           our class
-    to_config(theirs, name, block_size, dropout)    our config of a published config.json
-    load_tokenizer(folder, name)
-    first_name(theirs)                              a tensor's name in the layout first published; None if it is unused
-    source(ours, theirs)                            the Source of our parameter, in that layout; theirs: the config.json
+A published folder holds config.json, tokenizer.json and model.safetensors, or shards and their index. The module of a
+family of models has MODEL, our class, and to_config, load_tokenizer, first_name (of a tensor: in the layout that was
+published first, or None if it is unused) and source (of our parameter, in that layout).
 """
 
 import importlib

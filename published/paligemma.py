@@ -3,6 +3,7 @@
     python sample.py --init_from=google/paligemma-3b-pt-224 --image=photo.jpg --prompt="caption en" --temperature=0
 """
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,11 +99,9 @@ def published_name(name):
 def first_name(theirs):
     """Layouts differ in where they say "model". The output head is the embedding, and the pooling head is not used."""
     name = theirs.removeprefix("model.")
-    if name.startswith("vision_tower."):
-        name = "vision_tower.vision_model." + name.removeprefix("vision_tower.").removeprefix("vision_model.")
-    elif name.startswith("language_model.") and not name.startswith("language_model.lm_head."):
-        name = "language_model.model." + name.removeprefix("language_model.").removeprefix("model.")
-    unused = ("lm_head.", "language_model.lm_head.", "vision_tower.vision_model.head.")
+    name = re.sub(r"^vision_tower\.(vision_model\.)?", "vision_tower.vision_model.", name)
+    name = re.sub(r"^language_model\.(model\.)?", "language_model.model.", name)
+    unused = ("lm_head.", "language_model.model.lm_head.", "vision_tower.vision_model.head.")
     return None if name.startswith(unused) else name
 
 

@@ -82,16 +82,18 @@ class Writer:
         whole = shards.gathered(state) if self.group and "best" in names else None
         if self.pool:
             state, trainer = host_copy((state, trainer), next(model.parameters()).device, self.buffers)
-            self.job = self.pool.submit(self.write, names, state, whole, tokenizers, config, trainer)
-        else:
-            self.write(names, state, whole, tokenizers, config, trainer)
 
-    def write(self, names, state, whole, tokenizers, config, trainer):
-        for name in names:
-            if name == "last":
-                write(self.out_dir, name, state, tokenizers, config, trainer, self.group)
-            elif not self.group or whole:  # only the main rank has the whole of a sharded model
-                write(self.out_dir, name, whole or state, tokenizers, config, None)
+        def work():
+            for name in names:
+                if name == "last":
+                    write(self.out_dir, name, state, tokenizers, config, trainer, self.group)
+                elif not self.group or whole:  # only the main rank has the whole of a sharded model
+                    write(self.out_dir, name, whole or state, tokenizers, config, None)
+
+        if self.pool:
+            self.job = self.pool.submit(work)
+        else:
+            work()
 
     def raise_pending(self):
         """Raises the error of a finished write."""
@@ -419,9 +421,7 @@ def load_optimizer(optimizer, saved, folder):
     Raises UserError if the state is that of other parameters.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    sizes, own_sizes = ([len(group["params"]) for group in groups]
-                        for groups in (saved["param_groups"], optimizer.param_groups))
-    if sizes != own_sizes:
+    if [len(group["params"]) for group in saved["param_groups"]] != [len(g["params"]) for g in optimizer.param_groups]:
         raise UserError(f"{folder / 'trainer.pt'} holds the optimizer of other parameters: resume with the --optimizer,"
                         " --rates and --lora_rank that the run had")
     state = {number: dict(entry) for number, entry in saved["state"].items()}

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from configurator import UserError
-from machine.device import device_name
+from machine.device import device_name, peak_memory
 from run import checkpoint
 from run.files import write_json, write_text
 
@@ -22,19 +22,18 @@ from run.files import write_json, write_text
 class Log:
     """Writes rows into log.jsonl, to the terminal, and to wandb if wanted. Silent on all but the main rank.
 
-    tokens: those of one update; flops: what each worker computes in one; peak: a worker's FLOP/s, or None.
+    tokens, flops: of one update; peak: a worker's FLOP/s, or None.
     Raises UserError if wandb is wanted but not installed.
     """
 
     def __init__(self, out_dir, settings, step, tokens, flops, peak, world):
-        self.settings, self.tokens, self.flops, self.peak = settings, tokens, flops, peak
+        self.settings, self.tokens, self.flops, self.peak = settings, tokens, flops / world.size, peak
         self.file = self.wandb = None
         self.first_step, self.began = step, time.perf_counter()
         self.restart(step)
         if not world.is_main:
             return
         path = Path(out_dir) / "log.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
         if step:  # the rows after the checkpoint will be written again
             write_text(path, "".join(line + "\n" for line in rows_until(path, step)))
         self.file = open(path, "a", encoding="utf-8", buffering=1)
@@ -112,6 +111,7 @@ def start_wandb(out_dir, settings):
 def record_start(out_dir, settings, world, **facts):
     """Adds to run.json what this start of the run runs on: versions, code, machine, command."""
     path = Path(out_dir) / "run.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     starts = checkpoint.read_json(path) if path.exists() else []
     starts.append({
         "started": now(), **facts, "seed": settings.seed, "command": [sys.executable, *sys.argv], "git": git_state(),
@@ -126,6 +126,24 @@ def record_end(out_dir, step, status):
     starts = checkpoint.read_json(path)
     starts[-1] |= {"ended": now(), "end_step": step, "status": status}
     write_json(path, starts)
+
+
+def say_where(task, model, step, stopped, seconds):
+    """The end of a run: a sample, where everything lies, what to run next."""
+    out_dir = task.settings.out_dir
+    if stopped:
+        print(f"\nstopped at step {step} and saved; go on with: python train.py --resume --out_dir={out_dir}")
+        return
+    if task.settings.sample_tokens:
+        print(f"\n{task.show(model)}\n")
+    task.finish()
+    best = checkpoint.read_config(checkpoint.find(out_dir, "best"))
+    measure = f"val_{task.best[0]}"
+    print(f"{step} updates in {seconds:.0f} s, at most {peak_memory(task.world.device) / 2**20:,.0f} MiB;"
+          f" best {measure.replace('val_', 'validation ')} {best[measure]:.4f} at step {best['step']}")
+    print(f"in {out_dir}: checkpoints best and last, log.jsonl, run.json\n"
+          f"try it:      {task.command.format(out_dir=out_dir)}\n"
+          f"evaluate it: python evaluate.py --out_dir={out_dir}")
 
 
 def now():

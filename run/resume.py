@@ -7,7 +7,6 @@ from pathlib import Path
 from configurator import UserError, flat_fields, flat_values
 from run import checkpoint
 from run.log import MOVING
-from sources.known import BUILT_IN
 
 KEPT = ("task", "dataset", "init_from", "optimizer", "lora_rank")  # beside the task's own settings but these:
 FREE = ("publish",)
@@ -44,11 +43,31 @@ def earlier_settings(out_dir, resume):
     return checkpoint.read_config(folders[-1])["settings"] if folders else {}
 
 
-def refuse_changes(saved, given, own, out_dir):
-    """Raises UserError for a setting that a resumed run can't change. own: the class of the task's settings."""
-    saved = flat_values(saved)
+def refuse_changes(saved, given, own, stand_in):
+    """Raises UserError for a setting that a resumed run can't change.
+
+    own: the class of the task's settings. stand_in: the data set that an absent one may have been replaced by.
+    """
+    saved, out_dir = flat_values(saved), given.get("out_dir", "out")
     for name in (*KEPT, *(name for name in flat_fields(own) if name not in FREE)):
         value = saved.get(name, given.get(name))
-        if given.get(name, value) != value and value != BUILT_IN:
+        if given.get(name, value) != value and value != stand_in:
             raise UserError(f"{name} = {given[name]!r}, but the run in {out_dir} has {value!r}: drop it to resume, or"
                             f" start a new run with --init_from={out_dir}")
+
+
+def restore(optimizers, scaler, state, folder):
+    """Fills the optimizers from a checkpoint; what the settings say of rates, decay and memory stays.
+
+    Raises UserError if the optimizer in the checkpoint is that of other parameters.
+    """
+    for name, optimizer in optimizers.items():
+        chosen = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        try:
+            checkpoint.load_optimizer(optimizer, state[name], folder)
+        except (KeyError, ValueError):
+            raise UserError(f"{folder / 'trainer.pt'} holds the optimizer of other parameters: resume with the --rates,"
+                            " the --optimizer and the --lora_rank that the run had") from None
+        for group, values in zip(optimizer.param_groups, chosen):
+            group.update(values)
+    scaler.load_state_dict(state["scaler"])

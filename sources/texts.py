@@ -111,10 +111,9 @@ def write_tokens(path, texts, tokenizer):
 
 def stored(ids, tokenizer):
     """The ids as the files hold them."""
-    dtype = id_type(tokenizer)
     assert not ids.size or 0 <= ids.min() <= ids.max() < tokenizer.vocab_size, \
         f"token ids from {ids.min()} to {ids.max()} are outside 0..{tokenizer.vocab_size - 1}"
-    return ids.astype(dtype)
+    return ids.astype(id_type(tokenizer))
 
 
 def id_type(tokenizer):

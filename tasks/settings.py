@@ -3,6 +3,7 @@
 A setting that does nothing for the task, the model or the optimizer at hand is refused.
 """
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +11,33 @@ from configurator import UserError, check_idle, check_ranges, check_shape
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Training: beside train.Settings, whose fields the checks may read too
+
+def check_training(settings):
+    """Raises UserError for settings of train.py that can't be right, or that do nothing beside the others."""
+    check_ranges(settings, batch_size=1, micro_batch_size=0, max_iters=1, learning_rate=0.0, min_lr=0.0, muon_lr=0.0,
+                 warmup_iters=0, lr_decay_iters=0, weight_decay=0.0, beta1=0.0, beta2=0.0, grad_clip=0.0,
+                 eval_interval=1, eval_tokens=0, log_interval=1, max_minutes=0.0, max_grad_norm=0.0,
+                 max_loss_rise=0.0, sample_tokens=0, lora_rank=0, seed=0, dropout=0.0)
+    for name, rate in settings.rates.items():
+        if not rate >= 0:
+            raise UserError(f"rates.{name} = {rate}: must be at least 0")
+    for name in ("beta1", "beta2", "dropout"):
+        if getattr(settings, name) >= 1:
+            raise UserError(f"{name} = {getattr(settings, name)}: must be below 1")
+    if os.path.isfile(settings.out_dir):
+        raise UserError(f"out_dir = {settings.out_dir}: is a file; name a folder")
+    if settings.shard and settings.dtype == "float16":
+        raise UserError("shard = True: not with --dtype=float16")
+    if settings.optimizer == "adamw":
+        check_idle(settings, "is for --optimizer=muon", "muon_lr")
+    elif settings.shard or not settings.learning_rate:
+        raise UserError("optimizer = 'muon': not with --shard, for it needs whole matrices, nor with"
+                        " --learning_rate=0")
+    if settings.init_from == "scratch":
+        check_idle(settings, "is for fine-tuning with --init_from", "lora_rank")
+    if not settings.wandb:
+        check_idle(settings, "is for --wandb", "wandb_project", "wandb_name")
+
 
 @dataclass(frozen=True)
 class Text:

@@ -15,7 +15,7 @@ import torch
 import tokenizer as tokenizers
 from configurator import UserError, build, flat_values
 from lora import add_lora, merge_lora
-from machine.digest import NoSource, digests
+from machine.digest import code_of
 from published.files import load as load_published
 from run import checkpoint
 from tasks import TASKS, task_class, task_of
@@ -143,7 +143,10 @@ def load(folder, device="cpu", settings=None, dropout=0.0):
     if lora_rank:
         add_lora(model, lora_rank)
     checkpoint.fill(model, saved.state, folder)
-    compare_code(model, config.get("code", {}), folder)
+    found = code_of(model)
+    if changed := [name for name, value in config.get("code", {}).items() if found.get(name, value) != value]:
+        print(f"{folder} was trained with other code of {', '.join(sorted(changed))}: it may compute something else now",
+              file=sys.stderr, flush=True)
     return task, model, config
 
 
@@ -208,20 +211,3 @@ def initial(settings, device, block_size=0):
 def kind_of(model, models):
     """The model_type of a model, or None."""
     return next((kind for kind, (cls, _) in models.items() if type(model) is cls), None)
-
-
-def code_of(model):
-    """The digests of the model's code, as a checkpoint stores them; {} where its source can't be read."""
-    try:
-        return digests(model)
-    except NoSource:
-        return {}
-
-
-def compare_code(model, trained, folder):
-    """Says in one line if the code of the model is not the code that it was trained with."""
-    found = code_of(model)
-    changed = sorted(name for name, value in trained.items() if found.get(name, value) != value)
-    if changed:
-        print(f"{folder} was trained with other code of {', '.join(changed)}: it may compute something else now",
-              file=sys.stderr, flush=True)

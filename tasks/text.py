@@ -18,7 +18,7 @@ import torch
 
 import tokenizer as tokenizers
 from batches import Dataset, fixed_windows, random_offsets, read_windows
-from configurator import UserError, check_idle
+from configurator import UserError, check_choices, check_idle
 from generate import generate, pick_tokens
 from machine.device import autocast
 from model import GPT, GPTConfig, all_blocks, init_weights
@@ -47,8 +47,7 @@ class TextTask(Task):
 
     def build(self, generator):
         s = self.settings
-        if s.model not in MODELS:
-            raise UserError(f"model = {s.model!r}: must be one of {', '.join(MODELS)}")
+        check_choices(s, model=MODELS)
         cls, config_cls = MODELS[s.model]
         known = {field.name for field in dataclasses.fields(config_cls)}
         check_idle(s, f"a {s.model} has no such setting", *(name for name in (*SHAPE, "dropout") if name not in known))

@@ -5,11 +5,16 @@ import shutil
 
 import pytest
 import torch
+from conftest import settings_for
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+import sample
+import train
 from configurator import UserError
 from published import files
+from sources import texts
+from tasks.task import load
 
 transformers = pytest.importorskip("transformers")
 PROMPT = "the king sees a "
@@ -63,6 +68,16 @@ def test_shards_and_the_old_layout_of_the_hub_load_too(published, tmp_path):
         assert all(torch.equal(found[name], expected[name]) for name in expected), layout
 
 
+def test_sampling_continues_as_transformers_does(published, capsys):
+    folder, theirs = published
+    fast = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = fast(PROMPT, return_tensors="pt")
+    expected = theirs.generate(**ids, max_new_tokens=30, do_sample=False, pad_token_id=0)
+    sample.main(settings_for("text", "sampling", init_from=str(folder), prompt=PROMPT, temperature=0.0,
+                             max_new_tokens=30, device="cpu"))
+    assert capsys.readouterr().out == fast.decode(expected[0]) + "\n"
+
+
 def test_weights_that_do_not_fit_are_named(published, tmp_path):
     folder, theirs = published
     shutil.copytree(folder, tmp_path / "bad")
@@ -105,3 +120,18 @@ def test_other_models_are_refused_by_name(published, tmp_path, key, value):
 def test_more_positions_than_learned_are_refused(published):
     with pytest.raises(UserError, match="block_size = 49: .* has learned only 48 positions"):
         files.load(str(published[0]), block_size=49)
+
+
+def test_fine_tuning_starts_from_the_published_weights(published, tmp_path, text, tiny):
+    folder, theirs = published
+    (tmp_path / "words.txt").write_text(text, encoding="utf-8")
+    texts.prepare([tmp_path / "words.txt"], tmp_path / "words", "bpe:350")
+    shutil.copy(folder / "tokenizer.json", tmp_path / "words")  # same merges
+    changes = dict(dataset=str(tmp_path / "words"), init_from=str(folder), max_iters=1, learning_rate=1e-30, min_lr=0.0)
+    settings = settings_for("text", **{**tiny, **changes}, out_dir=str(tmp_path / "out"))
+    train.main(settings, {"block_size": 32})
+    _, model, _ = load(tmp_path / "out" / "last")
+    tokens = torch.arange(32)[None]
+    assert (model(tokens) - theirs(tokens).logits).abs().max() < 1e-5
+    with pytest.raises(UserError, match="n_layer = 2, but .* has 3: leave it out"):
+        train.main(settings, {"block_size": 32, "n_layer": 2})

@@ -11,21 +11,37 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import settings_for
 
 import batches
-import checkpoint
-import distributed
-import health
-import tasks
+import configurator
 import train
 from configurator import UserError
+from machine import device
+from machine.distributed import World
+from optimizer import learning_rate, make_optimizers
+from run import checkpoint, guards
+from tasks.task import initial, load
+from tasks.text import TextTask
 
 ROOT = Path(train.__file__).parent
+CPU = torch.device("cpu")
 GOLDEN = {1: 3.2479, 10: 2.7495, 20: 2.6205, 40: 2.3558}  # losses of the tiny run: they change only on purpose
 
 
 def run(out_dir, tiny, **changes):
-    train.main(train.Settings(**{**tiny, **changes}, out_dir=str(out_dir)), changes)
+    train.main(settings_for("text", **{**tiny, **changes}, out_dir=str(out_dir)), changes)
+    return rows(out_dir)
+
+
+def parse(*argv):
+    """(settings, given) of a command line of train.py."""
+    return configurator.parse(train.Settings, argv, **train.HOW)
+
+
+def resume(out_dir, *argv):
+    """Goes on with a run as the command line would, with the settings that it recorded."""
+    train.main(*parse("--resume", f"--out_dir={out_dir}", *argv))
     return rows(out_dir)
 
 
@@ -43,13 +59,21 @@ def trainer(out_dir):
 
 
 def weights(out_dir, name="last"):
-    return checkpoint.load(Path(out_dir) / name)[0].state_dict()
+    return checkpoint.load(Path(out_dir) / name).state
+
+
+def recorded(out_dir):
+    """The settings in the config.json of a run's last checkpoint."""
+    return checkpoint.read_config(Path(out_dir) / "last")["settings"]
 
 
 def assert_same_run(a, b):
     assert curve(rows(a)) == curve(rows(b))
-    for one, other in ((weights(a), weights(b)), (trainer(a)["optimizer"]["state"], trainer(b)["optimizer"]["state"])):
-        torch.testing.assert_close(one, other, atol=0, rtol=0)
+    torch.testing.assert_close(weights(a), weights(b), atol=0, rtol=0)
+    one, other = trainer(a), trainer(b)
+    assert one.keys() == other.keys() and one["mean_loss"] == other["mean_loss"]
+    for name in one.keys() & {"optimizer", "muon"}:
+        torch.testing.assert_close(one[name]["state"], other[name]["state"], atol=0, rtol=0)
 
 
 def command(*args, launcher=(sys.executable,)):
@@ -78,18 +102,18 @@ def test_the_log_has_what_it_promises(trained, tiny):
 
 def test_learning_rate_warms_up_and_decays():
     s = train.Settings(learning_rate=1.0, min_lr=0.1, warmup_iters=9, max_iters=110)
-    rates = [train.learning_rate(update, s) for update in range(1, 120)]
+    rates = [learning_rate(update, s) for update in range(1, 120)]
     assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
     assert rates[59] == pytest.approx(0.55) and rates[109] == rates[118] == pytest.approx(0.1)
     assert all(a > b for a, b in zip(rates[9:109], rates[10:110]))
-    assert train.learning_rate(50, replace(s, lr_decay_iters=50)) == pytest.approx(0.1)
-    line = [train.learning_rate(update, replace(s, lr_schedule="linear")) for update in range(10, 111)]
+    assert learning_rate(50, replace(s, lr_decay_iters=50)) == pytest.approx(0.1)
+    line = [learning_rate(update, replace(s, lr_schedule="linear")) for update in range(10, 111)]
     assert line == pytest.approx([1.0 - 0.009 * n for n in range(101)])
 
 
 def test_matrices_decay_and_vectors_do_not(trained):
-    model = checkpoint.load(Path(trained) / "last")[0]
-    decayed, others = train.make_optimizer(model, train.Settings(weight_decay=0.3)).param_groups
+    model = load(Path(trained) / "last")[1]
+    decayed, others = make_optimizers(model, train.Settings(weight_decay=0.3))["optimizer"].param_groups
     assert decayed["weight_decay"] == 0.3 and all(p.dim() == 2 for p in decayed["params"])
     assert others["weight_decay"] == 0.0 and all(p.dim() == 1 for p in others["params"])
     assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
@@ -100,7 +124,7 @@ FAST = dict(optimizer="muon", positions="rotary", mlp="relu2", tied=False, bigra
 
 
 @pytest.mark.parametrize("changes", [  # few tokens in bfloat16, for CPUs without AMX are slow at it
-    {}, dict(dropout=0.2, gradient_accumulation_steps=2),
+    {}, dict(dropout=0.2, micro_batch_size=3),
     dict(FAST, dropout=0.2, dtype="bfloat16", n_layer=1, batch_size=2)])
 def test_resuming_gives_the_numbers_of_an_undisturbed_run(tmp_path, tiny, changes, monkeypatch):
     run(tmp_path / "whole", tiny, **changes)
@@ -123,27 +147,11 @@ def test_resuming_gives_the_numbers_of_an_undisturbed_run(tmp_path, tiny, change
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_accumulation_does_not_change_the_curve(tmp_path, tiny, trained):
-    found = run(tmp_path, tiny, gradient_accumulation_steps=4)
+def test_pieces_of_any_size_do_not_change_the_curve(tmp_path, tiny, trained):
+    found = run(tmp_path, tiny, micro_batch_size=3)  # the last of three pieces is smaller
     for a, b in zip(rows(trained), found):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("settings, rounding", [({}, 1e-4), (FAST, 1e-3)])  # Muon's bfloat16 amplifies it
-def test_two_workers_give_the_curve_of_one(tmp_path, tiny, settings, rounding):
-    tiny = dict(tiny, **settings)
-    changes = dict(tiny, dropout=0.1, out_dir=str(tmp_path / "two"))
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    subprocess.run(command(*as_arguments(changes), launcher=torchrun), check=True, capture_output=True, timeout=120)
-    one = run(tmp_path / "one", tiny, dropout=0.1, gradient_accumulation_steps=2)
-    for a, b in zip(one, rows(tmp_path / "two"), strict=True):
-        assert a["step"] == b["step"] and a["loss"] == pytest.approx(b["loss"], abs=rounding)
-        assert a.get("val_loss") == pytest.approx(b.get("val_loss"), abs=rounding)
-    # a batch that does not divide says so, once per worker, and ends all
-    uneven = command(*as_arguments(changes, batch_size=7), launcher=torchrun)
-    done = subprocess.run(uneven, capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0 and "error: batch_size = 7 does not divide into 2 micro-batches" in done.stderr
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], abs=1e-4)
 
 
 LONG = dict(max_iters=1000, eval_interval=400)
@@ -176,7 +184,7 @@ def test_a_signal_saves_and_the_run_can_be_resumed(tmp_path, tiny, long_run, nam
 
 def test_best_and_last_are_kept_apart(tmp_path, tiny, monkeypatch):
     losses = iter([2.0, 1.0, 3.0, 4.0])
-    monkeypatch.setattr(tasks, "split_loss", lambda *args: (next(losses), 0))
+    monkeypatch.setattr(TextTask, "evaluate", lambda *args: {"loss": next(losses)})
     run(tmp_path, tiny, eval_interval=10)
     best, last = (checkpoint.read_config(tmp_path / name) for name in ("best", "last"))
     assert (best["step"], best["val_loss"]) == (20, 1.0) and (last["step"], last["val_loss"]) == (40, 4.0)
@@ -188,9 +196,10 @@ def breaking(monkeypatch, change, at=27):
     """From update `at` on, `change` makes another (loss, norm) of the update's."""
     real = train.update
 
-    def update(parallel, optimizer, *args):
-        loss, norm = real(parallel, optimizer, *args)
-        return change(loss, norm) if int(next(iter(optimizer.state.values()))["step"]) >= at else (loss, norm)
+    def update(*args):
+        loss, norm, shown = real(*args)
+        step = args[4]
+        return (*change(loss, norm), shown) if step + 1 >= at else (loss, norm, shown)
 
     monkeypatch.setattr(train, "update", update)
 
@@ -208,7 +217,7 @@ def test_a_step_that_is_not_sound_stops_the_run_which_can_be_replayed(tmp_path, 
         run(tmp_path, tiny, **settings)
     assert trainer(tmp_path)["step"] == 20 and rows(tmp_path)[-1]["step"] == 25  # noticed when looked at, named exactly
     tokens = batches.random_offsets(28_052, 32, 8, train.Settings.seed, 26)
-    assert f"the training tokens {', '.join(map(str, tokens))};" in str(error.value)
+    assert f"its batch is the windows at the training tokens {', '.join(map(str, tokens))};" in str(error.value)
     assert f"python train.py --resume --out_dir={tmp_path} replays what came after" in str(error.value)
     with pytest.raises(UserError) as again:
         run(tmp_path, tiny, **settings, resume=True, log_interval=1)
@@ -218,9 +227,9 @@ def test_a_step_that_is_not_sound_stops_the_run_which_can_be_replayed(tmp_path, 
 def test_sound_runs_pass_the_guards_and_float16_may_skip_steps(tmp_path, tiny, trained, monkeypatch):
     found = run(tmp_path, tiny, max_grad_norm=50.0, max_loss_rise=1.0)
     assert curve(found) == curve(rows(trained))
-    guard = health.Health(train.Settings(max_grad_norm=5), None, 0, scaled=True)
-    guard.note(torch.tensor(3.0), torch.tensor(math.inf))
-    assert guard.look(distributed.World(0, 1, torch.device("cpu"))) == {"loss": 3.0, "grad_norm": math.inf}
+    guard = guards.Guard(train.Settings(max_grad_norm=5), World(0, 1, CPU), 0, scaled=True, mean=None, where=str)
+    guard.record(torch.tensor(3.0), torch.tensor(math.inf), {})
+    assert guard.read() == {"loss": 3.0, "grad_norm": math.inf}
 
 
 def test_no_number_is_saved_when_a_signal_comes_before_the_next_line_of_the_log(tmp_path, tiny, monkeypatch):
@@ -235,7 +244,7 @@ def test_no_number_is_saved_when_a_signal_comes_before_the_next_line_of_the_log(
 
 
 def test_a_validation_loss_that_is_no_number_stops_too(tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr(tasks, "split_loss", lambda *args: (math.nan, 0))
+    monkeypatch.setattr(TextTask, "evaluate", lambda *args: {"loss": math.nan})
     with pytest.raises(UserError, match="val_loss is nan at step 20: .*; nothing was saved yet"):
         run(tmp_path, tiny)
 
@@ -278,12 +287,10 @@ def test_the_environment_is_recorded_at_every_start(tmp_path, tiny):
     assert [(start["step"], start["end_step"], start["status"]) for start in (first, second)] == [(0, 5, 0), (5, 10, 0)]
 
 
-def test_an_optimizer_of_other_parameters_is_one_line(tmp_path, tiny, monkeypatch):
+def test_an_optimizer_of_other_parameters_is_one_line(tmp_path, tiny):
     run(tmp_path, tiny, max_iters=5)
-    real = train.make_optimizer
-    monkeypatch.setattr(train, "make_optimizer", lambda model, settings: real(model.wte, settings))
-    with pytest.raises(UserError, match="trainer.pt holds the optimizer of other parameters"):
-        run(tmp_path, tiny, max_iters=10, resume=True)
+    with pytest.raises(UserError, match="trainer.pt holds the optimizer of other parameters: .*--rates"):
+        resume(tmp_path, "--max_iters=10", "--rates.wte=0")
 
 
 def test_an_earlier_run_is_moved_and_nothing_else(tmp_path, tiny, capsys):
@@ -298,13 +305,16 @@ def test_an_earlier_run_is_moved_and_nothing_else(tmp_path, tiny, capsys):
 
 def test_resume_takes_the_runs_own_settings_and_refuses_what_does_not_fit(tmp_path, tiny):
     run(tmp_path, tiny, max_iters=5)
-    saved = train.earlier_settings({"resume": True, "out_dir": str(tmp_path), "max_iters": 9})
-    assert saved["n_embd"] == 32 and saved["dataset"] == tiny["dataset"]
+    settings, _ = parse("--resume", f"--out_dir={tmp_path}", "--max_iters=9")
+    assert (settings.n_embd, settings.dataset, settings.max_iters) == (32, tiny["dataset"], 9)
     assert train.earlier_settings({"out_dir": str(tmp_path)}) == {}
-    with pytest.raises(UserError, match="n_embd = 64, but the run in .* has 32: drop it to resume"):
-        train.earlier_settings({"resume": True, "out_dir": str(tmp_path), "n_embd": 64})
+    for name, asked, value in (("n_embd", 64, 32), ("optimizer", "muon", "adamw"), ("init_from", "gpt2", "scratch"),
+                               ("task", "contrastive", "text")):
+        message = f"{name} = {asked!r}, but the run in .* has {value!r}: drop it to resume, or start a new run with --i"
+        with pytest.raises(UserError, match=message):
+            parse("--resume", f"--out_dir={tmp_path}", f"--{name}={asked}")
     with pytest.raises(UserError, match="nothing to resume in .*nowhere"):
-        train.earlier_settings({"resume": True, "out_dir": str(tmp_path / "nowhere")})
+        parse("--resume", f"--out_dir={tmp_path / 'nowhere'}")
 
 
 def test_a_finished_run_can_be_resumed_for_more(tmp_path, tiny, capsys):
@@ -331,11 +341,11 @@ def test_wandb_logs_offline(tmp_path, tiny, monkeypatch):
 @pytest.mark.parametrize("changes, message", [
     (dict(FAST, shard=True), "optimizer = 'muon': not with --shard, for it needs whole matrices"),
     (dict(FAST, learning_rate=0.0), "nor with --learning_rate=0"),
-    (dict(architecture="gemma", mlp="relu2"), "mlp = 'relu2': is for a text's gpt alone"),
+    (dict(shard=True, dtype="float16"), "shard = True: not with --dtype=float16"),
 ])
 def test_parts_that_do_not_go_together_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
-        train.Settings(**changes)
+        settings_for("text", **changes)
 
 
 def test_a_short_split_is_named_with_a_block_size_that_fits_both(tmp_path, tiny):
@@ -349,7 +359,7 @@ def test_a_short_split_is_named_with_a_block_size_that_fits_both(tmp_path, tiny)
 def test_a_file_where_the_out_directory_should_be_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="out_dir = .*file: is a file"):
-        train.Settings(out_dir=str(tmp_path / "file"))
+        settings_for("text", out_dir=str(tmp_path / "file"))
 
 
 @pytest.mark.parametrize("line, message", [
@@ -360,20 +370,30 @@ def test_a_file_where_the_out_directory_should_be_is_named(tmp_path):
     ("sample.py --out_dir=. --prompt=FILE:no_such", "prompt = FILE:no_such: there is no such file"),
     ("evaluate.py --out_dir=. --dataset=no_such", "there is no data set at .*no_such"),
     ("prepare.py no_such.txt", "no_such.txt is no file"),
-    ("bench.py --only=speed", "only = speed: must be some of peak"),
+    ("-m tools.bench --only=speed", "only = speed: must be some of peak"),
 ])
-def test_mistakes_on_the_command_line_are_one_line_and_come_at_once(tmp_path, line, message):
-    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
-    script, *arguments = line.split()
-    done = subprocess.run([sys.executable, ROOT / script, *arguments], capture_output=True, text=True, cwd=tmp_path,
-                          env={**os.environ, "PYTHONPATH": str(tmp_path)})
+def test_mistakes_on_the_command_line_are_one_line_and_come_at_once(without_torch, line, message):
+    done = without_torch(*line.split())
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert re.match(f"error: {message}", done.stderr)
 
 
-def test_help_comes_at_once(tmp_path):
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py", "prepare.py", "-m tools.bench",
+                                    "-m tools.scaling"])
+def test_help_comes_at_once(without_torch, script):
+    done = without_torch(*script.split(), "--help")
+    assert done.returncode == 0 and f"python {script}" in done.stdout, done.stderr
+
+
+@pytest.fixture
+def without_torch(tmp_path):
+    """A function that runs a script of ours, or -m and a module, where importing torch is an error."""
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
-    for script in ("train", "sample", "evaluate", "prepare", "bench", "scaling"):
-        done = subprocess.run([sys.executable, ROOT / f"{script}.py", "--help"], capture_output=True, text=True,
-                              env={**os.environ, "PYTHONPATH": str(tmp_path)})
-        assert done.returncode == 0 and f"python {script}.py" in done.stdout, done.stderr
+
+    def start(first, *arguments):
+        line = [sys.executable, first if first == "-m" else ROOT / first, *arguments]
+        paths = os.pathsep.join(map(str, (tmp_path, ROOT)))
+        return subprocess.run(line, capture_output=True, text=True, cwd=tmp_path,
+                              env={**os.environ, "PYTHONPATH": paths})
+
+    return start

@@ -1,0 +1,99 @@
+"""machine/attention.py: each way to compute attention gives the formula's numbers, and dropout drops what it should."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from machine import attention
+from machine.attention import Dropout, TiledAttention, attend, draw_kept, tiles
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=seeded(seed)).requires_grad_()
+
+
+@pytest.mark.parametrize("T", [1, 7, 130, 256])
+def test_attention_without_dropout_is_the_fused_kernel_and_so_are_its_gradients(T, monkeypatch):
+    monkeypatch.setattr(attention, "TILE", 3 * 130 * 128)  # several tiles of heads, the last one smaller
+    q, k, v, g = (randn(10, T, 16, seed=seed) for seed in range(4))
+    found, expected = TiledAttention.apply(q, k, v, 0.0), F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, (q, k, v), g), torch.autograd.grad(expected, (q, k, v), g))
+
+
+def test_gradients_of_attention_with_dropout_are_those_of_the_formula_with_the_same_mask():
+    q, k, v, g = (randn(6, 150, 16, seed=seed) for seed in range(4))
+    torch.manual_seed(0)
+    found = TiledAttention.apply(q, k, v, 0.3)
+    torch.manual_seed(0)
+    kept = torch.zeros(6, 150, 150)
+    for heads, rows, seen, weights in tiles(q.detach(), k.detach()):
+        kept[heads, rows, seen] = draw_kept(weights.shape, 0.3).float()
+    scores = (q @ k.mT / 4).masked_fill(~torch.ones(150, 150).tril().bool(), -torch.inf)
+    expected = (scores.softmax(-1) * kept / 0.7) @ v
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, (q, k, v), g), torch.autograd.grad(expected, (q, k, v), g))
+
+
+@pytest.mark.parametrize("kv_heads, mask, short", [(3, "causal", 512), (3, "causal", 8), (1, "causal", 512),
+                                                   (3, None, 512)])
+@pytest.mark.parametrize("long", [2**14, 16 * 8])  # the fused kernel in float32, or in bfloat16
+def test_attention_in_bfloat16_is_that_in_float32(monkeypatch, kv_heads, mask, short, long):
+    monkeypatch.setattr(attention, "SHORT", short)
+    monkeypatch.setattr(attention, "LONG", long)
+    q, k, v, grad = (randn(2, heads, 16, 8, seed=i).detach() for i, heads in enumerate([3, kv_heads, kv_heads, 3]))
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
+        y = attend(*inputs, mask)
+        y.backward(grad.to(dtype))
+        assert y.dtype == dtype
+        results.append([y.float(), *(x.grad.float() for x in inputs)])
+    for exact, rounded in zip(*results):
+        torch.testing.assert_close(rounded, exact, atol=0.03, rtol=0.03)
+
+
+def test_dropout_of_attention_in_bfloat16_removes_weights_and_scales_the_others():
+    q, k = (randn(2, 3, 16, 16, seed=i).bfloat16() for i in range(2))
+    v = torch.eye(16).repeat(2, 3, 1, 1).bfloat16()  # out come the weights
+    whole, left = attend(q, k, v, "causal").float(), attend(q, k, v, "causal", dropout=0.25).float()
+    kept = left > 0
+    torch.testing.assert_close(left, whole / 0.75 * kept, atol=0.01, rtol=0.01)
+    assert kept[whole > 0].float().mean().item() == pytest.approx(0.75, abs=0.06)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2])
+def test_attention_in_training_equals_that_in_evaluation_on_average(share):
+    """Also under autocast, where short rows take a path of their own."""
+    q, k, v = (randn(1, 2, 12, 8, seed=seed) for seed in range(3))
+    with torch.no_grad():
+        expected = attend(q, k, v, "causal")
+    torch.manual_seed(0)
+    many = [x.expand(4000, -1, -1, -1) for x in (q, k, v)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = attend(*many, "causal", share).float().mean(0, keepdim=True)
+    torch.testing.assert_close(found, expected, atol=0.05 if share else 1e-2, rtol=0)
+
+
+def test_masks_are_drawn_with_their_probability_and_by_the_seed():
+    torch.manual_seed(0)
+    one, two = draw_kept((1000, 401), 0.2), draw_kept((1000, 401), 0.2)
+    torch.manual_seed(0)
+    assert torch.equal(one, draw_kept((1000, 401), 0.2)) and not torch.equal(one, two)
+    n = one.numel()
+    for kept, share in ((one, 0.8), (one & two, 0.64), (one[:, :-1] & one[:, 1:], 0.64)):  # neighbours: independent
+        assert abs(kept.float().mean().item() - share) < 4 * 0.5 / n**0.5
+    assert draw_kept((5,), 0.0).all()
+
+
+def test_dropout_keeps_the_mean_scales_gradients_alike_and_is_off_in_evaluation():
+    x, layer = randn(400, 100), Dropout(0.25)
+    y = layer(x)
+    kept = y != 0
+    torch.testing.assert_close(y[kept], x[kept] / 0.75)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], kept / 0.75)
+    assert torch.equal(layer.eval()(x), x)

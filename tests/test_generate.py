@@ -1,0 +1,150 @@
+"""generate.py: the loop that writes, against the model without caches; and how it picks a token."""
+
+import functools
+
+import pytest
+import torch
+
+from generate import generate, pick_tokens
+from model import GPT, GPTConfig, init_weights
+
+FAST = dict(positions="rotary", mlp="relu2", tied=False, bigrams=True)
+GREEDY = functools.partial(pick_tokens, temperature=0)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def make_gpt(**changes):
+    model = GPT(GPTConfig(**{**dict(n_layer=2, n_head=4, n_embd=24, block_size=16, vocab_size=11), **changes})).eval()
+    init_weights(model, seeded())
+    for i, p in enumerate(model.parameters()):  # larger weights than at initialisation, so that every path matters
+        torch.nn.init.normal_(p, std=0.5, generator=seeded(i))
+    return model
+
+
+def written(*args, **context):
+    """The tokens of all steps of `generate`, (B, count)."""
+    return torch.stack(list(generate(*args, **context)), dim=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The choice
+
+def test_greedy_takes_the_likeliest_and_top_k_1_does_too():
+    logits = torch.randn(5, 11, generator=seeded())
+    assert torch.equal(GREEDY(logits), logits.argmax(-1))
+    assert torch.equal(pick_tokens(logits, temperature=3.0, top_k=1, generator=seeded()), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p, expected", [
+    (1.0, 0, 1.0, [0.4, 0.3, 0.2, 0.1]),
+    (0.5, 0, 1.0, [16 / 30, 9 / 30, 4 / 30, 1 / 30]),
+    (1.0, 2, 1.0, [4 / 7, 3 / 7, 0, 0]),
+    (1.0, 99, 1.0, [0.4, 0.3, 0.2, 0.1]),
+    (1.0, 0, 0.65, [4 / 7, 3 / 7, 0, 0]),  # the token that crosses top_p stays
+    (1.0, 0, 0.75, [4 / 9, 3 / 9, 2 / 9, 0]),
+    (1.0, 3, 0.45, [4 / 7, 3 / 7, 0, 0]),  # top_p of what top_k left: 4/9 is under 0.45
+    (1.0, 0, 1e-9, [1, 0, 0, 0]),
+])
+def test_samples_follow_the_distribution(temperature, top_k, top_p, expected):
+    shuffle = torch.tensor([2, 0, 3, 1])  # so that the order of the ids isn't the order of the probabilities
+    n, expected = 40_000, torch.tensor(expected, dtype=torch.float)[shuffle]
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()[shuffle].expand(n, 4)
+    found = pick_tokens(logits, temperature, top_k, top_p, seeded()).bincount(minlength=4) / n
+    assert (found[expected == 0] == 0).all()
+    torch.testing.assert_close(found, expected, atol=4 * 0.5 / n**0.5, rtol=0)  # four standard deviations
+
+
+def test_the_seed_decides_a_sample():
+    model, prompt = make_gpt(), torch.zeros(2, 1, dtype=torch.long)
+    one, same, other = (written(model, prompt, 30, functools.partial(pick_tokens, generator=seeded(s)))
+                        for s in (0, 0, 1))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    assert not torch.equal(one[0], one[1])  # the rows of a batch are different samples
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loop
+
+def reference_generate(model, tokens, n):
+    """What `generate` promises at temperature 0, without caches: the window starts over from its last half."""
+    window = tokens[:, -model.config.block_size:]
+    for _ in range(n):
+        tokens = torch.cat((tokens, model(window)[:, -1].argmax(-1, keepdim=True)), dim=1)
+        window = torch.cat((window, tokens[:, -1:]), dim=1)
+        if window.size(1) > model.config.block_size:
+            window = window[:, -max(1, model.config.block_size // 2):]
+    return tokens[:, -n:]
+
+
+@pytest.mark.parametrize("block_size", [16, 7, 1])
+@pytest.mark.parametrize("prompt_length", [1, 5, 16, 40])
+@pytest.mark.parametrize("changes", [{}, FAST])
+def test_generation_goes_on_past_block_size(prompt_length, block_size, changes):
+    model = make_gpt(block_size=block_size, **changes)
+    prompt = torch.randint(11, (3, prompt_length), generator=seeded())
+    assert torch.equal(written(model, prompt, 40, GREEDY), reference_generate(model, prompt, 40))
+
+
+class WithoutCaches(torch.nn.Module):
+    """A model with no `make_caches`, which sees at most the last block_size tokens."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config, self.logits = model, model.config, model.logits
+
+    def hidden(self, tokens, caches, start):
+        assert caches is None and start == 0
+        return self.model.hidden(tokens)
+
+
+def test_a_model_without_caches_writes_the_same():
+    model, prompt = make_gpt(), torch.randint(11, (3, 5), generator=seeded())
+    found = written(WithoutCaches(model), prompt, 30, GREEDY)
+    assert torch.equal(found[:, :12], written(model, prompt, 12, GREEDY))
+    text = torch.cat((prompt, found), dim=1)
+    for t in range(16, 35):  # beyond block_size, the last block_size tokens
+        assert torch.equal(text[:, t], model(text[:, t - 16:t])[:, -1].argmax(-1))
+
+
+def test_a_row_that_ended_goes_on_with_eos_and_when_all_have_the_writing_stops():
+    model, prompt = make_gpt(), torch.randint(11, (3, 5), generator=seeded())
+    free, found = (written(model, prompt, 40, functools.partial(pick_tokens, generator=seeded()), eos)
+                   for eos in (None, 7))
+    ends = [row.tolist().index(7) for row in free]
+    assert found.size(1) == max(ends) + 1 < 40 and len(set(ends)) > 1
+    for row, expected, end in zip(found.tolist(), free.tolist(), ends):
+        assert row == expected[:end] + [7] * (max(ends) + 1 - end)
+
+
+@pytest.mark.parametrize("wrap, count", [(lambda model: model, 40), (WithoutCaches, 11)], ids=["caches", "none"])
+def test_a_pick_may_say_which_row_each_token_continues(wrap, count):
+    """As a beam search does; with caches also past block_size, where the window starts over."""
+    model, window, steps = make_gpt(**FAST), torch.randint(11, (3, 5), generator=seeded()), []
+
+    def pick(logits):
+        rows = torch.randint(3, (3,), generator=seeded(len(steps)))
+        steps.append((logits, rows))
+        return logits[rows].argmax(-1), rows
+
+    for tokens in generate(wrap(model), window, count, pick):
+        logits, rows = steps[-1]
+        torch.testing.assert_close(logits, model(window)[:, -1], atol=1e-4, rtol=1e-4)
+        window = torch.cat((window[rows], tokens[:, None]), dim=1)
+        if window.size(1) > 16:
+            window = window[:, -8:]
+    assert len(steps) == count
+
+
+def test_the_end_of_a_row_moves_with_it():
+    model, eos, calls = make_gpt(), 7, []
+    chosen = [([7, 1, 2], [0, 1, 2]), ([3, 3, 3], [1, 0, 0]), ([4, 4, 4], [0, 1, 2])]
+
+    def pick(logits):
+        calls.append(logits)
+        return tuple(torch.tensor(part) for part in chosen[len(calls) - 1])
+
+    found = written(model, torch.zeros(3, 1, dtype=torch.long), 3, pick, eos)
+    assert found.tolist() == [[7, 3, 4], [1, 7, 7], [2, 7, 7]]
