@@ -63,7 +63,10 @@ def from_command_line(cls, doc, **how):
     with one_line_errors():
         if "--help" in argv or "-h" in argv:
             layers = read_arguments([arg for arg in argv if arg not in ("--help", "-h")])
-            print(help_text(widened(cls, named(cls, layers), how.get("more")), doc))
+            values = named(cls, layers)
+            with contextlib.suppress(UserError):  # of a run that isn't there: nobody knows its task's settings
+                cls = widened(cls, values, how.get("more"))
+            print(help_text(cls, doc))
             raise SystemExit(0)
         return parse(cls, argv, **how)
 

@@ -3,8 +3,8 @@
     python evaluate.py --out_dir=out                    also on a CPU; the best checkpoint, on the validation split
     torchrun --nproc_per_node=2 evaluate.py --out_dir=out
 
-Prints one table, and writes it as evaluation.json into the out directory. Beside a text's loss on the whole split stands
-the estimate that nanoGPT reports, the mean over random windows, under its own name: the two are different measures.
+Prints one table, and writes it as evaluation.json into the out directory. Beside a text's loss on the whole split
+stands nanoGPT's estimate, the mean over random windows, under its own name: the two are different measures.
 """
 
 from dataclasses import dataclass

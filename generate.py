@@ -40,9 +40,9 @@ def generate(model, tokens, count, pick, eos=None, **context):
     beam search has it. eos: a row that has chosen it goes on with it, and when all rows have, nothing more is yielded.
     context: what model.hidden gets at every call besides, such as an image.
 
-    Positions end at block_size: whenever the window is full, its last half is encoded anew from position 0 and generation
-    goes on from there. So each token sees at least the block_size / 2 tokens before it, and the cost per token stays
-    flat. A model without `make_caches` computes the whole window for each token.
+    Positions end at block_size: whenever the window is full, its last half is encoded anew from position 0 and
+    generation goes on from there. So each token sees at least the block_size / 2 tokens before it, and the cost per
+    token stays flat. A model without `make_caches` computes the whole window for each token.
     """
     block_size = model.config.block_size
     window = [tokens[:, -block_size:]]  # in pieces, of which the caches hold all but the last: `start` tokens

@@ -41,10 +41,10 @@ class LoRALinear(nn.Linear):
 
 
 def add_lora(model, rank, generator=None, alpha=0):
-    """Freezes a model's `decoder`, or all of a model without one, and gives each linear layer there two small matrices.
+    """Freezes a model's `decoder`, or all of a model without one; each linear layer there gets two matrices to train.
 
-    These train instead. B starts at zero, so the model computes what it did; A is drawn with variance 1 / in, on the CPU.
-    alpha: 0: 2 * rank. Raises UserError for a rank below 1, and for a model without linear layers.
+    B starts at zero, so the model computes what it did; A is drawn with variance 1 / in, on the CPU. alpha: 0 stands
+    for 2 * rank. Raises UserError for a rank below 1, and for a model without linear layers.
     """
     if rank < 1:
         raise UserError(f"lora_rank = {rank}: must be at least 1")

@@ -216,8 +216,8 @@ class KVCache:
     def update(self, k, v, start):
         """Writes k, v: (B, K, T, D), and returns the keys and values to look at, (B, K, S, D).
 
-        start: the first of the T slots, an int: then S counts the slots filled so far. Or the T slots as a tensor, which
-        a CUDA graph can read anew: then S counts all slots, and the mask must hide those not filled yet.
+        start: the first of the T slots, an int: then S counts the slots filled so far. Or the T slots as a tensor,
+        which a CUDA graph can read anew: then S counts all slots, and the mask must hide those not filled yet.
         """
         if isinstance(start, int):
             end = start + k.size(2)

@@ -92,7 +92,7 @@ AdamW = without_dynamo(torch.optim.AdamW)
 
 @without_dynamo
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024), for matrices. The step is that of torch.optim.Muon, with matrices of one shape at once."""
+    """Muon (Jordan et al. 2024), for matrices: torch.optim.Muon's step, with matrices of one shape at once."""
 
     def __init__(self, groups, lr=0.02, weight_decay=0.1, momentum=0.95):
         super().__init__(groups, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))

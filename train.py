@@ -15,6 +15,7 @@ Exit status: 0 finished; 2 an error that the one line explains; 75 stopped by --
 143 by SIGTERM, all three with a save.
 """
 
+import os
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
@@ -85,10 +86,14 @@ def has_accelerator(device):
 
 def earlier_settings(given):
     """With --resume, the settings of the run that is being resumed."""
-    if not given.get("resume"):
+    wanted, out_dir = given.get("resume"), given.get("out_dir", Settings.out_dir)
+    there = os.path.isdir(out_dir)  # asked here, for looking into it imports torch
+    if wanted is True and not there:
+        raise UserError(f"there is nothing to resume in {out_dir}: no such folder; drop --resume to start")
+    if not wanted or not there:
         return {}
     from run import resume
-    return resume.earlier_settings(given.get("out_dir", Settings.out_dir), given["resume"])
+    return resume.earlier_settings(out_dir, wanted)
 
 
 def check(settings, given):
@@ -128,12 +133,13 @@ from tasks.task import kind_of, load, start
 def update(task, wrapped, optimizers, scaler, step, world, dtype):
     """The update after `step` others: (this rank's share of the loss, the gradient's norm, what the task shows).
 
-    The rows are cut into pieces, which the workers take in turn. What a piece draws follows from (seed, step, piece), so
+    The rows are cut into pieces, which the workers take in turn. What a piece draws follows from (seed, step, piece):
     no number depends on how many workers there are. A worker without a piece computes the first one, with weight 0.
     """
     s, device = task.settings, world.device
     rows = task.pick(step)
-    total, n_pieces = task.weight(rows), -(-len(rows) // s.micro_batch_size)
+    size = s.micro_batch_size or len(rows) // world.size
+    total, n_pieces = task.weight(rows), -(-len(rows) // size)
     turns = -(-n_pieces // world.size)
     loss, shown = torch.zeros((), device=device), {}
     for turn in range(turns):
@@ -142,7 +148,7 @@ def update(task, wrapped, optimizers, scaler, step, world, dtype):
             piece, share = 0, 0.0
         seed = np.random.SeedSequence((s.seed, step, piece)).generate_state(1, np.uint64)[0]
         torch.manual_seed(int(seed))  # dropout draws from the global generators
-        piece_rows = rows[piece * s.micro_batch_size:(piece + 1) * s.micro_batch_size]
+        piece_rows = rows[piece * size:(piece + 1) * size]
         arguments, weights = task.batch(piece_rows, torch.Generator().manual_seed(int(seed)))
         # Copies exchange gradients once, in the last backward; shards in each, as a rank has no room for all of them.
         wait = isinstance(wrapped, DistributedDataParallel) and turn < turns - 1
@@ -173,7 +179,6 @@ def train(settings, given, world):
     task, model = start(settings, given, folder, locate(settings.dataset), world)
     state = checkpoint.load_trainer(folder) if folder else {"step": 0, "best": None}
     step, best, status = state["step"], state["best"], 0
-
     # What changes digits is decided once, from the whole run; it is recorded, and a resumed run keeps it.
     dtype, why_dtype = pick_dtype(settings.dtype, device)
     compiled, why_compiled = pick_compile(settings.compile, device, settings.max_iters)
@@ -189,8 +194,8 @@ def train(settings, given, world):
         resume.restore(optimizers, scaler, state, folder)
     if world.is_main:
         print("settings: " + (", ".join(f"{k}={v!r}" for k, v in differences(settings).items()) or "the defaults"))
-        print(f"device: {device} x {world.size}; dtype: {s.dtype} ({why_dtype}); compile: {compiled} ({why_compiled})")
-        print(task.summary(model), flush=True)
+        print(f"device: {device} x {world.size}; dtype: {s.dtype} ({why_dtype}); compile: {compiled} ({why_compiled})\n"
+              + task.summary(model), flush=True)
         if not folder:
             set_aside(out_dir)
         record_start(out_dir, s, world, step=step, dtype=s.dtype, compile=compiled)
@@ -212,29 +217,25 @@ def train(settings, given, world):
                 names = ["last"] if evaluating or status else []
                 if evaluating:
                     row |= evaluate(task, model, world, dtype, step)
-                    best, improved = better(task, row, best)
-                    names = ["best", "last"] if improved else names
+                    if improves(task, row, best):
+                        best, names = row[f"val_{task.best[0]}"], ["best", "last"]
                 if logging:
                     log.write(row)
                 if names and (world.is_main or sharded):
                     log.sync()
-                    writer.save(names, model, task.tokenizers, *snapshot(task, model, row, best, guard, optimizers, scaler))
+                    config, trainer = snapshot(task, model, row, best, guard, optimizers, scaler)
+                    writer.save(names, model, task.tokenizers, config, trainer)
                 if logging:
                     log.restart(step)
                 writer.raise_pending()
     log.close()
-    if sharded and world.is_main:
-        model = load(checkpoint.find(out_dir, "last"), device)[1]
     return task, model, step, status
 
 
-def better(task, row, best):
-    """(the better of `best` and the row's measure, whether that is the row's)."""
-    name, choose = task.best
-    value = row[f"val_{name}"]
-    if best is None or choose(value, best) != best:
-        return value, True
-    return best, False
+def improves(task, row, best):
+    """Whether the row's measure is better than all before; best: None if there were none."""
+    name, better = task.best
+    return best is None or better(row[f"val_{name}"], best) != best
 
 
 def snapshot(task, model, row, best, guard, optimizers, scaler):
@@ -249,14 +250,18 @@ def snapshot(task, model, row, best, guard, optimizers, scaler):
 
 
 def piece_size(task, world):
-    """How many rows a piece of an update has: as set, or each worker's share at the run's first start."""
+    """How many rows a piece of an update has: as set, or each worker's share at the run's first start.
+
+    0: each worker's share at any start, for a task that scores each row against all others.
+    """
     s = task.settings
+    if task.whole:
+        if s.batch_size % world.size:
+            raise UserError(f"batch_size = {s.batch_size}: --task={s.task} scores each row against all others, so it needs"
+                            f" as many rows for each of the {world.size} workers: choose a multiple of {world.size}")
+        return 0
     size = s.micro_batch_size or -(-s.batch_size // world.size)
     n_pieces = -(-s.batch_size // size)
-    if task.whole and (s.batch_size % size or n_pieces != world.size):
-        raise UserError(f"micro_batch_size = {size}: --task={s.task} scores each row against all others, so each of the"
-                        f" {world.size} workers takes one piece of the {s.batch_size} rows: leave it out, or choose"
-                        " another --batch_size")
     if world.is_main and n_pieces < world.size:
         print(f"{world.size - n_pieces} of {world.size} workers are idle: an update has {n_pieces} pieces of {size}"
               " rows; a smaller --micro_batch_size gives all of them work, and slightly other numbers")
@@ -281,6 +286,8 @@ def main(settings, given):
     task, model, step, stopped = train(replace(settings, dataset=name), given, world)
     if world.is_main:
         record_end(settings.out_dir, step, stopped)
+        if settings.shard and world.size > 1:
+            model = load(checkpoint.find(settings.out_dir, "last"), world.device)[1]
         say_where(task, model.eval(), step, stopped, time.perf_counter() - began)
     world.close()
     if stopped:

@@ -326,7 +326,7 @@ def all_gather(x, across_ranks):
 
 
 def sigmoid_nats(images, texts, log_scale, bias, block=1024, across_ranks=True):
-    """SigLIP's loss (Zhai et al. 2023, algorithm 1) of each image, (B,): each of its pairs with a text is right or wrong.
+    """SigLIP's loss (Zhai et al. 2023, algorithm 1) of each image, (B,): each pair with a text is right or wrong.
 
     images, texts: (B, C), row i of one belongs to row i of the other; any length. log_scale, bias: scalar parameters,
     in the paper log(10) and -10 at the start. Of the score matrix a rank holds its B images against `block` texts at a

@@ -1,8 +1,7 @@
 """Attention by the fastest kernel there is, and dropout and squared ReLU that are quick on a CPU too.
 
-The blocks of model.py call `attend`, `Dropout` and `squared_relu`. What they compute is one formula each; the rest of this
-file is about which kernel computes it soonest. On a GPU that is PyTorch's. In training on a CPU it depends: each case below
-is a function of its own, and EXPERIMENTS.md has the figures.
+What `attend`, `Dropout` and `squared_relu` compute is one formula each; the rest is about which kernel computes it
+soonest. On a GPU that is PyTorch's own. In training on a CPU it depends, and each case is a function of its own.
 
 Axes: B batch, T query positions, S key positions, H query heads, K key-value heads, D head_dim, N batch x heads.
 """
@@ -59,8 +58,8 @@ class TiledAttention(torch.autograd.Function):
     """Causal attention with dropout, tile by tile, computed in float32: (N, T, D) -> (N, T, D).
 
     With dropout PyTorch's attention leaves its fused kernel on a CPU. Here a tile of scores fits into the caches and is
-    computed again in the backward pass, so no T x T matrix of floats is kept. The backward pass is that of FlashAttention
-    (Dao et al. 2022, algorithm 4).
+    computed again in the backward pass, which is that of FlashAttention (Dao et al. 2022, algorithm 4): no T x T matrix
+    of floats is kept.
     """
 
     @staticmethod

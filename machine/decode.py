@@ -1,8 +1,8 @@
 """Fast steps: short steps of a trunk in compiled C (decode.c), put on while tokens are written and taken off after.
 
-On a CPU where there is a C compiler, in float32; in bfloat16 too, for prompts of any length, where the CPU only emulates
-it. The first sample compiles decode.c, in about a second, into this folder's __pycache__; later ones find it there.
-QUILL_COMPILER names another compiler than cc; an empty one turns this off.
+That is on a CPU where there is a C compiler, in float32; in bfloat16 too where the CPU only emulates it. The first
+sample compiles decode.c, in about a second, into this folder's __pycache__. QUILL_COMPILER names another compiler than
+cc; an empty one turns this off.
 
 decode.c stands in for blocks whose code it knows: every module must be of a class whose digest (digest.py) is in
 decode.json, without hooks, subclasses or methods of its own. Otherwise PyTorch takes the steps, as it takes all others.
@@ -64,16 +64,15 @@ def fast_steps(model):
 
 
 def stands_for(trunk):
-    """Whether decode.c computes what this trunk does. Says in a line if it doesn't for its code is another."""
+    """Whether decode.c computes what this trunk does; says so in a line if it doesn't because the code was edited."""
     first, dtype = trunk.blocks[0], trunk.ln_f.weight.dtype
     known = dtype == torch.float32 or dtype == torch.bfloat16 and emulates_bfloat16()
-    if trunk.training or not known or not plain(trunk) or first.cross_attn is not None:
+    if trunk.training or not known or not untouched(trunk):
         return False
     if any(p.device.type != "cpu" or p.dtype != dtype or not p.is_contiguous() for p in trunk.parameters()):
         return False
-    shapes = {tuple(p.shape for p in block.parameters()) for block in trunk.blocks}
     widths = (trunk.ln_f.weight.numel(), first.attn.head_dim, first.mlp.up_proj.out_features)
-    if len(shapes) > 1 or any(width % WIDTH for width in widths) or not library(dtype):
+    if any(width % WIDTH for width in widths) or not library(dtype):
         return False
     try:
         edited = [name for name, found in digests(trunk).items() if KNOWN.get(name) != found]
@@ -89,28 +88,19 @@ def say(line):
     print(line, file=sys.stderr, flush=True)
 
 
-def plain(trunk):
-    """Whether the trunk consists of the modules that decode.c knows, and nobody has put a hook or a method on one.
-
-    The blocks must be alike: of the same classes and the same numbers.
-    """
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+def untouched(trunk):
+    """Whether all modules are of known classes, in blocks that are alike, and nobody has put a hook or a method on one."""
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks or trunk.blocks[0].cross_attn:
         return False
     for module in trunk.modules():
-        name, own = full_name(type(module)), vars(module)
-        if name not in KNOWN and name not in PYTORCH or any(map(callable, own.values())):
+        name = full_name(type(module))
+        own = name in KNOWN or name in PYTORCH and type(module).forward.__module__.startswith("torch.")
+        if not own or any(map(callable, vars(module).values())) or module._forward_hooks or module._forward_pre_hooks:
             return False
-        if module._forward_hooks or module._forward_pre_hooks:
-            return False
-        if name in PYTORCH and not type(module).forward.__module__.startswith("torch."):
-            return False
-    return len({numbers(block) for block in trunk.blocks}) == 1
-
-
-def numbers(block):
-    """What decode.c must be told of a block, and what kinds of parts the block has."""
-    attention, kinds = block.attn, tuple(full_name(type(module)) for module in block.modules())
-    return attention.n_head, attention.n_kv_head, attention.head_dim, block.ln_1.eps, block.ln_2.eps, kinds
+    kinds = {(block.attn.n_head, block.attn.n_kv_head, block.attn.head_dim, block.ln_1.eps, block.ln_2.eps,
+              *(full_name(type(module)) for module in block.modules()), *(p.shape for p in block.parameters()))
+             for block in trunk.blocks}
+    return len(kinds) == 1
 
 
 @functools.cache
@@ -163,7 +153,7 @@ class Trunk(ctypes.Structure):
 
 
 class Steps:
-    """The `forward` of a trunk in compiled C, for steps without a mask, for short prompts, and in bfloat16 for all prompts.
+    """The `forward` of a trunk in compiled C: steps of one token, short prompts, and in bfloat16 all prompts.
 
     The trunk's own forward takes everything else. Arguments as the trunk's.
     """

@@ -5,6 +5,7 @@ Every setting that may be "auto" is resolved here, once, with the reason in word
 
 import contextlib
 import ctypes
+import importlib.util
 import platform
 import re
 import sys
@@ -63,18 +64,15 @@ def pick_dtype(name, device):
     return torch.float32, f"the safe choice on {device.type}"
 
 
-def has_amx():
-    return cpu_has("_is_amx_tile_supported")
+def has_amx(probe="_is_amx_tile_supported"):
+    """Whether this CPU has AMX, or what another of torch.cpu's probes finds."""
+    probe = getattr(torch.cpu, probe, None)
+    return bool(probe and probe())
 
 
 def emulates_bfloat16():
     """Whether this CPU has no instructions for products in bfloat16."""
-    return not (has_amx() or cpu_has("_is_avx512_bf16_supported"))
-
-
-def cpu_has(name):
-    probe = getattr(torch.cpu, name, None)
-    return bool(probe and probe())
+    return not (has_amx() or has_amx("_is_avx512_bf16_supported"))
 
 
 def pick_compile(choice, device, updates):
@@ -87,10 +85,7 @@ def pick_compile(choice, device, updates):
 
 
 def has_triton():
-    with contextlib.suppress(ImportError):
-        import triton  # noqa: F401
-        return True
-    return False
+    return importlib.util.find_spec("triton") is not None
 
 
 def autocast(device, dtype):

@@ -1,7 +1,7 @@
 """Digests of the code that computes a model: they tell an edited block from the one that was measured or trained.
 
-A digest of a class covers the source of its methods and of every function of the project that they call, and the constants
-these read: their tokens, so that comments, docstrings and blank lines don't count. PyTorch's own code is not covered.
+A digest of a class covers its methods, every function of the project that they call, and the constants that these
+read. It is taken of their tokens, so comments, docstrings and blank lines don't count. PyTorch's code is not covered.
 """
 
 import functools

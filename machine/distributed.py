@@ -126,9 +126,9 @@ def others_explain():
 def store_of_this_start(store, rank, size):
     """A part of `store` that no earlier start of the workers has written to: a PrefixStore, the same on every rank.
 
-    torchrun keeps one store over all its restarts. A restarted worker may read a dead peer's address from it and wait 30
-    minutes for that peer. So rank 0 picks a fresh prefix for each start and sends it to every rank that asks. Requests
-    that dead workers left are answered too, which does no harm. Raises UserError if a worker doesn't ask in time.
+    torchrun keeps one store over all its restarts. A restarted worker may read a dead peer's address from it and wait
+    30 minutes for that peer. So rank 0 picks a fresh prefix for each start and sends it to every rank that asks, also
+    in the name of the dead, which does no harm. Raises UserError if a worker doesn't ask in time.
     """
     mine = uuid.uuid4().hex
     if rank > 0:

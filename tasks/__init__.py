@@ -50,8 +50,8 @@ def task_of(config, folder):
 
 def find_task(name):
     """The task of a run's folder, a checkpoint's, or a published model's folder or name."""
-    folders = [Path(name), *(Path(name) / (which + suffix) for which in ("best", "last") for suffix in ("", ".new", ".old"))]
-    for folder in folders:
+    names = [which + suffix for which in ("best", "last") for suffix in ("", ".new", ".old")]
+    for folder in (Path(name), *(Path(name) / which for which in names)):
         with contextlib.suppress(OSError, ValueError):
             return task_of(json.loads((folder / "config.json").read_text(encoding="utf-8")), folder)
     if not Path(name).is_dir():

@@ -199,7 +199,7 @@ class ImageTextTask(WithImages):
         return found
 
     def write(self, model, image, prompts, count, pick):
-        """The steps of `generate` after each prompt, up to `count` of them. image: (B, N, C); prompts: B lists of ids."""
+        """The steps of `generate` after each prompt, at most `count`. image: (B, N, C); prompts: B lists of ids."""
         tokens, padding = (x.to(image.device) for x in pad_left(prompts))
         N, T, most = image.size(1), tokens.size(1), model.config.block_size
         if N + T >= most:

@@ -81,6 +81,7 @@ class Contrastive:
 
     def __post_init__(self):
         check_sizes(self)
+        check_idle(self, "is not for --task=contrastive, which scores each row against all others", "micro_batch_size")
         if self.shard:
             raise UserError("shard = True: not for --task=contrastive, whose single numbers can't be divided")
 

@@ -1,9 +1,9 @@
-"""The contract of a task: what can be trained brings its data, batches, loss, measures and samples; train.py the one loop.
+"""The contract of a task: it brings data, batches, loss, measures and samples; train.py brings the one loop.
 
     task, model, config = load("out/best")           any checkpoint of ours, ready to be sampled or evaluated
     for index, piece in task.sample(model, [{"text": "ROMEO:"}], settings.Writing()): ...
 
-A plain task is a subclass with `models`, `open`, `build`, `pick`, `batch`, `evaluate` and `sample`, in a file of its own.
+A plain task is a subclass with `models`, `open`, `build`, `pick`, `batch`, `evaluate` and `sample`, in a file.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from lora import add_lora, merge_lora
 from machine.digest import code_of
 from published.files import load as load_published
 from run import checkpoint
+from run.cost import count_parameters
 from tasks import TASKS, task_class, task_of
 
 
@@ -88,7 +89,7 @@ class Task:
     def show(self, model):
         """What the end of a run shows: an unconditioned sample."""
         s = self.settings
-        sampling = TASKS[s.task].sampling(max_new_tokens=s.sample_tokens, seed=s.seed)
+        sampling = build(TASKS[s.task].sampling, {"max_new_tokens": s.sample_tokens, "seed": s.seed})
         return "".join(piece for _, piece in self.sample(model, [{"text": ""}], sampling))
 
     def finish(self):
@@ -100,16 +101,17 @@ class Task:
 
     def summary(self, model):
         """The model and the data, in words."""
-        raise NotImplementedError
+        return f"model: {count_parameters(model) / 1e6:.2f}M parameters"
 
     def cost(self, model):
         """(tokens, FLOPs) of an update; 0 FLOPs: unknown."""
-        raise NotImplementedError
+        return self.settings.batch_size, 0
 
     def fingerprint(self):
         """What tells the data set from others: checksum and sizes, of its meta.json."""
+        meta = self.dataset.meta if hasattr(self, "dataset") else {}
         marks = ("sha256", "train_tokens", "val_tokens", "train_rows", "val_rows")
-        return {name: self.dataset.meta[name] for name in marks if name in self.dataset.meta}
+        return {name: meta[name] for name in marks if name in meta}
 
     def open_tokenizer(self, folder):
         """Takes the data set's tokenizer, unless the model has one already; returns the data set's."""
@@ -145,7 +147,7 @@ def load(folder, device="cpu", settings=None, dropout=0.0):
     checkpoint.fill(model, saved.state, folder)
     found = code_of(model)
     if changed := [name for name, value in config.get("code", {}).items() if found.get(name, value) != value]:
-        print(f"{folder} was trained with other code of {', '.join(sorted(changed))}: it may compute something else now",
+        print(f"{folder} was trained with other code of {', '.join(sorted(changed))}: it may compute something else",
               file=sys.stderr, flush=True)
     return task, model, config
 

@@ -2,9 +2,9 @@
 
     python train.py config/shakespeare_char.py
 
-A language model is a row in MODELS. Its class has `config`, forward(tokens, targets=None, places=None) as `model.predict`
-has it, hidden(tokens, caches, start), logits(x), and make_caches(rows, size) if it keeps what it has computed. Settings
-that its configuration has no field for are refused.
+A language model is a row in MODELS. Its class has `config`, forward(tokens, targets=None, places=None) as
+`model.predict` has it, hidden(tokens, caches, start), logits(x), and make_caches(rows, size) if it keeps what it has
+computed. Settings that its configuration has no field for are refused.
 
 Axes: B batch, T tokens of a window.
 """

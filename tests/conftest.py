@@ -2,7 +2,8 @@
 
 import os
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests compare digits: all on the CPU
+GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # for test_cuda.py, whose commands see them
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # this process compares digits: all on the CPU
 
 import numpy as np
 import pytest

@@ -1,3 +1,5 @@
+"""batches.py, and how the tasks with images make batches of rows."""
+
 import json
 import shutil
 
@@ -6,24 +8,24 @@ import pytest
 import torch
 from PIL import Image
 
-import prepare
-import tokenizer as tokenizers
 from batches import (
     Dataset,
     ImageTextDataset,
     Joined,
-    encode_captions,
-    encode_rows,
     fixed_rows,
     fixed_windows,
-    gather,
-    gather_captions,
-    gather_rows,
     random_offsets,
+    read_windows,
     shuffled_rows,
 )
 from configurator import UserError
-from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig, pixels
+from machine.distributed import World
+from run.pictures import pixels
+from sources import images
+from tasks.contrastive import ContrastiveTask
+from tasks.image_text import ImageTextTask
+from tokenizer import ByteTokenizer
+from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig
 
 CPU = torch.device("cpu")
 
@@ -39,7 +41,7 @@ def test_offsets_are_a_pure_function_of_seed_and_step():
 
 def test_targets_are_the_tokens_one_place_on():
     tokens = np.arange(100, dtype=np.uint16)
-    batch = gather(tokens, np.array([0, 40, 95]), 4, CPU)
+    batch = read_windows(tokens, np.array([0, 40, 95]), 4, CPU)
     assert batch["tokens"].tolist() == [[0, 1, 2, 3], [40, 41, 42, 43], [95, 96, 97, 98]]
     assert torch.equal(batch["targets"], batch["tokens"] + 1) and batch["tokens"].dtype == torch.int64
 
@@ -49,7 +51,7 @@ def test_arrays_one_after_the_other_read_as_one():
     joined = Joined([whole[:7], whole[7:8], whole[8:31], whole[31:]])
     assert len(joined) == 50
     for offsets in (np.arange(45), np.array([3]), random_offsets(50, 5, 20, 1, 2)):  # windows across one border, or two
-        one, other = gather(whole, offsets, 5, CPU), gather(joined, offsets, 5, CPU)
+        one, other = (read_windows(tokens, offsets, 5, CPU) for tokens in (whole, joined))
         assert all(torch.equal(one[name], other[name]) for name in ("tokens", "targets"))
     with pytest.raises(IndexError):
         joined[48:51]
@@ -61,7 +63,7 @@ def test_fixed_windows_score_every_token_but_the_first_once(n_tokens, block_size
     tokens, seen = np.arange(n_tokens), []
     for offsets, length in fixed_windows(n_tokens, block_size, batch_size):
         assert 0 < len(offsets) <= batch_size and 0 < length <= block_size
-        seen += gather(tokens, offsets, length, CPU)["targets"].flatten().tolist()
+        seen += read_windows(tokens, offsets, length, CPU)["targets"].flatten().tolist()
     assert sorted(seen) == list(range(1, n_tokens))
 
 
@@ -74,7 +76,7 @@ def test_a_limit_keeps_an_even_spread_of_windows():
 
 def test_a_data_set_that_does_not_fit_is_named(dataset, tmp_path):
     data = Dataset(dataset)
-    assert data.meta["val_tokens"] == len(data.splits["val"]) and data.vocab_size == data.meta["vocab_size"]
+    assert data.meta["val_tokens"] == len(data.splits["val"])
     n = data.meta["val_tokens"]
     assert len(data.tokens("val", n - 1)) == n
     with pytest.raises(UserError, match=f"val split of .* has {n} tokens, and block_size = {n} needs {n + 1}"):
@@ -88,7 +90,7 @@ def test_a_data_set_that_does_not_fit_is_named(dataset, tmp_path):
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """(data set, tokenizer, the images' files): ten images with up to three rows of different lengths."""
+    """The folder of ten images with up to three rows of different lengths; the data set is in its folder out."""
     source, rows = tmp_path_factory.mktemp("pairs"), []
     for i in range(10):
         noise = np.random.default_rng(i).integers(0, 256, size=(9, 7, 3), dtype=np.uint8)
@@ -96,55 +98,62 @@ def pairs(tmp_path_factory):
         asked = (("count it", "7"), ("caption", "one " * i + "cat"), ("caption", "again"))[:i + 1]
         rows += [{"image": f"{i}.png", "prompt": prompt, "answer": answer} for prompt, answer in asked]
     (source / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    prepare.prepare_pairs(source, source / "out", val_fraction=0.2, image_size=8)
-    return ImageTextDataset(source / "out"), tokenizers.load(source / "out" / "tokenizer.json"), source
+    images.prepare(source, source / "out", val_fraction=0.2, image_size=8)
+    return source
 
 
-def test_targets_score_the_answer_and_its_end_alone(pairs):
-    data, tokenizer, source = pairs
-    rows = encode_rows(data.rows["train"], tokenizer)
-    indices = np.array([20, 3, 0])
-    batch = gather_rows(data.images, rows, indices, CPU)
-    T = max(len(f"{row['prompt']}{row['answer']}") for row in map(data.rows["train"].__getitem__, indices)) + 2
-    assert batch["tokens"].shape == batch["targets"].shape == (3, T) and batch["tokens"].dtype == torch.int64
-    for tokens, targets, prefix, image, i in zip(batch["tokens"], batch["targets"], batch["prefix"], batch["images"],
-                                                 indices):
-        row = data.rows["train"][i]
-        assert tokenizer.decode(tokens[:prefix]) == f"<bos>{row['prompt']}\n"
-        scored = (targets != -100).nonzero().flatten()
-        assert scored[0] == prefix - 1 and len(scored) == scored[-1] - scored[0] + 1
-        assert tokenizer.decode(targets[scored]) == f"{row['answer']}<eos>"
-        assert torch.equal(tokens[scored[1:]], targets[scored[:-1]]) and not tokens[scored[-1] + 2:].any()
-        with Image.open(source / f"{row['image']}.png") as picture:
-            assert torch.equal(image, pixels(picture, 8))
+def opened(task, source):
+    task = task(None)
+    task.open(source / "out", World(0, 1, CPU))
+    return task
+
+
+def test_targets_are_the_answer_and_its_end_alone(pairs):
+    task, indices = opened(ImageTextTask, pairs), np.array([20, 3, 0])
+    rows = [task.dataset.rows["train"][i] for i in indices]
+    batch, weights = task.batch(indices, None)
+    T, A = max(len(row["prompt"] + row["answer"]) + 2 for row in rows), max(len(row["answer"]) + 1 for row in rows)
+    assert batch["tokens"].shape == (3, T) and batch["tokens"].dtype == batch["targets"].dtype == torch.int64
+    assert batch["targets"].shape == batch["places"].shape == weights.shape == (3, A)
+    assert task.weight(indices) == weights.sum()
+    for i, row in enumerate(rows):
+        tokens, prefix, scored = batch["tokens"][i], batch["prefix"][i], weights[i] == 1
+        places, targets, n = batch["places"][i, scored], batch["targets"][i, scored], len(row["answer"]) + 1
+        assert task.tokenizer.decode(tokens[:prefix]) == f"<bos>{row['prompt']}\n"
+        assert task.tokenizer.decode(targets) == f"{row['answer']}<eos>" and weights[i].sum() == n
+        assert places.tolist() == list(range(prefix - 1, prefix - 1 + n))  # each where the token before it is read
+        assert torch.equal(tokens[places[1:]], targets[:-1]) and not tokens[prefix + n:].any()
+        with Image.open(pairs / f"{row['image']}.png") as picture:
+            assert torch.equal(batch["images"][i], pixels(picture, 8))
 
 
 def test_padding_changes_no_loss(pairs):
-    data, tokenizer, _ = pairs
+    task = opened(ImageTextTask, pairs)
     torch.manual_seed(0)
     shape = dict(n_layer=1, n_head=2, n_embd=16)
     model = PaliGemma(PaliGemmaConfig(ViTConfig(**shape, image_size=8, patch_size=4),
-                                      GemmaConfig(**shape, vocab_size=tokenizer.vocab_size, block_size=64)))
-    rows = encode_rows(data.rows["train"], tokenizer)
-    longest = int(rows.lengths.argmax())
-    both, one, other = (gather_rows(data.images, rows, np.array(i), CPU) for i in ([0, longest], [0], [longest]))
+                                      GemmaConfig(**shape, vocab_size=task.tokenizer.vocab_size, block_size=64)))
+    longest = int(task.data["train"].lengths.argmax())
+    (both, _), (one, _), (other, _) = batches = [task.batch(np.array(rows), None) for rows in
+                                                 ([0, longest], [0], [longest])]
     assert both["tokens"].size(1) == other["tokens"].size(1) > one["tokens"].size(1)
-    n, m = ((batch["targets"] != -100).sum() for batch in (one, other))
-    assert torch.isclose((n + m) * model(**both), n * model(**one) + m * model(**other), rtol=1e-5)
+    whole, *parts = (task.loss(model, *batch)[0] for batch in batches)
+    torch.testing.assert_close(whole, sum(parts), rtol=1e-5, atol=0)
 
 
 def test_captions_end_in_the_last_place_and_their_images_are_distinct(pairs):
-    data, tokenizer, _ = pairs
-    captions = encode_captions(data.rows["train"], tokenizer)
-    assert captions.images.tolist() == [1, 2, 3, 4, 5, 6, 7]  # image 0 has none
-    batch = gather_captions(data.images, captions, np.array([6, 0]), CPU)
+    task = opened(ContrastiveTask, pairs)
+    assert task.data["train"].images.tolist() == [1, 2, 3, 4, 5, 6, 7]  # image 0 has none
+    batch, weights = task.batch(np.array([6, 0]), None)
     assert set(batch) == {"images", "tokens", "padding"} and batch["images"].shape == (2, 3, 8, 8)
-    texts = [tokenizer.decode(tokens[padding:]) for tokens, padding in zip(batch["tokens"], batch["padding"])]
+    texts = [task.tokenizer.decode(tokens[padding:]) for tokens, padding in zip(batch["tokens"], batch["padding"])]
     assert texts == ["one " * 7 + "cat<eos>", "one cat<eos>"] and batch["padding"].tolist() == [0, 24]
+    assert weights.tolist() == [1, 1] and task.weight(np.array([6, 0])) == 2
     with pytest.raises(UserError, match="no rows of kind \"caption\""):
-        encode_captions(data.rows["train"][:1], tokenizer)
+        task.encode(task.dataset.rows["train"][:1])
+    task.tokenizers = {"tokenizer": ByteTokenizer()}
     with pytest.raises(UserError, match="a tokenizer of kind byte has no token that ends an answer"):
-        encode_captions(data.rows["train"], tokenizers.ByteTokenizer())
+        task.encode(task.dataset.rows["train"])
 
 
 def test_an_epoch_has_each_row_once_in_an_order_of_its_own():
@@ -168,7 +177,7 @@ def test_evaluation_goes_over_all_rows_once_in_order():
 
 
 def test_images_that_do_not_fit_are_named(pairs, dataset, tmp_path):
-    data, _, _ = pairs
+    data = ImageTextDataset(pairs / "out")
     for name, content, message in (("images.bin", b"xx", "images.bin does not hold the 10 images"),
                                    ("val.jsonl", b"{}\n", "val.jsonl does not hold the 6 rows"),
                                    ("train.jsonl", None, "train.jsonl does not hold the 21 rows")):

@@ -1,4 +1,4 @@
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import pytest
@@ -8,6 +8,7 @@ import prepare
 import sample
 import train
 from configurator import UserError, check_ranges, comments, differences, help_text, parse
+from tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ def test_text_is_parsed_by_the_declared_type():
     ("--learning_rate=fast", "--learning_rate=fast: learning_rate must be a number"),
     ("--compile=maybe", "--compile=maybe: compile must be one of auto, True, False"),
     ("--resume=perhaps", "--resume=perhaps: resume must be True or False"),
+    ("--architecture=gpt", "unknown setting --architecture on the command line; it is --model now"),
+    ("config/gpt2_350m.py", "config/gpt2_350m.py has a new name: config/gpt2.py config/gpt2/350m.py"),
     ("no/such.py", "can't read the config file 'no/such.py': No such file or directory (settings are written"
                    " --name=value)"),
 ])
@@ -130,13 +133,66 @@ def test_settings_inside_settings_are_dicts_in_files_and_dotted_on_the_command_l
             parse(Outer, [argument])
 
 
+@dataclass(frozen=True)
+class Named:
+    batch_size: int = 1  # rows
+    rates: dict[str, float] = field(default_factory=dict)  # of parts
+
+
+def test_names_that_the_settings_cannot_know_are_a_dict(tmp_path):
+    path = write(tmp_path / "c.py", "rates = dict(vision=0, head=2.0)")
+    s, given = parse(Named, [path, "--rates.head=0.1"])
+    assert s == Named(rates={"vision": 0.0, "head": 0.1}) and type(s.rates["vision"]) is float
+    assert given == differences(s) == {"rates.vision": 0.0, "rates.head": 0.1} and differences(Named()) == {}
+    assert parse(Named, ["--rates.x=1"], base=lambda given: {"rates": {"y": 2.0}})[0].rates == {"y": 2.0, "x": 1.0}
+    assert "--rates.NAME=VALUE " in help_text(Named, "")
+    for argument, message in (("--rates.head=high", "--rates.head=high: rates.head must be a number"),
+                              ("--rates=1", "unknown setting --rates ")):
+        with pytest.raises(UserError, match=message):
+            parse(Named, [argument])
+
+
+@dataclass(frozen=True)
+class Large:
+    depth: int = 20  # beside those of Example, if batch_size is large
+
+    def __post_init__(self):
+        check_ranges(self, depth=self.batch_size)
+
+
+@dataclass(frozen=True)
+class Small:
+    width: int = 8  # and this if it is small
+
+
+def test_settings_decide_which_others_there_are(tmp_path):
+    how = dict(more=lambda values: Large if values["batch_size"] > 5 else Small,
+               elsewhere=lambda name: "it is for large ones alone" if name == "depth" else "")
+    assert settings("--batch_size=2", "--width=3", **how).width == 3
+    large, given = parse(Example, ["--depth=40", "--out_dir=x"], **how)  # the default batch_size is 12
+    assert (large.depth, large.out_dir) == (40, "x") and isinstance(large, Example)
+    assert given == differences(large) == {"depth": 40, "out_dir": "x"}
+    assert settings("--width=3", base=lambda given: {"batch_size": 2}, **how).width == 3
+    on_cpu = write(tmp_path / "recipe.py", "batch_size = 7\non_cpu = dict(depth=1)")
+    assert settings(on_cpu, "--depth=8", has_accelerator=lambda device: False, **how).depth == 8
+    with pytest.raises(UserError, match="depth = 1: must be at least 7"):  # the checks of both hold
+        settings(on_cpu, has_accelerator=lambda device: False, **how)
+    with pytest.raises(UserError, match="unknown setting --depth on the command line; it is for large ones alone"):
+        settings("--batch_size=2", "--depth=3", **how)
+    with pytest.raises(UserError, match="no luck with 12"):
+        settings(check=lambda s, given: (_ for _ in ()).throw(UserError(f"no luck with {s.batch_size}")), **how)
+
+
 def test_help_documents_every_setting():
     text = help_text(Example, "What it does.")
     assert "What it does." in text and "a heading" in text
     assert "--batch_size=12 " in text and "sequences per update" in text
-    for script in (train, sample, evaluate, prepare):
-        documented = {name: comment for name, comment in comments(script.Settings) if name}
-        assert all(documented[field.name] for field in fields(script.Settings)), script
+    of_tasks = [getattr(row, kind) for row in TASKS.values() for kind in ("training", "sampling", "evaluating")]
+    for cls in (*(script.Settings for script in (train, sample, evaluate, prepare)), *of_tasks):
+        documented = {name: comment for name, comment in comments(cls) if name}
+        assert all(documented[each.name] for each in fields(cls)), cls
+    with pytest.raises(UserError, match="unknown setting --pair_loss .* it is for --task=contrastive alone"):
+        parse(train.Settings, ["--pair_loss=softmax"], **train.HOW)
 
 
 def test_ranges_reject_what_is_too_small_too_large_and_nan():

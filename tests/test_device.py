@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-import device as devices
 from configurator import UserError
+from machine import device as devices
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -21,15 +21,14 @@ def test_a_device_that_is_not_there_is_named(name):
 
 def test_precision_is_the_best_that_the_hardware_has(monkeypatch):
     for amx, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(devices, "has_amx", lambda amx=amx: amx)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx, raising=False)
         assert devices.pick_dtype("auto", CPU)[0] == expected
     for bf16, expected in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, bf16=bf16: bf16)
         assert devices.pick_dtype("auto", CUDA)[0] == expected
     assert devices.pick_dtype("auto", torch.device("mps"))[0] == torch.float32
-    for fast, expected in ((True, "as set"), (False, "as set; this CPU is many times slower at it than at float32")):
-        monkeypatch.setattr(devices, "has_amx", lambda fast=fast: fast)
-        monkeypatch.setattr(devices, "cpu_has", lambda name, fast=fast: fast)
+    for avx, expected in ((True, "as set"), (False, "as set; this CPU is many times slower at it than at float32")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx, raising=False)
         assert devices.pick_dtype("bfloat16", CPU) == (torch.bfloat16, expected)
     with pytest.raises(UserError, match="dtype = float16 needs a CUDA device, not cpu"):
         devices.pick_dtype("float16", CPU)

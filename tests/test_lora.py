@@ -1,17 +1,18 @@
 """lora.py: nothing changes at the start, only two small matrices learn, and merged it is an ordinary model again."""
 
 import copy
+import functools
 
 import pytest
 import torch
 import torch.nn as nn
 
-import checkpoint
-import vlm
 from configurator import UserError
+from generate import generate, pick_tokens
 from lora import LoRALinear, add_lora, merge_lora
 from model import MLP, TransformerConfig
-from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig
+from published import files, paligemma
+from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig, init_parts
 
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 BATCH = dict(images=torch.rand(3, 3, 28, 28, generator=torch.Generator().manual_seed(1)) * 2 - 1,
@@ -27,7 +28,7 @@ def make_model():
     model = PaliGemma(PaliGemmaConfig(
         ViTConfig(n_layer=1, n_head=2, n_embd=16, image_size=28, patch_size=14),
         GemmaConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=16, head_dim=6, vocab_size=1256, block_size=64)))
-    vlm.init_parts(model, seeded())
+    init_parts(model, seeded())
     for p in model.decoder.transformer.parameters():  # so large that a change shows in the logits
         p.data *= 5
     return model.eval()
@@ -38,7 +39,7 @@ def train(model, steps=8):
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer, losses = torch.optim.AdamW(trained, lr=1e-2), []
     for _ in range(steps):
-        loss = model(**BATCH, targets=BATCH["tokens"].roll(-1, 1))
+        loss = model(**BATCH, targets=BATCH["tokens"].roll(-1, 1)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -49,14 +50,14 @@ def train(model, steps=8):
 def test_nothing_changes_at_the_start_and_the_seed_decides():
     model, names = make_model(), set(make_model().state_dict())
     before = model(**BATCH)
-    add_lora(model.decoder, rank=2, alpha=4, generator=seeded(7))
+    add_lora(model, 2, seeded(7))
     assert torch.equal(model(**BATCH), before)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     assert {name.rpartition(".")[2] for name in layers} == PROJECTIONS and len(layers) == 2 * len(PROJECTIONS)
     assert type(model.projector) is nn.Linear and names < set(model.state_dict())
     drawn = [layer.lora_a for layer in layers.values()]
     again = make_model()
-    add_lora(again.decoder, rank=2, alpha=4, generator=seeded(7))
+    add_lora(again, 2, seeded(7))
     assert all(torch.equal(a, b.lora_a) for a, b in zip(
         drawn, (m for m in again.modules() if isinstance(m, LoRALinear))))
     assert not torch.equal(drawn[0], drawn[1]) and torch.cat([a.flatten() for a in drawn]).std() > 0.1
@@ -64,7 +65,7 @@ def test_nothing_changes_at_the_start_and_the_seed_decides():
 
 def test_only_the_small_matrices_learn():
     model = make_model()
-    add_lora(model.decoder, rank=2, alpha=4, generator=seeded())
+    add_lora(model, 2, seeded())
     model.vision.requires_grad_(False)
     model.projector.requires_grad_(False)
     before = copy.deepcopy(model.state_dict())
@@ -78,19 +79,20 @@ def test_only_the_small_matrices_learn():
 def test_the_update_is_the_formula():
     linear = nn.Linear(5, 4)
     weight, x = linear.weight.clone(), torch.randn(2, 3, 5, generator=seeded())
-    model = nn.Sequential(linear)
-    add_lora(model, rank=3, alpha=6, generator=seeded())
-    a, b = model[0].lora_a, model[0].lora_b
-    assert a.shape == (3, 5) and b.shape == (4, 3)
-    b.data.normal_(generator=seeded())
-    torch.testing.assert_close(model(x), x @ (weight + 6 / 3 * b @ a).T + linear.bias)
+    for alpha, scale in ((0, 2), (12, 4)):
+        model = nn.Sequential(linear)
+        add_lora(model, 3, seeded(), alpha)
+        a, b = model[0].lora_a, model[0].lora_b
+        assert a.shape == (3, 5) and b.shape == (4, 3)
+        b.data.normal_(generator=seeded())
+        torch.testing.assert_close(model(x), x @ (weight + scale * b @ a).T + linear.bias)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_merged_equals_unmerged(bias):
     mlp = MLP(TransformerConfig(n_embd=16, bias=bias))
     names, x = list(mlp.state_dict()), torch.randn(5, 16, generator=seeded())
-    add_lora(mlp, rank=4, alpha=8, generator=seeded())
+    add_lora(mlp, 4, seeded())
     mlp.up_proj.lora_b.data.normal_(0, 0.1, generator=seeded())
     mlp.down_proj.lora_b.data.normal_(0, 0.1, generator=seeded())
     before = mlp(x)
@@ -101,7 +103,7 @@ def test_merged_equals_unmerged(bias):
 
 def test_sixteen_bit_weights_learn_in_float32():
     model = nn.Sequential(nn.Linear(8, 8)).to(torch.bfloat16)
-    add_lora(model, rank=2, alpha=2, generator=seeded())
+    add_lora(model, 2, seeded())
     assert model[0].lora_a.dtype == model[0].lora_b.dtype == torch.float32
     model[0].lora_b.data.normal_(generator=seeded())
     x = torch.randn(4, 8, generator=seeded()).to(torch.bfloat16)
@@ -113,30 +115,38 @@ def test_sixteen_bit_weights_learn_in_float32():
 
 
 def test_answers_are_generated_with_lora_and_merged_alike():
-    model, prompts = make_model(), [[2, 50, 60], [2, 70]]
-    add_lora(model.decoder, rank=2, alpha=4, generator=seeded())
-    plain = torch.stack(list(vlm.generate(model, BATCH["images"][:2], prompts, 6, temperature=0)))
+    model, found = make_model(), []
+    prompts, padding = torch.tensor([[2, 50, 60], [0, 2, 70]]), torch.tensor([0, 1])
+
+    def write():
+        with torch.inference_mode():
+            image = model.encode(BATCH["images"][:2])
+        pick = functools.partial(pick_tokens, temperature=0)
+        found.append(torch.stack(list(generate(model, prompts, 6, pick, image=image, padding=padding))))
+
+    add_lora(model, 2, seeded())
+    write()
     train(model)
-    learned = torch.stack(list(vlm.generate(model, BATCH["images"][:2], prompts, 6, temperature=0)))
-    merge_lora(model.decoder)
-    merged = torch.stack(list(vlm.generate(model, BATCH["images"][:2], prompts, 6, temperature=0)))
+    write()
+    merge_lora(model)
+    write()
+    plain, learned, merged = found
     assert torch.equal(merged, learned) and not torch.equal(learned, plain)
 
 
 def test_fine_tuned_and_merged_it_is_what_transformers_loads(tmp_path):
     """From the published layout and back into it."""
     transformers = pytest.importorskip("transformers")
-    from test_vlm import IMAGE, N, make_tokenizer, their_inputs
+    from test_published import IMAGE, N, make_tokenizer, their_inputs
     (tmp_path / "before").mkdir()
     make_tokenizer().save(str(tmp_path / "before" / "tokenizer.json"))
-    tokenizer = checkpoint.paligemma_tokenizer(tmp_path / "before", 1256)
-    checkpoint.save_published(make_model(), tokenizer, tmp_path / "before")
-    model, tokenizer = checkpoint.load_published(str(tmp_path / "before"))
+    paligemma.save(make_model(), paligemma.load_tokenizer(tmp_path / "before", ""), tmp_path / "before")
+    model, tokenizers = files.load(str(tmp_path / "before"))
     before = model(**BATCH)
-    add_lora(model.decoder, rank=2, alpha=4, generator=seeded())
+    add_lora(model, 2, seeded())
     train(model)
-    merge_lora(model.decoder)
-    checkpoint.save_published(model, tokenizer, tmp_path / "after")
+    merge_lora(model)
+    paligemma.save(model, tokenizers["tokenizer"], tmp_path / "after")
     theirs, info = transformers.PaliGemmaForConditionalGeneration.from_pretrained(
         tmp_path / "after", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -147,6 +157,8 @@ def test_fine_tuned_and_merged_it_is_what_transformers_loads(tmp_path):
     assert (model(**BATCH) - before).abs().max() > 0.1
 
 
-def test_a_rank_below_one_is_refused():
-    with pytest.raises(UserError, match="lora rank = 0: must be at least 1"):
-        add_lora(make_model().decoder, rank=0, alpha=1)
+def test_a_rank_below_one_and_a_model_without_linear_layers_are_refused():
+    with pytest.raises(UserError, match="lora_rank = 0: must be at least 1"):
+        add_lora(make_model(), 0)
+    with pytest.raises(UserError, match="lora_rank = 1: .* has no linear layer to add it to"):
+        add_lora(nn.Embedding(2, 2), 1)

@@ -1,51 +1,44 @@
-"""The formulas of scaling.py against counted parameters, and against tracked tensors of real training steps."""
+"""tools/scaling.py: its parameters and FLOPs are the model's; its memory is that of tracked training steps."""
 
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import settings_for
 from torch.utils.checkpoint import checkpoint
 
-import model as models
-import scaling
-import train
-from configurator import UserError, parse
+from configurator import UserError
 from model import GPT, GPTConfig, init_weights
+from optimizer import make_optimizers
+from tools import scaling
 
-ROOT = Path(scaling.__file__).parent
-SMALL = train.Settings(n_layer=4, n_head=2, n_embd=128, block_size=576)  # long enough for the fused kernel on a CPU
-
-
-def recipe(path):
-    return parse(train.Settings, [str(path)])[0]
+ROOT = Path(scaling.__file__).parents[1]
+SMALL = GPTConfig(n_layer=4, n_head=2, n_embd=128, block_size=576, vocab_size=2000)  # long: the fused kernel, on a CPU
 
 
-def build(s):
-    return GPT(GPTConfig(n_layer=s.n_layer, n_head=s.n_head, n_embd=s.n_embd, block_size=s.block_size, bias=s.bias,
-                         vocab_size=scaling.V))
+def recipe(name, *more):
+    return scaling.read([*(str(scaling.CONFIG / file) for file in scaling.RECIPES[name]), *more])
 
 
-@pytest.mark.parametrize("s", [*map(recipe, scaling.RECIPES), train.Settings(bias=True)],
-                         ids=[*(path.stem for path in scaling.RECIPES), "with biases"])
-def test_parameters_and_flops_are_those_of_the_model(s):
-    with torch.device("meta"):
-        model = build(s)
-    assert scaling.parameters(s) == models.count_parameters(model)
-    assert scaling.flops_per_token(s) == models.flops_per_token(model, s.block_size)
+def test_gpt_2s_published_sizes_come_out():
+    found = {name: sum(p.numel() for p in recipe(name)[1].parameters()) for name in scaling.RECIPES}
+    assert {name: round(n / 1e6) for name, n in found.items()} == {"124m": 124, "350m": 355, "774m": 774, "1.5b": 1557}
+    _, model = recipe("124m", "--bias")
+    assert model.wte.weight.is_meta
+    assert sum(p.numel() for p in model.parameters()) == 124_439_808  # Radford et al. 2019's own, which has biases
 
 
 @pytest.fixture
-def small(monkeypatch):
-    monkeypatch.setattr(scaling, "V", 2000)
-    model = build(SMALL)
-    init_weights(model, SMALL.n_layer)
-    return model, train.make_optimizer(model, SMALL)
+def small():
+    model = GPT(SMALL)
+    init_weights(model)
+    return model, make_optimizers(model, settings_for("text"))["optimizer"]
 
 
 def loss_of(model, sequences):
     tokens = torch.zeros(sequences, SMALL.block_size, dtype=torch.long)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        return model(tokens, tokens)
+        return (model(tokens, tokens) / tokens.numel()).sum()
 
 
 def test_state_is_weights_gradients_and_two_moments(small):
@@ -54,7 +47,7 @@ def test_state_is_weights_gradients_and_two_moments(small):
     optimizer.step()
     held = [p for p in model.parameters()] + [p.grad for p in model.parameters()]
     held += [value for state in optimizer.state.values() for value in state.values() if value.dim()]
-    assert sum(tensor.nbytes for tensor in held) == scaling.state_bytes(SMALL)
+    assert sum(tensor.nbytes for tensor in held) == scaling.state_bytes(model)
 
 
 @pytest.mark.parametrize("sequences", [1, 3])
@@ -72,8 +65,8 @@ def test_saved_activations_are_what_the_formula_adds_up(small, sequences):
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss = loss_of(model, sequences)
     assert loss.requires_grad
-    in_backward = 8 * scaling.V * sequences * SMALL.block_size
-    assert sum(saved.values()) == pytest.approx(scaling.activation_bytes(SMALL, sequences) - in_backward, rel=0.005)
+    in_backward = 8 * SMALL.vocab_size * sequences * SMALL.block_size
+    assert sum(saved.values()) == pytest.approx(scaling.activation_bytes(model, sequences) - in_backward, rel=0.005)
 
 
 @pytest.mark.slow
@@ -97,29 +90,29 @@ def test_the_peak_is_that_of_a_training_step(small, recompute, tolerance):
     with tracker:
         step()
     peak, = (parts["Total"] for parts in tracker.get_tracker_snapshot("peak").values())
-    assert peak == pytest.approx(scaling.state_bytes(SMALL) + scaling.activation_bytes(SMALL, 4, recompute),
-                                 rel=tolerance)
+    expected = scaling.state_bytes(model) + scaling.activation_bytes(model, 4, recompute)
+    assert peak == pytest.approx(expected, rel=tolerance)
 
 
-@pytest.mark.parametrize("path", scaling.RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_fits_any_number_of_gpus_and_says_what_it_takes(path, monkeypatch):
-    s = recipe(path)
-    for workers in (2, 8, 64):
-        monkeypatch.setenv("WORLD_SIZE", str(workers))
-        steps = recipe(path).gradient_accumulation_steps
-        assert s.batch_size % (workers * steps) == 0
-        assert s.batch_size // (workers * steps) == min(scaling.sequences_at_once(s), s.batch_size // workers)
-    monkeypatch.delenv("WORLD_SIZE")
-    assert scaling.sentence(s) in " ".join(path.read_text(encoding="utf-8").split())
+@pytest.mark.parametrize("name", scaling.RECIPES)
+def test_a_recipe_cuts_its_batch_evenly_and_says_what_it_takes(name):
+    s, model = recipe(name)
+    for workers in (1, 2, 8, 64):
+        at_once = min(s.micro_batch_size, s.batch_size // workers)
+        assert s.batch_size % (workers * at_once) == 0
+    text = (scaling.CONFIG / scaling.RECIPES[name][-1]).read_text(encoding="utf-8")
+    assert scaling.sentence(s, model) in " ".join(text.split())
 
 
 def test_the_readme_has_the_tables(capsys):
     scaling.main([])
-    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(printed) == 12 and "\n".join(printed[:6]) in (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "\n".join(printed[6:]) in (ROOT / "README.md").read_text(encoding="utf-8")
+    tables = [part.strip() for part in capsys.readouterr().out.split("\n\n") if part.startswith("|")]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(tables) == 2 and all(len(table.splitlines()) == 6 and table in readme for table in tables)
 
 
-def test_other_models_are_not_counted_as_if_they_were_gpts():
-    with pytest.raises(UserError, match="positions = 'rotary': the formulas are of the classic GPT"):
-        scaling.main(["--positions=rotary"])
+@pytest.mark.parametrize("argument", ["--positions=rotary", "--model=gemma", "--init_from=gpt2", "--task=contrastive"])
+def test_other_models_are_not_counted_as_if_they_were_gpts(argument):
+    name, _, value = argument.lstrip("-").partition("=")
+    with pytest.raises(UserError, match=f"{name} = {value!r}: the formulas are of the classic GPT"):
+        scaling.main([argument])

@@ -2,12 +2,14 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -317,6 +319,63 @@ def test_resume_takes_the_runs_own_settings_and_refuses_what_does_not_fit(tmp_pa
         parse("--resume", f"--out_dir={tmp_path / 'nowhere'}")
 
 
+@pytest.mark.parametrize("changes, changed", [
+    (dict(beta2=0.5), lambda in_block, is_matrix: not (in_block and is_matrix)),
+    (dict(weight_decay=0.9), lambda in_block, is_matrix: is_matrix),
+    (dict(muon_lr=0.1), lambda in_block, is_matrix: in_block and is_matrix)])
+def test_a_resumed_run_applies_other_options_of_the_optimizers(tmp_path, muon_run, changes, changed):
+    for name in ("same", "other"):
+        shutil.copytree(muon_run, tmp_path / name)
+    resume(tmp_path / "same", "--max_iters=6")
+    resume(tmp_path / "other", "--max_iters=6", *as_arguments(changes))
+    same, other = weights(tmp_path / "same"), weights(tmp_path / "other")
+    assert {name for name in same if not torch.equal(same[name], other[name])} == {
+        name for name, p in same.items() if changed("blocks" in name, p.dim() == 2)}
+    assert changes.items() <= recorded(tmp_path / "other").items()
+
+
+@pytest.fixture(scope="module")
+def muon_run(tmp_path_factory, tiny):
+    """The folder of a run that made 5 of 6 updates with both optimizers."""
+    out_dir = tmp_path_factory.mktemp("runs") / "muon"
+    run(out_dir, tiny, optimizer="muon", max_iters=5, lr_decay_iters=6, sample_tokens=0)
+    return out_dir
+
+
+@pytest.mark.parametrize("first, second", [(12, 6), (6, 12)])
+def test_a_resumed_run_keeps_what_was_decided_at_its_start(tmp_path, tiny, monkeypatch, first, second):
+    """compile follows from the whole run's updates, dtype from the machine, micro_batch_size from the workers."""
+    compiled, real = [], train.pick_compile
+    monkeypatch.setattr(device, "CUDA_COMPILE_MIN_UPDATES", 10)
+    monkeypatch.setattr(device, "has_triton", lambda: True)
+    monkeypatch.setattr(train, "pick_compile", lambda choice, _, updates: real(choice, torch.device("cuda"), updates))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(device, "has_amx", lambda *_: first == 12)
+    decided = {"compile": first == 12, "dtype": "bfloat16" if first == 12 else "float32", "micro_batch_size": 2}
+    few = dict(tiny, dtype="auto", batch_size=2, n_layer=1, n_embd=8, block_size=8, eval_tokens=100, sample_tokens=0)
+    with pytest.raises(SystemExit):
+        run(tmp_path, few, max_iters=first, max_minutes=1e-9)
+    assert decided.items() <= recorded(tmp_path).items() and len(compiled) == decided["compile"]
+    monkeypatch.setattr(device, "has_amx", lambda *_: first != 12)
+    resume(tmp_path, f"--max_iters={second}", "--max_minutes=0", "--batch_size=4")
+    assert decided.items() <= recorded(tmp_path).items() and len(compiled) == 2 * decided["compile"]
+    assert [start["compile"] for start in json.loads((tmp_path / "run.json").read_text())] == 2 * [decided["compile"]]
+
+
+def test_a_piece_is_a_workers_share_of_the_first_start(capsys):
+    def size(workers, whole=False, **settings):
+        task = SimpleNamespace(settings=train.Settings(**settings), whole=whole)
+        return train.piece_size(task, World(0, workers, CPU))
+
+    assert [size(workers, batch_size=5) for workers in (1, 2, 4, 5)] == [5, 3, 2, 1]
+    assert "1 of 4 workers are idle: an update has 3 pieces of 2 rows" in capsys.readouterr().out
+    assert [size(workers, whole=True, batch_size=6) for workers in (1, 2)] == [0, 0]
+    with pytest.raises(UserError, match="batch_size = 5: .* choose a multiple of 2"):
+        size(2, whole=True, batch_size=5)
+    with pytest.raises(UserError, match="micro_batch_size = 2: is not for --task=contrastive"):
+        settings_for("contrastive", micro_batch_size=2)
+
+
 def test_a_finished_run_can_be_resumed_for_more(tmp_path, tiny, capsys):
     run(tmp_path, tiny, max_iters=20, lr_decay_iters=40)
     run(tmp_path, tiny, max_iters=20, lr_decay_iters=40, resume=True)  # nothing to do, and nothing breaks
@@ -328,6 +387,34 @@ def test_a_finished_run_can_be_resumed_for_more(tmp_path, tiny, capsys):
 def test_training_can_start_from_an_earlier_run(tmp_path, tiny, trained):
     found = run(tmp_path, tiny, init_from=trained, max_iters=1)
     assert found[0]["loss"] < 2.5 < GOLDEN[1]
+
+
+def test_lora_trains_two_small_matrices_of_each_layer(tmp_path, tiny, trained):
+    """It is loaded, resumed, and merged where another run starts from it."""
+    wanted = dict(tiny, init_from=trained, lora_rank=2, max_iters=10, dropout=0.1, sample_tokens=0)
+    settings = settings_for("text", **wanted, out_dir=str(tmp_path / "whole"))
+    _, model, _, _ = train.train(settings, {}, World(0, 1, CPU))
+    before, after = weights(trained, "best"), weights(tmp_path / "whole")
+    assert {name for name in after if not torch.equal(after[name], before.get(name, after[name] * 0))} == {
+        name for name in after if name.endswith(("lora_a", "lora_b"))} != set()
+    _, loaded, config = load(tmp_path / "whole" / "last")
+    tokens = torch.arange(32)[None] % 20
+    logits = model.eval()(tokens)
+    assert config["lora_rank"] == 2 and torch.equal(loaded(tokens), logits)
+    merged, _ = initial(replace(settings, init_from=str(tmp_path / "whole" / "last"), lora_rank=0), "cpu")
+    assert merged.state_dict().keys() == before.keys()
+    torch.testing.assert_close(merged.eval()(tokens), logits)
+    with pytest.raises(SystemExit):
+        run(tmp_path / "parts", wanted, max_minutes=1e-9)
+    resume(tmp_path / "parts", "--max_minutes=0")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_part_with_the_rate_0_is_frozen_in_a_resumed_run_too(tmp_path, tiny, trained):
+    run(tmp_path, tiny, init_from=trained, rates={"wte": 0.0}, max_iters=2, sample_tokens=0)
+    resume(tmp_path, "--max_iters=4")
+    before, after = weights(trained, "best"), weights(tmp_path)
+    assert [name for name in after if torch.equal(after[name], before[name])] == ["wte.weight"]
 
 
 def test_wandb_logs_offline(tmp_path, tiny, monkeypatch):
@@ -346,6 +433,29 @@ def test_wandb_logs_offline(tmp_path, tiny, monkeypatch):
 def test_parts_that_do_not_go_together_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         settings_for("text", **changes)
+
+
+@pytest.mark.parametrize("line, message", [
+    ("--muon_lr=0.1", "muon_lr = 0.1: is for --optimizer=muon; leave it out, or write muon_lr = 0.02"),
+    ("--lora_rank=2", "lora_rank = 2: is for fine-tuning with --init_from"),
+    ("--init_from=gpt2 --zero_init", "zero_init = True: is for a model that starts from scratch"),
+    ("--task=image-text --init_from=x --init_vision=y", "init_vision = 'y': is for a model that starts from scratch"),
+    ("--wandb_name=mine", "wandb_name = 'mine': is for --wandb"),
+    ("--vision.n_layer=2", "unknown setting --vision.n_layer .*; it is for --task=contrastive and --task=image-text"),
+    ("--task=contrastive --n_kv_head=1", "unknown setting --n_kv_head .*; it is for --task=text and --task=image-text"),
+])
+def test_a_setting_that_does_nothing_is_refused(line, message):
+    with pytest.raises(UserError, match=message):
+        parse(*line.split())
+
+
+def test_a_setting_that_the_model_decides_or_lacks_is_refused(tmp_path, tiny, trained):
+    with pytest.raises(UserError, match="n_layer = 3, but .*trained has 2: leave it out"):
+        run(tmp_path, tiny, init_from=trained, n_layer=3)
+    with pytest.raises(UserError, match="rates.head = 0.5: the model has no such part, only wte, wpe, transformer"):
+        run(tmp_path, tiny, rates={"head": 0.5})
+    with pytest.raises(UserError, match="model = 'gpt3': must be one of gpt, gemma"):
+        run(tmp_path, tiny, model="gpt3")
 
 
 def test_a_short_split_is_named_with_a_block_size_that_fits_both(tmp_path, tiny):

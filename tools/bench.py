@@ -1,8 +1,8 @@
 """How fast this machine trains, samples and starts: one table on the terminal, the same as JSON in bench.json.
 
-    python bench.py                                      everything: about ten minutes on two CPU cores
-    python bench.py --only=train,sample --sizes=small    some of it, in a minute
-    python bench.py --only=against --ours="python sample.py --num_samples=10" --against="python their_sample.py"
+    python -m tools.bench                                      everything: about ten minutes on two CPU cores
+    python -m tools.bench --only=train,sample --sizes=small    some of it, in a minute
+    python -m tools.bench --only=against --ours="python sample.py --num_samples=10" --against="python their_sample.py"
 
 What stands side by side runs in turns, once per repeat, after one run that is not counted; the table shows the median
 and the range. Compare within one run of this script on a machine that does nothing else. Where transformers is
@@ -70,10 +70,25 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from device import DTYPES, keep_freed_memory, peak_flops, peak_memory, pick_device, reset_peak_memory, synchronize
-from model import GPT, GPTConfig, flops_per_token, generate, init_weights
+import train
+from generate import generate, pick_tokens
+from machine.device import (
+    DTYPES,
+    keep_freed_memory,
+    peak_flops,
+    peak_memory,
+    pick_device,
+    reset_peak_memory,
+    synchronize,
+)
+from machine.distributed import World
+from model import GPT, GPTConfig, init_weights
+from optimizer import make_optimizers
+from run.cost import flops_per_token
+from tasks.task import Task
+from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig, init_parts
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class Table:
@@ -127,7 +142,7 @@ def seeded(seed=1337):
 
 def new_gpt(shape, dropout=0.0):
     model = GPT(GPTConfig(**shape, dropout=dropout))
-    init_weights(model, shape["n_layer"], seeded())
+    init_weights(model, seeded())
     return model
 
 
@@ -161,21 +176,50 @@ def measure_peak(table):
     table.compare("peak", {"reading 256 MiB": lambda: x.sum()})
 
 
+class OneBatch(Task):
+    """The text task of one batch: random tokens (B, T + 1), the same at every update."""
+
+    def __init__(self, tokens, device):
+        super().__init__(train.Settings(batch_size=len(tokens), micro_batch_size=len(tokens)))
+        self.arguments = {"tokens": tokens[:, :-1].to(device), "targets": tokens[:, 1:].to(device)}
+        self.weights = torch.ones(self.arguments["targets"].shape, device=device)
+
+    def pick(self, step):
+        return range(self.settings.batch_size)
+
+    def weight(self, rows):
+        return self.weights.numel()
+
+    def batch(self, rows, generator):
+        return self.arguments, self.weights
+
+
+class TheirNats(torch.nn.Module):
+    """A transformers model, called as ours are: it returns the nats of each target."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens, targets):
+        logits = self.model(tokens, use_cache=False).logits  # (B, T, V)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+
+
 def measure_train(table):
-    """The optimizer's step of train.py on one fixed batch: forward, backward, clipping, update."""
-    from train import Settings, make_optimizer, update
+    """The update of train.py on one fixed batch: forward, backward, clipping, the optimizer's step."""
     settings, device, transformers = table.settings, table.device, peers(table.settings)
     keep_freed_memory()  # as train.py does
 
     def step(model, dtype):
         model.to(device).train()
-        optimizer, scaler = make_optimizer(model, Settings()), torch.amp.GradScaler(device.type, enabled=False)
-        return lambda: update(model, optimizer, scaler, [(batch, 1.0)], Settings(), dtype, device)
+        optimizers, scaler = make_optimizers(model, task.settings), torch.amp.GradScaler(device.type, enabled=False)
+        return lambda: train.update(task, model, optimizers, scaler, 0, World(0, 1, device), dtype)
 
     for size in words(settings.sizes):
         shape, batch_size, dropout = SHAPES[size]
-        tokens = torch.randint(shape["vocab_size"], (batch_size, shape["block_size"] + 1), generator=seeded())
-        batch = {"tokens": tokens[:, :-1].to(device), "targets": tokens[:, 1:].to(device)}
+        T = shape["block_size"]
+        task = OneBatch(torch.randint(shape["vocab_size"], (batch_size, T + 1), generator=seeded()), device)
         for name in words(settings.dtypes):
             dtype, ours = DTYPES[name], new_gpt(shape, dropout)
             cases = {f"{size}, {name}, ours": step(ours, dtype)}
@@ -184,23 +228,12 @@ def measure_train(table):
                 compiled.compile()
                 cases[f"{size}, {name}, ours compiled"] = step(compiled, dtype)
             if transformers:
-                cases[f"{size}, {name}, transformers"] = step(TheirLoss(their_gpt(transformers, shape, dropout)), dtype)
-            flops, peak = tokens[:, 1:].numel() * flops_per_token(ours, shape["block_size"]), peak_flops(device, dtype)
+                cases[f"{size}, {name}, transformers"] = step(TheirNats(their_gpt(transformers, shape, dropout)), dtype)
+            flops, peak = batch_size * T * flops_per_token(ours, T), peak_flops(device, dtype)
             for row in table.compare("train", cases).values():
                 seconds = row["median"] / 1000
-                row["tokens/s"], row["of peak"] = tokens[:, 1:].numel() / seconds, peak and flops / seconds / peak
+                row["tokens/s"], row["of peak"] = batch_size * T / seconds, peak and flops / seconds / peak
                 print(f"{'':44} {row['tokens/s']:,.0f} tokens/s" + (f", {row['of peak']:.0%} of peak" if peak else ""))
-
-
-class TheirLoss(torch.nn.Module):
-    """A transformers model, called as ours are."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens, targets):
-        return F.cross_entropy(self.model(tokens, use_cache=False).logits.flatten(0, 1), targets.flatten())
 
 
 def measure_sample(table):
@@ -225,7 +258,9 @@ def measure_sample(table):
 
 
 def ours_samples(model, prompt, new_tokens):
-    for tokens in generate(model, prompt, new_tokens, 0.8, 200, generator=torch.Generator(prompt.device)):
+    generator = torch.Generator(prompt.device)
+    pick = functools.partial(pick_tokens, temperature=0.8, top_k=200, generator=generator)
+    for tokens in generate(model, prompt, new_tokens, pick):
         tokens.tolist()
 
 
@@ -235,12 +270,11 @@ TEXT = dict(n_layer=6, n_head=8, n_kv_head=1, n_embd=512, head_dim=64, n_hidden=
 
 def measure_vlm(table, prompt_tokens=16, new_tokens=64):
     """A small PaliGemma with random weights: images with prompts to the first token, and the tokens after it."""
-    import vlm
     settings, device, transformers = table.settings, table.device, peers(table.settings)
     for name in words(settings.dtypes):
         dtype = DTYPES[name]
-        ours = vlm.PaliGemma(vlm.PaliGemmaConfig(vlm.ViTConfig(**VISION), vlm.GemmaConfig(**TEXT)))
-        vlm.init_parts(ours, seeded())
+        ours = PaliGemma(PaliGemmaConfig(ViTConfig(**VISION), GemmaConfig(**TEXT)))
+        init_parts(ours, seeded())
         ours.to(device, dtype).eval()
         theirs = their_paligemma(transformers).to(device, dtype).eval() if transformers else None
         for n in (1, 8):
@@ -257,9 +291,11 @@ def measure_vlm(table, prompt_tokens=16, new_tokens=64):
                            for x in ("least", "median", "most")])
 
 
+@torch.inference_mode()
 def our_answers(model, images, prompt_tokens, count):
-    import vlm
-    for tokens in vlm.generate(model, images, [[1] * prompt_tokens] * len(images), count, temperature=0):
+    prompts = torch.ones(len(images), prompt_tokens, dtype=torch.long, device=images.device)
+    pick = functools.partial(pick_tokens, temperature=0)
+    for tokens in generate(model, prompts, count, pick, image=model.encode(images)):
         tokens.tolist()
 
 
@@ -283,17 +319,19 @@ def their_paligemma(transformers):
 
 def measure_start(table):
     """Whole commands, from their start to their exit."""
-    python, here = sys.executable, str(HERE)
-    helps = {f"{name} --help": command([python, f"{name}.py", "--help"], here)
-             for name in ("train", "sample", "evaluate", "prepare", "bench")}
-    typo = {"train.py --batchsize=32": command([python, "train.py", "--batchsize=32"], here, status=2)}
-    table.compare("start", {**helps, **typo, "import torch": command([python, "-c", "import torch"], here)}, "s")
+    python, here = sys.executable, str(ROOT)
+    commands = {name: [python, f"{name}.py"] for name in ("train", "sample", "evaluate", "prepare")}
+    commands["bench"] = [python, "-m", "tools.bench"]
+    cases = {f"{name} --help": command([*argv, "--help"], here) for name, argv in commands.items()}
+    cases["train.py --batchsize=32"] = command([*commands["train"], "--batchsize=32"], here, status=2)
+    cases["import torch"] = command([python, "-c", "import torch"], here)
+    table.compare("start", cases, "s")
     with tempfile.TemporaryDirectory() as folder:
-        out = f"--out_dir={folder}/run"
-        train = [python, "train.py", out, "--max_iters=1", "--eval_tokens=64", "--sample_tokens=0", "--device=cpu"]
-        command(train, here)()  # leaves what sample.py samples
-        sample = [python, "sample.py", out, "--max_new_tokens=1", "--device=cpu"]
-        table.compare("start", {"one update, evaluated and saved": command(train, here),
+        out = [f"--out_dir={folder}/run", "--device=cpu"]
+        update = [*commands["train"], *out, "--max_iters=1", "--eval_tokens=64", "--sample_tokens=0"]
+        command(update, here)()  # leaves what sample.py samples
+        sample = [*commands["sample"], *out, "--max_new_tokens=1"]
+        table.compare("start", {"one update, evaluated and saved": command(update, here),
                                 "one token": command(sample, here)}, "s")
 
 

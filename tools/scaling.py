@@ -4,8 +4,8 @@
     python -m tools.scaling config/gpt2.py config/gpt2/350m.py --n_layer=32 --max_iters=40000
 
 Nothing here is measured on a GPU. The tests hold the memory against a tracker of every tensor of training steps in
-bfloat16 on the CPU, not compiled: torch.compile needs less. Time is FLOPs over MFU times peak; the MFU is an assumption,
-a small model on many GPUs won't reach it. Recomputation takes a third longer.
+bfloat16 on the CPU, without dropout and not compiled: torch.compile needs less. Time is FLOPs over MFU times peak; the
+MFU is an assumption, a small model on many GPUs won't reach it. Recomputation takes a third longer.
 """
 
 import sys
@@ -13,13 +13,13 @@ import sys
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # answered before torch is imported
     raise SystemExit(print(__doc__.strip()))
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from configurator import check_idle, one_line_errors, parse
 from machine.device import PEAK_FLOPS
-from model import all_blocks
 from run.cost import count_parameters, flops_per_token
 from tasks.text import MODELS
 from tokenizer import GPT2Tokenizer
@@ -29,20 +29,21 @@ MFU = 0.4  # llm.c's GPT-2 124M on 8 H100: 10 billion tokens in 45 minutes are 4
 TOKENS_PER_PARAMETER = 20  # where more parameters and more tokens pay alike: Hoffmann et al. 2022
 CONFIG = Path(__file__).resolve().parent.parent / "config"
 RECIPES = {"124m": ["gpt2.py"], **{size: ["gpt2.py", f"gpt2/{size}.py"] for size in ("350m", "774m", "1.5b")}}
-CLASSIC = ("task", "model", "n_kv_head", "mlp", "positions", "tied", "bigrams", "optimizer", "lora_rank")
+CLASSIC = ("task", "model", "n_kv_head", "mlp", "positions", "tied", "bigrams", "optimizer", "init_from")
 
 
 def read(arguments):
-    """(settings, model on the meta device: shapes alone) of config files and --name=value, as on a GPU.
+    """(settings, model) of config files and --name=value, as on one GPU; the model has shapes alone, no numbers.
 
-    Raises UserError unless it is the GPT of GPT-2's shape, with AdamW.
+    Raises UserError unless the formulas below are of this model.
     """
     settings, _ = parse(Settings, arguments, more=HOW["more"], elsewhere=HOW["elsewhere"])
     check_idle(settings, "the formulas are of the classic GPT with AdamW alone", *CLASSIC)
     cls, config_cls = MODELS[settings.model]
     shape = {name: getattr(settings, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "bias")}
     with torch.device("meta"):
-        return settings, cls(config_cls(**shape, vocab_size=GPT2Tokenizer.vocab_size))
+        model = cls(config_cls(**shape, vocab_size=GPT2Tokenizer.vocab_size))
+    return replace(settings, micro_batch_size=settings.micro_batch_size or settings.batch_size), model
 
 
 def state_bytes(model, shards=1):
@@ -52,11 +53,12 @@ def state_bytes(model, shards=1):
     et al. 2020, stage 3) and what is gathered meanwhile: embeddings and two blocks in 16 bits, and the gradients of the
     embeddings and a block in 32.
     """
-    n, block = count_parameters(model), count_parameters(all_blocks(model)[0])
+    state = 16 * count_parameters(model) // shards
     if shards == 1:
-        return 16 * n
+        return state
     embeddings = count_parameters(model.wte) + count_parameters(model.wpe)
-    return 16 * n // shards + 2 * (embeddings + 2 * block) + 4 * (embeddings + block)
+    block = count_parameters(model.transformer.blocks[0])
+    return state + 2 * (embeddings + 2 * block) + 4 * (embeddings + block)
 
 
 def activation_bytes(model, sequences, recompute=False, shard=False):
@@ -99,16 +101,11 @@ def times(model, tokens):
             for s in seconds]
 
 
-def sequences_at_once(s):
-    """The micro-batch of one GPU."""
-    return s.micro_batch_size or s.batch_size
-
-
 def sentence(s, model):
     """What a recipe takes."""
     tokens = s.max_iters * s.batch_size * s.block_size
     one, eight, many = times(model, tokens)
-    memory = state_bytes(model) + activation_bytes(model, sequences_at_once(s))
+    memory = state_bytes(model) + activation_bytes(model, s.micro_batch_size)
     return (f"{count(count_parameters(model))} parameters, {count(tokens)} tokens: {one} on one H100, {eight} on 8,"
             f" {many} on 64, if they reach {MFU:.0%} MFU; {gigabytes(memory)} GB on each.")
 
@@ -120,8 +117,8 @@ def size_row(name, s, model):
 
 
 def memory_row(name, s, model):
-    n, states = sequences_at_once(s), [state_bytes(model, shards) for shards in (1, 8, 64)]
-    each = [activation_bytes(model, 2, recompute) - activation_bytes(model, 1, recompute) for recompute in (False, True)]
+    n, states = s.micro_batch_size, [state_bytes(model, shards) for shards in (1, 8, 64)]
+    each = [activation_bytes(model, 2, again) - activation_bytes(model, 1, again) for again in (False, True)]
     totals = [states[0] + activation_bytes(model, n), states[1] + activation_bytes(model, n, True, True)]
     return [name, *map(gigabytes, states + each), str(n), *map(gigabytes, totals)]
 

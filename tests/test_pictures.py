@@ -1,0 +1,130 @@
+"""run/pictures.py: pixels as the models want them, whatever the file holds; boxes; heat maps."""
+
+import numpy as np
+import pytest
+import torch
+
+from configurator import UserError
+from run import pictures
+from run.pictures import Box
+
+Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("transformers")
+try:  # whose pixels Pillow makes; where torchvision is installed, it may round otherwise
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil as SiglipProcessor
+except ImportError:
+    from transformers import SiglipImageProcessor as SiglipProcessor
+
+
+def picture(mode):
+    values = np.random.default_rng(0).integers(0, 256, (40, 33, 4), dtype=np.uint8)
+    rgba = Image.fromarray(values, "RGBA")
+    if mode == "P with transparency":
+        image = rgba.convert("RGB").quantize(16)
+        image.info["transparency"] = 3
+        return image
+    if mode == "RGB with transparency":
+        image = rgba.convert("RGB")
+        image.info["transparency"] = tuple(values[0, 0, :3].tolist())
+        return image
+    if mode == "RGBA":
+        return rgba
+    return rgba.convert("LA") if mode == "LA" else rgba.convert("RGB").convert(mode)
+
+
+def on_white(image):
+    """The formula for transparency: alpha * colour + (1 - alpha) * white."""
+    rgba = np.asarray(image.convert("RGBA")).astype(float)
+    alpha = rgba[..., 3:] / 255
+    return Image.fromarray((rgba[..., :3] * alpha + 255 * (1 - alpha)).round().astype(np.uint8))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "LA", "RGBA", "P", "P with transparency", "RGB with transparency",
+                                  "CMYK", "YCbCr", "HSV", "F"])
+@pytest.mark.parametrize("size", [28, 56])  # smaller and larger than the picture
+def test_pixels_equal_the_reference_for_every_mode(mode, size):
+    image = picture(mode)
+    transparent = image.has_transparency_data
+    reference = SiglipProcessor(size={"height": size, "width": size})
+    expected = reference(images=on_white(image) if transparent else image.convert("RGB"), return_tensors="pt")
+    found = pictures.pixels(image, size)
+    assert found.dtype == torch.float32 and found.shape == (3, size, size)
+    off = (found - expected.pixel_values[0]).abs()
+    assert off.max() < (0.02 if transparent else 1e-6)  # the formula's rounding: a step or two of 2 / 255
+    assert transparent == (mode in ("LA", "RGBA") or mode.endswith("transparency"))
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
+def test_sixteen_bits_are_scaled_not_cut(mode):
+    grey = np.random.default_rng(0).integers(0, 256, (40, 33), dtype=np.uint8)
+    wide = grey.astype(np.uint16) * 257
+    if mode == "I":
+        image = Image.fromarray(wide.astype(np.int32))
+    else:
+        image = Image.frombytes(mode, (33, 40), wide.astype(">u2" if mode == "I;16B" else "<u2").tobytes())
+    assert image.mode == mode
+    torch.testing.assert_close(pictures.pixels(image, 28), pictures.pixels(Image.fromarray(grey), 28), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photos_are_turned_as_their_exif_says(orientation, tmp_path):
+    from transformers.image_utils import load_image
+    image, exif = picture("RGB"), Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "photo.png", exif=exif)
+    expected = load_image(str(tmp_path / "photo.png"))
+    assert pictures.read_image(tmp_path / "photo.png").tobytes() == expected.tobytes()
+    assert (expected.size == image.size) == (orientation < 5)
+
+
+def test_what_is_no_image_is_said_in_one_line(tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    picture("RGB").save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:500])
+    for name in ("missing.png", "text.png", "cut.png"):
+        with pytest.raises(UserError, match=f"image = .*{name}: can't be read"):
+            pictures.read_image(tmp_path / name)
+
+
+def test_boxes_are_parsed_into_pixels():
+    answer = ("<loc0256><loc0128><loc0768><loc0512> cat ; <loc0000><loc0000><loc1023><loc1023> big dog;"
+              "<loc0001><loc0002><loc0003><loc0004><seg001><seg127>  bird")
+    boxes = pictures.parse_boxes(answer, width=200, height=100)
+    assert boxes[0] == Box(25.0, 25.0, 100.0, 75.0, "cat")
+    assert boxes[1] == Box(0, 0, 200 * 1023 / 1024, 100 * 1023 / 1024, "big dog")
+    assert boxes[2].label == "bird" and len(boxes) == 3
+    for nothing in ("", "a cat", "<loc0001><loc0002><loc0003> cat", "<loc0001><loc0002><loc0003><loc1024> cat",
+                    "<loc0001><loc0002><loc0003><loc0004><loc0005> cat"):
+        assert pictures.parse_boxes(nothing, 200, 100) == []
+    text = " ; ".join(pictures.box_text(box, 200, 100) for box in boxes)
+    assert pictures.parse_boxes(text, 200, 100) == boxes
+    assert pictures.box_text(Box(-5, 0, 250, 100, "x"), 200, 100) == "<loc0000><loc0000><loc1023><loc1023> x"
+
+
+def test_boxes_are_drawn_where_they_are():
+    image = Image.new("L", (200, 100), 255)
+    boxes = [Box(20, 30, 120, 90, "cat"), Box(190, 95, 150, 60, ""), Box(5, 5, 15, 15, "cat")]
+    drawn = pictures.draw_boxes(image, boxes)
+    assert image.getpixel((20, 60)) == 255  # a copy was drawn on
+    assert drawn.mode == "RGB" and drawn.size == (200, 100)
+    red, blue, white = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+    assert [drawn.getpixel(at) for at in ((20, 60), (120, 60), (70, 90), (70, 60))] == [red, red, red, white]
+    assert [drawn.getpixel(at) for at in ((150, 80), (190, 80), (5, 10))] == [blue, blue, red]
+    label = np.array(drawn)[32:44, 22:40]
+    assert (label == red).all(-1).any() and (label == white).all(-1).any()
+
+
+def test_the_heat_map_is_hot_where_the_weights_are():
+    weights = torch.full((2, 9), 0.01)
+    weights[0, 2] = weights[1, 6] = 0.5  # the upper right, the lower left
+    gray = Image.new("RGB", (60, 60), (128, 128, 128))
+    grid = np.array(pictures.draw_attention(gray, weights, "prompt", ["a", " "], panel=60))
+    assert grid.shape == (60 + 30, 3 * 68, 3)
+    original, first, second = (grid[26:86, 68 * i + 4:68 * i + 64].astype(int) for i in range(3))
+    assert (original == 128).all()
+    for hot, panel in (((5, 55), first), ((55, 5), second)):
+        cold = hot[1], hot[0]
+        assert panel[hot][0] > 240 and panel[hot][1] > 200 and panel[hot][2] < 40
+        assert abs(panel[cold] - 128).max() < 10
+    captions = grid[4:24, 68:]
+    assert (captions[:, :68] < 128).any() and (captions[:, 68:] < 128).any()
