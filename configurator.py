@@ -2,15 +2,12 @@
 
     python train.py config/a.py config/b.py --batch_size=32 --out_dir=x
 
-Any number of files and overrides, read from left to right: later wins. A config file is plain Python
-assignments, run in a namespace of its own; names that start with an underscore, modules and functions are
-ignored. Text from the command line is parsed by the field's declared type, never guessed; a bare `--flag`
-sets a bool to True. A file may carry `on_cpu = dict(...)`: values that replace the file's own where there is
-no accelerator; the command line still wins. A field that is a dataclass itself is a dict in a file,
-`vision = dict(n_layer=2)`, and dotted on the command line, `--vision.n_layer=2`; so is a field that is a dict of names
-that the settings can't know, `--rates.head=0.1`.
-
-An unknown name or a wrong type stops the run with one line that says what, where and the nearest valid name.
+Files and overrides are read from left to right: later wins. A config file is plain Python assignments, run in a
+namespace of its own; names that start with an underscore, modules and functions are ignored. Text from the command line
+is parsed by the field's declared type, never guessed; a bare `--flag` sets a bool to True. A file may carry
+`on_cpu = dict(...)`: where there is no accelerator, these values win over those of all files, and the command line over
+both. A field that is a dataclass is a dict in a file, `vision = dict(n_layer=2)`, and dotted on the command line,
+`--vision.n_layer=2`; so is a field that is a dict of names that the settings can't know, `--rates.head=0.1`.
 """
 
 import contextlib
@@ -23,13 +20,14 @@ import re
 import sys
 import types
 import typing
+from pathlib import Path
 
 # Old names of settings and recipes, and what they are called now.
 RENAMED = {"gradient_accumulation_steps": "micro_batch_size (the rows in memory at a time)", "architecture": "model",
            "config/gpt2_124m.py": "config/gpt2.py", "config/gpt2_350m.py": "config/gpt2.py config/gpt2/350m.py",
            "config/gpt2_774m.py": "config/gpt2.py config/gpt2/774m.py",
            "config/gpt2_1.5b.py": "config/gpt2.py config/gpt2/1.5b.py"}
-TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+WORDS = {True: ("true", "yes", "on", "1"), False: ("false", "no", "off", "0")}
 
 
 class UserError(ValueError):
@@ -59,38 +57,35 @@ def from_command_line(cls, doc, **how):
     """`parse` for a script: answers --help, and exits with one line on an error. how: the arguments of `parse`."""
     for stream in (sys.stdout, sys.stderr):  # Windows' consoles may have another encoding
         stream.reconfigure(encoding="utf-8", errors="replace")
-    argv = sys.argv[1:]
+    argv = [arg for arg in sys.argv[1:] if arg not in ("--help", "-h")]
     with one_line_errors():
-        if "--help" in argv or "-h" in argv:
-            layers = read_arguments([arg for arg in argv if arg not in ("--help", "-h")])
-            values = named(cls, layers)
-            with contextlib.suppress(UserError):  # of a run that isn't there: nobody knows its task's settings
-                cls = widened(cls, values, how.get("more"))
-            print(help_text(cls, doc))
-            raise SystemExit(0)
-        return parse(cls, argv, **how)
+        if len(argv) == len(sys.argv) - 1:
+            return parse(cls, argv, **how)
+        with contextlib.suppress(UserError):  # of a run that isn't there: nobody knows its task's settings
+            cls, _ = widened(cls, read_arguments(argv), how.get("more"))
+        print(help_text(cls, doc))
+        raise SystemExit(0)
 
 
 def parse(cls, argv, more=None, has_accelerator=None, base=None, check=None, elsewhere=None):
     """(settings, given): an instance of the dataclass `cls`, and {name: value} of what was named in `argv`.
 
-    more(values), where passed, returns a second dataclass whose fields are settings too: it depends on the values of cls.
+    more(values), where passed, returns a second dataclass, by the values of the first, whose fields are settings too.
     has_accelerator(device) decides whether the files' `on_cpu` values apply; it is asked only if there are any.
     base(given), where passed, returns values that are older than all of these (of a run that is resumed, say).
     check(settings, given) may raise a UserError. elsewhere(name) may say where else an unknown setting belongs.
     Raises UserError for an unknown name, a value of the wrong type, or a file that can't be read.
     """
-    layers = read_arguments(argv)
-    older = flat_values(base(named(cls, layers))) if base else {}
-    cls = widened(cls, {**older, **named(cls, layers)}, more)
-    fields = flat_fields(cls)
-    layers = [layer._replace(value=typed(layer, fields, elsewhere)) for layer in layers]
-    plain = {layer.name: layer.value for layer in layers if not layer.on_cpu}
+    layers = list(read_arguments(argv))
+    cls, older = widened(cls, layers, more, base)
+    layers = list(typed(layers, flat_fields(cls), elsewhere))
     if any(layer.on_cpu for layer in layers):
-        check_either(cls, plain, {layer.name: layer.value for layer in layers})
-        device = plain.get("device", fields["device"].default if "device" in fields else "auto")
+        plain = [layer for layer in layers if not layer.on_cpu]
+        device = {layer.name: layer.value for layer in plain}.get("device", "auto")
         if has_accelerator is None or has_accelerator(device):
-            layers = [layer for layer in layers if not layer.on_cpu]
+            layers = plain
+        else:
+            layers.sort(key=lambda layer: (not layer.path, layer.on_cpu))  # the files' values, on_cpu, the command line
     given = {layer.name: layer.value for layer in layers}
     settings = build(cls, {**older, **given})
     if check:
@@ -107,106 +102,21 @@ class Layer(typing.NamedTuple):
 
 
 def read_arguments(argv):
-    """The layers of a command line, oldest first. Names and types are not looked at yet."""
-    layers = []
+    """Yields the layers of a command line, oldest first. Names and types are not looked at yet."""
     for arg in argv:
         if arg.startswith("-"):
             name, equals, text = arg.lstrip("-").partition("=")
-            layers.append(Layer(name, text if equals else None))
+            yield Layer(name, text if equals else None)
         else:
-            layers += read_file(arg)
-    return layers
-
-
-def named(cls, layers):
-    """{name: value} of the layers that name fields of cls, on_cpu values apart."""
-    fields = flat_fields(cls)
-    return {layer.name: typed(layer, fields) for layer in layers if not layer.on_cpu and find_field(layer.name, fields)}
-
-
-def widened(cls, values, more):
-    """`cls`, or a dataclass with the fields and the checks of cls and of more(values)."""
-    if more is None:
-        return cls
-    defaults = {name: field.default for name, field in flat_fields(cls).items()}
-    return joined(cls, more({**defaults, **values}))
-
-
-def joined(*classes):
-    """A dataclass with the fields and the checks of them all."""
-    def check(self):
-        for cls in classes:
-            getattr(cls, "__post_init__", lambda _: None)(self)
-
-    return dataclasses.make_dataclass("Settings", (), bases=classes[::-1], frozen=True,
-                                      namespace={"__post_init__": check})
-
-
-def check_either(cls, *variants):
-    """Checks that at least one of the variants is valid, before PyTorch is imported to find out which one applies."""
-    for values in variants:
-        try:
-            return build(cls, values)
-        except UserError as problem:
-            error = problem
-    raise error
-
-
-class Field(typing.NamedTuple):
-    type: object
-    default: object
-
-
-def flat_fields(cls, prefix=""):
-    """{name: Field} of a dataclass; the fields of one inside it are named outer.inner, and those of a dict outer.*"""
-    hints, fields = typing.get_type_hints(cls), {}
-    for field in dataclasses.fields(cls):
-        name, hint = prefix + field.name, hints[field.name]
-        if dataclasses.is_dataclass(hint):
-            fields |= flat_fields(hint, name + ".")
-        elif typing.get_origin(hint) is dict:
-            fields[name + ".*"] = Field(typing.get_args(hint)[1], None)
-        else:
-            fields[name] = Field(hint, field.default)
-    return fields
-
-
-def find_field(name, fields):
-    """The Field of a setting, or None."""
-    return fields.get(name) or fields.get(name.partition(".")[0] + ".*" if "." in name else None)
-
-
-def flat_values(values):
-    """{"a": 1, "b": {"c": 2}} -> {"a": 1, "b.c": 2}, as deep as it goes."""
-    flat = {}
-    for name, value in values.items():
-        inner = flat_values(value) if isinstance(value, dict) else {}
-        flat |= {f"{name}.{key}": item for key, item in inner.items()} or {name: value}
-    return flat
-
-
-def build(cls, values, prefix=""):
-    """The dataclass `cls` with these flat values; defaults for the rest. Values that it has no field for are left out."""
-    hints, arguments = typing.get_type_hints(cls), {}
-    for field in dataclasses.fields(cls):
-        name = prefix + field.name
-        if dataclasses.is_dataclass(hints[field.name]):
-            arguments[field.name] = build(hints[field.name], values, name + ".")
-        elif typing.get_origin(hints[field.name]) is dict:
-            start = name + "."
-            arguments[field.name] = {key[len(start):]: value for key, value in values.items() if key.startswith(start)}
-        elif name in values:
-            arguments[field.name] = values[name]
-    return cls(**arguments)
+            yield from read_file(arg)
 
 
 def read_file(path):
     """The assignments of one config file as layers, in order, its on_cpu values last."""
     try:
-        with open(path, encoding="utf-8") as file:
-            source = file.read()
+        source = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        if new := RENAMED.get(os.path.normpath(path).replace(os.sep, "/")):
+        if new := RENAMED.get(Path(path).as_posix()):
             raise UserError(f"{path} has a new name: {new}") from None
         raise UserError(f"can't read the config file {path!r}: {getattr(error, 'strerror', error)}"
                         " (settings are written --name=value)") from None
@@ -228,62 +138,106 @@ def read_file(path):
     return layers
 
 
-def typed(layer, fields, elsewhere=None):
-    """The value of a layer in its field's type. Raises UserError for an unknown name or another type."""
-    name, field = layer.name, find_field(layer.name, fields)
-    if field is None:
-        dashes = "" if layer.path else "--"
-        where = f"in {layer.path}" + ", on_cpu" * layer.on_cpu if layer.path else "on the command line"
-        near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
-        hint = f"did you mean {dashes}{near[0]}?" if near else "--help lists all settings"
-        if name in RENAMED:
-            hint = f"it is {dashes}{RENAMED[name]} now"
-        elif elsewhere and (place := elsewhere(name)):
-            hint = place
-        raise UserError(f"unknown setting {dashes}{name} {where}; {hint}")
+def widened(cls, layers, more=None, base=None):
+    """(`cls` joined with what `more` returns, the values that `base` returns), for `parse`."""
+    fields = flat_fields(cls)
+    named = {layer.name: layer.value for layer in typed(layers, fields, strict=False) if not layer.on_cpu}
+    older = flat_values(base(named)) if base else {}
+    if more:
+        defaults = {name: default for name, (_, default) in fields.items()}
+        cls = joined(cls, more({**defaults, **older, **named}))
+    return cls, older
+
+
+def joined(*classes):
+    """A dataclass with the fields and the checks of them all."""
+    def check(self):
+        for cls in classes:
+            getattr(cls, "__post_init__", lambda _: None)(self)
+
+    return dataclasses.make_dataclass("Settings", (), bases=classes[::-1], frozen=True,
+                                      namespace={"__post_init__": check})
+
+
+def flat_fields(cls):
+    """{name: (type, default)}; the fields of a dataclass inside it are named outer.inner, those of a dict outer.*"""
+    fields = {}
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.type):
+            fields |= {f"{field.name}.{name}": inner for name, inner in flat_fields(field.type).items()}
+        elif typing.get_origin(field.type) is dict:
+            fields[f"{field.name}.*"] = typing.get_args(field.type)[1], None
+        else:
+            fields[field.name] = field.type, field.default
+    return fields
+
+
+def flat_values(values):
+    """{"a": 1, "b": {"c": 2}} -> {"a": 1, "b.c": 2}, as deep as it goes."""
+    flat = {}
+    for name, value in values.items():
+        inner = flat_values(value) if isinstance(value, dict) else {}
+        flat |= {f"{name}.{key}": item for key, item in inner.items()} or {name: value}
+    return flat
+
+
+def build(cls, values):
+    """The dataclass `cls` with these flat values, and defaults for the rest. Values without a field are left out."""
+    arguments = {}
+    for field in dataclasses.fields(cls):
+        start = field.name + "."
+        inner = {name.removeprefix(start): value for name, value in values.items() if name.startswith(start)}
+        if dataclasses.is_dataclass(field.type):
+            arguments[field.name] = build(field.type, inner)
+        elif typing.get_origin(field.type) is dict:
+            arguments[field.name] = inner
+        elif field.name in values:
+            arguments[field.name] = values[field.name]
+    return cls(**arguments)
+
+
+def typed(layers, fields, elsewhere=None, strict=True):
+    """Yields the layers with values in the types of their fields. An unknown name is left out, or if strict an error."""
+    for layer in layers:
+        name = layer.name if layer.name in fields else re.sub(r"\..*", ".*", layer.name)
+        if name in fields:
+            yield layer._replace(value=convert(layer, fields[name][0]))
+        elif strict:
+            name, dashes, where = layer.name, "--", "on the command line"
+            if layer.path:
+                dashes, where = "", f"in {layer.path}" + ", on_cpu" * layer.on_cpu
+            near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
+            hint = f"did you mean {dashes}{near[0]}?" if near else "--help lists all settings"
+            if name in RENAMED:
+                hint = f"it is {dashes}{RENAMED[name]} now"
+            elif elsewhere:
+                hint = elsewhere(name) or hint
+            raise UserError(f"unknown setting {dashes}{name} {where}; {hint}")
+
+
+def convert(layer, kind):
+    """A value from a file as it is, if it has the declared type or is an int for a float; text read as that type."""
+    name, value = layer.name, layer.value
+    choices = typing.get_args(kind) or ((True, False) if kind is bool else ())
+    what = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}.get(kind)
+    what = what or "one of " + ", ".join(map(str, choices))
     if layer.path:
-        return check_value(name, layer.value, field.type, layer.path)
-    return parse_text(name, layer.value, field.type)
-
-
-def check_value(name, value, hint, where):
-    """A value from a config file: it must already have the declared type, save that an int may serve as a float."""
-    if typing.get_origin(hint) is typing.Literal:
-        if any(value == choice and type(value) is type(choice) for choice in typing.get_args(hint)):
+        if type(value) is kind or any(value == choice and type(value) is type(choice) for choice in choices):
             return value
-    elif hint is float and type(value) is int:
-        return float(value)
-    elif type(value) is hint:
-        return value
-    raise UserError(f"{name} = {value!r} in {where}: {name} must be {describe(hint)}")
-
-
-def parse_text(name, text, hint):
-    """A value from the command line, read as the declared type; text None: a bare --flag."""
-    choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else None
-    if text is None:
-        if hint is bool or any(choice is True for choice in choices or ()):
+        if kind is float and type(value) is int:
+            return float(value)
+        raise UserError(f"{name} = {value!r} in {layer.path}: {name} must be {what}")
+    if value is None:
+        if True in choices:
             return True
-        raise UserError(f"--{name} needs a value: write --{name}=VALUE, where VALUE is {describe(hint)}")
-    if hint is str:
-        return text
-    low = text.strip().lower()
-    if choices:
-        for choice in choices:
-            if low == str(choice).lower() or (type(choice) is bool and low in (TRUE if choice else FALSE)):
-                return choice
-    elif hint is bool and low in TRUE + FALSE:
-        return low in TRUE
-    elif hint in (int, float):
+        raise UserError(f"--{name} needs a value: write --{name}=VALUE, where VALUE is {what}")
+    for choice in choices:
+        if value.strip().lower() in WORDS.get(choice, (str(choice).lower(),)):
+            return choice
+    if not choices:
         with contextlib.suppress(ValueError):
-            return hint(text)
-    raise UserError(f"--{name}={text}: {name} must be {describe(hint)}")
-
-
-def describe(hint):
-    if typing.get_origin(hint) is typing.Literal:
-        return "one of " + ", ".join(str(choice) for choice in typing.get_args(hint))
-    return {int: "a whole number", float: "a number", bool: "True or False", str: "text"}[hint]
+            return kind(value)
+    raise UserError(f"--{name}={value}: {name} must be {what}")
 
 
 def check_ranges(settings, **least):
@@ -328,45 +282,31 @@ def check_idle(settings, why, *names):
             raise UserError(f"{name} = {value!r}: {why}; leave it out, or write {name} = {default!r}")
 
 
-def comments(cls):
-    """[(field or None, text)] in source order: each field's trailing comment; None marks a heading."""
-    rows = []
-    for part in [base for base in cls.__mro__[::-1] if dataclasses.is_dataclass(base)]:
-        try:
-            lines = inspect.getsource(part).splitlines()
-        except (OSError, TypeError):  # a class that `joined` has made
-            continue
-        for line in lines:
-            if match := re.match(r"    (\w+): .*?(?:  # (.*))?$", line):
-                rows.append((match[1], match[2] or ""))
-            elif match := re.match(r"    # (.*)", line):
-                rows.append((None, match[1]))
-            elif line.startswith("    def ") or line.startswith("    @"):
-                break
-    return rows
-
-
 def help_text(cls, doc):
     """The script's docstring and every setting with its default and its comment in the source."""
-    lines = [doc.strip(), "", "settings (--name=value; config files are Python assignments of the same names):"]
-    return "\n".join([*lines, *help_lines(cls)])
+    title = "settings (--name=value; config files are Python assignments of the same names):"
+    return "\n".join([doc.strip(), "", title, *help_lines(cls)])
 
 
 def help_lines(cls, prefix=""):
-    fields, hints = {field.name: field for field in dataclasses.fields(cls)}, typing.get_type_hints(cls)
-    for name, text in comments(cls):
-        if name is None:
-            yield f"\n  {text}"
-        elif dataclasses.is_dataclass(hints.get(name)):
-            yield from (f"\n  {text}", *help_lines(hints[name], f"{prefix}{name}."))
-        elif typing.get_origin(hints.get(name)) is dict:
-            yield f"  {f'--{prefix}{name}.NAME=VALUE':40} {text}"
-        elif name in fields:
-            yield f"  {f'--{prefix}{name}={fields[name].default}':40} {text}"
+    """Yields the headings in the source of a dataclass, and its fields."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for part in reversed(cls.__mro__):
+        source = inspect.getsource(part) if inspect.get_annotations(part) else ""  # what `joined` has made has none
+        body = re.split(r"\n    (?:def|@)", source)[0]
+        for name, text, heading in re.findall(r"^    (?:(\w+): .*?(?:  # (.*))?|# (.*))$", body, re.MULTILINE):
+            field = fields.get(name)
+            if heading:
+                yield f"\n  {heading}"
+            elif field and dataclasses.is_dataclass(field.type):
+                yield f"\n  {text}"
+                yield from help_lines(field.type, f"{prefix}{name}.")
+            elif field:
+                value = ".NAME=VALUE" if typing.get_origin(field.type) is dict else f"={field.default}"
+                yield f"  {f'--{prefix}{name}{value}':40} {text}"
 
 
 def differences(settings):
     """What differs from the defaults: {name: value}, in the order of the fields."""
     fields, values = flat_fields(type(settings)), flat_values(dataclasses.asdict(settings))
-    return {name: value for name, value in values.items()
-            if value != {} and (field := find_field(name, fields)) and value != field.default}
+    return {name: value for name, value in values.items() if value not in ({}, fields.get(name, (None, None))[1])}

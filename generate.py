@@ -1,12 +1,13 @@
 """The one loop that writes: the next token of every row, again and again; and how to choose it.
 
-    pick = functools.partial(pick_tokens, temperature=0.8, generator=torch.Generator().manual_seed(1))
-    for tokens in generate(model, prompt, 100, pick):      prompt: (B, T), tokens: (B,)
+    for tokens in generate(model, prompt, 100, picker(settings, device)):      prompt: (B, T), tokens: (B,)
 
 `generate` alone puts fast steps on a model (machine/decode.py), and takes them off at its end.
 
 Axes: B batch, T tokens of the prompt, C channels, V vocabulary.
 """
+
+import functools
 
 import torch
 
@@ -30,6 +31,12 @@ def pick_tokens(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     # With e ~ Exp(1), argmax(p / e) is a draw from p: no normalising, no waiting for the device.
     choice = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1, keepdim=True)  # (B, 1)
     return (choice if order is None else order.gather(-1, choice)).squeeze(-1)
+
+
+def picker(settings, device):
+    """`pick_tokens` as the settings for sampling have it, with the generator that their seed gives."""
+    return functools.partial(pick_tokens, temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p,
+                             generator=torch.Generator(device).manual_seed(settings.seed))
 
 
 @torch.inference_mode()

@@ -51,7 +51,7 @@ def add_lora(model, rank, generator=None, alpha=0):
     part = getattr(model, "decoder", model)
     part.requires_grad_(False)
     if not replace(part, nn.Linear, lambda linear: LoRALinear(linear, rank, alpha or 2 * rank, generator)):
-        raise UserError(f"lora_rank = {rank}: a {type(model).__name__} has no linear layer to add it to")
+        raise UserError(f"lora_rank = {rank}: the model {type(model).__name__} has no linear layer for it")
 
 
 def merge_lora(model):

@@ -58,8 +58,8 @@ class GPTConfig(TransformerConfig):
         if self.positions == "rotary" and head_dim % 2:
             raise UserError(f"head_dim = {head_dim}: rotary positions turn pairs, so it must be even")
         if self.bigrams and self.vocab_size > 512:
-            raise UserError(f"bigrams = True: a vocabulary of {self.vocab_size:,} has {self.vocab_size**2:,} pairs, and"
-                            f" from more than 512 tokens on they are too many")
+            raise UserError(f"bigrams = True: a vocabulary of {self.vocab_size:,} has {self.vocab_size**2:,} pairs;"
+                            " of more than 512 tokens they are too many")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -234,9 +234,8 @@ class Caches(list):
 
     def __init__(self, layers):
         super().__init__(layers)
-        k = layers[0].k
-        self.size = k.size(2)
-        self.last = torch.zeros(len(k), 1, dtype=torch.long, device=k.device)
+        rows, _, self.size, _ = layers[0].k.shape
+        self.last = torch.zeros(rows, 1, dtype=torch.long, device=layers[0].k.device)
 
     def reorder(self, rows):
         """Row i goes on from what row rows[i] holds, as beam search needs it. rows: (B,)."""

@@ -51,6 +51,8 @@ def own_settings(values):
 
 def check(settings, given):
     """Raises UserError for a file that isn't there."""
+    if getattr(settings, "image", None) == "":
+        raise UserError("the model is asked about an image: add --image=FILE")
     for path in filter(None, getattr(settings, "image", "").split(",")):
         if not Path(path).is_file():
             raise UserError(f"image = {path}: there is no such file")

@@ -4,7 +4,7 @@
 """
 
 import json
-import os
+from pathlib import Path
 
 import numpy as np
 
@@ -22,8 +22,8 @@ class Tokenizer:
 
     def save(self, path):
         """Writes the file in place: a caller whose readers must never find half of it renames it afterwards."""
-        with open(path, "w", encoding="utf-8", newline="\n") as file:
-            file.write(json.dumps({"kind": self.kind, **self.fields}, ensure_ascii=False, indent=1) + "\n")
+        saved = json.dumps({"kind": self.kind, **self.fields}, ensure_ascii=False, indent=1)
+        Path(path).write_text(saved + "\n", encoding="utf-8", newline="\n")
 
 
 class CharTokenizer(Tokenizer):
@@ -35,14 +35,12 @@ class CharTokenizer(Tokenizer):
         self.characters = "".join(characters)
         self.fields = {"characters": self.characters}
         self.vocab_size = len(self.characters)
-        points = code_points(self.characters)
-        self.table = np.full(int(points.max(initial=0)) + 1, -1, dtype=np.int32)
-        self.table[points] = np.arange(self.vocab_size)
+        self.ids = np.full(0x110000, -1, dtype=np.int32)  # by code point
+        self.ids[code_points(self.characters)] = np.arange(self.vocab_size)
 
     def encode(self, text):
         """Raises UserError that names the first character outside the vocabulary."""
-        points = code_points(text)
-        ids = np.where(points < len(self.table), self.table[np.minimum(points, len(self.table) - 1)], -1)
+        ids = self.ids[code_points(text)]
         if (ids < 0).any():
             at = int((ids < 0).argmax())
             raise UserError(f"the character {text[at]!r} (U+{ord(text[at]):04X}), number {at + 1} of the text, is not"
@@ -75,10 +73,7 @@ class GPT2Tokenizer(Tokenizer):
     kind, vocab_size = "gpt2", 50257
 
     def __init__(self):
-        try:
-            import tiktoken
-        except ImportError:
-            raise UserError("the gpt2 tokenizer needs tiktoken: pip install tiktoken") from None
+        import tiktoken
         try:
             self.bpe = tiktoken.get_encoding("gpt2")
         except OSError as error:  # requests' errors are OSErrors
@@ -115,10 +110,9 @@ class BPETokenizer(Tokenizer):
         """
         import tokenizers
         from tokenizers import decoders, models, pre_tokenizers, trainers
-        if vocab_size < 256 + len(special):
-            count = "an end of text" if len(special) == 1 else f"{len(special):,} special tokens"
-            raise UserError(f"tokenizer = bpe:{vocab_size}: 256 bytes and {count} need at least"
-                            f" bpe:{256 + len(special)}")
+        least = 256 + len(special)
+        if vocab_size < least:
+            raise UserError(f"tokenizer = bpe:{vocab_size}: 256 bytes and the special tokens need at least bpe:{least}")
         bpe = tokenizers.Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = decoders.ByteLevel()
@@ -137,8 +131,7 @@ class BPETokenizer(Tokenizer):
         return self.bpe.decode(list(map(int, ids)), skip_special_tokens=False)
 
     def save(self, path):
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(self.bpe.to_str())
+        self.bpe.save(str(path), pretty=False)
 
 
 def build(name, texts, train_texts):
@@ -162,15 +155,12 @@ def build(name, texts, train_texts):
 def load(path):
     """The tokenizer saved at `path`, ours or a published `tokenizer.json`. Raises UserError if it is neither."""
     try:
-        with open(path, encoding="utf-8") as file:
-            saved = json.load(file)
+        saved = json.loads(Path(path).read_text(encoding="utf-8"))
         if "model" in saved:
             import tokenizers
-            return BPETokenizer(tokenizers.Tokenizer.from_file(os.fspath(path)))
+            return BPETokenizer(tokenizers.Tokenizer.from_file(str(path)))
         kinds = {"char": CharTokenizer, "byte": ByteTokenizer, "gpt2": GPT2Tokenizer}
-        kind = kinds[saved["kind"]]
-        del saved["kind"]
-        return kind(**saved)
+        return kinds[saved.pop("kind")](**saved)
     except FileNotFoundError:
         raise UserError(f"there is no tokenizer at {path}") from None
     except (KeyError, TypeError, json.JSONDecodeError) as error:
@@ -198,10 +188,9 @@ class Transcript:
         piece = self.pending()
         if piece.endswith("\ufffd") and len(self.ids) - self.start < 4:  # bytes of a character that is not complete
             return
-        searched = max(0, len(self.done) - len(self.stop))
         self.done, self.before, self.start = self.done + piece, self.start, len(self.ids)
-        if self.stop and (at := self.done.find(self.stop, searched)) >= 0:
-            self.done, self.ended = self.done[:at], True
+        if self.stop and self.stop in self.done:
+            self.done, self.ended = self.done.partition(self.stop)[0], True
 
     def pending(self):
         """The text of ids[start:], decoded together with what comes before: some decoders strip a leading space."""

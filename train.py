@@ -125,7 +125,7 @@ from model import all_blocks
 from optimizer import clip, make_optimizers, set_rates
 from run import checkpoint, resume
 from run.guards import Guard, require_finite
-from run.log import Log, record_end, record_start, say_where, set_aside
+from run.log import Log, say_where, set_aside
 from sources.known import ensure, locate
 from tasks.task import kind_of, load, start
 
@@ -191,14 +191,15 @@ def train(settings, given, world):
     optimizers = make_optimizers(model, s)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if folder:
-        resume.restore(optimizers, scaler, state, folder)
+        for name, optimizer in optimizers.items():
+            checkpoint.load_optimizer(optimizer, state[name], folder)
+        scaler.load_state_dict(state["scaler"])
     if world.is_main:
         print("settings: " + (", ".join(f"{k}={v!r}" for k, v in differences(settings).items()) or "the defaults"))
         print(f"device: {device} x {world.size}; dtype: {s.dtype} ({why_dtype}); compile: {compiled} ({why_compiled})\n"
               + task.summary(model), flush=True)
         if not folder:
             set_aside(out_dir)
-        record_start(out_dir, s, world, step=step, dtype=s.dtype, compile=compiled)
     log = Log(out_dir, s, step, *task.cost(model), peak_flops(device, dtype), world)
 
     # The loop: rate, update, look, evaluate, log, save.
@@ -228,7 +229,7 @@ def train(settings, given, world):
                 if logging:
                     log.restart(step)
                 writer.raise_pending()
-    log.close()
+    log.close(step, status)
     return task, model, step, status
 
 
@@ -256,9 +257,10 @@ def piece_size(task, world):
     """
     s = task.settings
     if task.whole:
-        if s.batch_size % world.size:
-            raise UserError(f"batch_size = {s.batch_size}: --task={s.task} scores each row against all others, so it needs"
-                            f" as many rows for each of the {world.size} workers: choose a multiple of {world.size}")
+        if s.micro_batch_size or s.batch_size % world.size:
+            raise UserError(f"batch_size = {s.batch_size}, micro_batch_size = {s.micro_batch_size}: --task={s.task}"
+                            " scores each row against all others, so every worker takes one piece: leave out"
+                            f" --micro_batch_size, and choose a --batch_size that {world.size} divides")
         return 0
     size = s.micro_batch_size or -(-s.batch_size // world.size)
     n_pieces = -(-s.batch_size // size)
@@ -285,7 +287,6 @@ def main(settings, given):
     began = time.perf_counter()
     task, model, step, stopped = train(replace(settings, dataset=name), given, world)
     if world.is_main:
-        record_end(settings.out_dir, step, stopped)
         if settings.shard and world.size > 1:
             model = load(checkpoint.find(settings.out_dir, "last"), world.device)[1]
         say_where(task, model.eval(), step, stopped, time.perf_counter() - began)

@@ -62,6 +62,7 @@ class PaliGemmaConfig:
 
     def __post_init__(self):
         set_parts(self, vision=ViTConfig, text=GemmaConfig)
+        assert self.text.positions == "rotary" and not self.text.bigrams, "a PaliGemma has rotary positions alone"
 
     @property
     def block_size(self):
@@ -157,7 +158,7 @@ class PaliGemma(nn.Module):
         caches: those of `make_caches`. start: how many tokens of the text they hold, after the image, which is read at
         start 0 only; or the places of these tokens in the text as a tensor (T,).
         prefix: (B,), how many of the row's tokens see each other in both directions, padding included; the tokens
-        after them see only backwards. None: all of these tokens.
+        after them see only backwards. None: all of these tokens, or with a tensor as start none.
         padding: (B,), how many tokens at the left of each row's text stand for nothing; None: no row has any.
         """
         N, x, mask = self.config.vision.n_patches, self.decoder.embed(tokens), None
@@ -173,6 +174,7 @@ class PaliGemma(nn.Module):
             mask = causal_mask(slots, keys)
         if prefix is not None:
             mask = causal_mask(slots, keys, N + prefix[:, None, None, None])  # (B, 1, N + T, S)
+        assert len(keys) <= self.config.block_size
         positions = slots + 1  # as in training; in 16 bits the rounding of a rotation depends on where counting starts
         if padding is not None:
             padding = padding[:, None, None]  # (B, 1, 1)

@@ -14,7 +14,7 @@ The larger ones are in config/gpt2/, each with only the lines that differ from t
 """
 
 dataset = "fineweb"
-out_dir = "out/gpt2_124m"
+out_dir = "out/gpt2"
 
 n_layer = 12
 n_head = 12

@@ -89,7 +89,7 @@ def say(line):
 
 
 def untouched(trunk):
-    """Whether all modules are of known classes, in blocks that are alike, and nobody has put a hook or a method on one."""
+    """Whether all modules are of known classes, in blocks that are alike, without a hook or a method of their own."""
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks or trunk.blocks[0].cross_attn:
         return False
     for module in trunk.modules():

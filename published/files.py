@@ -2,9 +2,9 @@
 
     python sample.py --init_from=gpt2 --prompt="Once upon"
 
-A published folder holds config.json, tokenizer.json and model.safetensors, or shards and their index. The module of a
-family of models has MODEL, our class, and to_config, load_tokenizer, first_name (of a tensor: in the layout that was
-published first, or None if it is unused) and source (of our parameter, in that layout).
+A published folder holds config.json, tokenizer.json, and model.safetensors or its shards. The module of a family of
+models has MODEL, our class, and to_config, load_tokenizer, source (of our parameter) and first_name (of a published
+tensor: its name in the layout that was published first, or None if it is unused).
 """
 
 import importlib
@@ -16,19 +16,18 @@ import torch
 from safetensors import safe_open
 
 from configurator import UserError
-from run.checkpoint import read_config, read_json, unfilled
+from run.checkpoint import fill, read_config, unfilled
 
 FAMILIES = {"gpt2": "published.gpt2", "paligemma": "published.paligemma"}  # by the model_type in config.json
 GPT2 = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
-MAPPED_BYTES = 2**25  # most of a file that is in memory at a time while its tensors are copied
 
 
 class Source(NamedTuple):
-    """Where the values of our parameter are: rows first, first + 1, ... of a tensor."""
-    name: str
+    """Where the values of our parameter are."""
+    name: str  # of the published tensor, in the layout that was published first
+    turned: bool = False  # True if it is stored as (in, out)
+    rows: int = 0  # of the tensor, of which ours are first, first + 1, ...; 0: as many as ours
     first: int = 0
-    rows: int = 0  # of the whole tensor; 0: as many as ours
-    turned: bool = False  # True if the tensor is stored as (in, out)
 
 
 def load(name, device="cpu", dtype=torch.float32, block_size=0, dropout=0.0):
@@ -44,14 +43,17 @@ def load(name, device="cpu", dtype=torch.float32, block_size=0, dropout=0.0):
         raise UserError(f"{name}: model_type = {kind!r}, but only {' and '.join(FAMILIES)} can be loaded")
     family = importlib.import_module(FAMILIES[kind])
     config = family.to_config(theirs, name, block_size, dropout)
-    tokenizer = family.load_tokenizer(folder, name)
+    tokenizer = family.load_tokenizer(folder)
     vocab_size = getattr(config, "text", config).vocab_size
     if tokenizer.vocab_size > vocab_size:
         raise UserError(f"the tokenizer of {name} has {tokenizer.vocab_size} tokens, the model only {vocab_size}")
     model = unfilled(family.MODEL, config, device, dtype)
-    sources = {ours: family.source(ours, theirs) for ours in model.state_dict()}
-    copy_weights(model, sources, weight_files(folder), family.first_name, name)
-    return model.eval(), {"tokenizer": tokenizer}
+    try:
+        state = read_weights(folder, model, family, theirs)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"the weights in {folder} can't be read: {error}") from None
+    fill(model, state, name)
+    return model, {"tokenizer": tokenizer}
 
 
 def locate(name):
@@ -70,56 +72,23 @@ def locate(name):
                         " with a copy on disk use --init_from=FOLDER") from None
 
 
-def weight_files(folder):
-    """The model's files: one, or the shards that its index names."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return [folder / "model.safetensors"]
-    return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+def read_weights(folder, model, family, theirs):
+    """{name: tensor} of the model's parameters that are in the folder, and of what is there besides.
 
-
-def copy_weights(model, sources, paths, first_name, name):
-    """Fills the model from published files, tensor by tensor, in the precision and on the device that it has.
-
-    sources: {parameter of the model: its Source}. Raises UserError that names every tensor that is missing, unexpected
-    or of another shape, under its published name.
+    The tensors are not in memory: their files are mapped into it.
     """
-    wanted, unexpected, reshaped = {}, [], []  # wanted: {published name: [(Source, parameter)]}
-    for ours, parameter in model.state_dict().items():
-        wanted.setdefault(sources[ours].name, []).append((sources[ours], parameter))
-    missing = set(wanted)
-    for path in paths:
-        try:
-            with safe_open(path, "pt") as file:
-                shapes = {theirs: file.get_slice(theirs).get_shape() for theirs in file.keys()}
-            for theirs, shape in shapes.items():
-                first = first_name(theirs)
-                missing.discard(first)
-                if first and first not in wanted:
-                    unexpected.append(theirs)
-                for source, parameter in wanted.get(first, ()):
-                    expected = [source.rows or len(parameter), *parameter.shape[1:]]
-                    expected = expected[::-1] if source.turned else expected
-                    if shape == expected:
-                        copy_tensor(path, theirs, source, parameter)
-                    else:
-                        reshaped.append(f"{theirs} {shape} instead of {expected}")
-        except (safetensors.SafetensorError, OSError) as error:
-            raise UserError(f"{path} can't be read: {error}") from None
-    if missing or unexpected or reshaped:
-        raise UserError(f"the weights of {name} do not fit: missing {sorted(missing)}, unexpected"
-                        f" {sorted(unexpected)}, of another shape {sorted(reshaped)}")
-
-
-def copy_tensor(path, name, source, target):
-    """Copies a tensor of a file in pieces of rows. Each is mapped into memory anew: what was read does not pile up."""
-    rows = max(1, MAPPED_BYTES // target[0].nbytes)
-    for start in range(0, len(target), rows):
-        piece = target[start:start + rows]
-        first = source.first + start
+    stored = {}  # {name in the first layout: (name in the file, tensor)}
+    for path in sorted(folder.glob("model*.safetensors")) or [folder / "model.safetensors"]:
         with safe_open(path, "pt") as file:
-            stored = file.get_slice(name)
-            if source.turned:
-                piece.copy_(stored[:, first:first + len(piece)].T)
-            else:
-                piece.copy_(stored[first:first + len(piece)])
+            stored |= {family.first_name(key): (key, file.get_tensor(key)) for key in file.keys()}
+    stored.pop(None, None)
+    parameters = model.state_dict()
+    sources = {ours: family.source(ours, theirs) for ours in parameters}
+    wanted = {source.name for source in sources.values()}
+    state = {key: tensor for first, (key, tensor) in stored.items() if first not in wanted}
+    for ours, (name, turned, rows, first) in sources.items():
+        if name in stored:
+            _, tensor = stored[name]
+            tensor = tensor.T if turned else tensor
+            state[ours] = tensor[first:first + len(parameters[ours])] if len(tensor) == rows else tensor
+    return state

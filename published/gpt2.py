@@ -6,7 +6,7 @@ GPT-2's linear layers are stored (in, out), and its queries, keys and values are
 import tokenizer as tokenizers
 from configurator import UserError
 from model import GPT, GPTConfig
-from published.files import GPT2, Source
+from published.files import Source
 
 MODEL = GPT
 
@@ -31,9 +31,7 @@ def to_config(theirs, name, block_size, dropout):
         bias=True, dropout=dropout)
 
 
-def load_tokenizer(folder, name):
-    if name in GPT2 and not (folder / "tokenizer.json").exists():
-        return tokenizers.GPT2Tokenizer()
+def load_tokenizer(folder):
     return tokenizers.load(folder / "tokenizer.json")
 
 
@@ -52,5 +50,5 @@ def source(ours, theirs):
     width = theirs["n_embd"]
     for i, part in enumerate(("q_proj", "k_proj", "v_proj")):
         if part in name:
-            return Source(name.replace(part, "c_attn"), i * width, 3 * width, turned)
-    return Source(name, rows=theirs["n_positions"] if name == "wpe.weight" else 0, turned=turned)
+            return Source(name.replace(part, "c_attn"), turned, 3 * width, i * width)
+    return Source(name, turned, theirs["n_positions"] if name == "wpe.weight" else 0)

@@ -64,16 +64,15 @@ def to_config(theirs, name, block_size=0, dropout=0.0):
     for key, (value, only) in expected.items():
         if value != only:
             raise UserError(f"{name}: {key} = {value!r}, but only {only!r} can be loaded")
-    sizes = {section: {ours: (theirs.get(section) or {}).get(key, default) for ours, (key, default) in table.items()}
-             for section, table in SIZES.items()}
-    config = PaliGemmaConfig(ViTConfig(**sizes["vision_config"]),
-                             GemmaConfig(**sizes["text_config"], rope_theta=rope["rope_theta"]), dropout)
+    sizes = [{ours: published.get(key, default) for ours, (key, default) in table.items()}
+             for published, table in zip((vision, text), SIZES.values())]
+    config = PaliGemmaConfig(ViTConfig(**sizes[0]), GemmaConfig(**sizes[1], rope_theta=rope["rope_theta"]), dropout)
     if block_size not in (0, config.text.block_size):
         raise UserError(f"block_size = {block_size}: {name} has {config.text.block_size}")
     return config
 
 
-def load_tokenizer(folder, name):
+def load_tokenizer(folder):
     """The folder's tokenizer; <image>, <loc0000>.. and <seg000>.. are added to one that lacks them."""
     bpe = tokenizers.load(folder / "tokenizer.json").bpe
     bpe.add_special_tokens(["<image>"])
@@ -121,11 +120,9 @@ def save(model, tokenizer, folder, shard_size=5 * 10**9):
     special = {name: token for name, token in special.items() if tokenizer.bpe.token_to_id(token) is not None}
     write_json(folder / "tokenizer_config.json",
                {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left", **special})
-    write_json(folder / "preprocessor_config.json", {
-        "processor_class": "PaliGemmaProcessor", "image_processor_type": "SiglipImageProcessor",
-        "image_seq_length": vision.n_patches, "size": {"height": vision.image_size, "width": vision.image_size},
-        "resample": 3, "do_convert_rgb": True, "do_resize": True, "do_rescale": True, "do_normalize": True,
-        "rescale_factor": 1 / 255, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]})
+    write_json(folder / "preprocessor_config.json", {  # the rest is SiglipImageProcessor's default
+        "processor_class": "PaliGemmaProcessor", "image_processor_type": "SiglipImageProcessor", "do_convert_rgb": True,
+        "image_seq_length": vision.n_patches, "size": {"height": vision.image_size, "width": vision.image_size}})
     write_json(folder / "config.json", from_config(model, tokenizer))
 
 

@@ -4,49 +4,43 @@
         writer.save(["best", "last"], model, {"tokenizer": tokenizer}, config, trainer)
     saved = load(find_any(out_dir))
 
-A checkpoint is a folder with all that sampling needs:
+A run's folder holds two checkpoints, `last` and `best` by validation. Each is a folder with all that sampling needs:
 
-    model.safetensors    the weights, float32
+    model.safetensors    the weights; a sharded run has the folders `model` and `optimizer` instead (run/shards.py)
     tokenizer.json       text to ids and back; a model with several tokenizers has more files, tokenizer_NAME.json
     config.json          the model's shape, the run's settings, step and losses, where the data came from
     trainer.pt           what resuming needs besides (only in `last`); loads without running code
     SHA256SUMS           the checksums of these files, as `sha256sum -c SHA256SUMS` reads them
 
-The `last` of a sharded run has the folders `model` and `optimizer` instead (run/shards.py). If such a run is on several
-machines, they must share out_dir.
-
-An out directory holds two checkpoints: `last`, and `best` by validation. A save writes `last.new`, config.json at the
-end, then renames `last` to `last.old` and `last.new` to `last`. So `find` finds a complete checkpoint at any instant,
-and if the files of `last` are damaged, it finds the one before.
+A save writes `last.new`, config.json at the end, then renames `last` to `last.old` and `last.new` to `last`. So a
+complete checkpoint is found at any instant.
 """
 
 import functools
 import hashlib
-import json
 import os
 import platform
 import re
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import numpy
 import safetensors
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_with_path
+from torch.utils._pytree import tree_map_only
 
 import tokenizer as tokenizers
 from configurator import UserError
 from machine.device import synchronize
 from run import shards
-from run.files import sync_folder, to_json, write_text
-from run.shards import is_sharded
+from run.files import read_json, rename, to_json, write_text
 
 
 def versions():
@@ -57,17 +51,17 @@ def versions():
 # ----------------------------------------------------------------------------------------------------------------------
 # Saving
 
-class Writer:
+class Writer(AbstractContextManager):
     """Saves a run's checkpoints, in the background if wanted: the caller then waits for a copy in host memory only.
 
     A save waits for the one before. If a write fails, its UserError comes up in the next call or at the end of the
     `with` block, which waits for the last write. A UserError that leaves the block says which checkpoint is kept.
-    sharded: the model is, and all ranks save together; they write `last` in shards, and the main rank `best` whole.
+    sharded: the model is, and all ranks save together.
     """
 
     def __init__(self, out_dir, background, sharded=False):
-        self.out_dir, self.job, self.buffers = out_dir, None, {}
-        self.pool = ThreadPoolExecutor(1) if background else None
+        self.out_dir, self.background, self.job = out_dir, background, None
+        self.pool = ThreadPoolExecutor(1)
         self.group = dist.new_group(backend="gloo") if sharded else None  # the loop's messages go through another
 
     def save(self, names, model, tokenizers, config, trainer):
@@ -79,21 +73,18 @@ class Writer:
         assert all(name.startswith("tokenizer") for name in tokenizers)
         self.wait()
         state = model.state_dict()
-        whole = shards.gathered(state) if self.group and "best" in names else None
-        if self.pool:
-            state, trainer = host_copy((state, trainer), next(model.parameters()).device, self.buffers)
+        if self.background:  # copies into pinned memory, which PyTorch keeps for the next save, while the host goes on
+            state, trainer = tree_map_only(
+                torch.Tensor, lambda value: value.detach().to("cpu", non_blocking=True, copy=True), (state, trainer))
+            synchronize(next(model.parameters()).device)
 
         def work():
             for name in names:
-                if name == "last":
-                    write(self.out_dir, name, state, tokenizers, config, trainer, self.group)
-                elif not self.group or whole:  # only the main rank has the whole of a sharded model
-                    write(self.out_dir, name, whole or state, tokenizers, config, None)
+                write(self.out_dir, name, state, tokenizers, config, trainer if name == "last" else None, self.group)
 
-        if self.pool:
-            self.job = self.pool.submit(work)
-        else:
-            work()
+        self.job = self.pool.submit(work)
+        if not self.background:
+            self.wait()
 
     def raise_pending(self):
         """Raises the error of a finished write."""
@@ -105,17 +96,13 @@ class Writer:
         if job:
             job.result()
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, kind, error, traceback):
         try:
             self.wait()
         except UserError as late:
             error = error or late
         finally:
-            if self.pool:
-                self.pool.shutdown()
+            self.pool.shutdown()
         if isinstance(error, UserError):
             raise UserError(f"{error}; {kept(self.out_dir)}") from error
 
@@ -131,30 +118,26 @@ def write(out_dir, name, state, tokenizers, config, trainer, group=None):
     is_main = group is None or dist.get_rank() == 0
     try:
         if is_main:
-            settle(out_dir, name)
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir(parents=True)
         if group:
-            trainer, moments = shards.without_moments(trainer)
-            shards.write(new / "model", state, group)
-            shards.write(new / "optimizer", moments, group)
+            trainer = shards.write(new, state, trainer, group)
         else:
             state = {key: value.detach().contiguous().cpu() for key, value in state.items()}
             save_file(state, new / "model.safetensors", metadata={"format": "pt"})
-        if not is_main:
-            return
-        for key, tokenizer in tokenizers.items():
-            tokenizer.save(new / f"{key}.json")
-        if trainer is not None:
-            with open(new / "trainer.pt", "wb") as file:
-                torch.save(trainer, file)
-        seal(new, config)
-        if final.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(final, old)
-        settle(out_dir, name)
-        if trainer is None:
-            shutil.rmtree(old, ignore_errors=True)
+        if is_main:
+            for key, tokenizer in tokenizers.items():
+                tokenizer.save(new / f"{key}.json")
+            if trainer is not None:
+                with open(new / "trainer.pt", "wb") as file:
+                    torch.save(trainer, file)
+            seal(new, config)
+            if final.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                rename(final, old)
+            rename(new, final)
+            if trainer is None:
+                shutil.rmtree(old, ignore_errors=True)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         if is_main:
             shutil.rmtree(new, ignore_errors=True)  # a full disk needs the room
@@ -170,61 +153,58 @@ def seal(folder, config):
             os.fsync(file.fileno())
     sums["config.json"] = hashlib.sha256(text.encode()).hexdigest()  # the last line: it shows that none is missing
     write_text(folder / "SHA256SUMS", "".join(f"{value}  {name}\n" for name, value in sums.items()))
-    sync_folder(folder)
     write_text(folder / "config.json", text)
-    sync_folder(folder)
-
-
-def settle(out_dir, name):
-    """Renames a complete name.new to `name` if that is free: the end of every save, also of one that was killed."""
-    final, new = Path(out_dir) / name, Path(out_dir) / f"{name}.new"
-    if (new / "config.json").is_file() and not final.exists():
-        os.rename(new, final)
-        sync_folder(final.parent)
 
 
 def reason(error):
-    """Why a write failed, in the system's words if they can be found: torch and safetensors bury them."""
-    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    while error is not None:
-        if isinstance(error, OSError) and error.strerror:
-            return error.strerror + (f": {error.filename}" if error.filename else "")
-        if match := re.search(r"os error (\d+)", str(error)):
-            return os.strerror(int(match[1]))
+    """Why a write failed, in the system's words if there are any: torch and safetensors bury them."""
+    said = re.sub(r".*: (.*) \(os error \d+\)", r"\1", str(error).partition("\n")[0])
+    while error and not isinstance(error, OSError):
         error = error.__context__
-    return first
-
-
-def host_copy(tree, device, buffers):
-    """A copy, in host memory, of all tensors in a nest of dicts, lists and tuples.
-
-    buffers: holds the copies, an empty dict at first. Reusing memory takes a third of the time of allocating it.
-    """
-    def copy(path, value):
-        if not isinstance(value, torch.Tensor):
-            return value
-        source = value.detach()
-        if path not in buffers and is_sharded(source):
-            buffers[path] = source.to("cpu", copy=True)
-        elif path not in buffers:  # copies into pinned memory run while the host goes on
-            buffers[path] = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.device.type == "cuda")
-        if is_sharded(source):
-            buffers[path].to_local().copy_(source.to_local())
-        else:
-            buffers[path].copy_(source, non_blocking=True)
-        return buffers[path]
-
-    result = tree_map_with_path(copy, tree)
-    synchronize(device)
-    return result
+    return getattr(error, "strerror", None) or said
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Finding
 
+def is_checkpoint(path):
+    return (path / "SHA256SUMS").is_file() and any((path / name).exists() for name in ("model.safetensors", "model"))
+
+
 def is_run(path):
     """True for the folder of a run that has saved, and for a checkpoint's own folder, whatever its name."""
-    return bool(candidates(path, ("best", "last")))
+    return is_checkpoint(Path(path)) or bool(candidates(path, "best", "last"))
+
+
+def candidates(out_dir, *names):
+    """The checkpoints of these names, the one to prefer first. A save that is killed may leave three of a name.
+
+    A folder without config.json is an unfinished save and not listed, unless it has the final name: then it is damaged.
+    """
+    folders = [Path(out_dir) / (name + suffix) for name in names for suffix in ("", ".new", ".old")]
+    return [folder for folder in folders
+            if (folder / "config.json").is_file() or folder.name in names and folder.exists()]
+
+
+def find(out_dir, *names, sampling=False):
+    """The first intact checkpoint of these names; a line on stderr names the damage of those before it.
+
+    Returns None if there is none. Raises UserError if all are damaged. sampling: as in `verify`.
+    """
+    damaged = []
+    for folder in candidates(out_dir, *names):
+        try:
+            verify(folder, sampling)
+        except UserError as error:
+            damaged.append(str(error))
+            continue
+        if damaged and os.environ.get("RANK", "0") == "0":
+            print(f"{'; '.join(damaged)}: using {folder} instead, of step {read_config(folder).get('step')}",
+                  file=sys.stderr, flush=True)
+        return folder
+    if damaged:
+        raise UserError(f"{'; '.join(damaged)}; there is no other checkpoint to use instead")
+    return None
 
 
 def find_any(out_dir, preferred="best"):
@@ -232,60 +212,18 @@ def find_any(out_dir, preferred="best"):
 
     Raises UserError if there is no checkpoint, or only damaged ones.
     """
-    names = sorted(("best", "last"), key=lambda name: name != preferred)
-    if folder := first_intact(candidates(out_dir, names), sampling=True):
+    if is_checkpoint(Path(out_dir)):
+        return Path(out_dir)
+    if folder := find(out_dir, *dict.fromkeys((preferred, "best", "last")), sampling=True):
         return folder
     raise UserError(f"there is no checkpoint in {out_dir}: train one first, python train.py"
                     f" config/shakespeare_char.py --out_dir={out_dir}, or name a published model with --init_from")
 
 
-def find(out_dir, name):
-    """The folder of the checkpoint `name`, or None. Raises UserError if there are only damaged ones."""
-    return first_intact(present(out_dir, name))
+def verify(folder, sampling=False):
+    """Raises UserError that names the first file of a checkpoint that is missing or damaged.
 
-
-def candidates(path, names):
-    """[path] if it is a checkpoint's folder, else the checkpoints of these names in it, the one to prefer first."""
-    path = Path(path)
-    weights = path / "model.safetensors", path / "model"
-    if (path / "SHA256SUMS").is_file() and any(place.exists() for place in weights):
-        return [path]
-    return [folder for name in names for folder in present(path, name)]
-
-
-def present(out_dir, name):
-    """The checkpoints of this name in out_dir, the one to prefer first. A save that is killed may leave all three.
-
-    A folder without config.json is an unfinished save and not listed, unless it has the final name: then it is damaged.
-    """
-    folders = [Path(out_dir) / (name + suffix) for suffix in ("", ".new", ".old")]
-    return [folder for folder in folders
-            if (folder / "config.json").is_file() or folder.name == name and folder.exists()]
-
-
-def first_intact(folders, sampling=False):
-    """The first of the checkpoints without damage; a line on stderr names the damage of those before it.
-
-    Returns None for an empty list. Raises UserError if all are damaged. sampling: as in `damage`.
-    """
-    damaged = []
-    for folder in folders:
-        found = damage(folder, sampling)
-        if not found:
-            if damaged and os.environ.get("RANK", "0") == "0":
-                print(f"{'; '.join(damaged)}: using {folder} instead, of step {read_config(folder).get('step')}",
-                      file=sys.stderr, flush=True)
-            return folder
-        damaged.append(found)
-    if damaged:
-        raise UserError(f"{'; '.join(damaged)}; there is no other checkpoint to use instead")
-    return None
-
-
-def damage(folder, sampling=False):
-    """What is wrong with a checkpoint's files, in words that name the first bad file; "" if nothing is.
-
-    sampling: trainer.pt and the optimizer's shards may be missing or damaged.
+    sampling: trainer.pt and the optimizer's shards may be.
     """
     path = folder / "SHA256SUMS"
     try:
@@ -295,37 +233,35 @@ def damage(folder, sampling=False):
             raise ValueError("its end is missing")
         for name, value in sums.items():
             path = folder / name
-            needed = not (sampling and name.startswith(("trainer.pt", "optimizer/")))
-            if needed and digest(path) != value:
+            if sampling and name.startswith(("trainer.pt", "optimizer/")):
+                continue
+            found = path.stat()
+            if cached_digest(path, found.st_ino, found.st_size, found.st_mtime_ns) != value:
                 raise ValueError("its checksum is not the one in SHA256SUMS")
     except FileNotFoundError:
-        return f"{path} is missing"
+        raise UserError(f"{path} is missing") from None
     except (OSError, ValueError) as error:
-        return f"{path} is damaged ({getattr(error, 'strerror', error)})"
-    return ""
+        raise UserError(f"{path} is damaged ({getattr(error, 'strerror', error)})") from None
 
 
-def digest(path):
-    """The SHA-256 of a file, computed anew only if the file has changed since."""
-    found = os.stat(path)
-    return cached_digest(str(path), found.st_ino, found.st_size, found.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=1000)
-def cached_digest(path, *_):
-    found, buffer = hashlib.sha256(), memoryview(bytearray(2**20))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            found.update(buffer[:count])
+def digest(path, *version):
+    """The SHA-256 of a file. version: what changes with the file, for the cache."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(2**20):
+            found.update(piece)
     return found.hexdigest()
+
+
+cached_digest = functools.lru_cache(maxsize=1000)(digest)  # whoever finds a checkpoint loads it next
 
 
 def kept(out_dir):
     """In words, what a run that ends here leaves to go on from."""
-    for folder in present(out_dir, "last"):
+    for folder in candidates(out_dir, "last"):
         with suppress(UserError):
-            return f"{folder} holds step {read_config(folder)['step']}: python train.py --resume --out_dir={out_dir}" \
-                   " replays what came after"
+            return (f"{folder} holds step {read_config(folder)['step']}: python train.py --resume --out_dir={out_dir}"
+                    " replays what came after")
     return "nothing was saved yet"
 
 
@@ -333,7 +269,6 @@ def kept(out_dir):
 # Loading
 
 class Saved(NamedTuple):
-    folder: Path
     config: dict  # config.json
     state: dict  # the model's tensors by name, float32
     tokenizers: dict  # by name
@@ -342,25 +277,15 @@ class Saved(NamedTuple):
 def load(folder):
     """The Saved of a checkpoint's folder. Raises UserError if its files are damaged, or if it is no checkpoint."""
     folder = Path(folder)
-    if found := damage(folder, sampling=True):
-        raise UserError(found)
+    verify(folder, sampling=True)
     whole = folder / "model.safetensors"
     state = load_file(whole) if whole.exists() else shards.read(folder / "model")
     paths = sorted(folder.glob("tokenizer*.json"))
-    return Saved(folder, read_config(folder), state, {path.stem: tokenizers.load(path) for path in paths})
+    return Saved(read_config(folder), state, {path.stem: tokenizers.load(path) for path in paths})
 
 
 def read_config(folder):
     return read_json(Path(folder) / "config.json")
-
-
-def read_json(path):
-    """Raises UserError if the file can't be read or is no JSON."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read: {error}") from None
 
 
 def unfilled(cls, config, device, dtype=torch.float32):
@@ -368,7 +293,7 @@ def unfilled(cls, config, device, dtype=torch.float32):
 
     A buffer that the model itself computed on the CPU keeps its values and its dtype, and moves to the device.
     """
-    with torch.device("meta"), NoInitialisation():
+    with torch.device("meta"), mock.patch.object(torch.nn.init, "normal_"):  # it imports sympy there: a second
         model = cls(config)
 
     def allocate(tensor):
@@ -377,16 +302,7 @@ def unfilled(cls, config, device, dtype=torch.float32):
         kind = dtype if tensor.is_floating_point() else tensor.dtype
         return torch.empty(tensor.shape, dtype=kind, device=device)
 
-    return model._apply(allocate)  # to_empty would import sympy
-
-
-class NoInitialisation(TorchFunctionMode):
-    """Modules made in this context do not draw initial values, which a checkpoint is about to replace."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__module__", "") == "torch.nn.init":
-            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
-        return function(*args, **(kwargs or {}))
+    return model._apply(allocate)  # to_empty imports sympy, too
 
 
 def fill(model, state, source):
@@ -404,14 +320,12 @@ def fill(model, state, source):
 
 def load_trainer(folder):
     """What `Writer.save` got as trainer; nothing in the file is executed. Raises UserError if it is damaged."""
-    path = Path(folder) / "trainer.pt"
-    if found := damage(path.parent):
-        raise UserError(found)
+    verify(folder)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that it rejects
-        raise UserError(f"{path} can't be read ({type(error).__name__}); to go on from the weights alone, start a new"
-                        " run") from None
+        raise UserError(f"{folder / 'trainer.pt'} can't be read ({type(error).__name__}); to go on from the weights"
+                        " alone, start a new run") from None
 
 
 def load_optimizer(optimizer, saved, folder):
@@ -424,12 +338,8 @@ def load_optimizer(optimizer, saved, folder):
     if [len(group["params"]) for group in saved["param_groups"]] != [len(g["params"]) for g in optimizer.param_groups]:
         raise UserError(f"{folder / 'trainer.pt'} holds the optimizer of other parameters: resume with the --optimizer,"
                         " --rates and --lora_rank that the run had")
-    state = {number: dict(entry) for number, entry in saved["state"].items()}
-    for number, entry in state.items():
-        p = parameters[number]
-        for name, value in entry.items():
-            if is_sharded(p) and value.shape == p.shape:
-                entry[name] = shards.distribute(value, p)
+    state = {number: {name: shards.distribute(value, parameters[number]) for name, value in entry.items()}
+             for number, entry in saved["state"].items()}
     if (folder / "optimizer").is_dir():
         moments = shards.read(folder / "optimizer", like=lambda key: parameters[int(key.partition(".")[0])])
         for key, value in moments.items():

@@ -2,6 +2,17 @@
 
 import json
 import os
+from pathlib import Path
+
+from configurator import UserError
+
+
+def read_json(path):
+    """Raises UserError if the file can't be read or is no JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read: {error}") from None
 
 
 def to_json(value):
@@ -19,15 +30,13 @@ def write_text(path, text):
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(new, path)
+    rename(new, path)
 
 
-def sync_folder(folder):
-    """Has the names in a folder reach the disk. Windows has no way to ask for that."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
+def rename(old, new):
+    """Has the new name of a file or folder reach the disk, except on Windows, which has no way to ask for that."""
+    os.replace(old, new)
+    if os.name != "nt":
+        handle = os.open(Path(new).parent, os.O_RDONLY)
         os.fsync(handle)
-    finally:
         os.close(handle)

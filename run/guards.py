@@ -1,8 +1,7 @@
 """What ends a run early: numbers that are not sound, signals, the clock.
 
-The loop records the loss and the gradient's norm of every update; they stay on the device, which is not held up. About
-once a second, at every line of the log and before every save it reads them together. So no weights are saved after an
-unsound update, and the error names the very step.
+The numbers of an update stay on the device, which is not held up. They are read together about once a second, at every
+line of the log and before every save. So nothing is saved after an unsound update, and the error names the very step.
 """
 
 import math
@@ -16,7 +15,9 @@ from configurator import UserError
 SECONDS = 1.0  # between two reads. A signal to one of many workers goes unnoticed at most that long and an update
 WINDOW = 100  # updates that the running mean of the loss goes back
 SPARE = 75  # exit status of a run that saved to be taken up again later: EX_TEMPFAIL, "try again"
-SIGNALS = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": SPARE}  # a cluster sends SIGUSR1 ahead of its SIGTERM
+SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+if hasattr(signal, "SIGUSR1"):  # Windows has none; a cluster sends it ahead of its SIGTERM
+    SIGNALS[signal.SIGUSR1] = SPARE
 
 
 class Guard:
@@ -34,29 +35,27 @@ class Guard:
         self.settings, self.world, self.where = settings, world, where
         self.step, self.scaled, self.mean = step, scaled, mean
         self.updates, self.shown, self.clock, self.next_read = [], {}, time.perf_counter(), step + 1
-        self.asked, self.handlers = 0, {}
+        self.signalled = 0
         self.deadline = time.monotonic() + 60 * settings.max_minutes if settings.max_minutes else math.inf
 
     def __enter__(self):
-        for name, status in SIGNALS.items():
-            if hasattr(signal, name):  # Windows has no SIGUSR1
-                number = getattr(signal, name)
-                self.handlers[number] = signal.signal(number, lambda *_, status=status: self.ask(status))
+        self.handlers = {number: signal.signal(number, self.note) for number in SIGNALS}
         return self
 
     def __exit__(self, *error):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
-    def ask(self, status):
-        self.asked = self.asked or status
-        if self.world.size == 1 and status != SPARE:
+    def note(self, number, frame):
+        """Called at a signal."""
+        self.signalled = self.signalled or SIGNALS[number]
+        if self.world.size == 1 and SIGNALS[number] != SPARE:
             self.__exit__()
 
     @property
     def status(self):
         """The exit status if the run is to end early, else 0."""
-        return self.asked or (SPARE if time.monotonic() > self.deadline else 0)
+        return self.signalled or (SPARE if time.monotonic() > self.deadline else 0)
 
     def record(self, loss, norm, shown):
         """Takes the numbers of the next update, as tensors without dimensions.

@@ -16,11 +16,13 @@ import torch
 from configurator import UserError
 from machine.device import device_name, peak_memory
 from run import checkpoint
-from run.files import write_json, write_text
+from run.files import read_json, write_json, write_text
+
+TIME = "%Y-%m-%dT%H:%M:%S%z"
 
 
 class Log:
-    """Writes rows into log.jsonl, to the terminal, and to wandb if wanted. Silent on all but the main rank.
+    """Writes run.json, rows into log.jsonl, to the terminal, and to wandb if wanted. Silent on all but the main rank.
 
     tokens, flops: of one update; peak: a worker's FLOP/s, or None.
     Raises UserError if wandb is wanted but not installed.
@@ -33,12 +35,16 @@ class Log:
         self.restart(step)
         if not world.is_main:
             return
-        path = Path(out_dir) / "log.jsonl"
-        if step:  # the rows after the checkpoint will be written again
-            write_text(path, "".join(line + "\n" for line in rows_until(path, step)))
+        out_dir.mkdir(parents=True, exist_ok=True)
+        self.run, path = out_dir / "run.json", out_dir / "log.jsonl"
+        self.starts = read_json(self.run) if self.run.exists() else []
+        self.starts.append(facts(settings, step, world))
+        write_json(self.run, self.starts)
+        if step and path.exists():  # the rows after the checkpoint will be written again
+            write_text(path, "".join(rows_until(path, step)))
         self.file = open(path, "a", encoding="utf-8", buffering=1)
         if settings.wandb:
-            self.wandb = start_wandb(path.parent, settings)
+            self.wandb = start_wandb(out_dir, settings, self.starts[0]["id"])
 
     def restart(self, step):
         """Counts the next row's time from here: after an evaluation or a save, which are no part of an update."""
@@ -80,52 +86,51 @@ class Log:
         if self.file:
             os.fsync(self.file.fileno())
 
-    def close(self):
-        if self.file:
-            self.file.close()
+    def close(self, step, status):
+        """Notes in run.json that this start ended by itself, at which step and with which exit status."""
+        if self.file is None:
+            return
+        self.file.close()
+        self.starts[-1] |= {"ended": time.strftime(TIME), "end_step": step, "status": status}
+        write_json(self.run, self.starts)
         if self.wandb:
             self.wandb.finish()
 
 
 def rows_until(path, step):
     """The lines of a log up to a step; a last line that a kill cut short is left out."""
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8").splitlines():
         with suppress(json.JSONDecodeError):
             if json.loads(line)["step"] <= step:
-                yield line
+                yield line + "\n"
 
 
-def start_wandb(out_dir, settings):
-    """wandb's run. Its id is drawn once for out_dir, so that a resumed run goes on in the same charts."""
+def start_wandb(out_dir, settings, name):
+    """wandb's run of this id. A resumed run has the id of its first start, so that it goes on in the same charts."""
     try:
         import wandb
     except ImportError:
         raise UserError("--wandb needs a package: pip install wandb") from None
-    path = out_dir / "wandb_id"
-    if not path.exists():
-        write_text(path, os.urandom(4).hex())
-    return wandb.init(project=settings.wandb_project, name=settings.wandb_name or None, id=path.read_text(),
-                      resume="allow", config=asdict(settings), dir=str(out_dir))
+    return wandb.init(project=settings.wandb_project, name=settings.wandb_name or None, id=name, resume="allow",
+                      config=asdict(settings), dir=str(out_dir))
 
 
-def record_start(out_dir, settings, world, **facts):
-    """Adds to run.json what this start of the run runs on: versions, code, machine, command."""
-    path = Path(out_dir) / "run.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    starts = checkpoint.read_json(path) if path.exists() else []
-    starts.append({
-        "started": now(), **facts, "seed": settings.seed, "command": [sys.executable, *sys.argv], "git": git_state(),
+def facts(settings, step, world):
+    """What a start of the run runs on: versions, code, machine, command."""
+    return {
+        "id": os.urandom(4).hex(), "started": time.strftime(TIME), "step": step, "dtype": settings.dtype,
+        "compile": settings.compile, "seed": settings.seed, "command": [sys.executable, *sys.argv], "git": git_state(),
         "device": device_name(world.device), "workers": world.size, "host": platform.node(), "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(), "cuda": torch.version.cuda, **checkpoint.versions()})
-    write_json(path, starts)
+        "threads": torch.get_num_threads(), "cuda": torch.version.cuda, **checkpoint.versions()}
 
 
-def record_end(out_dir, step, status):
-    """Notes in run.json that this start ended by itself, at which step and with which exit status."""
-    path = Path(out_dir) / "run.json"
-    starts = checkpoint.read_json(path)
-    starts[-1] |= {"ended": now(), "end_step": step, "status": status}
-    write_json(path, starts)
+def git_state():
+    """The commit of this code, with "-dirty" if files differ from it; None if this is no git checkout."""
+    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def say_where(task, model, step, stopped, seconds):
@@ -146,23 +151,8 @@ def say_where(task, model, step, stopped, seconds):
           f"evaluate it: python evaluate.py --out_dir={out_dir}")
 
 
-def now():
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
-
-
-def git_state():
-    """{commit, dirty} of this code; None where it is no git checkout or git is not there."""
-    def git(*arguments):
-        return subprocess.run(["git", "-C", Path(__file__).parent, *arguments], capture_output=True, text=True,
-                              check=True, timeout=10).stdout.strip()
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
 MOVING = "earlier.new"  # while this folder is there, the other files of the run are still to be moved into it
-OURS = [name + suffix for name in ("last", "best", "log.jsonl", "run.json", "evaluation.json", "wandb_id")
+OURS = [name + suffix for name in ("last", "best", "log.jsonl", "run.json", "evaluation.json")
         for suffix in ("", ".new", ".old")]
 
 

@@ -1,11 +1,11 @@
 """How a run is taken up again: from which checkpoint, with which settings."""
 
-import os
 from contextlib import suppress
 from pathlib import Path
 
 from configurator import UserError, flat_fields, flat_values
 from run import checkpoint
+from run.files import rename
 from run.log import MOVING
 
 KEPT = ("task", "dataset", "init_from", "optimizer", "lora_rank")  # beside the task's own settings but these:
@@ -18,20 +18,22 @@ def to_resume(out_dir, resume):
     resume: False, True, or "auto", which starts where nothing was saved.
     """
     folders = []
-    if resume and os.path.isdir(out_dir):
-        if not (Path(out_dir) / MOVING).exists():  # what is left beside it belongs to a run that was being set aside
-            folders = checkpoint.present(out_dir, "last")
+    if resume and not (Path(out_dir) / MOVING).exists():  # what is left beside it belongs to a run being set aside
+        folders = checkpoint.candidates(out_dir, "last")
     if resume is True and not folders:
         raise UserError(f"there is nothing to resume in {out_dir}: no checkpoint; drop --resume to start")
     return folders
 
 
 def pick_up(out_dir, resume):
-    """The checkpoint to go on from, or None to start."""
-    if to_resume(out_dir, resume):
-        for name in ("best", "last"):
-            checkpoint.settle(out_dir, name)
-    return checkpoint.first_intact(to_resume(out_dir, resume))
+    """The checkpoint to go on from, or None to start. Finishes a save that was killed between its two renames."""
+    if not to_resume(out_dir, resume):
+        return None
+    for name in ("best", "last"):
+        final, new = out_dir / name, out_dir / f"{name}.new"
+        if (new / "config.json").is_file() and not final.exists():
+            rename(new, final)
+    return checkpoint.find(out_dir, "last")
 
 
 def earlier_settings(out_dir, resume):
@@ -54,20 +56,3 @@ def refuse_changes(saved, given, own, stand_in):
         if given.get(name, value) != value and value != stand_in:
             raise UserError(f"{name} = {given[name]!r}, but the run in {out_dir} has {value!r}: drop it to resume, or"
                             f" start a new run with --init_from={out_dir}")
-
-
-def restore(optimizers, scaler, state, folder):
-    """Fills the optimizers from a checkpoint; what the settings say of rates, decay and memory stays.
-
-    Raises UserError if the optimizer in the checkpoint is that of other parameters.
-    """
-    for name, optimizer in optimizers.items():
-        chosen = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-        try:
-            checkpoint.load_optimizer(optimizer, state[name], folder)
-        except (KeyError, ValueError):
-            raise UserError(f"{folder / 'trainer.pt'} holds the optimizer of other parameters: resume with the --rates,"
-                            " the --optimizer and the --lora_rank that the run had") from None
-        for group, values in zip(optimizer.param_groups, chosen):
-            group.update(values)
-    scaler.load_state_dict(state["scaler"])

@@ -1,7 +1,7 @@
 """The sharded parts of a checkpoint: each rank writes its part of every tensor, and any number of ranks reads them.
 
-A folder of shards is one of torch.distributed.checkpoint, in safetensors files. PyTorch's own format has a pickle,
-which could run code. All ranks call `gathered` and `write` together; the other functions each rank calls for itself.
+The folders are torch.distributed.checkpoint's, in safetensors files: PyTorch's own format has a pickle, which could run
+code. All ranks call `write` together; the other functions each rank calls for itself.
 """
 
 import warnings
@@ -14,36 +14,28 @@ def is_sharded(tensor):
     return hasattr(tensor, "full_tensor")
 
 
-def gathered(state):
-    """The whole tensors of a sharded state, in host memory of the main rank; {} on the others."""
-    whole = {}
-    for name, value in state.items():
-        full = value.full_tensor()
-        if dist.get_rank() == 0:
-            whole[name] = full.cpu()
-    return whole
+def write(folder, state, trainer, group):
+    """Writes this rank's parts of the model's and the optimizer's tensors; waits until all ranks have written theirs.
 
-
-def without_moments(trainer):
-    """(trainer without the sharded tensors of its optimizer, these tensors by parameter's number and name)."""
-    optimizer, moments = trainer["optimizer"], {}
-    rest = {number: dict(entry) for number, entry in optimizer["state"].items()}
-    for number, entry in optimizer["state"].items():
-        for name, value in entry.items():
-            if is_sharded(value):
-                moments[f"{number}.{name}"] = rest[number].pop(name)
-    return trainer | {"optimizer": optimizer | {"state": rest}}, moments
-
-
-def write(folder, state, group):
-    """Writes this rank's parts of the tensors; returns when all ranks have written theirs."""
+    Returns the trainer without the tensors that were written. trainer: may be None.
+    """
     import torch.distributed.checkpoint as dcp
+    parts = {"model": state}
+    if trainer:
+        optimizer, moments, rest = trainer["optimizer"], {}, {}
+        for number, entry in optimizer["state"].items():
+            rest[number] = {name: value for name, value in entry.items() if not is_sharded(value)}
+            moments |= {f"{number}.{name}": value for name, value in entry.items() if is_sharded(value)}
+        parts["optimizer"] = moments
+        trainer = trainer | {"optimizer": optimizer | {"state": rest}}
+    dist.barrier(group)  # until the main rank has cleared the place
     try:
-        dist.barrier(group)  # until the main rank has cleared the place
-        writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        dcp.save(state, storage_writer=writer, process_group=group)
+        for name, tensors in parts.items():
+            writer = dcp.HuggingFaceStorageWriter(str(folder / name), save_distributed=True)
+            dcp.save(tensors, storage_writer=writer, process_group=group)
     except dcp.api.CheckpointException as error:
         raise next(iter(error.failures.values()))[0] from None
+    return trainer
 
 
 def read(folder, like=None):
@@ -60,6 +52,8 @@ def read(folder, like=None):
 
 
 def distribute(tensor, like):
-    """This rank's part of a tensor that every rank has, laid out as `like` is."""
+    """This rank's part of a tensor that every rank has, if `like` is sharded and has its shape; else the tensor."""
+    if not is_sharded(like) or tensor.shape != like.shape:
+        return tensor
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

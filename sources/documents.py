@@ -1,17 +1,15 @@
 """Documents into shards of tokens: train_00000.bin, val_00000.bin, shard_00000.json, ..., tokenizer.json, meta.json.
 
     python prepare.py my_folder/ --tokenizer=bpe:32000     *.parquet and *.jsonl files with a text in each row
-    python prepare.py fineweb                              10 billion tokens from the hub, file by file
-    python prepare.py fineweb --max_files=1                the first 0.7 billion; without it later, the rest
+    python prepare.py fineweb --max_files=1                the first 0.7 billion tokens; without it later, the rest
 
 Each document, the row's `text`, is followed by the tokenizer's end-of-text token (two line breaks where it has none).
 A document is for validation if its hash says so, whatever the order or the tokenizer: doubles stay on one side.
-
-A shard holds one file, or neighbours that are small. One process writes it, and it is finished when its .json is
-there: after a kill the same command goes on, and repeats at most one shard per process. The bytes depend neither on
-that nor on the number of processes. A file from the hub is deleted when its shard is finished.
+A shard is finished when its .json is there: after a kill the same command goes on. The bytes depend neither on that nor
+on the number of processes.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -20,17 +18,16 @@ import os
 import shutil
 import signal
 import threading
-import time
 from concurrent.futures import ProcessPoolExecutor, as_completed, process
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 import tokenizer as tokenizers
 from configurator import UserError
-from run.files import write_json
-from sources.texts import check_fraction, id_type, report_tokens, stored
+from run.files import read_json, write_json
+from sources.texts import id_type, put_in_place, stored
 
 SHARD_BYTES = 1 << 26  # smaller neighbours share a shard
 ROWS = 256  # documents of a parquet file held at a time
@@ -41,10 +38,8 @@ COUNTS = ("documents", "bytes", "train_characters", "train_tokens", "val_charact
 def prepare(source, folder, tokenizer_name, val_fraction=0.1, processes=0):
     """Writes the shards of a Source that `folder` lacks, and returns the meta of all: goes on where it stopped.
 
-    processes: how many write at the same time; 0: one per CPU core. Raises UserError for documents that can't be
-    used, and for a folder with another data set.
+    processes: 0: one per CPU core. Raises UserError for documents that can't be used.
     """
-    check_fraction(val_fraction)
     if tokenizer_name == "char":
         raise UserError("tokenizer = char: it has to know all characters beforehand, which documents don't; use"
                         " --tokenizer=gpt2, byte, or bpe:SIZE")
@@ -52,23 +47,21 @@ def prepare(source, folder, tokenizer_name, val_fraction=0.1, processes=0):
         raise UserError("parquet files need pyarrow: pip install pyarrow")
     tokenizer = common_tokenizer(source, folder, tokenizer_name, val_fraction)
     shards = list(group(source.files))
-    missing = [i for i, files in enumerate(shards) if read_record(folder, i).get("files") != files]
+    records = [folder / f"shard_{i:05}.json" for i in range(len(shards))]
+    missing = [i for i, path in enumerate(records) if not path.exists() or read_json(path)["files"] != shards[i]]
     processes = min(processes or os.cpu_count(), len(missing))
-    size = sum(size for _, size in source.files)
-    print(f"{len(source.files):,} files of {size / 1e6:,.0f} MB in {len(shards):,} shards, {len(missing):,} to write,"
-          f" by {processes} processes; after a stop the same command goes on", flush=True)
+    print(f"{len(source.files):,} files in {len(shards):,} shards, {len(missing):,} to write, by {processes} processes;"
+          " after a stop the same command goes on", flush=True)
     if missing:
         (folder / "meta.json").unlink(missing_ok=True)
         in_processes(processes, [(i, shards[i], source, folder, val_fraction) for i in missing])
     shutil.rmtree(folder / "download", ignore_errors=True)
-    meta = summary([read_record(folder, i) for i in range(len(shards))], source, tokenizer)
-    write_json(folder / "meta.json", meta)
-    report_tokens(folder, meta)
+    meta = summary([read_json(path) for path in records], source, tokenizer)
+    put_in_place(folder, (), meta)
     return meta
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """Files with documents, in order: of a folder, or of a data set on the hub at one of its commits."""
     location: str  # the folder, or the data set's name
     revision: str  # the commit; "" for a folder
@@ -78,36 +71,34 @@ class Source:
         """Where the file lies on disk; one from the hub is downloaded into folder/download, once."""
         if not self.revision:
             return Path(self.location) / name
-        return Path(ask_hub(f"{self.location}/{name}", lambda hub: hub.hf_hub_download(
-            self.location, name, repo_type="dataset", revision=self.revision, local_dir=folder / "download")))
+        with hub(f"{self.location}/{name}") as api:
+            return Path(api.hf_hub_download(self.location, name, repo_type="dataset", revision=self.revision,
+                                            local_dir=folder / "download"))
 
 
 def folder_source(path):
     """The documents of a folder, or of one file. None if there are none."""
-    folder = path if path.is_dir() else path.parent
-    paths = sorted(path.rglob("*")) if path.is_dir() else [path]
+    folder, paths = (path, sorted(path.rglob("*"))) if path.is_dir() else (path.parent, [path])
     files = tuple((p.relative_to(folder).as_posix(), p.stat().st_size) for p in paths
-                  if p.suffix in (".parquet", ".jsonl") and not p.is_dir())
+                  if p.suffix in (".parquet", ".jsonl") and p.exists() and not p.is_dir())
     return Source(str(folder), "", files) if files else None
 
 
 def hub_source(name, under, revision):
     """The parquet files in the folder `under` of a data set on the hub."""
-    entries = ask_hub(name, lambda hub: list(hub.list_repo_tree(name, under, revision=revision, repo_type="dataset")))
+    with hub(name) as api:
+        entries = list(api.list_repo_tree(name, under, revision=revision, repo_type="dataset"))
     files = sorted((entry.path, entry.size) for entry in entries if entry.path.endswith(".parquet"))
     return Source(name, revision, tuple(files))
 
 
-def ask_hub(what, question):
-    """question(the hub's API). Raises UserError that says in one line why `what` can't be had."""
+@contextlib.contextmanager
+def hub(what):
+    """The hub's API; of its errors a UserError that says in one line why `what` can't be had."""
+    from huggingface_hub import HfApi, errors, utils
+    utils.disable_progress_bars()
     try:
-        from huggingface_hub import HfApi, errors
-        from huggingface_hub.utils import disable_progress_bars
-    except ImportError:
-        raise UserError("data sets on the hub need huggingface_hub: pip install huggingface_hub") from None
-    disable_progress_bars()
-    try:
-        return question(HfApi())
+        yield HfApi()
     except (OSError, errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HTTPError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"{what} can't be had from the hub ({reason}): run again to go on, finished shards are kept;"
@@ -118,23 +109,29 @@ def read(source, files, folder, val_fraction):
     """Yields (split, text, its UTF-8, the SHA-256 of that) of each document in the files that is not empty."""
     for name, _ in files:
         path = source.fetch(name, folder)
-        rows = parquet_rows(path) if path.suffix == ".parquet" else jsonl_rows(path)
-        for number, text in enumerate(rows, start=1):
-            if not isinstance(text, str | None):
-                raise UserError(f"{path}, row {number}: the text is {text!r:.60}, and must be a string")
-            if not text:
+        for number, text in enumerate(read_rows(path), start=1):
+            if text in (None, ""):
                 continue
             try:
                 content = text.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise UserError(f"{name}: a document holds half of a surrogate pair, which is no character:"
-                                f" {text[max(0, error.start - 20):error.end + 20]!r}; remove it") from None
+            except (AttributeError, UnicodeEncodeError):
+                raise UserError(f"{path}, row {number}: the text is {text!r:.60}, and must be a string of whole"
+                                " characters") from None
             digest = hashlib.sha256(content).digest()
             is_val = int.from_bytes(digest[:8], "big") < val_fraction * 2**64
             yield "val" if is_val else "train", text, content, digest
 
 
-def parquet_rows(path):
+def read_rows(path):
+    """Yields the text of each row of a .parquet or .jsonl file; None for an empty line."""
+    if path.suffix == ".jsonl":
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    yield json.loads(line)["text"] if line.strip() else None
+                except (ValueError, KeyError, TypeError):
+                    raise UserError(f"{path}, line {number}: is no object with a text: {line.strip()!r:.60}") from None
+        return
     import pyarrow
     from pyarrow.parquet import ParquetFile
     try:
@@ -147,26 +144,13 @@ def parquet_rows(path):
         raise UserError(f"{path} is no whole parquet file ({error}): fetch it again") from None
 
 
-def jsonl_rows(path):
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                yield json.loads(line)["text"] if line.strip() else None
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{path}, line {number}: is no object with a text: {line.strip()!r:.60}") from None
-
-
 def common_tokenizer(source, folder, tokenizer_name, val_fraction):
-    """The tokenizer of all shards, made at the first start. recipe.json says how the folder's data set is made.
-
-    Raises UserError if the folder holds a data set that is made in another way.
-    """
+    """The tokenizer of all shards, made at the first start. Raises UserError if the folder holds another data set."""
     recipe = {"hub": source.location if source.revision else "", "revision": source.revision,
               "tokenizer": tokenizer_name, "val_fraction": val_fraction}
     path, meta = folder / "recipe.json", folder / "meta.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else recipe
-    sharded = not meta.exists() or "shards" in json.loads(meta.read_text(encoding="utf-8"))
-    if found != recipe or not sharded:
+    found = read_json(path) if path.exists() else recipe
+    if found != recipe or meta.exists() and "shards" not in read_json(meta):
         other = ", ".join(f"{k} = {v!r}" for k, v in found.items() if v != recipe[k]) or "not of shards"
         raise UserError(f"{folder} holds another data set ({other}): delete it, or choose another --name")
     if not path.exists():
@@ -200,22 +184,14 @@ def group(files):
     yield shard
 
 
-def read_record(folder, number):
-    """What the shard's .json says; empty if the shard is not finished."""
-    path = folder / f"shard_{number:05}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
 def in_processes(processes, jobs):
     """write_shard(*job) for each job. The first error ends all processes and is raised here."""
-    began, tokens = time.perf_counter(), 0
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         try:
             futures = [pool.submit(write_shard, *job) for job in jobs]
             for done, future in enumerate(as_completed(futures), start=1):
-                tokens += future.result()
-                rate = tokens / (time.perf_counter() - began)
-                print(f"  {done:,} of {len(jobs):,} shards: {tokens:,} tokens, {rate:,.0f} a second", flush=True)
+                future.result()
+                print(f"  {done:,} of {len(jobs):,} shards", flush=True)
         except process.BrokenProcessPool:
             raise UserError("a process was killed, for want of memory perhaps: run again to go on, with fewer"
                             " --processes") from None
@@ -233,7 +209,7 @@ def end_with_parent():
 
 
 def write_shard(number, files, source, folder, val_fraction):
-    """Writes train_NUMBER.bin, val_NUMBER.bin and at last shard_NUMBER.json; returns the number of tokens."""
+    """Writes train_NUMBER.bin, val_NUMBER.bin and at last shard_NUMBER.json."""
     tokenizer = tokenizers.load(folder / "tokenizer.json")
     end = tokenizer.encode("\n\n") if tokenizer.eos is None else np.array([tokenizer.eos])
     record, digest = {"files": files, **dict.fromkeys(COUNTS, 0)}, hashlib.sha256()
@@ -247,8 +223,6 @@ def write_shard(number, files, source, folder, val_fraction):
             record["bytes"] += len(content)
             record[f"{split}_characters"] += len(text)
             record[f"{split}_tokens"] += len(ids)
-            if record["documents"] % 100_000 == 0:
-                print(f"  shard {number}: {record['documents']:,} documents so far", flush=True)
         for file in (train, val):
             file.flush()
             os.fsync(file.fileno())
@@ -259,7 +233,6 @@ def write_shard(number, files, source, folder, val_fraction):
     if source.revision:
         for name, _ in files:
             (folder / "download" / name).unlink(missing_ok=True)
-    return record["train_tokens"] + record["val_tokens"]
 
 
 def summary(records, source, tokenizer):
@@ -271,6 +244,6 @@ def summary(records, source, tokenizer):
                             " more, or another --val_fraction")
     digest = hashlib.sha256("".join(record["sha256"] for record in records).encode())
     return {"source": source.location, "revision": source.revision, "sha256": digest.hexdigest(),
-            "tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "dtype": id_type(tokenizer).name,
+            "tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "dtype": id_type(tokenizer),
             **totals, "shards": {split: [record[f"{split}_tokens"] for record in records]
                                  for split in ("train", "val")}}

@@ -1,9 +1,8 @@
 """Images with questions and answers into a data set: images.bin, train.jsonl, val.jsonl, tokenizer.json, meta.json.
 
-    python prepare.py my_folder/                        a folder of images and a captions.jsonl
     python prepare.py my_folder/ --image_size=224 --tokenizer=bpe:2000
 
-captions.jsonl has a row for each question; the image's path is relative to the folder:
+The folder holds images, and a captions.jsonl with a row for each question:
 
     {"image": "cats/1.jpg", "prompt": "caption", "answer": "a cat asleep on a keyboard"}
     {"image": "cats/1.jpg", "prompt": "detect cat", "answer": "<loc0256><loc0128><loc0768><loc0512> cat"}
@@ -16,19 +15,16 @@ import codecs
 import hashlib
 import json
 import os
+import re
 from pathlib import PurePath
 
 import numpy as np
+from PIL import Image
 
 from configurator import UserError
 from run.pictures import LOCATIONS, SEGMENTS, read_image
-from sources.texts import check_fraction, put_in_place
+from sources.texts import put_in_place
 from tokenizer import BPETokenizer
-
-try:
-    from PIL import Image
-except ImportError:
-    raise UserError("images need Pillow: pip install pillow") from None
 
 CONTROLS = ("<pad>", "<eos>", "<bos>", "<image>")  # in PaliGemma's order
 FILES = ("images.bin", "train.jsonl", "val.jsonl", "tokenizer.json")
@@ -40,34 +36,24 @@ def prepare(path, folder, tokenizer_name="char", val_fraction=0.1, image_size=48
     tokenizer_name: char or byte, a token per byte; or bpe:SIZE, learned from the training rows. Raises UserError that
     names the line of a row or an image that can't be used; a data set that was in `folder` stays as it is.
     """
-    check_fraction(val_fraction)
     captions = path / "captions.jsonl"
     rows = list(read_rows(captions))
-    splits = split_images(rows, val_fraction, captions)
-    tokenizer = make_tokenizer(tokenizer_name, [row for row in rows if splits[row["image"]] == "train"])
+    split_images(rows, val_fraction, captions)
+    splits = {split: [row for row in rows if row["split"] == split] for split in ("train", "val")}
+    tokenizer = make_tokenizer(tokenizer_name, splits["train"])
     folder.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256()  # of images.bin, train.jsonl and val.jsonl, one after the other
-    places = write_images(captions, rows, image_size, folder / "images.bin.new", digest)
     tokenizer.save(folder / "tokenizer.json.new")
-    meta = {"kind": "image-text", "source": str(source or path), "images": len(places), "image_size": image_size,
+    meta = {"kind": "image-text", "source": str(source or path), "image_size": image_size,
+            "images": write_rows(captions, rows, image_size, folder),
             "tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size}
-    for split in ("train", "val"):
-        chosen = [row for row in rows if splits[row["image"]] == split]
+    for split, chosen in splits.items():
         meta[f"{split}_images"] = len({row["image"] for row in chosen})
         meta[f"{split}_rows"] = len(chosen)
-        with open(folder / f"{split}.jsonl.new", "wb") as file:
-            for row in chosen:
-                index, width, height = places[row["image"]]
-                row = {"image": index, "prompt": row["prompt"], "answer": row["answer"], "kind": row["kind"],
-                       "width": width, "height": height}
-                line = json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n"
-                digest.update(line)
-                file.write(line)
+    digest = hashlib.sha256()
+    for name in FILES[:3]:
+        digest.update(np.memmap(folder / f"{name}.new", mode="r"))
     meta["sha256"] = digest.hexdigest()
     put_in_place(folder, FILES, meta)
-    print(f"{folder}: {meta['train_rows']:,} training rows on {meta['train_images']:,} images,"
-          f" {meta['val_rows']:,} validation rows on {meta['val_images']:,}; {image_size} x {image_size} pixels,"
-          f" {meta['vocab_size']:,} kinds of tokens", flush=True)
     return meta
 
 
@@ -97,7 +83,12 @@ def check_row(line, folder):
     row.setdefault("kind", (str(row["prompt"]).split() or ["none"])[0])
     row = {name: row[name] for name in ("image", "prompt", "answer", "kind", "split")}
     for name, value in row.items():
-        check_text(name, value)
+        if not isinstance(value, str):
+            raise UserError(f"{name} = {json.dumps(value):.60}: must be text, in double quotes")
+        if control := re.search("|".join(CONTROLS), value):
+            raise UserError(f"{name} = {value!r}: leave out {control[0]}, it is put where it belongs by itself")
+        if re.search("[\ud800-\udfff]", value):
+            raise UserError(f"{name} = {value!r}: half of a surrogate pair is no character; remove it")
     if not row["answer"].strip():
         raise UserError(f"answer = {row['answer']!r}: is empty, so there is nothing to learn; remove the row")
     if row["split"] not in ("train", "val", ""):
@@ -111,38 +102,25 @@ def check_row(line, folder):
     return {**row, "image": image}
 
 
-def check_text(name, value):
-    if not isinstance(value, str):
-        raise UserError(f"{name} = {json.dumps(value):.60}: must be text, in double quotes")
-    for control in CONTROLS:
-        if control in value:
-            raise UserError(f"{name} = {value!r}: leave out {control}, it is put where it belongs by itself")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise UserError(f"{name} = {value!r}: half of a surrogate pair is no character; remove it") from None
-
-
 def split_images(rows, val_fraction, path):
-    """{image: "train" or "val"}, as the rows say; if none does, the last val_fraction of the images are "val"."""
-    splits = {}
-    if any(row["split"] for row in rows):
+    """Checks the rows' splits. If none is named, the last val_fraction of the images are for validation."""
+    if not any(row["split"] for row in rows):
+        images = list(dict.fromkeys(row["image"] for row in rows))
+        held_out = set(images[int(len(images) * (1 - val_fraction)):])
         for row in rows:
-            if not row["split"]:
-                raise UserError(f"{path}, line {row['line']}: has no split, which other rows have: name it in all rows"
-                                " or in none")
-            if splits.setdefault(row["image"], row["split"]) != row["split"]:
-                raise UserError(f"{path}, line {row['line']}: split = {row['split']!r}, but an earlier row has"
-                                f" {row['image']} in the other split: keep an image's rows together")
-    else:
-        images = dict.fromkeys(row["image"] for row in rows)
-        n_train = int(len(images) * (1 - val_fraction))
-        splits = {image: "train" if i < n_train else "val" for i, image in enumerate(images)}
+            row["split"] = "val" if row["image"] in held_out else "train"
+    splits = {}
+    for row in rows:
+        line = f"{path}, line {row['line']}"
+        if not row["split"]:
+            raise UserError(f"{line}: has no split, which other rows have: name it in all rows or in none")
+        if splits.setdefault(row["image"], row["split"]) != row["split"]:
+            raise UserError(f"{line}: split = {row['split']!r}, but an earlier row has {row['image']} in the other"
+                            " split: keep an image's rows together")
     for split in ("train", "val"):
         if split not in splits.values():
             raise UserError(f"{path} has {len(splits)} images, and none for {split}: add images, or name the split of"
                             " every row")
-    return splits
 
 
 def make_tokenizer(name, rows):
@@ -156,25 +134,26 @@ def make_tokenizer(name, rows):
     raise UserError(f"tokenizer = {name}: must be char or byte (both a token per byte), or bpe:SIZE, for images")
 
 
-def write_images(captions, rows, size, target, digest):
-    """Writes the images as uint8 (n, size, size, 3), one by one; returns {image: (index, original width, height)}.
+def write_rows(captions, rows, size, folder):
+    """Writes the files of the rows, and the images as uint8 (n, size, size, 3). Returns n.
 
-    They are made square by bicubic resizing, without regard to their proportions, as pictures.pixels does it.
+    The images are made square by bicubic resizing, without regard to their proportions, as pictures.pixels does it.
     """
-    places = {}
-    with open(target, "wb") as file:
+    places = {}  # of an image: its index, and its width and height in pixels
+    with (open(folder / "images.bin.new", "wb") as images, open(folder / "train.jsonl.new", "wb") as train,
+          open(folder / "val.jsonl.new", "wb") as val):
         for row in rows:
-            if row["image"] in places:
-                continue
-            try:
-                picture = read_image(captions.parent / row["image"])
-            except UserError as error:
-                raise UserError(f"{captions}, line {row['line']}: {error}; replace the file or remove its"
-                                " rows") from None
-            places[row["image"]] = len(places), picture.width, picture.height
-            content = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC)).tobytes()
-            digest.update(content)
-            file.write(content)
-            if len(places) % 10_000 == 0:
-                print(f"  {len(places):,} images so far", flush=True)
-    return places
+            if row["image"] not in places:
+                try:
+                    picture = read_image(captions.parent / row["image"])
+                except UserError as error:
+                    raise UserError(f"{captions}, line {row['line']}: {error}; replace the file or remove its"
+                                    " rows") from None
+                places[row["image"]] = len(places), picture.width, picture.height
+                images.write(np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC)).tobytes())
+            index, width, height = places[row["image"]]
+            saved = {"image": index, "prompt": row["prompt"], "answer": row["answer"], "kind": row["kind"],
+                     "width": width, "height": height}
+            file = train if row["split"] == "train" else val
+            file.write(json.dumps(saved, ensure_ascii=False).encode("utf-8") + b"\n")
+    return len(places)

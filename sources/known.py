@@ -1,60 +1,53 @@
 """The data sets known by name: where each one's raw material comes from, and how it is prepared when it is missing.
 
-    python prepare.py shakespeare_char                  by hand; train.py does this by itself
-    python prepare.py fineweb                           a corpus, which is tens of gigabytes: only by hand
-
 A new one is a row in one of the tables below, and a data/<name>/README.md with its origin and licence.
 """
 
 import hashlib
+import multiprocessing
 import os
-import queue
+import platform
 import runpy
-import sys
-import threading
-import urllib.error
-import urllib.request
-from dataclasses import dataclass
+import shutil
+import ssl
+from http.client import HTTPException
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import NamedTuple
+from urllib.error import HTTPError, URLError
+from urllib.request import urlopen
 
 from configurator import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data"
 CONNECT_SECONDS = 5
+NETWORK_ERRORS = (URLError, HTTPException, ConnectionError, ssl.SSLError, TimeoutError, multiprocessing.TimeoutError)
 
 
-@dataclass(frozen=True)
-class Known:
-    """A text that can be downloaded: one file, checked by size and SHA-256."""
+class Known(NamedTuple):
+    """A text that can be downloaded: one file."""
     url: str
-    size: int
+    size: int  # bytes
     sha256: str
     tokenizer: str
 
 
-TINY_SHAKESPEARE = dict(url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-                        size=1_115_394, sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
-KNOWN = {"shakespeare_char": Known(**TINY_SHAKESPEARE, tokenizer="char"),
-         "shakespeare_gpt2": Known(**TINY_SHAKESPEARE, tokenizer="gpt2")}
+SHAKESPEARE = Known("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+                    1_115_394, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed", "char")
+KNOWN = {"shakespeare_char": SHAKESPEARE, "shakespeare_gpt2": SHAKESPEARE._replace(tokenizer="gpt2")}
 BUILT_IN = "python_reference"  # the language reference that every CPython carries for its help()
 GENERATED = {"shapes": "bpe:1600", "digits": "char"}  # images with questions, by data/<name>/generate.py: tokenizers
 CORPORA = {  # on the hub: data set, folder of its parquet files, commit
     "fineweb": ("HuggingFaceFW/fineweb", "sample/10BT", "9bb295ddab0e05d785b879661af7260fed5140fc"),
     "fineweb_edu": ("HuggingFaceFW/fineweb-edu", "sample/10BT", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"),
     "openwebtext": ("Skylion007/openwebtext", "plain_text", "b4325f019c648b1641a1784748667e8b74e5e064")}
-KNOWN_NAMES = (*KNOWN, BUILT_IN, *GENERATED, *CORPORA)
+TOKENIZERS = {**{name: known.tokenizer for name, known in KNOWN.items()}, BUILT_IN: "char", **GENERATED,
+              **dict.fromkeys(CORPORA, "gpt2")}  # of all known data sets
 
 
 class Offline(UserError):
     """The network did not answer."""
-
-
-def known_recipe(name):
-    """(tokenizer, val_fraction) of a known data set."""
-    if name in CORPORA:
-        return "gpt2", 0.0005
-    return KNOWN[name].tokenizer if name in KNOWN else GENERATED.get(name, "char"), 0.1
 
 
 def locate(dataset):
@@ -64,35 +57,40 @@ def locate(dataset):
 
 def check_dataset(dataset):
     """Raises UserError that says how to prepare it if a data set is neither ready nor one that prepares itself."""
-    if (locate(dataset) / "meta.json").exists():
+    folder = locate(dataset)
+    if dataset in TOKENIZERS and dataset not in CORPORA or (folder / "meta.json").exists():
         return
-    if dataset in CORPORA:
-        raise UserError(f"there is no data set at {locate(dataset)}: make it first with python prepare.py {dataset},"
-                        " which downloads tens of gigabytes")
-    if dataset not in KNOWN_NAMES:
-        ready = sorted(path.parent.name for path in DATA.glob("*/meta.json"))
-        raise UserError(f"there is no data set at {locate(dataset)}: make one with python prepare.py FILE"
-                        f" --name={dataset} (ready: {', '.join(ready) or 'none'}; known: {', '.join(KNOWN_NAMES)})")
+    how = f"make it first with python prepare.py {dataset}, which downloads tens of gigabytes"
+    if dataset not in CORPORA:
+        ready = ", ".join(sorted(path.parent.name for path in DATA.glob("*/meta.json"))) or "none"
+        how = (f"make one with python prepare.py FILE --name={dataset} (ready: {ready}; known:"
+               f" {', '.join(TOKENIZERS)})")
+    raise UserError(f"there is no data set at {folder}: {how}")
 
 
 def ensure(dataset):
-    """The name of a data set that is ready: `dataset`, prepared if it is a known one, or what stands in for it.
-
-    Raises UserError as `check_dataset` does.
-    """
+    """The name of a data set that is ready: `dataset`, prepared if it is a known one, or what stands in for it."""
     check_dataset(dataset)
     if (locate(dataset) / "meta.json").exists():
         return dataset
-    return prepare_known(dataset, dataset, *known_recipe(dataset))
+    return prepare_known(dataset, dataset, TOKENIZERS[dataset])
 
 
-def prepare_known(name, target, tokenizer, val_fraction, image_size=48):
+def prepare_known(name, target, tokenizer, val_fraction=0.1, image_size=48):
     """Prepares a known data set, no corpus, as data set `target`; returns the name of what there is then.
 
     That is the built-in text's where `target` can't be had without a network.
     """
+    if name in GENERATED:
+        from sources import images  # imports torch
+        raw, script = DATA / name / "source", f"data/{name}/generate.py"
+        print(f"generating {raw}", flush=True)
+        runpy.run_path(str(ROOT / script))["generate"](raw)
+        images.prepare(raw, locate(target), tokenizer, val_fraction, image_size, script)
+        return target
+    from sources import texts  # imports numpy
     try:
-        path, origin = raw_material(name)
+        path, origin = known_text(name)
     except Offline as error:
         if target != name:
             raise
@@ -101,31 +99,20 @@ def prepare_known(name, target, tokenizer, val_fraction, image_size=48):
               f" as data set {BUILT_IN!r}.\nIts losses can't be compared with those of {name}. When you are online, run"
               f" again,\nor put the file at {DATA / name / 'input.txt'} yourself.\n{bar}\n", flush=True)
         return ensure(BUILT_IN)
-    if name in GENERATED:
-        from sources import images  # imports torch
-        images.prepare(path, locate(target), tokenizer, val_fraction, image_size, origin)
-    else:
-        from sources import texts  # imports numpy
-        texts.prepare([path], locate(target), tokenizer, val_fraction, origin)
+    texts.prepare([path], locate(target), tokenizer, val_fraction, origin)
     return target
 
 
-def raw_material(name):
-    """(path, origin) of a known data set that is no corpus: a text file, or a folder of images; made if need be."""
-    if name in KNOWN:
-        return known_text(name), KNOWN[name].url
-    if name == BUILT_IN:
-        version = ".".join(map(str, sys.version_info[:3]))
-        return built_in_text(), f"pydoc_data.topics of Python {version}"
-    folder, script = DATA / name / "source", f"data/{name}/generate.py"
-    print(f"generating {folder}", flush=True)
-    runpy.run_path(str(ROOT / script))["generate"](folder)
-    return folder, script
-
-
 def known_text(name):
-    """The path of a known text: on disk already, or downloaded once; checked either way."""
-    known, path = KNOWN[name], DATA / name / "input.txt"
+    """(path, origin) of a known text: Python's own, or one that is on disk or downloaded now, and checked."""
+    path = DATA / name / "input.txt"
+    if name == BUILT_IN:
+        from pydoc_data.topics import topics
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = "\n\n".join(topics[topic].strip() for topic in sorted(topics))
+        path.write_text(text + "\n", encoding="utf-8", newline="\n")
+        return path, f"pydoc_data.topics of Python {platform.python_version()}"
+    known = KNOWN[name]
     if not path.exists():
         download(known.url, path)
     content = path.read_bytes()
@@ -133,53 +120,24 @@ def known_text(name):
     if found != known.sha256:
         raise UserError(f"{path} is not the expected text ({len(content):,} bytes, SHA-256 {found[:12]}..., expected"
                         f" {known.size:,} bytes, {known.sha256[:12]}...): delete it and run again")
-    return path
-
-
-def built_in_text():
-    """The path of the built-in text, written out from Python's own documentation."""
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        raise UserError("this Python lacks pydoc_data, so there is no built-in text either:"
-                        " use a text of your own, python prepare.py my.txt") from None
-    path = DATA / BUILT_IN / "input.txt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n\n".join(topics[name].strip() for name in sorted(topics)) + "\n", encoding="utf-8", newline="\n")
-    return path
+    return path, known.url
 
 
 def download(url, path):
-    """Fetches `url` into `path`, whole or not at all. Raises Offline if nothing answers within CONNECT_SECONDS.
-
-    The connection is opened in a thread: a name look-up has no time-out of its own.
-    """
-    answers = queue.Queue()
-
-    def connect():
-        try:
-            answers.put(urllib.request.urlopen(url, timeout=CONNECT_SECONDS))
-        except Exception as error:
-            answers.put(error)
-
+    """Fetches `url` into `path`, whole or not at all. Raises Offline if nothing answers within CONNECT_SECONDS."""
     print(f"downloading {url}", flush=True)
-    threading.Thread(target=connect, daemon=True).start()
-    try:
-        answer = answers.get(timeout=CONNECT_SECONDS + 1)
-    except queue.Empty:
-        answer = TimeoutError(f"no answer in {CONNECT_SECONDS} s")
-    if isinstance(answer, urllib.error.HTTPError):
-        raise UserError(f"{url}: the server answered {answer.code} {answer.reason}")
-    if isinstance(answer, ValueError):
-        raise UserError(f"{url} is not a URL that can be fetched: {answer}")
-    if isinstance(answer, Exception):
-        raise Offline(f"{url} can't be reached: {getattr(answer, 'reason', answer)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
-        with answer, open(part, "wb") as file:
-            while block := answer.read(1 << 20):
-                file.write(block)
-    except (TimeoutError, ConnectionError, urllib.error.URLError) as error:
-        raise Offline(f"{url}: the download broke off: {error}") from None
+        with ThreadPool(1) as pool:  # a name look-up has no time-out of its own
+            stream = pool.apply_async(urlopen, (url, None, CONNECT_SECONDS)).get(CONNECT_SECONDS + 1)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with stream, open(part, "wb") as file:
+            shutil.copyfileobj(stream, file)
+        if getattr(stream, "length", 0):  # bytes that were promised and did not come
+            raise ConnectionError("the download broke off")
+    except HTTPError as error:
+        raise UserError(f"{url}: the server answered {error.code} {error.reason}") from None
+    except (*NETWORK_ERRORS, ValueError) as error:  # ValueError: not a URL
+        reason = str(getattr(error, "reason", error)) or f"no answer in {CONNECT_SECONDS} s"
+        raise Offline(f"{url} can't be reached: {reason}") from None
     os.replace(part, path)

@@ -2,15 +2,13 @@
 
     python prepare.py my.txt                            also a folder of .txt files, or a URL
 
-The first 90 % of the characters are for training, the rest for validation. Text is UTF-8. It is read and written
-piece by piece, so it may be larger than memory.
+Text is UTF-8. It is read and written piece by piece, so it may be larger than memory.
 """
 
 import hashlib
 import os
 import re
-
-import numpy as np
+import sys
 
 import tokenizer as tokenizers
 from configurator import UserError
@@ -22,9 +20,8 @@ CHUNK = 1 << 22  # characters of text held at a time
 def prepare(paths, folder, tokenizer_name, val_fraction=0.1, source=""):
     """Writes the data set of the files' text into `folder`, and returns its meta.
 
-    Raises UserError for an empty text, one that is too short to split, or one that is not UTF-8.
+    Raises UserError for a text that is too short to split or is not UTF-8.
     """
-    check_fraction(val_fraction)
     source = str(source or paths[0])
     digest, n_characters, n_bytes = hashlib.sha256(), 0, 0
     for text in read(paths):
@@ -33,52 +30,38 @@ def prepare(paths, folder, tokenizer_name, val_fraction=0.1, source=""):
         n_characters += len(text)
         n_bytes += len(encoded)
     n_train = int(n_characters * (1 - val_fraction))
-    if n_characters == 0:
-        raise UserError(f"{source} is empty: there is nothing to train on")
     if n_train < 2 or n_characters - n_train < 2:
         raise UserError(f"{source} has {n_characters} characters: too few to split for training and validation")
     tokenizer = tokenizers.build(tokenizer_name, lambda: read(paths), lambda: whole_words(read(paths, 0, n_train)))
     meta = {"source": source, "sha256": digest.hexdigest(), "characters": n_characters, "bytes": n_bytes,
-            "tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "dtype": id_type(tokenizer).name}
+            "tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "dtype": id_type(tokenizer)}
     folder.mkdir(parents=True, exist_ok=True)
     for split, start, stop in (("train", 0, n_train), ("val", n_train, n_characters)):
         meta[f"{split}_characters"] = stop - start
         meta[f"{split}_tokens"] = write_tokens(folder / f"{split}.bin.new", read(paths, start, stop), tokenizer)
     tokenizer.save(folder / "tokenizer.json.new")
     put_in_place(folder, ("train.bin", "val.bin", "tokenizer.json"), meta)
-    report_tokens(folder, meta)
     return meta
 
 
-def read(paths, start=0, stop=None):
+def read(paths, start=0, stop=sys.maxsize):
     """Yields the characters start..stop of the files' joined text, piece by piece, without byte-order marks.
 
     A newline is put between files where there is none. Raises UserError for bytes that are not UTF-8.
     """
-    at = 0
-    for text in joined(paths):
-        piece = text[max(0, start - at):None if stop is None else max(0, stop - at)]
-        at += len(text)
-        if piece:
-            yield piece
-        if stop is not None and at >= stop:
-            return
-
-
-def joined(paths):
-    """Yields the whole text of the files, piece by piece."""
-    last = ""
+    at, last = 0, "\n"
     for path in paths:
-        if last and not last.endswith("\n"):
-            yield "\n"
         with open(path, encoding="utf-8-sig", newline="") as file:
             try:
-                while text := file.read(CHUNK):
-                    yield text
-                    last = text
+                text = ("" if last.endswith("\n") else "\n") + file.read(CHUNK)
+                while text and at < stop:
+                    if at + len(text) > start:
+                        yield text[max(0, start - at):stop - at]
+                    at, last = at + len(text), text
+                    text = file.read(CHUNK)
             except UnicodeDecodeError as error:  # counts from where its piece of the file starts
-                at = file.buffer.tell() - len(error.object) + error.start
-                raise UserError(f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {at:,};"
+                offset = file.buffer.tell() - len(error.object) + error.start
+                raise UserError(f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {offset:,};"
                                 " convert it first, for instance: iconv -f LATIN1 -t UTF-8") from None
 
 
@@ -87,8 +70,8 @@ def whole_words(texts):
     rest = ""
     for text in texts:
         text = rest + text
-        cuts = [match.end() for match in re.finditer(r"\S(?=\s\S)", text[-10_000:])]
-        cut = len(text) - len(text[-10_000:]) + cuts[-1] if cuts else len(text)
+        last = re.match(r".*\S(?=\s\S)", text, re.DOTALL)
+        cut = last.end() if last else len(text)
         yield text[:cut]
         rest = text[cut:]
     if rest:
@@ -97,33 +80,25 @@ def whole_words(texts):
 
 def write_tokens(path, texts, tokenizer):
     """Writes the token ids of the texts, and returns how many there are."""
-    count, reported = 0, 0
+    count = 0
     with open(path, "wb") as file:
         for text in whole_words(texts):
             ids = stored(tokenizer.encode(text), tokenizer)
             ids.tofile(file)
             count += len(ids)
-            if count - reported > 50_000_000:
-                print(f"  {path.name}: {count:,} tokens so far", flush=True)
-                reported = count
     return count
 
 
 def stored(ids, tokenizer):
     """The ids as the files hold them."""
-    assert not ids.size or 0 <= ids.min() <= ids.max() < tokenizer.vocab_size, \
-        f"token ids from {ids.min()} to {ids.max()} are outside 0..{tokenizer.vocab_size - 1}"
+    size = tokenizer.vocab_size
+    assert not ids.size or 0 <= ids.min() <= ids.max() < size, f"token ids outside 0..{size - 1}"
     return ids.astype(id_type(tokenizer))
 
 
 def id_type(tokenizer):
     """The dtype of the ids in the files."""
-    return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-
-
-def check_fraction(val_fraction):
-    if not 0 < val_fraction < 1:
-        raise UserError(f"val_fraction = {val_fraction}: must lie between 0 and 1")
+    return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
 
 
 def put_in_place(folder, names, meta):
@@ -132,8 +107,5 @@ def put_in_place(folder, names, meta):
     (folder / "meta.json").unlink(missing_ok=True)
     for name in (*names, "meta.json"):
         os.replace(folder / f"{name}.new", folder / name)
-
-
-def report_tokens(folder, meta):
-    print(f"{folder}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens"
-          f" of {meta['vocab_size']:,} kinds ({meta['tokenizer']})", flush=True)
+    numbers = [f"{name} = {value:,}" for name, value in meta.items() if isinstance(value, int)]
+    print(f"{folder}: {', '.join(numbers)}", flush=True)

@@ -16,7 +16,7 @@ import torch
 
 from batches import ImageTextDataset, fixed_rows, read_images, shuffled_rows, to_device
 from configurator import UserError
-from generate import generate, pick_tokens
+from generate import generate, pick_tokens, picker
 from lora import merge_lora
 from machine.device import autocast
 from published import paligemma
@@ -211,19 +211,16 @@ class ImageTextTask(WithImages):
     def sample(self, model, requests, sampling):
         """Each answer; with `draw` or `attention`, pictures of it. The requests are one batch, and each picture is read
         once."""
-        for request in requests:
-            if not request.get("image"):
-                raise UserError("the model is asked about an image: add --image=FILE")
+        if not all(request.get("image") for request in requests):
+            raise UserError("the model is asked about an image: add --image=FILE")
         device, paths = next(model.parameters()).device, list(dict.fromkeys(r["image"] for r in requests))
         found = [pictures.read_image(path) for path in paths]
         images = torch.stack([pictures.pixels(picture, model.config.vision.image_size) for picture in found]).to(device)
         prompts = [encode_prompt(self.tokenizer, r["text"].rstrip("\r\n")) for r in requests]  # which end in a newline
         with torch.inference_mode():
             image = model.encode(images)[[paths.index(r["image"]) for r in requests]]  # (B, N, C)
-        pick = functools.partial(pick_tokens, temperature=sampling.temperature, top_k=sampling.top_k,
-                                 top_p=sampling.top_p, generator=torch.Generator(device).manual_seed(sampling.seed))
         texts = [Transcript(self.tokenizer, sampling.stop) for _ in requests]
-        steps = self.write(model, image, prompts, sampling.max_new_tokens, pick)
+        steps = self.write(model, image, prompts, sampling.max_new_tokens, picker(sampling, device))
         if len(requests) > 1:
             yield from ((row, f"{request['image']}: ") for row, request in enumerate(requests))
         yield from transcribe(steps, texts)

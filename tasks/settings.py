@@ -81,7 +81,6 @@ class Contrastive:
 
     def __post_init__(self):
         check_sizes(self)
-        check_idle(self, "is not for --task=contrastive, which scores each row against all others", "micro_batch_size")
         if self.shard:
             raise UserError("shard = True: not for --task=contrastive, whose single numbers can't be divided")
 
@@ -147,7 +146,7 @@ class Answering(Writing):
             path = getattr(self, name)
             if path and not path.lower().endswith((".png", ".jpg", ".jpeg")):
                 raise UserError(f"{name} = {path}: must end in .png or .jpg")
-            if path and ("," in self.image or self.num_samples > 1):
+            if path and (not self.image or "," in self.image or self.num_samples > 1):
                 raise UserError(f"{name} = {path}: needs one --image and --num_samples=1")
 
 

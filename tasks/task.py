@@ -41,11 +41,9 @@ class Task:
 
     def open(self, folder, world):
         """Opens the data set in `folder`. Raises UserError unless it fits the task and its tokenizers."""
-        raise NotImplementedError
 
     def build(self, generator):
         """A new model of the settings' shape."""
-        raise NotImplementedError
 
     def fit(self, model):
         """Called with the model before the first batch. Raises UserError unless model and data belong together."""
@@ -56,7 +54,6 @@ class Task:
 
     def pick(self, step):
         """The rows of the update after `step` updates: a pure function of (seed, step)."""
-        raise NotImplementedError
 
     def weight(self, rows):
         """The total weight of these rows' targets: known without drawing, and the same on all ranks."""
@@ -65,7 +62,6 @@ class Task:
     def batch(self, rows, generator):
         """(the model's arguments by name, the weight of each target): tensors on the device. Masks and crops are drawn
         from the generator."""
-        raise NotImplementedError
 
     def loss(self, model, arguments, weights):
         """(the weighted sum of the nats of all targets, {name: another such sum, for the log})."""
@@ -73,7 +69,6 @@ class Task:
 
     def evaluate(self, model, split, world, dtype, limit=0):
         """{"loss": ...} of a split, shared among the ranks. limit: most tokens to score; 0: all of them."""
-        raise NotImplementedError
 
     def details(self, model, split, world, dtype, settings, found):
         """What evaluate.py tells besides. settings: the task's own for evaluating; found: what `evaluate` returned."""
@@ -84,7 +79,6 @@ class Task:
 
         requests: [{"text": prompt, "image": path}]. sampling: the task's settings for sampling.
         """
-        raise NotImplementedError
 
     def show(self, model):
         """What the end of a run shows: an unconditioned sample."""

@@ -10,7 +10,6 @@ Axes: B batch, T tokens of a window.
 """
 
 import dataclasses
-import functools
 import math
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch
 import tokenizer as tokenizers
 from batches import Dataset, fixed_windows, random_offsets, read_windows
 from configurator import UserError, check_choices, check_idle
-from generate import generate, pick_tokens
+from generate import generate, picker
 from machine.device import autocast
 from model import GPT, GPTConfig, all_blocks, init_weights
 from run.cost import count_parameters, flops_per_token
@@ -110,9 +109,7 @@ class TextTask(Task):
     def sample(self, model, requests, sampling):
         """Each prompt, and what continues it. Requests with the same prompt are one batch."""
         device = next(model.parameters()).device
-        pick = functools.partial(pick_tokens, temperature=sampling.temperature, top_k=sampling.top_k,
-                                 top_p=sampling.top_p, generator=torch.Generator(device).manual_seed(sampling.seed))
-        batches = {}
+        pick, batches = picker(sampling, device), {}
         for index, request in enumerate(requests):
             batches.setdefault(request["text"], []).append(index)
         for text, rows in batches.items():

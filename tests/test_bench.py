@@ -1,25 +1,33 @@
-"""bench.py measures what it says, and its table is the JSON."""
+"""tools/bench.py measures what it says, and its table is the JSON."""
 
 import json
 import shlex
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
-import bench
 from configurator import UserError
+from tools import bench
 
 
-def test_every_measured_row_is_in_the_json(tmp_path, capsys):
+def test_every_measured_row_is_in_the_json(tmp_path, capsys, monkeypatch):
+    tiny = dict(n_layer=1, n_head=2, n_embd=32, n_hidden=32)
+    monkeypatch.setattr(bench, "VISION", bench.VISION | tiny)
+    monkeypatch.setattr(bench, "TEXT", bench.TEXT | tiny | dict(head_dim=16, vocab_size=300))
     out, nothing = tmp_path / "bench.json", f"{shlex.quote(sys.executable)} -c pass"
-    bench.main(bench.Settings(only="train,sample,against", sizes="small", dtypes="float32", batches="1,2",
-                              new_tokens=4, repeats=1,
-                              transformers=False, device="cpu", ours=nothing, against=nothing, out=str(out)))
+    bench.main(bench.Settings(only="train,sample,vlm,against", sizes="small", dtypes="float32", batches="1,2",
+                              new_tokens=4, repeats=1, transformers=False, device="cpu", ours=nothing,
+                              against=nothing, out=str(out)))
     rows = {row["case"]: row for row in json.loads(out.read_text())["rows"]}
     assert set(rows) == {"small, float32, ours", "small, float32, 1 at once, ours", "small, float32, 2 at once, ours",
-                         "ours", "theirs"}
+                         *(f"float32, {n} at once, {what}, ours" for n in (1, 8)
+                           for what in ("1 tokens", "64 tokens", "after the first")), "ours", "theirs"}
     printed = capsys.readouterr().out
-    assert all(case in printed and 0 < row["least"] <= row["median"] <= row["most"] for case, row in rows.items())
+    assert all(case in printed and row["least"] <= row["median"] <= row["most"] for case, row in rows.items())
+    assert all(row["median"] > 0 for case, row in rows.items() if "after the first" not in case)  # a difference of two
 
 
 def test_a_command_that_fails_is_named():
@@ -31,3 +39,19 @@ def test_a_command_that_fails_is_named():
         bench.Settings(out="no_such_folder/b.json")
     with pytest.raises(UserError, match="give both or neither"):
         bench.Settings(against="true")
+
+
+def test_the_measured_update_is_a_sound_one():
+    task = bench.OneBatch(torch.randint(65, (4, 65), generator=bench.seeded()), torch.device("cpu"))
+    model = bench.new_gpt(bench.SHAPES["small"][0]).train()
+    optimizers, scaler = bench.make_optimizers(model, task.settings), torch.amp.GradScaler("cpu", enabled=False)
+    world = bench.World(0, 1, torch.device("cpu"))
+    losses = [bench.train.update(task, model, optimizers, scaler, 0, world, torch.float32)[0] for _ in range(3)]
+    assert losses[0].item() == pytest.approx(4.17, abs=0.1) and losses[2] < losses[1] < losses[0]
+
+
+def test_a_command_with_a_new_name_answers_the_old_one():
+    for name in ("bench", "scaling"):
+        done = subprocess.run([sys.executable, f"{name}.py", "--help"], cwd=Path(bench.__file__).parents[1], text=True,
+                              capture_output=True)
+        assert (done.returncode, done.stderr) == (2, f"{name}.py is now: python -m tools.{name}\n")

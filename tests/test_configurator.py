@@ -1,3 +1,4 @@
+import re
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
@@ -7,7 +8,7 @@ import evaluate
 import prepare
 import sample
 import train
-from configurator import UserError, check_ranges, comments, differences, help_text, parse
+from configurator import UserError, check_ranges, differences, help_text, parse
 from tasks import TASKS
 
 
@@ -102,6 +103,18 @@ def test_on_cpu_replaces_the_files_values_but_not_the_command_lines(tmp_path):
     assert len(asked) == 3  # not asked where no file has on_cpu: finding out may be slow
 
 
+def test_on_cpu_of_an_earlier_file_wins_over_a_later_file_but_not_over_the_command_line(tmp_path):
+    recipe = write(tmp_path / "recipe.py", "batch_size = 64\nout_dir = 'a'\non_cpu = dict(batch_size=8)")
+    overlay = write(tmp_path / "overlay.py", "batch_size = 32\nout_dir = 'b'")
+    for accelerator, sizes in ((True, [32, 3, 32]), (False, [8, 3, 3])):
+        found = [settings(*argv, has_accelerator=lambda device, found=accelerator: found) for argv in (
+            [recipe, overlay], [recipe, overlay, "--batch_size=3"], ["--batch_size=3", recipe, overlay])]
+        assert [each.batch_size for each in found] == sizes and found[0].out_dir == "b"
+    later = write(tmp_path / "later.py", "on_cpu = dict(batch_size=4)")
+    assert settings(recipe, later, has_accelerator=lambda device: False).batch_size == 4
+    assert settings(later, recipe, has_accelerator=lambda device: False).batch_size == 8
+
+
 def test_base_is_older_than_everything_given():
     s = settings("--resume", "--batch_size=7", base=lambda given: {"batch_size": 1, "out_dir": "old"})
     assert (s.batch_size, s.out_dir) == (7, "old")
@@ -189,8 +202,8 @@ def test_help_documents_every_setting():
     assert "--batch_size=12 " in text and "sequences per update" in text
     of_tasks = [getattr(row, kind) for row in TASKS.values() for kind in ("training", "sampling", "evaluating")]
     for cls in (*(script.Settings for script in (train, sample, evaluate, prepare)), *of_tasks):
-        documented = {name: comment for name, comment in comments(cls) if name}
-        assert all(documented[each.name] for each in fields(cls)), cls
+        documented = help_text(cls, "")
+        assert all(re.search(rf"  --{each.name}[.=].* +\S", documented) for each in fields(cls)), cls
     with pytest.raises(UserError, match="unknown setting --pair_loss .* it is for --task=contrastive alone"):
         parse(train.Settings, ["--pair_loss=softmax"], **train.HOW)
 

@@ -1,4 +1,4 @@
-"""Compiled steps give the trunk's numbers, and stand aside from blocks that were edited and wherever they can't be used."""
+"""Compiled steps give the trunk's numbers, and stand aside from edited blocks and wherever they can't be used."""
 
 import functools
 import json
@@ -71,7 +71,7 @@ def test_compiled_steps_give_the_uncached_logits(monkeypatch, changes, threads):
     if os.environ.get("QUILL_ACCEPT"):
         monkeypatch.setattr(decode, "KNOWN", found)
     monkeypatch.setattr(decode, "THREADS_FROM", 0 if threads > 1 else 2**60)
-    assert decode.stands_for(model.transformer), "after a change to the blocks: QUILL_ACCEPT=1 accepts it if this passes"
+    assert decode.stands_for(model.transformer), "after a change to the blocks QUILL_ACCEPT=1 accepts it if this passes"
     torch.testing.assert_close(stepped(model, TOKENS), model(TOKENS), atol=1e-4, rtol=1e-4)
     if os.environ.get("QUILL_ACCEPT"):
         path = decode.SOURCE.with_suffix(".json")

@@ -6,23 +6,26 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import settings_for
 
-import checkpoint
 import evaluate
-import prepare
+import train
 from batches import Dataset
 from configurator import UserError
+from run import checkpoint
+from sources import texts
+from tasks.task import load
 
 
 def run(out_dir, **settings):
-    evaluate.main(evaluate.Settings(out_dir=str(out_dir), device="cpu",
-                                    **{"random_windows": 4, "dtype": "float32", **settings}))
+    settings = {"random_windows": 4, "dtype": "float32", **settings}
+    evaluate.main(settings_for("text", "evaluating", out_dir=str(out_dir), device="cpu", **settings))
     return json.loads((Path(out_dir) / "evaluation.json").read_text())
 
 
 def test_the_loss_is_that_of_every_token_of_the_split(trained, dataset):
     found = run(trained)
-    model = checkpoint.load(Path(trained) / "best")[0]
+    model = load(Path(trained) / "best")[1]
     ids = torch.from_numpy(np.array(Dataset(dataset).splits["val"], dtype=np.int64))
     total = 0.0
     for start in range(0, len(ids) - 1, 32):  # one window at a time, the last one shorter
@@ -48,11 +51,10 @@ def test_the_random_window_estimate_is_another_measure_with_its_own_seed(trained
 
 
 def test_bits_per_character_count_characters_not_tokens(trained, dataset, tmp_path, text, tiny):
-    import train
     (tmp_path / "words.txt").write_text(text, encoding="utf-8")
-    prepare.prepare([tmp_path / "words.txt"], tmp_path / "bpe", "bpe:300")
+    texts.prepare([tmp_path / "words.txt"], tmp_path / "bpe", "bpe:300")
     settings = {**tiny, "dataset": str(tmp_path / "bpe"), "max_iters": 3}
-    train.main(train.Settings(**settings, out_dir=str(tmp_path / "out")), {})
+    train.main(settings_for("text", **settings, out_dir=str(tmp_path / "out")), {})
     found, meta = run(tmp_path / "out"), Dataset(tmp_path / "bpe").meta
     assert meta["val_characters"] > 1.5 * meta["val_tokens"]
     bits = found["loss"] * meta["val_tokens"] / math.log(2)

@@ -66,7 +66,7 @@ def read_rows(folder):
 def test_a_folder_becomes_a_data_set(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(known, "DATA", tmp_path / "data")
     prepare.main(prepare.Settings(image_size=8), [f"{folder}/"])
-    assert "36 training rows on 18 images" in capsys.readouterr().out
+    assert "train_images = 18, train_rows = 36" in capsys.readouterr().out
     data = ImageTextDataset(tmp_path / "data" / "pictures")
     assert data.meta["kind"] == "image-text" and data.meta["source"] == f"{folder}/"
     assert [row["image"] for row in data.rows["train"]] == np.repeat(np.arange(18), 2).tolist()
@@ -177,7 +177,7 @@ def test_bad_folders_are_named(folder, tmp_path):
     write_rows(folder, whole)
     with pytest.raises(UserError, match="tokenizer = gpt2: must be char or byte .*, or bpe:SIZE, for images"):
         images.prepare(folder, tmp_path / "out", "gpt2", 0.5)
-    with pytest.raises(UserError, match="bpe:300: 256 bytes and 1,156 special tokens need at least bpe:1412"):
+    with pytest.raises(UserError, match="bpe:300: 256 bytes and the special tokens need at least bpe:1412"):
         images.prepare(folder, tmp_path / "out", "bpe:300")
     with pytest.raises(UserError, match="image_size = 0: must be at least 1"):
         prepare.Settings(image_size=0)

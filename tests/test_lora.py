@@ -140,7 +140,7 @@ def test_fine_tuned_and_merged_it_is_what_transformers_loads(tmp_path):
     from test_published import IMAGE, N, make_tokenizer, their_inputs
     (tmp_path / "before").mkdir()
     make_tokenizer().save(str(tmp_path / "before" / "tokenizer.json"))
-    paligemma.save(make_model(), paligemma.load_tokenizer(tmp_path / "before", ""), tmp_path / "before")
+    paligemma.save(make_model(), paligemma.load_tokenizer(tmp_path / "before"), tmp_path / "before")
     model, tokenizers = files.load(str(tmp_path / "before"))
     before = model(**BATCH)
     add_lora(model, 2, seeded())

@@ -2,12 +2,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import settings_for
 
+from configurator import UserError
 from model import GPT, GPTConfig, init_weights
-from optimizer import make_optimizer, orthogonalized
-from train import Settings
+from optimizer import clip, make_optimizers, orthogonalized, set_rates
 
-SETTINGS = Settings(optimizer="muon", learning_rate=3e-3, muon_lr=0.02, weight_decay=0.1)
+SETTINGS = settings_for("text", optimizer="muon", learning_rate=3e-3, muon_lr=0.02, weight_decay=0.1)
 
 
 def seeded(seed=0):
@@ -16,7 +17,7 @@ def seeded(seed=0):
 
 def make_gpt():
     model = GPT(GPTConfig(n_layer=3, n_head=2, n_embd=32, n_hidden=96, vocab_size=11, tied=False, bias=True))
-    init_weights(model, 3, seeded())
+    init_weights(model, seeded())
     return model
 
 
@@ -34,34 +35,56 @@ def test_orthogonalized_matrices_keep_their_singular_vectors_and_have_values_nea
 
 def test_steps_equal_those_of_torchs_muon_and_adamw():
     ours, theirs = make_gpt(), make_gpt()
-    optimizer = make_optimizer(ours, SETTINGS)
+    optimizers = make_optimizers(ours, SETTINGS)
     matrices = {name: p for name, p in theirs.named_parameters() if "blocks" in name and p.dim() == 2}
     tables = {name: p for name, p in theirs.named_parameters() if name not in matrices and p.dim() == 2}
     vectors = [p for p in theirs.parameters() if p.dim() == 1]
     muon = torch.optim.Muon(matrices.values(), lr=0.02, weight_decay=0.1, momentum=0.95)
     rest = [dict(params=[*tables.values()], weight_decay=0.1), dict(params=vectors, weight_decay=0.0)]
     adamw = torch.optim.AdamW(rest, lr=3e-3, betas=(SETTINGS.beta1, SETTINGS.beta2))
-    for group in optimizer.param_groups:
-        group["lr"] *= group["scale"]
+    assert set_rates(optimizers, SETTINGS.warmup_iters + 1, SETTINGS) == 3e-3  # the peak
     start = {name: p.detach().clone() for name, p in ours.named_parameters()}
     for step in range(4):
         for i, (a, b) in enumerate(zip(ours.parameters(), theirs.parameters())):
             a.grad = torch.randn(a.shape, generator=seeded(100 * step + i))
             b.grad = a.grad.clone()
-        for each in (optimizer, muon, adamw):
+        for each in (*optimizers.values(), muon, adamw):
             each.step()
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters()):
         moved, expected = a - start[name], b - start[name]
         assert torch.linalg.norm(moved - expected) < (0.02 if name in matrices else 1e-5) * torch.linalg.norm(expected)
 
 
-def test_a_group_is_one_rate_one_decay_and_one_optimizer():
-    model = make_gpt()
+def groups_of(model, settings):
+    """{(which optimizer, scale, weight decay): names of its parameters}."""
     names = {p: name for name, p in model.named_parameters()}
-    groups = {(group["scale"], group["weight_decay"], group.get("muon", False)): {names[p] for p in group["params"]}
-              for group in make_optimizer(model, SETTINGS).param_groups}
-    assert groups.keys() == {(SETTINGS.muon_lr / SETTINGS.learning_rate, 0.1, True), (1, 0.1, False), (1, 0.0, False)}
-    assert groups[1, 0.1, False] == {"wte.weight", "wpe.weight", "head.weight"}
-    assert sum(map(len, groups.values())) == len(names)
-    plain = make_optimizer(model, replace(SETTINGS, optimizer="adamw"))
-    assert len(plain.param_groups) == 2 and not any("muon" in group for group in plain.param_groups)
+    return {(kind, group["scale"], group["weight_decay"]): {names[p] for p in group["params"]}
+            for kind, optimizer in make_optimizers(model, settings).items() for group in optimizer.param_groups}
+
+
+def test_a_group_is_one_rate_one_decay_and_one_optimizer():
+    model, scale = make_gpt(), SETTINGS.muon_lr / SETTINGS.learning_rate
+    groups = groups_of(model, SETTINGS)
+    assert groups.keys() == {("muon", scale, 0.1), ("optimizer", 1, 0.1), ("optimizer", 1, 0.0)}
+    assert groups["optimizer", 1, 0.1] == {"wte.weight", "wpe.weight", "head.weight"}
+    assert sum(map(len, groups.values())) == len(list(model.parameters()))
+    assert groups_of(model, replace(SETTINGS, optimizer="adamw")).keys() == {("optimizer", 1, 0.1), ("optimizer", 1, 0)}
+
+
+def test_a_part_has_a_rate_of_its_own_and_none_is_frozen():
+    model, scale = make_gpt(), SETTINGS.muon_lr / SETTINGS.learning_rate
+    groups = groups_of(model, replace(SETTINGS, rates={"wte": 0.0, "transformer": 0.5}))
+    assert groups.keys() == {("muon", 0.5 * scale, 0.1), ("optimizer", 1, 0.1), ("optimizer", 0.5, 0.0)}
+    assert groups["optimizer", 1, 0.1] == {"wpe.weight", "head.weight"} and not model.wte.weight.requires_grad
+    with pytest.raises(UserError, match="rates.vision = 1.0: the model has no such part, only wte, wpe, transformer,"):
+        make_optimizers(model, replace(SETTINGS, rates={"vision": 1.0}))
+    with pytest.raises(UserError, match="nothing is left to train"):
+        make_optimizers(model, replace(SETTINGS, rates=dict.fromkeys(("wte", "wpe", "transformer", "head"), 0.0)))
+
+
+def test_a_gradient_is_clipped_to_its_norm():
+    model = torch.nn.Linear(3, 4)
+    model.weight.grad = torch.ones(4, 3)  # the bias has no gradient
+    for most, left in ((0.0, 12**0.5), (100.0, 12**0.5), (1.0, 1.0)):
+        assert clip(model, most).item() == pytest.approx(12**0.5)
+        assert model.weight.grad.norm().item() == pytest.approx(left)

@@ -104,7 +104,7 @@ def test_a_url_is_fetched(data, tmp_path, source):
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"", "is empty"), (b"\xef\xbb\xbf", "is empty"), (b"ab", "has 2 characters: too few"),
+    (b"", "has 0 characters"), (b"\xef\xbb\xbf", "has 0 characters"), (b"ab", "has 2 characters: too few"),
     (b"x" * 70 + b"\xe9t\xe9", "is not UTF-8: byte 0xe9 at offset 70"), (b"x" * 70 + b"\xe9", "0xe9 at offset 70"),
     ("\ufeff€".encode() * 3000 + b"\xe9", "0xe9 at offset 18,000"),
 ])
@@ -123,7 +123,7 @@ def test_bad_sources_are_named(data, tmp_path):
         with pytest.raises(UserError, match=message):
             run(*sources)
     with pytest.raises(UserError, match="val_fraction = 1.0: must lie between"):
-        texts.prepare([], data, "char", val_fraction=1.0)
+        prepare.Settings(val_fraction=1.0)
     with pytest.raises(UserError, match="make one with python prepare.py FILE --name=mine"):
         known.ensure("mine")
 

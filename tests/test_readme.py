@@ -1,5 +1,6 @@
-"""The README's commands and file tree are right: every file is there, and every setting exists."""
+"""The README, the docstrings and the recipes are right: every command parses, every file that they name is there."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -10,49 +11,104 @@ import evaluate
 import prepare
 import sample
 import train
-from configurator import parse
+from configurator import parse, read_file
+from tools import bench, scaling
 
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SCRIPTS = {"train.py": train, "sample.py": sample, "evaluate.py": evaluate, "prepare.py": prepare}
-COMMAND = r"(?:python|torchrun --nproc_per_node=\d) ((?:train|sample|evaluate|prepare)\.py[^|`\n]*)"
-COMMANDS = sorted(set(re.findall(COMMAND, README)))
+FOLDERS = sorted(path.parent for path in ROOT.glob("*/__init__.py")) + [ROOT / "config", ROOT / "data", ROOT / "tests"]
+RECIPES = sorted((ROOT / "config").rglob("*.py"))
+DOCUMENTED = [path for folder in (ROOT, *FOLDERS[:-2]) for path in folder.glob("*.py") if path.stem != "configurator"]
+DOCUMENTED += (ROOT / "config").glob("*/*.py")
+TEXTS = [README, *(path.read_text(encoding="utf-8") for path in ROOT.glob("data/*/README.md")),
+         *(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "" for path in DOCUMENTED)]
+COMMAND = (r"(?:python|torchrun(?: --\S+)+) ((?:(?:train|sample|evaluate|prepare)\.py|-m tools\.(?:bench|scaling))\b"
+           r"(?:\"[^\"\n]*\"|[^|`\"\n])*)")  # a | between quotes belongs to it
+COMMANDS = sorted({re.split("  +", line)[0].strip() for text in TEXTS
+                   for line in re.findall(COMMAND, re.sub(r"\\\n\s*", "", text))})
+
+
+def base_of(recipe):
+    """The recipe that this one goes on from: config/gpt2.py, if it lies in config/gpt2/; else none."""
+    return [recipe.parent.with_suffix(".py")] * (recipe.parent.name != "config")
+
+
+def read(files, on_gpu):
+    """(settings, given) of recipes."""
+    how = {"more": train.HOW["more"], "has_accelerator": lambda device: on_gpu}
+    return parse(train.Settings, [str(file) for file in files], **how)
+
+
+def task_of(arguments):
+    """The task of the model that a command for sample.py or evaluate.py names: its recipe has the same out_dir."""
+    named = dict(argument.lstrip("-").partition("=")[::2] for argument in arguments)
+    if "init_from" in named:
+        return "image-text" if "image" in named else "text"
+    runs = {s.out_dir: s.task for s, _ in (read([*base_of(path), path], True) for path in RECIPES)}
+    return runs.get(named.get("out_dir"), "text")
 
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_commands_parse(line, monkeypatch):
     monkeypatch.chdir(ROOT)
-    script, *arguments = shlex.split(line, comments=True)
+    script, *arguments = shlex.split(line.replace("-m tools.", "tools."), comments=True)
     if "--batchsize=32" in arguments:  # the README's example of a mistake
         arguments.remove("--batchsize=32")
+    arguments = [argument for argument in arguments if argument != "--help"]
     if script == "prepare.py":
         arguments = [argument for argument in arguments if argument.startswith("-")]
-    parse(SCRIPTS[script].Settings, [argument for argument in arguments if argument != "--help"],
-          has_accelerator=lambda device: False)
+    if script == "tools.scaling":
+        scaling.read(arguments)
+        return
+    command = {"train.py": train, "sample.py": sample, "evaluate.py": evaluate, "prepare.py": prepare,
+               "tools.bench": bench}[script]
+    if command in (sample, evaluate):  # the run or the model isn't there
+        monkeypatch.setattr(command, "find_task", lambda name: task_of(arguments))
+        monkeypatch.setattr(command, "check_run", lambda out_dir: None)
+    how = getattr(command, "HOW", {}) | {"has_accelerator": lambda device: False}
+    parse(command.Settings, arguments, **{**how, "base": None, "check": None})
 
 
 def test_the_commands_were_found():
-    assert len(COMMANDS) > 15
+    assert len(COMMANDS) > 40
+    assert {re.split(r"\.py\b|(?<=bench)|(?<=scaling)", line)[0] for line in COMMANDS} == {
+        "train", "sample", "evaluate", "prepare", "-m tools.bench", "-m tools.scaling"}
 
 
 def test_the_file_tree_is_complete():
     tree = README.split("## What is where")[1].split("```")[1]
-    named = {name for line in tree.strip().splitlines() for name in re.split("  +", line)[0].split(", ")}
+    lines = [re.split("  +", line, maxsplit=1) for line in tree.strip().splitlines()]
+    named = {name for names, _ in lines for name in names.split(", ")}
     assert all((ROOT / name).exists() for name in named)
     assert {path.name for path in ROOT.glob("*.py")} <= named
+    assert {f"{folder.name}/" for folder in FOLDERS} <= named
+    tools = dict(lines)["tools/"]
+    assert all(path.stem in tools for path in (ROOT / "tools").glob("*.*") if path.stem != "__init__")
 
 
-def test_what_is_linked_is_there():
+def test_what_is_named_is_there():
     links = re.findall(r"\]\(([^):#]+)\)", README)
     assert links and all((ROOT / link).is_file() for link in links)
+    folders = "|".join(folder.name for folder in FOLDERS)
+    paths = {path for text in TEXTS for path in re.findall(rf"\b(?:{folders})/[\w./]*\w\.(?:py|c|sh|md|json)\b", text)}
+    assert len(paths) > 10 and all((ROOT / path).is_file() for path in paths)
 
 
 def test_no_placeholder_is_left():
     assert not re.search(r"@[A-Z_]+@", README)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_parse_and_name_their_command(path):
-    for accelerator in (True, False):
-        parse(train.Settings, [str(path)], has_accelerator=lambda device, found=accelerator: found)
-    assert f"python train.py config/{path.name}" in path.read_text(encoding="utf-8")
+    files = [*base_of(path), path]
+    settings, given = read(files, True)
+    _, given_on_cpu = read(files, False)
+    command = "python train.py " + " ".join(str(file.relative_to(ROOT)).replace("\\", "/") for file in files)
+    assert command + "\n" in path.read_text(encoding="utf-8")
+    assert (settings.out_dir == "out") == path.stem.startswith("shakespeare_char")
+    if len(files) == 2:  # it has only what differs, and on a CPU the base's small model is trained
+        (_, base), (_, base_on_cpu) = read(files[:1], True), read(files[:1], False)
+        assert all(layer.value != base.get(layer.name) for layer in read_file(path) if not layer.on_cpu)
+        assert given.keys() == base.keys() and given["n_layer"] > given_on_cpu["n_layer"]
+        changed = {name for name, value in given_on_cpu.items() if value != base_on_cpu[name]}
+        assert changed <= {"out_dir", "learning_rate", "min_lr"}

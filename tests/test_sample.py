@@ -4,15 +4,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import settings_for
 
-import checkpoint
 import sample
-from configurator import UserError
-from tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
+from configurator import UserError, parse
+from run import checkpoint
+from tasks.task import load
+from tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, Transcript
 
 
 def run(out_dir, **settings):
-    sample.main(sample.Settings(out_dir=str(out_dir), device="cpu", **{"max_new_tokens": 60, **settings}))
+    sample.main(settings_for("text", "sampling", **{"device": "cpu", "out_dir": str(out_dir), "max_new_tokens": 60,
+                                                    **settings}))
 
 
 def test_one_sample_is_streamed_and_equals_the_first_of_many(trained, capsys, monkeypatch):
@@ -21,11 +24,13 @@ def test_one_sample_is_streamed_and_equals_the_first_of_many(trained, capsys, mo
     run(trained, prompt="the king", temperature=0.0, num_samples=3)
     many = capsys.readouterr().out.split("\n" + "-" * 80 + "\n")
     assert many == [one, one, one, ""] and one.startswith("the king") and len(one) == len("the king") + 60
-    pieces = []
-    model, tokenizer, _ = checkpoint.load(checkpoint.find_any(trained))
-    settings = sample.Settings(max_new_tokens=60, temperature=0.0)
-    (text,) = sample.continuations(model, tokenizer, "the king", settings, pieces.append)
-    assert "".join(pieces) == "the king" + str(text) == one and sum(map(bool, pieces)) == 61
+    task, model, _ = load(checkpoint.find_any(trained))
+    settings = settings_for("text", "sampling", max_new_tokens=60, temperature=0.0)
+    pieces = list(task.sample(model, [{"text": "the king"}, {"text": "the"}, {"text": "the king"}], settings))
+    for row in (0, 2):  # requests may differ, and the pieces of each come in order
+        mine = [piece for index, piece in pieces if index == row]
+        assert "".join(mine) == one and sum(map(bool, mine)) == 61
+    assert len("".join(piece for index, piece in pieces if index == 1)) == len("the") + 60
 
 
 def test_only_the_out_directory_is_needed(trained, tmp_path):
@@ -73,7 +78,7 @@ def test_stop_ends_each_sample_before_it(trained, capsys):
 
 def grow(tokenizer, ids, stop=""):
     """(the pieces shown, the final text) of a sample that gets these ids one by one."""
-    text, pieces = sample.Text(tokenizer, stop), []
+    text, pieces = Transcript(tokenizer, stop), []
     for i in ids:
         text.append(int(i))
         pieces.append(text.news())
@@ -114,14 +119,28 @@ def test_sixteen_bit_weights_sample_too(trained, capsys):
 ])
 def test_impossible_settings_are_refused(setting, message):
     with pytest.raises(UserError, match=message):
-        sample.Settings(**setting)
+        settings_for("text", "sampling", **setting)
 
 
-def test_a_missing_run_and_an_unknown_model_are_named(tmp_path, monkeypatch):
+def test_a_missing_run_and_an_unknown_model_are_named(tmp_path, monkeypatch, trained):
     with pytest.raises(UserError, match="there is no checkpoint in"):
         run(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for name, message in (("gpt2", "init_from = openai-community/gpt2: could not be downloaded"),
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name, message in (("gpt2", "init_from = gpt2: could not be downloaded"),
                           ("./no such", "init_from = ./no such: no folder of that name")):
         with pytest.raises(UserError, match=message):
-            sample.main(sample.Settings(init_from=name, device="cpu"))
+            parse(sample.Settings, [f"--init_from={name}"], **sample.HOW)
+            run("", init_from=name)
+
+
+def test_the_model_decides_which_settings_there_are(trained):
+    settings, _ = parse(sample.Settings, [f"--out_dir={trained}", "--top_k=3", "--checkpoint=last"], **sample.HOW)
+    assert settings.top_k == 3
+    for argument, message in (
+            ("--image=a.png", "unknown setting --image on the command line; it is for --task=contrastive and "
+                              "--task=image-text alone"),
+            ("--out_dir=none", "there is no checkpoint in none: train one first, python train.py --out_dir=none"),
+            ("--prompt=FILE:none.txt", "prompt = FILE:none.txt: there is no such file")):
+        with pytest.raises(UserError) as error:
+            parse(sample.Settings, [f"--out_dir={trained}", argument], **sample.HOW)
+        assert str(error.value) == message

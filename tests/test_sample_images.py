@@ -1,21 +1,29 @@
 """sample.py asked about images, and what it draws: boxes, and where the decoder looked."""
 
 import copy
+import dataclasses
+import functools
 
 import numpy as np
 import pytest
 import torch
+from conftest import settings_for
 
-import checkpoint
 import sample
-import vlm
 from configurator import UserError
-from tokenizer import BPETokenizer
-from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig
+from generate import generate, pick_tokens
+from published import files, paligemma
+from run import checkpoint
+from run.pictures import pixels, read_image
+from tasks import image_text
+from tasks.image_text import encode_prompt
+from tasks.task import load_published_task
+from tokenizer import BPETokenizer, Transcript
+from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig, attention_weights, image_attention
 
 Image = pytest.importorskip("PIL.Image")
-pytest.importorskip("transformers")  # which test_vlm needs
-from test_vlm import make_tokenizer  # noqa: E402
+pytest.importorskip("transformers")  # which test_published needs
+from test_published import make_tokenizer  # noqa: E402
 
 LINE = "-" * 80
 N, VOCAB = 9, 1256  # image tokens, tokens
@@ -35,13 +43,14 @@ def published(tmp_path_factory):
         torch.nn.init.normal_(p, std=0.3, generator=seeded(i))
     folder = tmp_path_factory.mktemp("published")
     make_tokenizer().save(str(folder / "tokenizer.json"))
-    checkpoint.save_published(model, checkpoint.paligemma_tokenizer(folder, VOCAB), folder)
+    paligemma.save(model, paligemma.load_tokenizer(folder), folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def loaded(published):
-    return checkpoint.load_published(str(published))
+    """(task, model)."""
+    return load_published_task(str(published), "cpu", torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +63,26 @@ def photos(tmp_path_factory):
     return paths
 
 
+def sampling(**settings):
+    defaults = {"device": "cpu", "max_new_tokens": 12, "temperature": 0.0}
+    return settings_for("image-text", "sampling", **{**defaults, **settings})
+
+
 def run(folder, **settings):
-    sample.main(sample.Settings(init_from=str(folder), device="cpu", **{
-        "prompt": "caption en", "max_new_tokens": 12, "temperature": 0.0, **settings}))
+    sample.main(sampling(init_from=str(folder), **{"prompt": "caption en", **settings}))
+
+
+@torch.inference_mode()
+def expected_ids(loaded, path, prompt="caption en", count=12):
+    task, model = loaded
+    image = model.encode(pixels(read_image(path), 42)[None])
+    pick = functools.partial(pick_tokens, temperature=0)
+    tokens = torch.from_numpy(encode_prompt(task.tokenizer, prompt))[None]
+    return torch.cat(list(generate(model, tokens, count, pick, image=image))).tolist()
 
 
 def expected_answer(loaded, path, prompt="caption en", count=12):
-    model, tokenizer = loaded
-    image = vlm.pixels(vlm.read_image(path), 42)[None]
-    ids = torch.cat(list(vlm.generate(model, image, [vlm.encode_prompt(tokenizer, prompt)], count, temperature=0)))
-    return tokenizer.decode(ids)
+    return loaded[0].tokenizer.decode(expected_ids(loaded, path, prompt, count))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -73,14 +92,19 @@ def test_an_answer_is_streamed_from_a_published_folder_and_from_a_run(published,
     run(published, image=photos[0])
     answer = capsys.readouterr().out
     assert answer == expected_answer(loaded, photos[0]) + "\n" and len(answer) > 12
-    checkpoint.save(tmp_path, "best", *loaded, {})
+    task, model = loaded
+    config = {"model_type": "paligemma", "model": dataclasses.asdict(model.config), "settings": {"task": "image-text"}}
+    with checkpoint.Writer(tmp_path, background=False) as writer:
+        writer.save(["best"], model, task.tokenizers, config, {})
     run("", out_dir=str(tmp_path), image=photos[0])
     assert capsys.readouterr().out == answer
-    pieces, (model, tokenizer) = [], loaded
-    settings = sample.Settings(max_new_tokens=12, temperature=0.0)
-    images = vlm.pixels(vlm.read_image(photos[0]), 42)[None]
-    sample.continuations(model, tokenizer, "caption en", settings, pieces.append, images)
+    request = {"text": "caption en", "image": photos[0]}
+    pieces = [piece for _, piece in task.sample(model, [request], sampling())]
     assert "".join(pieces) == answer[:-1] and sum(map(bool, pieces)) == 12
+    found = ["", ""]
+    for row, piece in task.sample(model, [{"text": "ocr", "image": photos[1]}, request], sampling()):
+        found[row] += piece
+    assert found == [f"{photos[1]}: {expected_answer(loaded, photos[1], 'ocr')}", f"{photos[0]}: {answer[:-1]}"]
 
 
 def test_many_samples_of_many_images_are_one_batch_that_sees_each_once(published, loaded, photos, capsys, monkeypatch):
@@ -104,39 +128,36 @@ def test_an_answer_ends_at_eos_at_a_stop_and_where_the_positions_end(published, 
     answer = expected_answer(loaded, photos[0])
     run(published, image=photos[0], stop=answer[3:5])
     assert capsys.readouterr().out == answer[:answer.index(answer[3:5])] + "\n"
-    model, tokenizer = loaded[0], copy.copy(loaded[1])
-    tokenizer.eos = tokenizer.encode(answer)[5]
-    images = vlm.pixels(vlm.read_image(photos[0]), 42)[None]
-    settings = sample.Settings(max_new_tokens=12, temperature=0.0)
-    (text,) = sample.continuations(model, tokenizer, "caption en", settings, images=images)
-    assert text.ids == loaded[1].encode(answer)[:5].tolist() and answer.startswith(str(text))
+    task, model = copy.copy(loaded[0]), loaded[1]
+    ids, tokenizer = expected_ids(loaded, photos[0]), copy.copy(task.tokenizer)
+    tokenizer.eos, task.tokenizers = ids[5], {"tokenizer": tokenizer}
+    pieces = task.sample(model, [{"text": "caption en", "image": photos[0]}], sampling())
+    assert "".join(piece for _, piece in pieces) == tokenizer.decode(ids[:ids.index(ids[5])])
     run(published, image=photos[0], max_new_tokens=500)
-    room = 64 - N - len(vlm.encode_prompt(tokenizer, "caption en"))
+    room = 64 - N - len(encode_prompt(tokenizer, "caption en"))
     assert capsys.readouterr().out == expected_answer(loaded, photos[0], count=room) + "\n"
-    with pytest.raises(UserError, match="more than the model's 64 positions"):
+    with pytest.raises(UserError, match="leave no room for an answer in the model's 64 positions"):
         run(published, image=photos[0], prompt=60 * "x")
 
 
 def test_weights_are_loaded_in_the_precision_that_is_asked_for(published, photos, monkeypatch, capsys):
-    dtypes, unfilled = [], checkpoint.unfilled
-    monkeypatch.setattr(checkpoint, "unfilled", lambda *args: dtypes.append(args[-1]) or unfilled(*args))
+    dtypes, unfilled = [], files.unfilled
+    monkeypatch.setattr(files, "unfilled", lambda *args: dtypes.append(args[-1]) or unfilled(*args))
     run(published, image=photos[0], dtype="bfloat16")
     run(published, image=photos[0])
     assert dtypes == [torch.bfloat16, torch.float32] and capsys.readouterr().out.count("\n") == 2
 
 
-def test_what_does_not_fit_together_is_one_line(published, trained, photos, tmp_path):
-    with pytest.raises(UserError, match=f"the model of {published} is asked about an image: add --image=FILE"):
+def test_what_does_not_fit_together_is_one_line(published, photos):
+    with pytest.raises(UserError, match="the model is asked about an image: add --image=FILE"):
         run(published)
-    with pytest.raises(UserError, match=f"image = {photos[0]}: the model of {trained} reads text only"):
-        run("", out_dir=trained, image=photos[0])
     with pytest.raises(UserError, match="image = none.png: can't be read"):
         run(published, image=f"{photos[0]},none.png")
     for setting in (dict(image="a.png,b.png"), dict(image="a.png", num_samples=2), dict()):
         with pytest.raises(UserError, match="draw = x.png: needs one --image and --num_samples=1"):
-            sample.Settings(draw="x.png", **setting)
+            sampling(draw="x.png", **setting)
     with pytest.raises(UserError, match="attention = x.tif: must end in .png or .jpg"):
-        sample.Settings(attention="x.tif", image="a.png")
+        sampling(attention="x.tif", image="a.png")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -163,7 +184,7 @@ def test_streamed_text_equals_the_whole_with_a_sentencepiece_tokenizer(strip):
         ids = tokenizer.encode(said).tolist()
         whole = tokenizer.decode(ids)
         assert whole == (said.removeprefix(" ") if strip else said)
-        text, pieces = sample.Text(tokenizer, ""), []
+        text, pieces = Transcript(tokenizer, ""), []
         for token in [*ids, tokenizer.eos]:
             text.append(token)
             pieces.append(text.news())
@@ -177,7 +198,7 @@ def test_each_token_is_decoded_a_bounded_number_of_times(monkeypatch):
     tokenizer = sentencepiece_like(True)
     decoded, decode = [], tokenizer.decode
     monkeypatch.setattr(tokenizer, "decode", lambda ids: decoded.append(len(ids)) or decode(ids))
-    text = sample.Text(tokenizer, "")
+    text = Transcript(tokenizer, "")
     for token in 100 * tokenizer.encode(" cat 你").tolist():
         text.append(token)
     assert max(decoded) <= 8 and sum(decoded) < 10 * len(text.ids)
@@ -187,13 +208,14 @@ def test_each_token_is_decoded_a_bounded_number_of_times(monkeypatch):
 # Boxes
 
 def test_boxes_of_the_answer_are_printed_and_drawn(published, loaded, photos, tmp_path, capsys, monkeypatch):
-    ids = loaded[1].encode("<loc0256><loc0512><loc0768><loc1023> cat ; <loc0000><loc0000><loc0512><loc0256> dog")
-    monkeypatch.setattr(vlm, "generate", lambda *args, **how: (torch.tensor([i]) for i in [*ids, 1]))
+    answer = "<loc0256><loc0512><loc0768><loc1023> cat ; <loc0000><loc0000><loc0512><loc0256> dog"
+    ids = loaded[0].tokenizer.encode(answer)
+    monkeypatch.setattr(image_text, "generate", lambda *args, **how: (torch.tensor([i]) for i in [*ids, 1]))
     out = tmp_path / "new" / "boxes.png"
     run(published, image=photos[0], draw=str(out))
     assert capsys.readouterr().out.splitlines()[1:] == [
         "cat: left 30, top 8, right 60, bottom 22", "dog: left 0, top 0, right 15, bottom 15", f"wrote {out}"]
-    drawn = vlm.read_image(out)
+    drawn = read_image(out)
     assert drawn.size == (60, 30) and drawn.getpixel((31, 21)) == (255, 0, 0) and drawn.getpixel((14, 2)) == (0, 0, 255)
 
 
@@ -220,13 +242,13 @@ def spied(model, run):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_weights_are_those_of_the_fused_kernel(published, dtype):
-    model, _ = checkpoint.load_published(str(published), dtype=dtype)
+    model, _ = files.load(str(published), dtype=dtype)
     images, tokens = torch.rand(2, 3, 42, 42, generator=seeded()), torch.randint(VOCAB, (2, 7), generator=seeded())
     padding, prefix = torch.tensor([0, 2]), torch.tensor([3, 4])
-    layers = spied(model, lambda: model.hidden(tokens, model.encode(images), prefix, padding))
+    layers = spied(model, lambda: model.hidden(tokens, image=model.encode(images), prefix=prefix, padding=padding))
     assert len(layers) == 2
     for attention, (x, mask, rope, *_), output in layers:
-        weights = vlm.attention_weights(attention, x, mask, rope)
+        weights = attention_weights(attention, x, mask, rope)
         assert weights.shape == (2, 4, N + 7, N + 7) and weights.dtype == torch.float32
         visible = mask.expand_as(weights)
         assert weights[~visible].abs().max() == 0 and weights[visible].min() > 0
@@ -235,20 +257,20 @@ def test_attention_weights_are_those_of_the_fused_kernel(published, dtype):
         y = (weights @ v.float()).to(dtype).transpose(1, 2).flatten(2)
         close = dict(atol=1e-5, rtol=1e-5) if dtype == torch.float32 else dict(atol=0.02, rtol=0.02)
         torch.testing.assert_close(attention.o_proj(y), output, **close)
-        torch.testing.assert_close(vlm.attention_weights(attention, x, mask, rope, first=5), weights[:, :, 5:], **close)
+        torch.testing.assert_close(attention_weights(attention, x, mask, rope, first=5), weights[:, :, 5:], **close)
 
 
 @torch.no_grad()
 def test_a_token_is_shown_with_what_the_position_that_wrote_it_saw(loaded):
-    model, tokenizer = loaded
-    image, prompt = torch.rand(1, 3, 42, 42, generator=seeded()), vlm.encode_prompt(tokenizer, "caption en").tolist()
-    answer = torch.cat(list(vlm.generate(model, image, [prompt], 4, temperature=0))).tolist()
-    looks = vlm.image_attention(model, image, prompt, answer)
+    (task, model), image = loaded, torch.rand(1, 3, 42, 42, generator=seeded())
+    prompt = encode_prompt(task.tokenizer, "caption en").tolist()
+    answer = torch.randint(VOCAB, (4,), generator=seeded()).tolist()
+    looks = image_attention(model, image, prompt, answer)
     assert looks.shape == (4, N) and looks.min() > 0 and looks.sum(1).max() < 1
     for i in range(4):  # the row as it was when this token was picked
-        row = torch.tensor([prompt + answer[:i]])
-        layers = spied(model, lambda row=row: model.hidden(row, model.encode(image), torch.tensor([len(prompt)])))
-        last = [vlm.attention_weights(attention, *inputs[:3])[0, :, -1, :N] for attention, inputs, _ in layers]
+        row = dict(tokens=torch.tensor([prompt + answer[:i]]), prefix=torch.tensor([len(prompt)]))
+        layers = spied(model, lambda row=row: model.hidden(image=model.encode(image), **row))
+        last = [attention_weights(attention, *inputs[:3])[0, :, -1, :N] for attention, inputs, _ in layers]
         torch.testing.assert_close(looks[i], torch.stack(last).mean((0, 1)))
     assert not any(block.attn._forward_pre_hooks for block in model.decoder.transformer.blocks)
 
@@ -256,27 +278,11 @@ def test_a_token_is_shown_with_what_the_position_that_wrote_it_saw(loaded):
 def test_the_heat_map_has_a_panel_for_each_token(published, photos, tmp_path, capsys):
     run(published, image=photos[0], attention=str(tmp_path / "map.png"))
     assert capsys.readouterr().out.endswith(f"\nwrote {tmp_path / 'map.png'}\n")
-    grid = vlm.read_image(tmp_path / "map.png")
+    grid = read_image(tmp_path / "map.png")
     assert grid.size == (5 * (224 + 8), 3 * (112 + 8 + 22))  # the image and twelve tokens, five in a row
 
 
-def test_the_heat_map_is_hot_where_the_weights_are():
-    weights = torch.full((2, 9), 0.01)
-    weights[0, 2] = weights[1, 6] = 0.5  # the upper right, the lower left
-    gray = Image.new("RGB", (60, 60), (128, 128, 128))
-    grid = np.array(vlm.draw_attention(gray, weights, "prompt", ["a", " "], panel=60))
-    assert grid.shape == (60 + 30, 3 * 68, 3)
-    original, first, second = (grid[26:86, 68 * i + 4:68 * i + 64].astype(int) for i in range(3))
-    assert (original == 128).all()
-    for hot, panel in (((5, 55), first), ((55, 5), second)):
-        cold = hot[1], hot[0]
-        assert panel[hot][0] > 240 and panel[hot][1] > 200 and panel[hot][2] < 40
-        assert abs(panel[cold] - 128).max() < 10
-    captions = grid[4:24, 68:]
-    assert (captions[:, :68] < 128).any() and (captions[:, 68:] < 128).any()
-
-
 def test_an_empty_answer_has_the_heat_map_of_its_end(published, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(vlm, "generate", lambda *args, **how: iter([torch.tensor([1])]))
+    monkeypatch.setattr(image_text, "generate", lambda *args, **how: iter([torch.tensor([1])]))
     run(published, image=photos[0], attention=str(tmp_path / "map.png"))
     assert Image.open(tmp_path / "map.png").width == 2 * (224 + 8)

@@ -5,32 +5,27 @@ import pickle
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from test_crash import DAMAGES, every_fault, no_fsync  # noqa: F401
+from conftest import settings_for
+from test_checkpoint import load, make
+from test_crash import DAMAGES, TOKENIZERS, every_fault, no_fsync  # noqa: F401
 from test_tasks import KINDS, shapes, small  # noqa: F401
 from test_train import as_arguments, command, curve, rows, run, weights
 
-import checkpoint
-import distributed
 import model as models
-import sample
 import train
-from configurator import UserError
-from distributed import World
-from model import GPT, GPTConfig, init_weights
-from tokenizer import CharTokenizer
+from configurator import UserError, differences
+from machine import distributed
+from machine.distributed import World
+from optimizer import make_optimizers
+from run import checkpoint
+from run.shards import is_sharded
+from tasks import task as tasks
 
 CPU = torch.device("cpu")
-
-
-def make(seed):
-    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=4, vocab_size=3))
-    init_weights(model, 1, torch.Generator().manual_seed(seed))
-    return model
 
 
 @pytest.fixture
@@ -41,27 +36,31 @@ def one_rank():
     dist.destroy_process_group()
 
 
-def stepped(seed, world):
-    """A sharded model and its optimizer after one step."""
-    model = make(seed)
-    distributed.shard(model, models.blocks(model), torch.float32, world)
-    optimizer = train.make_optimizer(model, train.Settings())
-    model(torch.tensor([[0, 1, 2]]), torch.tensor([[1, 2, 0]])).backward()
+def step(model):
+    """The model's AdamW after one update."""
+    optimizer = make_optimizers(model, train.Settings())["optimizer"]
+    model(torch.tensor([[0, 1, 2]]), torch.tensor([[1, 2, 0]])).mean().backward()
     optimizer.step()
-    return model, optimizer
+    return optimizer
+
+
+def stepped(seed, world):
+    """A sharded model and its optimizer after one update."""
+    model = make(seed)
+    distributed.shard(model, models.all_blocks(model), torch.float32, world)
+    return model, step(model)
 
 
 def save(out_dir, world, step, background, names=("best", "last")):
     model, optimizer = stepped(step, world)
     with checkpoint.Writer(out_dir, background, sharded=True) as writer:
-        writer.save(names, model, CharTokenizer("abc"), {"step": step},
-                    {"step": step, "optimizer": optimizer.state_dict()})
+        writer.save(names, model, TOKENIZERS, {"step": step}, {"step": step, "optimizer": optimizer.state_dict()})
     return model, optimizer
 
 
 def moments(optimizer):
     """The optimizer's state, whole."""
-    return [{name: value.full_tensor() if checkpoint.is_sharded(value) else value for name, value in entry.items()}
+    return [{name: value.full_tensor() if is_sharded(value) else value for name, value in entry.items()}
             for entry in optimizer.state_dict()["state"].values()]
 
 
@@ -73,26 +72,22 @@ def test_shards_load_into_a_plain_model_and_into_both_kinds_of_optimizer(tmp_pat
     model, optimizer = save(tmp_path, one_rank, 1, background)
     whole = {name: value.full_tensor() for name, value in model.state_dict().items()}
     for name in ("best", "last"):
-        loaded, _, config = checkpoint.load(tmp_path / name)
+        loaded, config = load(tmp_path / name)
         torch.testing.assert_close(loaded.state_dict(), whole, atol=0, rtol=0)
-        assert config["model_type"] == "gpt" and (tmp_path / name / "model.safetensors").exists() == (name == "best")
+        assert config["step"] == 1 and (tmp_path / name / "model").is_dir()
     assert checkpoint.find_any(tmp_path / "last") == tmp_path / "last"
     saved = checkpoint.load_trainer(tmp_path / "last")["optimizer"]
-    for other in (train.make_optimizer(loaded, train.Settings()), stepped(5, one_rank)[1]):
+    for other in (make_optimizers(loaded, train.Settings())["optimizer"], stepped(5, one_rank)[1]):
         checkpoint.load_optimizer(other, saved, tmp_path / "last")
         torch.testing.assert_close(moments(other), moments(optimizer), atol=0, rtol=0)
-    with pytest.raises(ValueError):
+    with pytest.raises(UserError, match="the optimizer of other parameters"):
         checkpoint.load_optimizer(torch.optim.AdamW(loaded.transformer.parameters()), saved, tmp_path / "last")
 
 
 def test_an_ordinary_optimizer_goes_on_in_shards(tmp_path, one_rank):
-    plain = make(1)
-    optimizer = train.make_optimizer(plain, train.Settings())
-    plain(torch.tensor([[0, 1, 2]]), torch.tensor([[1, 2, 0]])).backward()
-    optimizer.step()
-    sharded = stepped(2, one_rank)[1]
+    optimizer, sharded = step(make(1)), stepped(2, one_rank)[1]
     checkpoint.load_optimizer(sharded, optimizer.state_dict(), tmp_path)
-    assert all(checkpoint.is_sharded(entry["exp_avg"]) for entry in sharded.state.values())
+    assert all(is_sharded(entry["exp_avg"]) for entry in sharded.state.values())
     torch.testing.assert_close(moments(sharded), moments(optimizer), atol=0, rtol=0)
 
 
@@ -105,7 +100,7 @@ def test_a_kill_at_any_instant_of_a_sharded_save(tmp_path, one_rank, background,
     for _, out_dir in every_fault(lambda out_dir: save(out_dir, one_rank, 3, background), base=tmp_path,
                                   prepare=lambda out_dir: shutil.copytree(tmp_path / "before", out_dir)):
         found = [checkpoint.find(out_dir, "last"), checkpoint.find_any(out_dir)]
-        seen.add(tuple(checkpoint.load(folder)[2]["step"] for folder in found))
+        seen.add(tuple(load(folder)[1]["step"] for folder in found))
         assert (found[0] / "optimizer").is_dir()
         save(out_dir, one_rank, 4, background)
         assert sorted(os.listdir(out_dir)) == ["best", "last", "last.old"]
@@ -150,7 +145,7 @@ def test_a_pickle_among_the_shards_is_not_read(tmp_path, one_rank, monkeypatch):
     save(tmp_path, one_rank, 1, False, names=["last"])
     for name in ("model", "optimizer"):
         (tmp_path / "last" / name / ".metadata").write_bytes(pickle.dumps(Bomb()))
-    checkpoint.load(tmp_path / "last")
+    load(tmp_path / "last")
     saved = checkpoint.load_trainer(tmp_path / "last")["optimizer"]
     checkpoint.load_optimizer(stepped(2, one_rank)[1], saved, tmp_path / "last")
     assert os.listdir(tmp_path) == ["last"]
@@ -166,25 +161,19 @@ def test_all_ranks_share_equally_and_count_each_item_once():
         assert sorted(item for share in shares for item, counts in share if counts) == list("abcde")
 
 
-@pytest.mark.parametrize("changes", [{}, dict(dropout=0.2, gradient_accumulation_steps=2)])
+@pytest.mark.parametrize("changes", [{}, dict(dropout=0.2, micro_batch_size=4)])
 def test_recomputing_does_not_change_the_curve(tmp_path, tiny, changes, monkeypatch):
     computed, real = {False: 0, True: 0}, models.Attention.forward
 
-    def counted(self, *args):
+    def counted(self, *args, **per_call):
         computed[again] += self.training
-        return real(self, *args)
+        return real(self, *args, **per_call)
 
     monkeypatch.setattr(models.Attention, "forward", counted)
     for again in (False, True):
         run(tmp_path / str(again), tiny, **changes, max_iters=10, eval_interval=10, sample_tokens=0, recompute=again)
     assert curve(rows(tmp_path / "False")) == curve(rows(tmp_path / "True"))
     assert computed[True] == 2 * computed[False] > 0
-
-
-def test_what_can_not_be_sharded_is_one_line():
-    for changes in (dict(task="contrastive"), dict(dtype="float16")):
-        with pytest.raises(UserError, match="shard = True: not for --task=contrastive.*nor for --dtype=float16"):
-            train.Settings(shard=True, **changes)
 
 
 def torchrun(ranks, *arguments):
@@ -199,7 +188,7 @@ def assert_equal_to_rounding(one, other):
         assert a == pytest.approx(b, abs=1e-5)
 
 
-CHANGES = dict(gradient_accumulation_steps=2, grad_clip=0.3, dropout=0.1, lr_decay_iters=40)
+CHANGES = dict(micro_batch_size=4, grad_clip=0.3, dropout=0.1, lr_decay_iters=40)
 
 
 @pytest.fixture(scope="module")
@@ -208,8 +197,7 @@ def halves(tmp_path_factory, tiny):
     base = tmp_path_factory.mktemp("halves")
     run(base / "whole", tiny, **CHANGES)
     run(base / "plain", tiny, **CHANGES, max_iters=20)
-    wanted = {**tiny, **CHANGES, **dict(max_iters=20, gradient_accumulation_steps=1, shard=True, recompute=True)}
-    # dropout is drawn for each of the two micro-batches, one process's or two processes'
+    wanted = {**tiny, **CHANGES, **dict(max_iters=20, shard=True, recompute=True)}
     torchrun(2, *as_arguments(wanted, out_dir=str(base / "sharded")))
     return base
 
@@ -220,33 +208,28 @@ def halves(tmp_path_factory, tiny):
 def test_a_run_goes_on_sharded_or_not_on_other_numbers_of_ranks(halves, tmp_path, first, ranks, shard):
     out_dir = tmp_path / "run"
     shutil.copytree(halves / first, out_dir)
-    torchrun(ranks, "--resume", f"--out_dir={out_dir}", "--max_iters=40", f"--shard={shard}",
-                    f"--gradient_accumulation_steps={2 // ranks}")
+    torchrun(ranks, "--resume", f"--out_dir={out_dir}", "--max_iters=40", f"--shard={shard}")
     assert_equal_to_rounding(rows(halves / "whole"), rows(out_dir))
     assert (out_dir / "last" / "model").is_dir() == (shard and ranks > 1)
     torch.testing.assert_close(weights(out_dir), weights(halves / "whole"), atol=1e-4, rtol=0)
 
 
 @pytest.mark.slow
-def test_four_ranks_of_which_two_have_nothing_to_evaluate(halves, tiny, tmp_path):
-    wanted = {**tiny, **CHANGES, **dict(dropout=0.0, gradient_accumulation_steps=2)}
+def test_four_ranks_of_which_two_have_nothing_to_evaluate_and_one_nothing_to_train(tiny, tmp_path):
+    wanted = {**tiny, **CHANGES, "micro_batch_size": 3}
     run(tmp_path / "one", wanted)
-    said = torchrun(4, *as_arguments(wanted, shard=True, gradient_accumulation_steps=1,
-                                     out_dir=str(tmp_path / "four")))
+    said = torchrun(4, *as_arguments(wanted, shard=True, out_dir=str(tmp_path / "four")))
     assert_equal_to_rounding(rows(tmp_path / "one"), rows(tmp_path / "four"))
-    model, tokenizer, _ = checkpoint.load(tmp_path / "one" / "last")
-    wanted = sample.Settings(max_new_tokens=20)
-    assert sample.continuations(model, tokenizer, "", wanted)[0].done in said  # the sample at the end
+    task, model, _ = tasks.load(tmp_path / "one" / "last")
+    assert task.show(model) in said  # the sample at the end
 
 
 @pytest.mark.slow
 def test_an_image_text_model_in_shards_with_rates_of_its_parts(small, tmp_path):  # noqa: F811
-    wanted = {**small, **KINDS["image-text"], "task": "image-text", "rates": train.Rates(vision=0.0, projector=2.0)}
-    train.main(train.Settings(**wanted, out_dir=str(tmp_path / "one")), wanted)
-    flat = {name: value for name, value in wanted.items() if name not in ("vision", "rates")}
-    flat |= {f"vision.{name}": value for name, value in vars(wanted["vision"]).items()}
-    flat |= {"rates.vision": 0.0, "rates.projector": 2.0}
-    torchrun(2, *as_arguments(flat, shard=True, recompute=True, out_dir=str(tmp_path / "two")))
+    wanted = {**small, **KINDS["image-text"], "rates": {"vision": 0.0, "projector": 2.0}}
+    train.main(settings_for("image-text", **wanted, out_dir=str(tmp_path / "one")), {})
+    two = differences(settings_for("image-text", **wanted, shard=True, recompute=True, out_dir=str(tmp_path / "two")))
+    torchrun(2, *as_arguments(two))
     assert_equal_to_rounding(rows(tmp_path / "one"), rows(tmp_path / "two"))
-    before, after = (weights(Path(tmp_path) / name) for name in ("one", "two"))
+    before, after = (weights(tmp_path / name) for name in ("one", "two"))
     torch.testing.assert_close(after, before, atol=1e-4, rtol=0)

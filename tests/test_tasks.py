@@ -1,5 +1,6 @@
 """The tasks with images, on a small data set of shapes: they learn, resume, divide their batches, start from parts."""
 
+import dataclasses
 import json
 import runpy
 import subprocess
@@ -9,16 +10,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
+from conftest import settings_for
+from test_train import resume
 
-import checkpoint
 import evaluate
-import prepare
-import tasks
+import tokenizer as tokenizers
 import train
-from batches import ImageTextDataset, encode_captions, encode_rows
 from configurator import UserError
-from distributed import World
+from machine.distributed import World
+from model import predict
+from optimizer import make_optimizers
+from published import paligemma
+from run import checkpoint, pictures
+from sources import images
+from tasks import text as text_task
+from tasks.contrastive import ContrastiveTask
+from tasks.image_text import ImageTextTask
+from tasks.settings import Vision
+from tasks.task import load
 from tokenizer import BPETokenizer
+from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig, init_parts
 
 ROOT = Path(train.__file__).parent
 CPU = torch.device("cpu")
@@ -30,24 +42,35 @@ def shapes(tmp_path_factory):
     """The folder of a small prepared set of shapes."""
     folder = tmp_path_factory.mktemp("shapes")
     runpy.run_path(str(ROOT / "data" / "shapes" / "generate.py"))["generate"](folder / "source", images=60)
-    prepare.prepare_pairs(folder / "source", folder / "ready", "char", image_size=32)
+    images.prepare(folder / "source", folder / "ready", "char", image_size=32)
     return folder / "ready"
 
 
 @pytest.fixture(scope="module")
 def small(shapes):
-    return dict(dataset=str(shapes), vision=train.Vision(n_layer=1, n_head=2, n_embd=32, patch_size=16), n_layer=1,
+    return dict(dataset=str(shapes), vision=Vision(n_layer=1, n_head=2, n_embd=32, patch_size=16), n_layer=1,
                 n_head=2, n_embd=32, block_size=128, batch_size=8, max_iters=12, warmup_iters=2, learning_rate=3e-3,
-                eval_interval=6, log_interval=3, device="cpu", dtype="float32",
-                sample_tokens=1)
+                eval_interval=6, log_interval=3, device="cpu", dtype="float32", sample_tokens=1)
 
 
 KINDS = {"contrastive": dict(learning_rate=1e-3), "image-text": dict(n_kv_head=1)}
 
 
 def run(out_dir, small, task, **changes):
-    train.main(train.Settings(**{**small, **KINDS[task], **changes}, task=task, out_dir=str(out_dir)), changes)
+    train.main(settings_for(task, **{**small, **KINDS[task], **changes}, out_dir=str(out_dir)), changes)
+    return log(out_dir)
+
+
+def log(out_dir):
     return [json.loads(line) for line in (Path(out_dir) / "log.jsonl").read_text().splitlines()]
+
+
+def opened(folder, dataset):
+    """(task, model) of a checkpoint, ready to be evaluated on the data set."""
+    task, model, _ = load(folder)
+    task.open(Path(dataset), ALONE)
+    task.fit(model)
+    return task, model
 
 
 def losses(rows):
@@ -63,108 +86,104 @@ def runs(tmp_path_factory, small):
     return folders
 
 
-@pytest.mark.parametrize("task", KINDS)
-def test_a_resumed_run_equals_an_undisturbed_one(task, runs, small, tmp_path, monkeypatch):
-    real, calls = train.update, 0
+@pytest.mark.parametrize("task, changes", [("contrastive", dict(dropout=0.1)),
+                                           ("image-text", dict(dropout=0.1, micro_batch_size=3))])
+def test_a_resumed_run_equals_an_undisturbed_one(task, changes, small, tmp_path, monkeypatch):
+    whole = run(tmp_path / "whole", small, task, **changes)
+    real = train.update
 
     def dies(*args):
-        nonlocal calls
-        calls += 1
-        if calls == 10:
+        if args[4] == 9:
             raise KeyboardInterrupt
         return real(*args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "update", dies)
-        run(tmp_path, small, task)
-    found = run(tmp_path, small, task, resume=True)
-    whole = [json.loads(line) for line in (runs[task] / "log.jsonl").read_text().splitlines()]
-    assert losses(found) == losses(whole) and whole[-1]["loss"] < whole[0]["loss"]
-    one, other = (checkpoint.load(folder / "last")[0].state_dict() for folder in (tmp_path, runs[task]))
+        run(tmp_path / "parts", small, task, **changes)
+    resume(tmp_path / "parts")
+    assert losses(log(tmp_path / "parts")) == losses(whole) and whole[-1]["loss"] < whole[0]["loss"]
+    one, other = (checkpoint.load(tmp_path / name / "last").state for name in ("whole", "parts"))
     torch.testing.assert_close(one, other, atol=0, rtol=0)
 
 
 def test_answers_of_different_length_weigh_alike_however_the_batch_is_divided(runs, small, tmp_path):
-    found = run(tmp_path, small, "image-text", gradient_accumulation_steps=4)
-    whole = [json.loads(line) for line in (runs["image-text"] / "log.jsonl").read_text().splitlines()]
-    assert [a for _, a, _ in losses(found)] == pytest.approx([a for _, a, _ in losses(whole)], abs=1e-4)
+    found, whole = run(tmp_path, small, "image-text", micro_batch_size=3), log(runs["image-text"])
+    for name in ("loss", "grad_norm"):
+        assert [row[name] for row in found] == pytest.approx([row[name] for row in whole], abs=1e-4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", KINDS)
-def test_two_workers_give_the_curve_of_one(task, runs, small, tmp_path):
-    values = {**small, **KINDS[task], "task": task, "out_dir": str(tmp_path)}
+def test_two_workers_score_each_pair_as_one_does(runs, small, tmp_path):
+    """And a run of two workers goes on with one."""
+    values = {**small, **KINDS["contrastive"], "task": "contrastive", "out_dir": str(tmp_path)}
     vision = values.pop("vision")
     arguments = [f"--{name}={value}" for name, value in values.items()]
     arguments += [f"--vision.{name}={value}" for name, value in vars(vision).items()]
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                    str(ROOT / "train.py"), *arguments], check=True, capture_output=True, timeout=120)
-    found = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    whole = [json.loads(line) for line in (runs[task] / "log.jsonl").read_text().splitlines()]
-    for a, b in zip(losses(found), losses(whole), strict=True):
-        assert a == pytest.approx(b, abs=1e-4) if None not in a else a[:2] == pytest.approx(b[:2], abs=1e-4)
+                    str(ROOT / "train.py"), *arguments, "--max_iters=6", "--lr_decay_iters=12"],
+                   check=True, capture_output=True, timeout=120)
+    resume(tmp_path, "--max_iters=12")
+    for a, b in zip(log(tmp_path), log(runs["contrastive"]), strict=True):
+        for name, rounding in (("loss", 1e-4), ("val_loss", 1e-4), ("grad_norm", 1e-3)):
+            assert a.get(name) == pytest.approx(b.get(name), abs=rounding)
 
 
 def test_the_val_loss_is_the_mean_over_all_scored_tokens(runs, shapes):
-    model, tokenizer, config = checkpoint.load(runs["image-text"] / "last")
-    dataset = ImageTextDataset(shapes)
-    data = encode_rows(dataset.rows["val"], tokenizer)
+    task, model = opened(runs["image-text"] / "last", shapes)
     total = count = 0
-    for i in range(len(data.images)):
-        batch = evaluate.gather_rows(dataset.images, data, np.array([i]), CPU)
-        n = (batch["targets"] >= 0).sum().item()
-        total, count = total + model(**batch).item() * n, count + n
-    assert config["val_loss"] == pytest.approx(total / count, abs=1e-4)
-    assert evaluate.answer_loss(model, dataset, data, 5, ALONE, torch.float32) == pytest.approx(total / count, abs=1e-4)
+    for i in range(len(task.data["val"].images)):
+        arguments, weights = task.gather(task.data["val"], np.array([i]))
+        total, count = total + (model(**arguments) * weights).sum().item(), count + weights.sum().item()
+    assert checkpoint.read_config(runs["image-text"] / "last")["val_loss"] == pytest.approx(total / count, abs=1e-4)
+    assert task.evaluate(model, "val", ALONE, torch.float32)["loss"] == pytest.approx(total / count, abs=1e-4)
 
 
 def test_evaluation_counts_exact_answers_with_and_without_the_image(runs, monkeypatch):
-    def scripted(model, tokenizer, dataset, rows, device, blank=False):
+    def scripted(self, model, rows, blank=False):
         return [row["answer"] if not blank and row["kind"] != "count" else "no" for row in rows]
 
-    monkeypatch.setattr(evaluate, "answers", scripted)
-    evaluate.main(evaluate.Settings(out_dir=str(runs["image-text"]), device="cpu"))
+    monkeypatch.setattr(ImageTextTask, "answers", scripted)
+    evaluate.main(settings_for("image-text", "evaluating", out_dir=str(runs["image-text"]), device="cpu"))
     found = json.loads((runs["image-text"] / "evaluation.json").read_text())
     assert found["exact colour"] == found["box IoU detect"] == 1 and found["exact count"] == 0
     assert found["exact colour (image blanked)"] == 0 and 0 < found["exact"] < 1
 
 
 def test_greedy_answers_are_those_of_one_row_at_a_time(runs, shapes):
-    model, tokenizer, _ = checkpoint.load(runs["image-text"] / "last")
-    dataset = ImageTextDataset(shapes)
-    rows = dataset.rows["val"][:6]
-    together = evaluate.answers(model, tokenizer, dataset, rows, CPU)
-    assert together == [evaluate.answers(model, tokenizer, dataset, [row], CPU)[0][:len(a)]
-                        for row, a in zip(rows, together)]
+    task, model = opened(runs["image-text"] / "last", shapes)
+    rows = task.dataset.rows["val"][:6]
+    together = task.answers(model, rows)
+    assert together == [task.answers(model, [row])[0][:len(a)] for row, a in zip(rows, together)]
 
 
 def test_box_overlap():
     box, half = "<loc0000><loc0000><loc0512><loc0512> cat", "<loc0000><loc0000><loc0512><loc0256> cat"
-    assert evaluate.box_iou(box, box) == 1 and evaluate.box_iou(half, box) == 0.5
-    assert evaluate.box_iou(box.replace("cat", "dog"), box) == 0 and evaluate.box_iou("", box) == 0
-    assert evaluate.box_iou(f"{box} ; {half}", box) == pytest.approx((1 + 0.5 + 1) / 3)  # a box too many costs
+    assert pictures.box_iou(box, box) == 1 and pictures.box_iou(half, box) == 0.5
+    assert pictures.box_iou(box.replace("cat", "dog"), box) == 0 and pictures.box_iou("", box) == 0
+    assert pictures.box_iou(f"{box} ; {half}", box) == pytest.approx((1 + 0.5 + 1) / 3)  # a box too many costs
 
 
 def test_retrieval_counts_a_caption_that_says_the_same(shapes):
-    dataset = ImageTextDataset(shapes)
-    tokenizer = prepare.tokenizers.load(shapes / "tokenizer.json")
-    data = encode_captions(dataset.rows["train"], tokenizer)
+    task = ContrastiveTask(settings_for("contrastive", batch_size=16))
+    task.open(shapes, ALONE)
+    task.n_patches, data = 4, task.data["train"]
     n, same = len(data.images), {}
     ids = [same.setdefault(tuple(row), len(same)) for row in data.ids]
 
-    class Knowing(torch.nn.Module):  # an oracle: one dimension per caption
-        def forward(self, **batch):
-            return torch.zeros(())
+    class Knowing(nn.Module):  # an oracle: one dimension per caption
+        seen = 0
+
+        def forward(self, images, tokens, padding, across_ranks):
+            return torch.zeros(len(images))
 
         def encode_images(self, images):
-            start = self.seen = getattr(self, "seen", 0)
             self.seen += len(images)
-            return torch.eye(n)[ids[start:start + len(images)]]
+            return torch.eye(n)[ids[self.seen - len(images):self.seen]]
 
         def text(self, tokens, padding):
             return torch.eye(n)[[same[tuple(row)] for row in tokens.tolist()]]
 
-    found = evaluate.pair_accuracy(Knowing(), dataset, data, 16, CPU, torch.float32)
+    found = task.details(Knowing(), "train", ALONE, torch.float32, None, {})
     assert found["retrieval image to text"] == found["retrieval text to image"] == 1
     shared = {i for i in ids if ids.count(i) > 1}
     assert found.get("zero-shot classes", 0) == len(shared) and found.get("zero-shot", 1) == 1
@@ -173,35 +192,65 @@ def test_retrieval_counts_a_caption_that_says_the_same(shapes):
 def test_parts_come_from_other_runs_and_can_be_frozen(runs, small, tmp_path, dataset):
     text = {**{name: small[name] for name in ("n_layer", "n_head", "n_embd", "block_size", "device")},
             "dataset": str(dataset), "max_iters": 2, "sample_tokens": 0, "n_kv_head": 1}
-    train.main(train.Settings(**text, architecture="gemma", out_dir=str(tmp_path / "text")), {})
+    train.main(settings_for("text", **text, model="gemma", out_dir=str(tmp_path / "text")), {})
     run(tmp_path / "out", small, "image-text", init_vision=str(runs["contrastive"]), max_iters=2,
-        init_decoder=str(tmp_path / "text"), rates=train.Rates(vision=0.0, decoder=0.0))
-    found = checkpoint.load(tmp_path / "out" / "last")[0]
-    vision = checkpoint.load(runs["contrastive"] / "best")[0].vision
-    decoder, characters, _ = checkpoint.load(tmp_path / "text" / "best")
+        init_decoder=str(tmp_path / "text"), rates={"vision": 0.0, "decoder": 0.0})
+    found = load(tmp_path / "out" / "last")[1]
+    vision = load(runs["contrastive"] / "best")[1].vision
+    its_task, decoder, _ = load(tmp_path / "text" / "best")
     torch.testing.assert_close(found.vision.state_dict(), vision.state_dict(), atol=0, rtol=0)
     torch.testing.assert_close(found.decoder.transformer.state_dict(), decoder.transformer.state_dict(), atol=0, rtol=0)
-    tokenizer = prepare.tokenizers.load(Path(small["dataset"]) / "tokenizer.json")
-    i, j = tokenizer.encode("k")[0], characters.encode("k")[0]
+    tokenizer = tokenizers.load(Path(small["dataset"]) / "tokenizer.json")
+    i, j = tokenizer.encode("k")[0], its_task.tokenizer.encode("k")[0]
     assert torch.equal(found.decoder.wte.weight[i], decoder.wte.weight[j])
     with pytest.raises(UserError, match="init_vision = .*: its model has another shape"):
         run(tmp_path / "bad", small, "image-text", init_vision=str(runs["contrastive"]),
-            vision=train.Vision(n_layer=1, n_head=2, n_embd=64, patch_size=16))
+            vision=Vision(n_layer=1, n_head=2, n_embd=64, patch_size=16))
 
 
-def test_fine_tuning_by_lora_publishes_a_model_that_transformers_computes_alike(small, tmp_path):
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """(the folder of a tiny published PaliGemma, its model, its tokenizer), which is not the data set's."""
+    folder = tmp_path_factory.mktemp("published")
+    special = (*images.CONTROLS, *pictures.LOCATIONS, *pictures.SEGMENTS)
+    tokenizer = BPETokenizer.train(["read red circle square blue green"] * 9, 256 + len(special) + 9, special)
+    model = PaliGemma(PaliGemmaConfig(
+        ViTConfig(n_layer=1, n_head=2, n_embd=16, image_size=32, patch_size=16),
+        GemmaConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=16, vocab_size=tokenizer.vocab_size)))
+    init_parts(model, torch.Generator().manual_seed(0))
+    paligemma.save(model, tokenizer, folder)
+    return folder, model, tokenizer
+
+
+def tuning(small, published, out_dir, **changes):
+    """The settings that fine-tune the published model."""
+    names = ("dataset", "batch_size", "max_iters", "eval_interval", "device", "sample_tokens")
+    return settings_for("image-text", **{**{name: small[name] for name in names}, "init_from": str(published[0]),
+                                         "learning_rate": 1e-2, "out_dir": str(out_dir), **changes})
+
+
+def test_a_fine_tuned_model_goes_on_and_is_evaluated_with_its_own_tokenizer(small, published, tmp_path):
+    train.main(tuning(small, published, tmp_path / "whole"), {})
+    train.main(tuning(small, published, tmp_path / "parts", max_iters=6, lr_decay_iters=12), {})
+    resume(tmp_path / "parts", "--max_iters=12")
+    assert losses(log(tmp_path / "parts")) == losses(log(tmp_path / "whole"))
+    one, other = (checkpoint.load(tmp_path / name / "last").state for name in ("whole", "parts"))
+    torch.testing.assert_close(one, other, atol=0, rtol=0)
+    evaluate.main(settings_for("image-text", "evaluating", out_dir=str(tmp_path / "parts"), device="cpu"))
+    found = json.loads((tmp_path / "parts" / "evaluation.json").read_text())
+    assert found["loss"] == pytest.approx(checkpoint.read_config(tmp_path / "parts" / "best")["val_loss"], abs=1e-6)
+    task = load(tmp_path / "parts" / "best")[0]
+    data_sets = tokenizers.load(Path(small["dataset"]) / "tokenizer.json")
+    assert tokenizers.same_vocabulary(task.tokenizer, published[2])
+    assert not tokenizers.same_vocabulary(task.tokenizer, data_sets)
+
+
+def test_fine_tuning_by_lora_publishes_a_model_that_transformers_computes_alike(small, published, tmp_path):
     transformers = pytest.importorskip("transformers")
-    tokenizer = prepare.tokenizers.load(Path(small["dataset"]) / "tokenizer.json")
-    model = tasks.PaliGemma(tasks.PaliGemmaConfig(
-        tasks.ViTConfig(n_layer=1, n_head=2, n_embd=16, image_size=32, patch_size=16),
-        tasks.GemmaConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=16, vocab_size=tokenizer.vocab_size)))
-    tasks.init_parts(model, torch.Generator().manual_seed(0))
-    checkpoint.save_published(model, tokenizer, tmp_path / "base")
-    settings = {name: small[name] for name in ("dataset", "batch_size", "max_iters", "device", "sample_tokens")}
-    settings |= dict(task="image-text", init_from=str(tmp_path / "base"), lora_rank=3, rates=train.Rates(vision=0.0),
-                     out_dir=str(tmp_path / "out"), publish=str(tmp_path / "tuned"), learning_rate=1e-2)
-    train.main(train.Settings(**settings), {})
-    tuned = checkpoint.load(tmp_path / "out" / "best")[0]
+    _, model, tokenizer = published
+    train.main(tuning(small, published, tmp_path / "out", lora_rank=3, rates={"vision": 0.0},
+                      publish=str(tmp_path / "tuned")), {})
+    tuned = load(tmp_path / "out" / "best")[1]
     frozen = {name for name, p in tuned.named_parameters() if "lora" not in name and "projector" not in name}
     for name, p in model.named_parameters():
         assert torch.equal(tuned.get_parameter(name), p) == (name in frozen), name
@@ -215,21 +264,21 @@ def test_fine_tuning_by_lora_publishes_a_model_that_transformers_computes_alike(
 
 
 def test_parts_have_their_own_rates():
-    model = tasks.PaliGemma(tasks.PaliGemmaConfig(
-        tasks.ViTConfig(n_layer=1, n_head=1, n_embd=8, image_size=8, patch_size=8),
-        tasks.GemmaConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=9)))
-    optimizer = train.make_optimizer(model, train.Settings(rates=train.Rates(vision=0.0, projector=2.0, decoder=0.5)))
-    scale = {id(p): group["scale"] for group in optimizer.param_groups for p in group["params"]}
+    model = PaliGemma(PaliGemmaConfig(ViTConfig(n_layer=1, n_head=1, n_embd=8, image_size=8, patch_size=8),
+                                      GemmaConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=9)))
+    rates = {"vision": 0.0, "projector": 2.0, "decoder": 0.5}
+    groups = make_optimizers(model, train.Settings(rates=rates))["optimizer"].param_groups
+    scale = {id(p): group["scale"] for group in groups for p in group["params"]}
     found = {name: scale.get(id(p), 0.0) for name, p in model.named_parameters()}
-    expected = {"vision": 0.0, "projector": 2.0, "decoder": 0.5}
-    assert all(value == expected[name.split(".")[0]] for name, value in found.items())
+    assert all(value == rates[name.split(".")[0]] for name, value in found.items())
     assert [p.requires_grad for p in model.vision.parameters()] == [False] * len(list(model.vision.parameters()))
 
 
 @pytest.mark.parametrize("task, changes, message", [
     ("image-text", dict(block_size=8), "block_size = 8: 4 image tokens and rows of up to .* need at least"),
     ("contrastive", dict(block_size=8), "block_size = 8: the longest caption of .* has"),
-    ("contrastive", dict(gradient_accumulation_steps=2), "a batch can't be divided"),
+    ("contrastive", dict(micro_batch_size=2), "scores each row against all others, so every worker takes one piece"),
+    ("contrastive", dict(shard=True), "shard = True: not for --task=contrastive"),
     ("image-text", dict(init_from="out/nothing"), "init_from = out/nothing"),
 ])
 def test_what_does_not_fit_is_named(task, changes, message, small, tmp_path, monkeypatch):
@@ -238,7 +287,57 @@ def test_what_does_not_fit_is_named(task, changes, message, small, tmp_path, mon
         run(tmp_path, small, task, **changes)
 
 
+def test_a_model_to_start_from_decides_its_shape_and_must_be_the_tasks(runs, small, tmp_path):
+    for name, asked, value in (("n_embd", 64, 32), ("vision.n_layer", 2, 1)):
+        with pytest.raises(UserError, match=f"{name} = {asked}, but .* has {value}: leave it out"):
+            train.main(settings_for("image-text", **small, init_from=str(runs["image-text"]),
+                                    out_dir=str(tmp_path)), {name: asked})
+    with pytest.raises(UserError, match="init_from = .*: is a SigLIP, and --task=image-text trains PaliGemma"):
+        run(tmp_path, small, "image-text", init_from=str(runs["contrastive"]))
+
+
 def test_a_text_data_set_is_refused(small, dataset, tmp_path):
     with pytest.raises(UserError, match="is a data set of kind text, and this model needs one of kind image-text"):
         run(tmp_path, small, "image-text", dataset=str(dataset))
-    assert isinstance(prepare.tokenizers.load(Path(small["dataset"]) / "tokenizer.json"), BPETokenizer)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A language model is a row of a table
+
+@dataclasses.dataclass(frozen=True)
+class BigramConfig:
+    vocab_size: int = 65
+    block_size: int = 64
+
+
+class Bigram(nn.Module):
+    """The next token from the last one alone: no blocks, no cache."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.wte = config, nn.Embedding(config.vocab_size, config.vocab_size)
+
+    def forward(self, tokens, targets=None, places=None):
+        return predict(self.logits, self.hidden(tokens), targets, places)
+
+    def hidden(self, tokens, caches=None, start=0):
+        return self.wte(tokens)
+
+    def logits(self, x):
+        return x
+
+
+def test_a_language_model_is_a_row_in_the_table(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(text_task.MODELS, "bigram", (Bigram, BigramConfig))
+    wanted = {name: value for name, value in tiny.items() if not name.startswith("n_")} | {"learning_rate": 0.1}
+    train.main(settings_for("text", **wanted, model="bigram", out_dir=str(tmp_path)), {})
+    found = log(tmp_path)
+    assert found[-1]["val_loss"] < found[0]["loss"] - 0.5
+    resume(tmp_path)
+    _, model, config = load(tmp_path / "last")
+    assert type(model) is Bigram and config["model_type"] == "bigram" and config["settings"]["block_size"] == 32
+    for name, value in (("n_embd", 32), ("positions", "rotary"), ("dropout", 0.1)):
+        with pytest.raises(UserError, match=f"{name} = {value!r}: a bigram has no such setting"):
+            train.main(settings_for("text", **wanted, **{name: value}, model="bigram", out_dir=str(tmp_path)), {})
+    with pytest.raises(UserError, match="zero_init = True: a bigram has no blocks"):
+        train.main(settings_for("text", **wanted, zero_init=True, model="bigram", out_dir=str(tmp_path)), {})

@@ -370,10 +370,9 @@ def test_a_piece_is_a_workers_share_of_the_first_start(capsys):
     assert [size(workers, batch_size=5) for workers in (1, 2, 4, 5)] == [5, 3, 2, 1]
     assert "1 of 4 workers are idle: an update has 3 pieces of 2 rows" in capsys.readouterr().out
     assert [size(workers, whole=True, batch_size=6) for workers in (1, 2)] == [0, 0]
-    with pytest.raises(UserError, match="batch_size = 5: .* choose a multiple of 2"):
-        size(2, whole=True, batch_size=5)
-    with pytest.raises(UserError, match="micro_batch_size = 2: is not for --task=contrastive"):
-        settings_for("contrastive", micro_batch_size=2)
+    for settings in (dict(batch_size=5), dict(batch_size=6, micro_batch_size=3)):
+        with pytest.raises(UserError, match="every worker takes one piece: leave out --micro_batch_size, .* 2 divides"):
+            size(2, whole=True, **settings)
 
 
 def test_a_finished_run_can_be_resumed_for_more(tmp_path, tiny, capsys):

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Trains on all nodes of a SLURM job, and queues the job again until the run has finished:
 #
-#     sbatch --nodes=2 --gpus-per-node=8 --time=4:00:00 slurm.sh out/gpt2_124m config/gpt2_124m.py
+#     sbatch --nodes=2 --gpus-per-node=8 --time=4:00:00 tools/slurm.sh out/gpt2 config/gpt2.py
 #
-# The first argument is the out directory, the others are train.py's. The folder is one that all nodes share, with the
-# data set prepared in it. Five minutes before the time is up, the run saves and ends, and the job goes on from there.
+# The first argument is the out directory, the others are train.py's. Run it in this repository's folder, which all nodes
+# share, with the data set prepared in it. Five minutes before the time is up, the run saves and ends, and the job goes
+# on from there.
 #SBATCH --job-name=quill
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=16
