@@ -24,18 +24,15 @@ from pathlib import Path
 
 # Old names of settings and recipes, and what they are called now.
 RENAMED = {"gradient_accumulation_steps": "micro_batch_size (the rows in memory at a time)", "architecture": "model",
-           "config/gpt2_124m.py": "config/gpt2.py", "config/gpt2_350m.py": "config/gpt2.py config/gpt2/350m.py",
-           "config/gpt2_774m.py": "config/gpt2.py config/gpt2/774m.py",
-           "config/gpt2_1.5b.py": "config/gpt2.py config/gpt2/1.5b.py"}
+           "config/gpt2_124m.py": "config/gpt2.py", **{f"config/gpt2_{size}.py": f"config/gpt2.py config/gpt2/{size}.py"
+                                                       for size in ("350m", "774m", "1.5b")}}
+# The disk is full, or a folder can't be written to or is a file.
+USERS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
 WORDS = {True: ("true", "yes", "on", "1"), False: ("false", "no", "off", "0")}
 
 
 class UserError(ValueError):
     """Something the user can put right: shown as one line, without a traceback."""
-
-
-# The disk is full, or a folder can't be written to or is a file.
-USERS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
 
 
 @contextlib.contextmanager
@@ -70,9 +67,9 @@ def from_command_line(cls, doc, **how):
 def parse(cls, argv, more=None, has_accelerator=None, base=None, check=None, elsewhere=None):
     """(settings, given): an instance of the dataclass `cls`, and {name: value} of what was named in `argv`.
 
-    more(values), where passed, returns a second dataclass, by the values of the first, whose fields are settings too.
+    more(values) returns a second dataclass, by the values of the first, whose fields are settings too.
     has_accelerator(device) decides whether the files' `on_cpu` values apply; it is asked only if there are any.
-    base(given), where passed, returns values that are older than all of these (of a run that is resumed, say).
+    base(given) returns values that are older than all of these (of a run that is resumed, say).
     check(settings, given) may raise a UserError. elsewhere(name) may say where else an unknown setting belongs.
     Raises UserError for an unknown name, a value of the wrong type, or a file that can't be read.
     """
@@ -85,7 +82,7 @@ def parse(cls, argv, more=None, has_accelerator=None, base=None, check=None, els
         if has_accelerator is None or has_accelerator(device):
             layers = plain
         else:
-            layers.sort(key=lambda layer: (not layer.path, layer.on_cpu))  # the files' values, on_cpu, the command line
+            layers.sort(key=lambda layer: (not layer.origin, layer.on_cpu))  # files, on_cpu, the command line
     given = {layer.name: layer.value for layer in layers}
     settings = build(cls, {**older, **given})
     if check:
@@ -94,10 +91,10 @@ def parse(cls, argv, more=None, has_accelerator=None, base=None, check=None, els
 
 
 class Layer(typing.NamedTuple):
-    """One setting as it was named: `text` on the command line (None: a bare --flag), or a value in the file `path`."""
+    """A setting as it was named: text on the command line (None: a bare --flag), or a value in the file `origin`."""
     name: str
     value: object
-    path: str = ""
+    origin: str = ""
     on_cpu: bool = False
 
 
@@ -112,7 +109,7 @@ def read_arguments(argv):
 
 
 def read_file(path):
-    """The assignments of one config file as layers, in order, its on_cpu values last."""
+    """Yields the assignments of one config file as layers, in order, its on_cpu values last."""
     try:
         source = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -130,12 +127,10 @@ def read_file(path):
     on_cpu = namespace.pop("on_cpu", {})
     if not isinstance(on_cpu, dict):
         raise UserError(f"{path}: on_cpu must be a dict(name=value, ...), not {on_cpu!r}")
-    layers = []
-    for values, is_on_cpu in ((namespace, False), (on_cpu, True)):
-        values = {name: value for name, value in values.items()
-                  if not name.startswith("_") and not isinstance(value, (types.ModuleType, types.FunctionType))}
-        layers += [Layer(name, value, path, is_on_cpu) for name, value in flat_values(values).items()]
-    return layers
+    for origin, values in ((path, namespace), (f"{path}, on_cpu", on_cpu)):
+        for name, value in flat_values(values).items():
+            if not name.startswith("_") and not isinstance(value, (types.ModuleType, types.FunctionType)):
+                yield Layer(name, value, origin, values is on_cpu)
 
 
 def widened(cls, layers, more=None, base=None):
@@ -197,22 +192,20 @@ def build(cls, values):
 
 
 def typed(layers, fields, elsewhere=None, strict=True):
-    """Yields the layers with values in the types of their fields. An unknown name is left out, or if strict an error."""
+    """Yields the layers with values in their fields' types. Unknown names are left out, or if strict an error."""
     for layer in layers:
         name = layer.name if layer.name in fields else re.sub(r"\..*", ".*", layer.name)
         if name in fields:
             yield layer._replace(value=convert(layer, fields[name][0]))
         elif strict:
-            name, dashes, where = layer.name, "--", "on the command line"
-            if layer.path:
-                dashes, where = "", f"in {layer.path}" + ", on_cpu" * layer.on_cpu
-            near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
+            dashes, where = ("", f"in {layer.origin}") if layer.origin else ("--", "on the command line")
+            near = difflib.get_close_matches(layer.name, fields, n=1, cutoff=0.5)
             hint = f"did you mean {dashes}{near[0]}?" if near else "--help lists all settings"
-            if name in RENAMED:
-                hint = f"it is {dashes}{RENAMED[name]} now"
+            if layer.name in RENAMED:
+                hint = f"it is {dashes}{RENAMED[layer.name]} now"
             elif elsewhere:
-                hint = elsewhere(name) or hint
-            raise UserError(f"unknown setting {dashes}{name} {where}; {hint}")
+                hint = elsewhere(layer.name) or hint
+            raise UserError(f"unknown setting {dashes}{layer.name} {where}; {hint}")
 
 
 def convert(layer, kind):
@@ -221,12 +214,12 @@ def convert(layer, kind):
     choices = typing.get_args(kind) or ((True, False) if kind is bool else ())
     what = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}.get(kind)
     what = what or "one of " + ", ".join(map(str, choices))
-    if layer.path:
+    if layer.origin:
         if type(value) is kind or any(value == choice and type(value) is type(choice) for choice in choices):
             return value
         if kind is float and type(value) is int:
             return float(value)
-        raise UserError(f"{name} = {value!r} in {layer.path}: {name} must be {what}")
+        raise UserError(f"{name} = {value!r} in {layer.origin}: {name} must be {what}")
     if value is None:
         if True in choices:
             return True

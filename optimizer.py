@@ -36,7 +36,7 @@ def make_optimizers(model, settings):
     if not groups:
         raise UserError(f"rates = {s.rates}: nothing is left to train; give a part a rate above 0")
     found = {"optimizer": [], "muon": []}
-    for (scale, decayed, muon), params in sorted(groups.items(), key=lambda item: item[0], reverse=True):
+    for (scale, decayed, muon), params in sorted(groups.items(), key=lambda item: item[0][1], reverse=True):
         group = {"params": params, "scale": scale, "weight_decay": s.weight_decay if decayed else 0.0}
         found["muon" if muon else "optimizer"].append(group)
     fused = next(model.parameters()).device.type in ("cpu", "cuda", "mps")

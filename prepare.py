@@ -45,8 +45,7 @@ from sources.known import CORPORA, GENERATED, TOKENIZERS, download, locate, prep
 def main(settings, sources):
     """Prepares the one source by its kind, and names a recipe to train on it."""
     if len(sources) != 1:
-        raise UserError(f"one source at a time, not {len(sources)}: {' '.join(sources)};"
-                        " put several texts into a folder")
+        raise UserError(f"one source at a time, not {' '.join(sources)}; put several texts into a folder")
     source, path = sources[0], Path(sources[0])
     known = source in TOKENIZERS and not path.exists()
     if known and not settings.name:  # its settings are the same for all
@@ -65,24 +64,13 @@ def main(settings, sources):
         from sources import images  # here, for it imports torch
         images.prepare(path, folder, *how, settings.image_size, source)
         recipe = "vlm_shapes"
-    elif found := find_documents(source, known):
+    elif found := documents.hub_source(*CORPORA[source]) if known else documents.folder_source(path):
         found = found._replace(files=found.files[:settings.max_files or None])
         documents.prepare(found, folder, *how, settings.processes)
         recipe = "gpt2"
     else:
         texts.prepare(find_texts(source, folder), folder, *how, source)
     print(f"train on it: python train.py config/{recipe}.py --dataset={name}")
-
-
-def find_documents(source, known):
-    """The documents of a known corpus, a folder or a file; None if there are none."""
-    if known:
-        return documents.hub_source(*CORPORA[source])
-    found = documents.folder_source(Path(source))
-    if found and (text := next(Path(source).rglob("*.txt"), None)):
-        raise UserError(f"{source} holds documents ({found.files[0][0]}) and texts ({text.name}): which are meant?"
-                        " Put them into folders of their own")
-    return found
 
 
 def find_texts(source, folder):
@@ -92,10 +80,9 @@ def find_texts(source, folder):
         path = folder / "input.txt"
         download(source, path)
     paths = sorted(filter(Path.is_file, path.rglob("*.txt"))) if path.is_dir() else [path]
-    if not paths:
-        raise UserError(f"the folder {source} holds no .txt, .parquet or .jsonl files")
-    if not paths[0].is_file():
-        raise UserError(f"{source} is no file, no folder, no URL, and none of {', '.join(TOKENIZERS)}")
+    if not paths or not paths[0].is_file():
+        raise UserError(f"{source} is no file, no URL, no folder of .txt, .parquet or .jsonl files, and none of"
+                        f" {', '.join(TOKENIZERS)}")
     return paths
 
 

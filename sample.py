@@ -13,8 +13,7 @@ A PaliGemma, published or trained here (--out_dir), is asked about an image; its
     ... --attention=map.png                                     where it looked for each token of its answer
     ... --dtype=bfloat16 --device=cpu                           half the memory: 6 GB for the 3 billion parameters
 
-Needs nothing but the out directory, whose task decides which settings there are. A GPT looks back at most block_size
-tokens: whenever that window is full, its last half is kept and generation goes on, so a sample may be of any length.
+Needs nothing but the out directory, whose task decides which settings there are.
 """
 
 from dataclasses import dataclass

@@ -12,12 +12,9 @@ from configurator import UserError
 
 
 class Tokenizer:
-    """What all tokenizers have: kind, vocab_size, eos (the id that ends a text, or None), save(path), and
+    """What has kind, vocab_size, save(path), encode(text) -> int64 array of ids (T,), and decode(ids) -> text."""
 
-    encode(text) -> int64 array of ids (T,), decode(ids) -> text.
-    """
-
-    eos = None
+    eos = None  # the id that ends a text
     fields = {}  # what a saved tokenizer holds beside its kind: the arguments that make it anew
 
     def save(self, path):
@@ -28,7 +25,6 @@ class Tokenizer:
 
 class CharTokenizer(Tokenizer):
     """One id per character, in the order of the characters given."""
-
     kind = "char"
 
     def __init__(self, characters):
@@ -36,11 +32,11 @@ class CharTokenizer(Tokenizer):
         self.fields = {"characters": self.characters}
         self.vocab_size = len(self.characters)
         self.ids = np.full(0x110000, -1, dtype=np.int32)  # by code point
-        self.ids[code_points(self.characters)] = np.arange(self.vocab_size)
+        self.ids[[ord(character) for character in self.characters]] = np.arange(self.vocab_size)
 
     def encode(self, text):
         """Raises UserError that names the first character outside the vocabulary."""
-        ids = self.ids[code_points(text)]
+        ids = self.ids[np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype=np.uint32)]
         if (ids < 0).any():
             at = int((ids < 0).argmax())
             raise UserError(f"the character {text[at]!r} (U+{ord(text[at]):04X}), number {at + 1} of the text, is not"
@@ -51,13 +47,8 @@ class CharTokenizer(Tokenizer):
         return "".join([self.characters[i] for i in ids])
 
 
-def code_points(text):
-    return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype=np.uint32)
-
-
 class ByteTokenizer(Tokenizer):
     """One id per byte of the text's UTF-8: any text can be encoded."""
-
     kind, vocab_size = "byte", 256
 
     def encode(self, text):
@@ -69,7 +60,6 @@ class ByteTokenizer(Tokenizer):
 
 class GPT2Tokenizer(Tokenizer):
     """GPT-2's byte-level BPE through tiktoken, which downloads its 1.5 MB of merges once."""
-
     kind, vocab_size = "gpt2", 50257
 
     def __init__(self):
@@ -77,8 +67,8 @@ class GPT2Tokenizer(Tokenizer):
         try:
             self.bpe = tiktoken.get_encoding("gpt2")
         except OSError as error:  # requests' errors are OSErrors
-            raise UserError("the gpt2 tokenizer could not download its merges"
-                            f" ({type(error).__name__}): connect once, or use --tokenizer=bpe:4096") from None
+            raise UserError(f"the gpt2 tokenizer could not download its merges ({type(error).__name__}): connect once,"
+                            " or use --tokenizer=bpe:4096") from None
         self.eos = self.bpe.eot_token
 
     def encode(self, text):
@@ -89,11 +79,7 @@ class GPT2Tokenizer(Tokenizer):
 
 
 class BPETokenizer(Tokenizer):
-    """A BPE of the tokenizers library: trained here on one's own text, or a published model's.
-
-    Its file is the `tokenizer.json` of that library, so a published model's own file loads as it is.
-    """
-
+    """A BPE of the tokenizers library, trained here or a published model's; its file is that library's own."""
     kind = "bpe"
 
     def __init__(self, bpe):
@@ -104,24 +90,16 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts, vocab_size, special=("<|endoftext|>",)):
-        """Learns vocab_size tokens from an iterable of strings. Raises UserError if they have too little for that many.
-
-        special: extra tokens, which get the first ids. If vocab_size leaves no room for merges, every byte is a token.
-        """
-        import tokenizers
-        from tokenizers import decoders, models, pre_tokenizers, trainers
+        """Learns vocab_size tokens, the special ones first, from an iterable of strings. The least are one per byte."""
+        from tokenizers import ByteLevelBPETokenizer
         least = 256 + len(special)
         if vocab_size < least:
             raise UserError(f"tokenizer = bpe:{vocab_size}: 256 bytes and the special tokens need at least bpe:{least}")
-        bpe = tokenizers.Tokenizer(models.BPE())
-        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        bpe.decoder = decoders.ByteLevel()
-        bpe.train_from_iterator(texts, trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=list(special), show_progress=False,
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
-        if bpe.get_vocab_size() < vocab_size:
-            raise UserError(f"tokenizer = bpe:{vocab_size}: the text yields only {bpe.get_vocab_size()} tokens;"
-                            f" use bpe:{bpe.get_vocab_size()} or less")
+        bpe = ByteLevelBPETokenizer()
+        bpe.train_from_iterator(texts, vocab_size, min_frequency=0, show_progress=False, special_tokens=list(special))
+        most = bpe.get_vocab_size()
+        if most < vocab_size:
+            raise UserError(f"tokenizer = bpe:{vocab_size}: the text yields only {most} tokens; use bpe:{most} or less")
         return cls(bpe)
 
     def encode(self, text):
@@ -134,36 +112,30 @@ class BPETokenizer(Tokenizer):
         self.bpe.save(str(path), pretty=False)
 
 
-def build(name, texts, train_texts):
-    """A tokenizer by its name on the command line.
+KINDS = {"char": CharTokenizer, "byte": ByteTokenizer, "gpt2": GPT2Tokenizer}
 
-    texts() iterates over the whole text, whose characters must all be known; train_texts() over the part for
-    training, from which a BPE may learn.
-    """
+
+def build(name, texts, train_texts, special=("<|endoftext|>",)):
+    """A tokenizer by its name on the command line: char knows all of texts(), a BPE learns from train_texts()."""
     if name == "char":
         return CharTokenizer(sorted(set().union(*map(set, texts()))))
-    if name == "byte":
-        return ByteTokenizer()
-    if name == "gpt2":
-        return GPT2Tokenizer()
+    if name in ("byte", "gpt2"):
+        return KINDS[name]()
     kind, _, size = name.partition(":")
     if kind == "bpe" and size.isdecimal():
-        return BPETokenizer.train(train_texts(), int(size))
+        return BPETokenizer.train(train_texts(), int(size), special)
     raise UserError(f"tokenizer = {name}: must be char, byte, gpt2 or bpe:SIZE, such as bpe:4096")
 
 
 def load(path):
-    """The tokenizer saved at `path`, ours or a published `tokenizer.json`. Raises UserError if it is neither."""
+    """The tokenizer saved at `path`, ours or a published `tokenizer.json`. Raises UserError if there is none."""
     try:
         saved = json.loads(Path(path).read_text(encoding="utf-8"))
         if "model" in saved:
             import tokenizers
             return BPETokenizer(tokenizers.Tokenizer.from_file(str(path)))
-        kinds = {"char": CharTokenizer, "byte": ByteTokenizer, "gpt2": GPT2Tokenizer}
-        return kinds[saved.pop("kind")](**saved)
-    except FileNotFoundError:
-        raise UserError(f"there is no tokenizer at {path}") from None
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        return KINDS[saved.pop("kind")](**saved)
+    except (FileNotFoundError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is not a tokenizer file ({type(error).__name__}: {error})") from None
 
 
@@ -202,10 +174,8 @@ class Transcript:
 
     def news(self, final=False):
         """The text that came since the last call, short of what may turn out to be the beginning of `stop`."""
-        text = str(self) if final else self.done
-        held = 0
-        if not (final or self.ended):
-            held = max((n for n in range(1, len(self.stop)) if text.endswith(self.stop[:n])), default=0)
+        text, stop = (str(self), "") if final else (self.done, self.stop)
+        held = max((n for n in range(len(stop)) if text.endswith(stop[:n])), default=0)
         news = text[self.shown:len(text) - held]
         self.shown += len(news)
         return news

@@ -120,14 +120,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from machine import distributed
 from machine.device import autocast, keep_freed_memory, peak_flops, pick_compile, pick_dtype
-from machine.digest import code_of
 from model import all_blocks
 from optimizer import clip, make_optimizers, set_rates
 from run import checkpoint, resume
 from run.guards import Guard, require_finite
 from run.log import Log, say_where, set_aside
 from sources.known import ensure, locate
-from tasks.task import kind_of, load, start
+from tasks.task import load, start
 
 
 def update(task, wrapped, optimizers, scaler, step, world, dtype):
@@ -224,8 +223,7 @@ def train(settings, given, world):
                     log.write(row)
                 if names and (world.is_main or sharded):
                     log.sync()
-                    config, trainer = snapshot(task, model, row, best, guard, optimizers, scaler)
-                    writer.save(names, model, task.tokenizers, config, trainer)
+                    writer.save(names, model, task.tokenizers, *snapshot(task, row, best, guard, optimizers, scaler))
                 if logging:
                     log.restart(step)
                 writer.raise_pending()
@@ -239,13 +237,12 @@ def improves(task, row, best):
     return best is None or better(row[f"val_{name}"], best) != best
 
 
-def snapshot(task, model, row, best, guard, optimizers, scaler):
+def snapshot(task, row, best, guard, optimizers, scaler):
     """(what config.json says, what trainer.pt holds) of a checkpoint."""
     s, step = task.settings, row["step"]
     measured = {"val_loss": None, **{name: value for name, value in row.items() if name.startswith("val_")}}
-    config = {"model_type": kind_of(model, task.models), "model": asdict(model.config), "lora_rank": s.lora_rank,
-              "code": code_of(model), "settings": asdict(s), "dataset": s.dataset, "data": task.fingerprint(),
-              "step": step, **measured, "versions": checkpoint.versions()}
+    config = {**task.about, "lora_rank": s.lora_rank, "settings": asdict(s), "dataset": s.dataset,
+              "data": task.fingerprint(), "step": step, **measured, "versions": checkpoint.versions()}
     states = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
     return config, {"step": step, "best": best, "mean_loss": guard.mean, "scaler": scaler.state_dict(), **states}
 

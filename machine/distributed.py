@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import uuid
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -99,6 +100,7 @@ def shard(model, blocks, dtype, world):
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes two seconds
     mesh = dist.init_device_mesh(world.device.type, (world.size,))
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # nobody writes to results
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for module in (*blocks, model):
         fully_shard(module, mesh=mesh, mp_policy=policy)

@@ -2,18 +2,18 @@
 
     python sample.py --init_from=gpt2 --prompt="Once upon"
 
-A published folder holds config.json, tokenizer.json, and model.safetensors or its shards. The module of a family of
-models has MODEL, our class, and to_config, load_tokenizer, source (of our parameter) and first_name (of a published
-tensor: its name in the layout that was published first, or None if it is unused).
+A published folder holds config.json, tokenizer.json, and model.safetensors or its shards. The module of a family has
+MODEL, our class; to_config; load_tokenizer; source, of our parameter; and first_name, of a published tensor: its name in
+the layout that was published first, or None if it is unused.
 """
 
 import importlib
 from pathlib import Path
 from typing import NamedTuple
 
-import safetensors
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from configurator import UserError
 from run.checkpoint import fill, read_config, unfilled
@@ -43,16 +43,12 @@ def load(name, device="cpu", dtype=torch.float32, block_size=0, dropout=0.0):
         raise UserError(f"{name}: model_type = {kind!r}, but only {' and '.join(FAMILIES)} can be loaded")
     family = importlib.import_module(FAMILIES[kind])
     config = family.to_config(theirs, name, block_size, dropout)
-    tokenizer = family.load_tokenizer(folder)
+    tokenizer = family.load_tokenizer(folder / "tokenizer.json")
     vocab_size = getattr(config, "text", config).vocab_size
     if tokenizer.vocab_size > vocab_size:
         raise UserError(f"the tokenizer of {name} has {tokenizer.vocab_size} tokens, the model only {vocab_size}")
     model = unfilled(family.MODEL, config, device, dtype)
-    try:
-        state = read_weights(folder, model, family, theirs)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"the weights in {folder} can't be read: {error}") from None
-    fill(model, state, name)
+    fill(model, read_weights(folder, model, family, theirs), name)
     return model, {"tokenizer": tokenizer}
 
 
@@ -62,12 +58,12 @@ def locate(name):
         return Path(name)
     from huggingface_hub import errors, snapshot_download
     try:
-        return Path(snapshot_download(GPT2.get(name, name), allow_patterns=[
-            "config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json"]))
+        patterns = ["config.json", "model*.safetensors", "tokenizer.json"]
+        return Path(snapshot_download(GPT2.get(name, name), allow_patterns=patterns))
     except errors.HFValidationError:
         raise UserError(f"init_from = {name}: no folder of that name, and not a model's name on the hub") from None
     except (OSError, errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = str(error).strip().partition("\n")[0]
         raise UserError(f"init_from = {name}: could not be downloaded ({reason});"
                         " with a copy on disk use --init_from=FOLDER") from None
 
@@ -75,12 +71,15 @@ def locate(name):
 def read_weights(folder, model, family, theirs):
     """{name: tensor} of the model's parameters that are in the folder, and of what is there besides.
 
-    The tensors are not in memory: their files are mapped into it.
+    The tensors are views of the files, which are mapped into memory. Raises UserError if a file can't be read.
     """
     stored = {}  # {name in the first layout: (name in the file, tensor)}
     for path in sorted(folder.glob("model*.safetensors")) or [folder / "model.safetensors"]:
-        with safe_open(path, "pt") as file:
-            stored |= {family.first_name(key): (key, file.get_tensor(key)) for key in file.keys()}
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} can't be read: {error}") from None
+        stored |= {family.first_name(key): (key, tensor) for key, tensor in tensors.items()}
     stored.pop(None, None)
     parameters = model.state_dict()
     sources = {ours: family.source(ours, theirs) for ours in parameters}

@@ -9,6 +9,7 @@ from model import GPT, GPTConfig
 from published.files import Source
 
 MODEL = GPT
+load_tokenizer = tokenizers.load
 
 # (ours, theirs), applied in this order
 NAMES = (("transformer.", ""), ("blocks.", "h."), (".o_proj.", ".c_proj."), (".up_proj.", ".c_fc."),
@@ -29,10 +30,6 @@ def to_config(theirs, name, block_size, dropout):
         n_hidden=theirs.get("n_inner") or 0, vocab_size=theirs["vocab_size"],
         block_size=block_size or theirs["n_positions"], norm_eps=theirs.get("layer_norm_epsilon", 1e-5),
         bias=True, dropout=dropout)
-
-
-def load_tokenizer(folder):
-    return tokenizers.load(folder / "tokenizer.json")
 
 
 def first_name(theirs):

@@ -72,27 +72,23 @@ def to_config(theirs, name, block_size=0, dropout=0.0):
     return config
 
 
-def load_tokenizer(folder):
-    """The folder's tokenizer; <image>, <loc0000>.. and <seg000>.. are added to one that lacks them."""
-    bpe = tokenizers.load(folder / "tokenizer.json").bpe
+def load_tokenizer(path):
+    """The tokenizer at `path`; <image>, <loc0000>.. and <seg000>.. are added to one that lacks them."""
+    bpe = tokenizers.load(path).bpe
     bpe.add_special_tokens(["<image>"])
     bpe.add_tokens(LOCATIONS + SEGMENTS)
     return tokenizers.BPETokenizer(bpe)
 
 
-def source(ours, theirs):
-    return Source(published_name(ours))
-
-
-def published_name(name):
-    """The name of our parameter in the published files."""
+def source(name, _=None):
+    """The Source of our parameter of this name, whatever their config.json says."""
     for ours, theirs in NAMES:
         if name.startswith(ours):
             name = theirs + name.removeprefix(ours)
     for part, renames in BLOCKS.items():
         for ours, theirs in renames if name.startswith(part) else ():
             name = name.replace(ours, theirs)
-    return name
+    return Source(name)
 
 
 def first_name(theirs):
@@ -113,7 +109,7 @@ def save(model, tokenizer, folder, shard_size=5 * 10**9):
     from huggingface_hub import save_torch_state_dict
     folder, vision = Path(folder), model.config.vision
     folder.mkdir(parents=True, exist_ok=True)
-    state = {published_name(name): tensor for name, tensor in model.state_dict().items()}
+    state = {source(name).name: tensor for name, tensor in model.state_dict().items()}
     save_torch_state_dict(state, folder, max_shard_size=shard_size)
     tokenizer.save(folder / "tokenizer.json")
     special = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")}

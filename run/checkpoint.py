@@ -18,6 +18,7 @@ complete checkpoint is found at any instant.
 
 import functools
 import hashlib
+import json
 import os
 import platform
 import re
@@ -40,7 +41,7 @@ import tokenizer as tokenizers
 from configurator import UserError
 from machine.device import synchronize
 from run import shards
-from run.files import read_json, rename, to_json, write_text
+from run.files import read_json, rename, write_text
 
 
 def versions():
@@ -60,8 +61,9 @@ class Writer(AbstractContextManager):
     """
 
     def __init__(self, out_dir, background, sharded=False):
-        self.out_dir, self.background, self.job = out_dir, background, None
+        self.out_dir, self.background = out_dir, background
         self.pool = ThreadPoolExecutor(1)
+        self.job = self.pool.submit(bool)  # a first job, which does nothing
         self.group = dist.new_group(backend="gloo") if sharded else None  # the loop's messages go through another
 
     def save(self, names, model, tokenizers, config, trainer):
@@ -71,7 +73,7 @@ class Writer(AbstractContextManager):
         trainer: tensors and plain values for trainer.pt, which only `last` gets.
         """
         assert all(name.startswith("tokenizer") for name in tokenizers)
-        self.wait()
+        self.job.result()
         state = model.state_dict()
         if self.background:  # copies into pinned memory, which PyTorch keeps for the next save, while the host goes on
             state, trainer = tree_map_only(
@@ -84,21 +86,16 @@ class Writer(AbstractContextManager):
 
         self.job = self.pool.submit(work)
         if not self.background:
-            self.wait()
+            self.job.result()
 
     def raise_pending(self):
         """Raises the error of a finished write."""
-        if self.job and self.job.done():
-            self.wait()
-
-    def wait(self):
-        job, self.job = self.job, None
-        if job:
-            job.result()
+        if self.job.done():
+            self.job.result()
 
     def __exit__(self, kind, error, traceback):
         try:
-            self.wait()
+            self.job.result()
         except UserError as late:
             error = error or late
         finally:
@@ -146,7 +143,7 @@ def write(out_dir, name, state, tokenizers, config, trainer, group=None):
 
 def seal(folder, config):
     """Completes a checkpoint: has its files reach the disk, adds their checksums, and config.json as the very last."""
-    text, sums = to_json(config), {}
+    text, sums = json.dumps(config, ensure_ascii=False, indent=1) + "\n", {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         sums[path.relative_to(folder).as_posix()] = digest(path)
         with open(path, "rb+") as file:
@@ -167,13 +164,9 @@ def reason(error):
 # ----------------------------------------------------------------------------------------------------------------------
 # Finding
 
-def is_checkpoint(path):
-    return (path / "SHA256SUMS").is_file() and any((path / name).exists() for name in ("model.safetensors", "model"))
-
-
 def is_run(path):
     """True for the folder of a run that has saved, and for a checkpoint's own folder, whatever its name."""
-    return is_checkpoint(Path(path)) or bool(candidates(path, "best", "last"))
+    return (Path(path) / "SHA256SUMS").is_file() or bool(candidates(path, "best", "last"))
 
 
 def candidates(out_dir, *names):
@@ -212,7 +205,7 @@ def find_any(out_dir, preferred="best"):
 
     Raises UserError if there is no checkpoint, or only damaged ones.
     """
-    if is_checkpoint(Path(out_dir)):
+    if (Path(out_dir) / "SHA256SUMS").is_file():
         return Path(out_dir)
     if folder := find(out_dir, *dict.fromkeys((preferred, "best", "last")), sampling=True):
         return folder
@@ -335,7 +328,10 @@ def load_optimizer(optimizer, saved, folder):
     Raises UserError if the state is that of other parameters.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if [len(group["params"]) for group in saved["param_groups"]] != [len(g["params"]) for g in optimizer.param_groups]:
+    sizes, own_sizes = ([len(group["params"]) for group in groups]
+                        for groups in (saved["param_groups"], optimizer.param_groups))
+    if sizes != own_sizes or any(value.dim() and value.shape != parameters[number].shape
+                                 for number, entry in saved["state"].items() for value in entry.values()):
         raise UserError(f"{folder / 'trainer.pt'} holds the optimizer of other parameters: resume with the --optimizer,"
                         " --rates and --lora_rank that the run had")
     state = {number: {name: shards.distribute(value, parameters[number]) for name, value in entry.items()}

@@ -15,12 +15,8 @@ def read_json(path):
         raise UserError(f"{path} can't be read: {error}") from None
 
 
-def to_json(value):
-    return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
-
-
 def write_json(path, value):
-    write_text(path, to_json(value))
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
 
 
 def write_text(path, text):

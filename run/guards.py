@@ -21,14 +21,11 @@ if hasattr(signal, "SIGUSR1"):  # Windows has none; a cluster sends it ahead of 
 
 
 class Guard:
-    """Stops the run at the first unsound update, on all ranks; notes signals and the end of the time.
+    """Stops the run at the first unsound update, on all ranks; inside its `with` block it notes signals.
 
     step: how many updates the run has made. scaled: True if the loss is scaled for float16, whose overflowing updates
     are skipped and harmless. mean: the running mean of the loss that an earlier Guard left, or None.
     where(step): text that names the batch of the update that ended at `step`.
-
-    Inside its `with` block a first SIGINT or SIGTERM sets `status`, and a second one ends the process at once. Not so
-    under torchrun: it passes on signals that its workers may have got already, and ends them itself if they linger.
     """
 
     def __init__(self, settings, world, step, scaled, mean, where):
@@ -47,7 +44,10 @@ class Guard:
             signal.signal(number, handler)
 
     def note(self, number, frame):
-        """Called at a signal."""
+        """Takes the first signal; a second one ends the process.
+
+        Not so under torchrun: it passes on signals that its workers may have got already, and ends those that linger.
+        """
         self.signalled = self.signalled or SIGNALS[number]
         if self.world.size == 1 and SIGNALS[number] != SPARE:
             self.__exit__()

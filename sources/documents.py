@@ -4,15 +4,15 @@
     python prepare.py fineweb --max_files=1                the first 0.7 billion tokens; without it later, the rest
 
 Each document, the row's `text`, is followed by the tokenizer's end-of-text token (two line breaks where it has none).
-A document is for validation if its hash says so, whatever the order or the tokenizer: doubles stay on one side.
-A shard is finished when its .json is there: after a kill the same command goes on. The bytes depend neither on that nor
-on the number of processes.
+It is for validation if its hash says so: doubles stay on one side. A shard is finished when its .json is there: after a
+kill the same command goes on. The bytes depend neither on that nor on the number of processes.
 """
 
 import contextlib
 import hashlib
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -36,27 +36,30 @@ COUNTS = ("documents", "bytes", "train_characters", "train_tokens", "val_charact
 
 
 def prepare(source, folder, tokenizer_name, val_fraction=0.1, processes=0):
-    """Writes the shards of a Source that `folder` lacks, and returns the meta of all: goes on where it stopped.
-
-    processes: 0: one per CPU core. Raises UserError for documents that can't be used.
-    """
+    """Writes the shards of a Source that `folder` lacks, and returns the meta. processes: 0: one per CPU core."""
     if tokenizer_name == "char":
-        raise UserError("tokenizer = char: it has to know all characters beforehand, which documents don't; use"
-                        " --tokenizer=gpt2, byte, or bpe:SIZE")
+        raise UserError("tokenizer = char: it has to know all characters beforehand; use gpt2, byte or bpe:SIZE")
     if any(name.endswith(".parquet") for name, _ in source.files) and not importlib.util.find_spec("pyarrow"):
         raise UserError("parquet files need pyarrow: pip install pyarrow")
     tokenizer = common_tokenizer(source, folder, tokenizer_name, val_fraction)
-    shards = list(group(source.files))
+    shards = group(source.files)
     records = [folder / f"shard_{i:05}.json" for i in range(len(shards))]
     missing = [i for i, path in enumerate(records) if not path.exists() or read_json(path)["files"] != shards[i]]
     processes = min(processes or os.cpu_count(), len(missing))
-    print(f"{len(source.files):,} files in {len(shards):,} shards, {len(missing):,} to write, by {processes} processes;"
-          " after a stop the same command goes on", flush=True)
+    print(f"{len(shards):,} shards, {len(missing):,} to write, by {processes} processes", flush=True)
     if missing:
         (folder / "meta.json").unlink(missing_ok=True)
         in_processes(processes, [(i, shards[i], source, folder, val_fraction) for i in missing])
     shutil.rmtree(folder / "download", ignore_errors=True)
-    meta = summary([read_json(path) for path in records], source, tokenizer)
+    found = [read_json(path) for path in records]
+    totals = {key: sum(record[key] for record in found) for key in COUNTS}
+    for split in ("train", "val"):
+        if totals[f"{split}_tokens"] < 2:
+            raise UserError(f"none of {totals['documents']:,} documents is for {split}: use another --val_fraction")
+    digest = hashlib.sha256("".join(record["sha256"] for record in found).encode()).hexdigest()
+    meta = {"source": source.location, "revision": source.revision, "sha256": digest, "tokenizer": tokenizer.kind,
+            "vocab_size": tokenizer.vocab_size, "dtype": id_type(tokenizer), **totals,
+            "shards": {split: [record[f"{split}_tokens"] for record in found] for split in ("train", "val")}}
     put_in_place(folder, (), meta)
     return meta
 
@@ -77,10 +80,13 @@ class Source(NamedTuple):
 
 
 def folder_source(path):
-    """The documents of a folder, or of one file. None if there are none."""
+    """The documents of a folder, or of one file; None if there are none. Raises UserError if there are texts too."""
     folder, paths = (path, sorted(path.rglob("*"))) if path.is_dir() else (path.parent, [path])
     files = tuple((p.relative_to(folder).as_posix(), p.stat().st_size) for p in paths
                   if p.suffix in (".parquet", ".jsonl") and p.exists() and not p.is_dir())
+    texts = [p.name for p in paths if p.suffix == ".txt"]
+    if files and texts:
+        raise UserError(f"{path} holds documents ({files[0][0]}) and texts ({texts[0]}): put them into folders apart")
     return Source(str(folder), "", files) if files else None
 
 
@@ -101,8 +107,7 @@ def hub(what):
         yield HfApi()
     except (OSError, errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HTTPError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"{what} can't be had from the hub ({reason}): run again to go on, finished shards are kept;"
-                        " or pass a folder with the files") from None
+        raise UserError(f"{what} can't be had from the hub ({reason}): run again to go on") from None
 
 
 def read(source, files, folder, val_fraction):
@@ -115,8 +120,7 @@ def read(source, files, folder, val_fraction):
             try:
                 content = text.encode("utf-8")
             except (AttributeError, UnicodeEncodeError):
-                raise UserError(f"{path}, row {number}: the text is {text!r:.60}, and must be a string of whole"
-                                " characters") from None
+                raise UserError(f"{path}, row {number}: {text!r:.60} is no text of whole characters") from None
             digest = hashlib.sha256(content).digest()
             is_val = int.from_bytes(digest[:8], "big") < val_fraction * 2**64
             yield "val" if is_val else "train", text, content, digest
@@ -173,15 +177,15 @@ def sample(source, folder, val_fraction):
 
 
 def group(files):
-    """Yields the files of each shard, as lists of [path, bytes]: one, or neighbours up to SHARD_BYTES together."""
-    shard, total = [], 0
+    """The files of each shard, as lists of [path, bytes]: one, or neighbours up to SHARD_BYTES together."""
+    shards, total = [], math.inf
     for name, size in files:
-        if shard and total + size > SHARD_BYTES:
-            yield shard
-            shard, total = [], 0
-        shard.append([name, size])
         total += size
-    yield shard
+        if total > SHARD_BYTES:
+            shards.append([])
+            total = size
+        shards[-1].append([name, size])
+    return shards
 
 
 def in_processes(processes, jobs):
@@ -189,12 +193,10 @@ def in_processes(processes, jobs):
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         try:
             futures = [pool.submit(write_shard, *job) for job in jobs]
-            for done, future in enumerate(as_completed(futures), start=1):
+            for future in as_completed(futures):
                 future.result()
-                print(f"  {done:,} of {len(jobs):,} shards", flush=True)
         except process.BrokenProcessPool:
-            raise UserError("a process was killed, for want of memory perhaps: run again to go on, with fewer"
-                            " --processes") from None
+            raise UserError("a process was killed (memory?): run again to go on, with fewer --processes") from None
         except BaseException:
             for child in multiprocessing.active_children():
                 child.kill()
@@ -213,8 +215,8 @@ def write_shard(number, files, source, folder, val_fraction):
     tokenizer = tokenizers.load(folder / "tokenizer.json")
     end = tokenizer.encode("\n\n") if tokenizer.eos is None else np.array([tokenizer.eos])
     record, digest = {"files": files, **dict.fromkeys(COUNTS, 0)}, hashlib.sha256()
-    paths = {split: folder / f"{split}_{number:05}.bin" for split in ("train", "val")}
-    with open(f"{paths['train']}.new", "wb") as train, open(f"{paths['val']}.new", "wb") as val:
+    names = [f"{split}_{number:05}.bin" for split in ("train", "val")]
+    with open(folder / f"{names[0]}.new", "wb") as train, open(folder / f"{names[1]}.new", "wb") as val:
         for split, text, content, document in read(source, files, folder, val_fraction):
             ids = np.concatenate((tokenizer.encode(text), end))
             (train if split == "train" else val).write(stored(ids, tokenizer).tobytes())
@@ -226,24 +228,8 @@ def write_shard(number, files, source, folder, val_fraction):
         for file in (train, val):
             file.flush()
             os.fsync(file.fileno())
-    for path in paths.values():
-        os.replace(f"{path}.new", path)
     record["sha256"] = digest.hexdigest()  # of its documents' SHA-256
-    write_json(folder / f"shard_{number:05}.json", record)
+    put_in_place(folder, names, record, f"shard_{number:05}.json")
     if source.revision:
         for name, _ in files:
             (folder / "download" / name).unlink(missing_ok=True)
-
-
-def summary(records, source, tokenizer):
-    """The meta of a data set, from its shards' records."""
-    totals = {key: sum(record[key] for record in records) for key in COUNTS}
-    for split in ("train", "val"):
-        if totals[f"{split}_tokens"] < 2:
-            raise UserError(f"none of the {totals['documents']:,} documents of {source.location} is for {split}: use"
-                            " more, or another --val_fraction")
-    digest = hashlib.sha256("".join(record["sha256"] for record in records).encode())
-    return {"source": source.location, "revision": source.revision, "sha256": digest.hexdigest(),
-            "tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "dtype": id_type(tokenizer),
-            **totals, "shards": {split: [record[f"{split}_tokens"] for record in records]
-                                 for split in ("train", "val")}}

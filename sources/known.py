@@ -13,7 +13,6 @@ import ssl
 from http.client import HTTPException
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import NamedTuple
 from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
@@ -24,26 +23,18 @@ DATA = ROOT / "data"
 CONNECT_SECONDS = 5
 NETWORK_ERRORS = (URLError, HTTPException, ConnectionError, ssl.SSLError, TimeoutError, multiprocessing.TimeoutError)
 
-
-class Known(NamedTuple):
-    """A text that can be downloaded: one file."""
-    url: str
-    size: int  # bytes
-    sha256: str
-    tokenizer: str
-
-
-SHAKESPEARE = Known("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-                    1_115_394, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed", "char")
-KNOWN = {"shakespeare_char": SHAKESPEARE, "shakespeare_gpt2": SHAKESPEARE._replace(tokenizer="gpt2")}
+SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+               "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
+KNOWN = {  # texts to download: tokenizer, URL, SHA-256
+    "shakespeare_char": ("char", *SHAKESPEARE), "shakespeare_gpt2": ("gpt2", *SHAKESPEARE)}
 BUILT_IN = "python_reference"  # the language reference that every CPython carries for its help()
 GENERATED = {"shapes": "bpe:1600", "digits": "char"}  # images with questions, by data/<name>/generate.py: tokenizers
 CORPORA = {  # on the hub: data set, folder of its parquet files, commit
     "fineweb": ("HuggingFaceFW/fineweb", "sample/10BT", "9bb295ddab0e05d785b879661af7260fed5140fc"),
     "fineweb_edu": ("HuggingFaceFW/fineweb-edu", "sample/10BT", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"),
     "openwebtext": ("Skylion007/openwebtext", "plain_text", "b4325f019c648b1641a1784748667e8b74e5e064")}
-TOKENIZERS = {**{name: known.tokenizer for name, known in KNOWN.items()}, BUILT_IN: "char", **GENERATED,
-              **dict.fromkeys(CORPORA, "gpt2")}  # of all known data sets
+TOKENIZERS = {  # of all known data sets
+    **{name: row[0] for name, row in KNOWN.items()}, BUILT_IN: "char", **GENERATED, **dict.fromkeys(CORPORA, "gpt2")}
 
 
 class Offline(UserError):
@@ -62,9 +53,8 @@ def check_dataset(dataset):
         return
     how = f"make it first with python prepare.py {dataset}, which downloads tens of gigabytes"
     if dataset not in CORPORA:
-        ready = ", ".join(sorted(path.parent.name for path in DATA.glob("*/meta.json"))) or "none"
-        how = (f"make one with python prepare.py FILE --name={dataset} (ready: {ready}; known:"
-               f" {', '.join(TOKENIZERS)})")
+        known = {*TOKENIZERS, *(path.parent.name for path in DATA.glob("*/meta.json"))}
+        how = f"make one with python prepare.py FILE --name={dataset} (known: {', '.join(sorted(known))})"
     raise UserError(f"there is no data set at {folder}: {how}")
 
 
@@ -77,10 +67,7 @@ def ensure(dataset):
 
 
 def prepare_known(name, target, tokenizer, val_fraction=0.1, image_size=48):
-    """Prepares a known data set, no corpus, as data set `target`; returns the name of what there is then.
-
-    That is the built-in text's where `target` can't be had without a network.
-    """
+    """Prepares a known data set, no corpus, as `target`, or without a network the built-in text; returns its name."""
     if name in GENERATED:
         from sources import images  # imports torch
         raw, script = DATA / name / "source", f"data/{name}/generate.py"
@@ -95,9 +82,9 @@ def prepare_known(name, target, tokenizer, val_fraction=0.1, image_size=48):
         if target != name:
             raise
         bar = "!" * 100
-        print(f"\n{bar}\nNO NETWORK: {error}\nUsing the built-in text instead of {name}: Python's language reference,"
-              f" as data set {BUILT_IN!r}.\nIts losses can't be compared with those of {name}. When you are online, run"
-              f" again,\nor put the file at {DATA / name / 'input.txt'} yourself.\n{bar}\n", flush=True)
+        print(f"\n{bar}\nNO NETWORK: {error}\nUsing the built-in text instead of {name}: data set {BUILT_IN!r}, whose"
+              f" losses can't be compared.\nWhen you are online, run again; or put the file at"
+              f" {DATA / name / 'input.txt'} yourself.\n{bar}\n", flush=True)
         return ensure(BUILT_IN)
     texts.prepare([path], locate(target), tokenizer, val_fraction, origin)
     return target
@@ -112,15 +99,13 @@ def known_text(name):
         text = "\n\n".join(topics[topic].strip() for topic in sorted(topics))
         path.write_text(text + "\n", encoding="utf-8", newline="\n")
         return path, f"pydoc_data.topics of Python {platform.python_version()}"
-    known = KNOWN[name]
+    _, url, expected = KNOWN[name]
     if not path.exists():
-        download(known.url, path)
-    content = path.read_bytes()
-    found = hashlib.sha256(content).hexdigest()
-    if found != known.sha256:
-        raise UserError(f"{path} is not the expected text ({len(content):,} bytes, SHA-256 {found[:12]}..., expected"
-                        f" {known.size:,} bytes, {known.sha256[:12]}...): delete it and run again")
-    return path, known.url
+        download(url, path)
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != expected:
+        raise UserError(f"{path} is not the expected text (SHA-256 {found}): delete it and run again")
+    return path, url
 
 
 def download(url, path):

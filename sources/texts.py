@@ -18,10 +18,7 @@ CHUNK = 1 << 22  # characters of text held at a time
 
 
 def prepare(paths, folder, tokenizer_name, val_fraction=0.1, source=""):
-    """Writes the data set of the files' text into `folder`, and returns its meta.
-
-    Raises UserError for a text that is too short to split or is not UTF-8.
-    """
+    """Writes the data set of the files' text into `folder`, and returns its meta. Raises UserError for a bad text."""
     source = str(source or paths[0])
     digest, n_characters, n_bytes = hashlib.sha256(), 0, 0
     for text in read(paths):
@@ -45,9 +42,9 @@ def prepare(paths, folder, tokenizer_name, val_fraction=0.1, source=""):
 
 
 def read(paths, start=0, stop=sys.maxsize):
-    """Yields the characters start..stop of the files' joined text, piece by piece, without byte-order marks.
+    """Yields the characters start..stop of the files' text, piece by piece, with a newline between files.
 
-    A newline is put between files where there is none. Raises UserError for bytes that are not UTF-8.
+    Byte-order marks are left out. Raises UserError for bytes that are not UTF-8.
     """
     at, last = 0, "\n"
     for path in paths:
@@ -101,11 +98,11 @@ def id_type(tokenizer):
     return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
 
 
-def put_in_place(folder, names, meta):
-    """Renames each NAME.new of the folder to NAME. meta.json comes last: a folder without it is not a data set."""
-    write_json(folder / "meta.json.new", meta)
-    (folder / "meta.json").unlink(missing_ok=True)
-    for name in (*names, "meta.json"):
+def put_in_place(folder, names, meta, last="meta.json"):
+    """Renames each NAME.new of the folder to NAME; then writes and prints meta: without it they are not a data set."""
+    (folder / last).unlink(missing_ok=True)
+    for name in names:
         os.replace(folder / f"{name}.new", folder / name)
+    write_json(folder / last, meta)
     numbers = [f"{name} = {value:,}" for name, value in meta.items() if isinstance(value, int)]
-    print(f"{folder}: {', '.join(numbers)}", flush=True)
+    print(f"{folder / last}: {', '.join(numbers)}", flush=True)

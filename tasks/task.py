@@ -181,10 +181,12 @@ def start(settings, given, folder, data, world):
         add_lora(model, s.lora_rank, generator)
     decided = task.shape(model)
     for name in decided.keys() & given.keys():
-        if given[name] != decided[name]:
+        if given[name] not in (decided[name], ""):  # "": whatever the model has
             raise UserError(f"{name} = {given[name]!r}, but {s.init_from} has {decided[name]!r}: leave it out")
     task.settings = build(type(s), {**flat_values(dataclasses.asdict(s)), **decided})
     task.fit(model)
+    task.about = {"model_type": kind_of(model, task.models), "model": dataclasses.asdict(model.config),
+                  "code": code_of(model)}  # asked before the model is sharded, which changes its classes
     return task, model
 
 

@@ -279,7 +279,7 @@ def test_other_data_under_the_same_name_is_refused(tmp_path, tiny, dataset):
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 def test_killed_many_times_a_run_ends_with_the_numbers_of_an_undisturbed_one(tmp_path, tiny, capsys):
-    """SIGKILL at random instants of a run that does little but save; every third life saves without a thread."""
+    """SIGKILL at random instants of a run that does little but save; every third life waits for each save."""
     long = dict(tiny, max_iters=200 * KILLS, eval_interval=2, log_interval=1, eval_tokens=200, n_layer=1, n_embd=16,
                 sample_tokens=0, resume="auto")
     run(tmp_path / "whole", long)

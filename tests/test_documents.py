@@ -187,13 +187,13 @@ def test_what_cannot_be_used_is_named(tmp_path, monkeypatch):
     parquet.write_table(pyarrow.table({"content": ["x"], "id": [1]}), tmp_path / "other.parquet")
     parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
     check("has no column named text, only content, id", a_parquet=(tmp_path / "other.parquet").read_bytes())
-    check("row 1: the text is 1, and must be a string of whole characters", a_parquet=(tmp_path / "numbers.parquet").read_bytes())
+    check("row 1: 1 is no text of whole characters", a_parquet=(tmp_path / "numbers.parquet").read_bytes())
     check("is no whole parquet file", a_parquet=good[:-50])
     check("a.jsonl, line 2: is no object with a text: b'.\"txt", a_jsonl=b'{"text": "x"}\n{"txt": "y"}')
-    check("a.jsonl, row 1: the text is .* must be a string of whole characters", a_jsonl=b'{"text": "x \\ud800"}')
+    check("a.jsonl, row 1: .* is no text of whole characters", a_jsonl=b'{"text": "x \\ud800"}')
     check("tokenizer = char: it has to know all characters beforehand", tokenizer="char", a_parquet=good)
-    check("none of the 1 documents of .* is for", a_jsonl=b'{"text": "x"}')
-    check("holds documents .a.parquet. and texts .b.txt.: which are meant", a_parquet=good, b_txt=b"words")
+    check("none of 1 documents is for", a_jsonl=b'{"text": "x"}')
+    check("holds documents .a.parquet. and texts .b.txt.: put them into", a_parquet=good, b_txt=b"words")
     with pytest.raises(UserError, match="make it first with python prepare.py openwebtext"):
         known.ensure("openwebtext")
     with pytest.raises(UserError, match="fineweb is a data set with tokenizer = gpt2: add --name=NEW"):

@@ -131,10 +131,10 @@ GOOD = {"image": "a/0.png", "prompt": "caption", "answer": "x"}
 
 
 @pytest.mark.parametrize("row, message", [
-    (b"{'image': 1}", "is not JSON: Expecting property name"), (b'{"image": "\xff"}', "is not JSON: 'utf-8' codec"),
-    (b"[1, 2]", r"is \[1, 2\]: must be an object"),
-    ({"image": "a/0.png", "prompt": "caption"}, "has no answer: every row needs"),
-    ({**GOOD, "image": None}, "has no image"),
+    (b"{'image': 1}", "is no JSON object: Expecting property name"), (b"[1, 2]", "is no JSON object: 'list'"),
+    (b'{"image": "\xff"}', "is no JSON object: 'utf-8' codec"),
+    ({"image": "a/0.png", "prompt": "caption"}, "answer = null: must be text"),
+    ({**GOOD, "image": None}, "image = null: must be text"),
     ({**GOOD, "answer": 7}, "answer = 7: must be text"), ({**GOOD, "prompt": ["x"]}, r'prompt = \["x"\]: must be text'),
     ({**GOOD, "kind": 3}, "kind = 3: must be text"), ({**GOOD, "answer": " \n"}, r"answer = ' \\n': is empty"),
     ({**GOOD, "split": "test"}, "split = 'test': must be \"train\" or \"val\""),
@@ -143,9 +143,9 @@ GOOD = {"image": "a/0.png", "prompt": "caption", "answer": "x"}
     ({**GOOD, "image": "a"}, "image = 'a': there is no such file"),
     ({**GOOD, "image": "a/../../secret.png"}, "image = 'a/../../secret.png': leaves the folder"),
     ({**GOOD, "image": "/etc/hosts"}, "image = '/etc/hosts': leaves the folder"),
-    ({**GOOD, "prompt": "<image>caption"}, "prompt = '<image>caption': leave out <image>"),
-    ({**GOOD, "answer": "x<eos>"}, "answer = 'x<eos>': leave out <eos>"),
-    ({**GOOD, "answer": "\ud800"}, "half of a surrogate pair"),
+    ({**GOOD, "prompt": "<image>caption"}, "prompt = '<image>caption': leave out '<image>'"),
+    ({**GOOD, "answer": "x<eos>"}, "answer = 'x<eos>': leave out '<eos>'"),
+    ({**GOOD, "answer": "\ud800"}, r"leave out '\\ud800'"),
     ({**GOOD, "image": "broken.png"}, "broken.png: can't be read: .*; replace the file or remove its rows"),
     ({**GOOD, "image": "torn.png"}, "torn.png: can't be read: .*; replace the file or remove its rows"),
 ])

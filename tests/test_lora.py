@@ -140,7 +140,7 @@ def test_fine_tuned_and_merged_it_is_what_transformers_loads(tmp_path):
     from test_published import IMAGE, N, make_tokenizer, their_inputs
     (tmp_path / "before").mkdir()
     make_tokenizer().save(str(tmp_path / "before" / "tokenizer.json"))
-    paligemma.save(make_model(), paligemma.load_tokenizer(tmp_path / "before"), tmp_path / "before")
+    paligemma.save(make_model(), paligemma.load_tokenizer(tmp_path / "before" / "tokenizer.json"), tmp_path / "before")
     model, tokenizers = files.load(str(tmp_path / "before"))
     before = model(**BATCH)
     add_lora(model, 2, seeded())
@@ -160,5 +160,5 @@ def test_fine_tuned_and_merged_it_is_what_transformers_loads(tmp_path):
 def test_a_rank_below_one_and_a_model_without_linear_layers_are_refused():
     with pytest.raises(UserError, match="lora_rank = 0: must be at least 1"):
         add_lora(make_model(), 0)
-    with pytest.raises(UserError, match="lora_rank = 1: .* has no linear layer to add it to"):
+    with pytest.raises(UserError, match="lora_rank = 1: .* has no linear layer for it"):
         add_lora(nn.Embedding(2, 2), 1)

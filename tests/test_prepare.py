@@ -117,8 +117,8 @@ def test_bad_text_is_named(data, tmp_path, content, message, monkeypatch):
 
 
 def test_bad_sources_are_named(data, tmp_path):
-    for sources, message in (([tmp_path / "none.txt"], "is no file, no folder, no URL"),
-                             ([tmp_path], "holds no .txt, .parquet"), (["a", "b"], "one source at a time"),
+    for sources, message in (([tmp_path / "none.txt"], "is no file, no URL, no folder of .txt"),
+                             ([tmp_path], "is no file, no URL, no folder of .txt"), (["a", "b"], "one source at a time"),
                              (["nothing://x"], "is not a URL that can be fetched|unknown url type")):
         with pytest.raises(UserError, match=message):
             run(*sources)
@@ -143,12 +143,12 @@ def test_without_a_network_the_built_in_text_stands_in(data, monkeypatch, capsys
 
 
 def test_a_known_text_is_checked(data, monkeypatch):
-    expected = known.Known("http://x", 54, hashlib.sha256(b"words " * 9).hexdigest(), "char")
-    monkeypatch.setitem(known.KNOWN, "shakespeare_char", expected)
+    expected = hashlib.sha256(b"words " * 9).hexdigest()
+    monkeypatch.setitem(known.KNOWN, "shakespeare_char", ("char", "http://x", expected))
     path = data / "shakespeare_char" / "input.txt"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"words ")
-    with pytest.raises(UserError, match="is not the expected text .6 bytes"):
+    with pytest.raises(UserError, match="is not the expected text .SHA-256"):
         known.ensure("shakespeare_char")
     path.write_bytes(b"words " * 9)
     assert known.ensure("shakespeare_char") == "shakespeare_char"

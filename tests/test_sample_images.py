@@ -43,7 +43,7 @@ def published(tmp_path_factory):
         torch.nn.init.normal_(p, std=0.3, generator=seeded(i))
     folder = tmp_path_factory.mktemp("published")
     make_tokenizer().save(str(folder / "tokenizer.json"))
-    paligemma.save(model, paligemma.load_tokenizer(folder), folder)
+    paligemma.save(model, paligemma.load_tokenizer(folder / "tokenizer.json"), folder)
     return folder
 
 

@@ -289,10 +289,17 @@ def test_the_environment_is_recorded_at_every_start(tmp_path, tiny):
     assert [(start["step"], start["end_step"], start["status"]) for start in (first, second)] == [(0, 5, 0), (5, 10, 0)]
 
 
-def test_an_optimizer_of_other_parameters_is_one_line(tmp_path, tiny):
-    run(tmp_path, tiny, max_iters=5)
+def test_rates_may_change_in_a_resumed_run_but_not_the_parts_that_have_one(tmp_path, tiny):
+    run(tmp_path, tiny, max_iters=5, rates={"wte": 2.0, "wpe": 3.0}, sample_tokens=0)
+    resume(tmp_path, "--max_iters=6", "--rates.wte=3", "--rates.wpe=2")  # moments stay with their parameters
+    assert trainer(tmp_path)["step"] == 6 and recorded(tmp_path)["rates"] == {"wte": 3.0, "wpe": 2.0}
     with pytest.raises(UserError, match="trainer.pt holds the optimizer of other parameters: .*--rates"):
-        resume(tmp_path, "--max_iters=10", "--rates.wte=0")
+        resume(tmp_path, "--max_iters=7", "--rates.wte=0")
+    wide, narrow = (torch.optim.AdamW([torch.ones(size, requires_grad=True)]) for size in (3, 2))
+    sum(wide.param_groups[0]["params"]).sum().backward()
+    wide.step()
+    with pytest.raises(UserError, match="the optimizer of other parameters"):
+        checkpoint.load_optimizer(narrow, wide.state_dict(), tmp_path)
 
 
 def test_an_earlier_run_is_moved_and_nothing_else(tmp_path, tiny, capsys):

@@ -115,7 +115,7 @@ def test_gemma_logits_equal_transformers_uncached_and_cached(n_kv_head):
     model = Gemma(GemmaConfig(n_layer=2, n_head=4, n_kv_head=n_kv_head, head_dim=10, n_embd=24, n_hidden=40,
                               vocab_size=VOCAB, block_size=32)).eval()
     state = {name.replace("language_model.model.", "model."): p for name, p in (
-        (paligemma.published_name(f"decoder.{name}"), p) for name, p in model.state_dict().items())}
+        (paligemma.source(f"decoder.{name}").name, p) for name, p in model.state_dict().items())}
     for name, p in state.items():
         p.copy_(theirs.state_dict()[name])
     tokens = torch.randint(VOCAB, (2, 9), generator=seeded())
