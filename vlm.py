@@ -304,27 +304,12 @@ def attention_weights(attention, x, mask, rope, first=0):
 # ----------------------------------------------------------------------------------------------------------------------
 # Contrastive losses
 
-class AllGather(torch.autograd.Function):
-    """(B, C) of each rank -> (W * B, C) on all, in the order of ranks; gradients return to the rank of their row."""
-
-    @staticmethod
-    def forward(ctx, x):
-        rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(rows, x.contiguous())
-        return torch.cat(rows)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.contiguous()
-        dist.all_reduce(grad)
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
-
-
 def all_gather(x, across_ranks):
-    """(everyone's rows, which of them is the first of x); ranks must have equally many."""
+    """(all ranks' rows, which is the first of x); ranks must have equally many. Gradients return to each row."""
     if not across_ranks or not dist.is_initialized() or dist.get_world_size() == 1:
         return x, 0
-    return AllGather.apply(x), dist.get_rank() * len(x)
+    from torch.distributed.nn import functional as with_gradients
+    return torch.cat(with_gradients.all_gather(x.contiguous())), dist.get_rank() * len(x)
 
 
 def sigmoid_nats(images, texts, log_scale, bias, block=1024, across_ranks=True):

@@ -108,32 +108,25 @@ def library(dtype=torch.float32):
     """The compiled decode.c, or None where it can't be compiled. dtype: of weights and caches; sums are in float32."""
     compiler, numbers = shutil.which(os.environ.get("QUILL_COMPILER", "cc")), DTYPES[dtype]
     for more in (["-march=native", "-fopenmp"], ["-march=native"], []) if compiler else ():
-        command = [compiler, *FLAGS, *numbers, *more]
+        command = [compiler, *FLAGS, *numbers, *more, str(SOURCE), "-lm"]
         key = hashlib.sha256(SOURCE.read_bytes() + repr((command, processor())).encode()).hexdigest()
         path = Path(importlib.util.cache_from_source(__file__)).with_name(f"decode-{key[:16]}.so")
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):  # a compiler without OpenMP, a folder that is
-            if not path.exists():                                          # not ours to write to
-                compile_to(path, command)
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no OpenMP, or a folder that isn't ours
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # others may be doing the same
+                    built = Path(folder) / path.name
+                    subprocess.run([*command, "-o", str(built)], capture_output=True, check=True)
+                    built.replace(path)
             return ctypes.CDLL(str(path))
     return None
 
 
-def compile_to(path, command):
-    """Runs the compiler; the file gets its name when it is whole, for others may be doing the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        built = Path(folder) / path.name
-        subprocess.run([*command, str(SOURCE), "-o", str(built), "-lm"], capture_output=True, check=True)
-        built.replace(path)
-
-
 def processor():
     """What -march=native depends on."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return sorted({line for line in file if line.startswith(("model name", "flags", "Features", "CPU part"))})
-    except OSError:
-        return platform.processor()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        return sorted({line for line in file if line.startswith(("model name", "flags", "Features", "CPU part"))})
+    return platform.processor()
 
 
 class Layer(ctypes.Structure):

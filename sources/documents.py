@@ -192,8 +192,7 @@ def in_processes(processes, jobs):
     """write_shard(*job) for each job. The first error ends all processes and is raised here."""
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         try:
-            futures = [pool.submit(write_shard, *job) for job in jobs]
-            for future in as_completed(futures):
+            for future in as_completed([pool.submit(write_shard, *job) for job in jobs]):
                 future.result()
         except process.BrokenProcessPool:
             raise UserError("a process was killed (memory?): run again to go on, with fewer --processes") from None
@@ -225,9 +224,6 @@ def write_shard(number, files, source, folder, val_fraction):
             record["bytes"] += len(content)
             record[f"{split}_characters"] += len(text)
             record[f"{split}_tokens"] += len(ids)
-        for file in (train, val):
-            file.flush()
-            os.fsync(file.fileno())
     record["sha256"] = digest.hexdigest()  # of its documents' SHA-256
     put_in_place(folder, names, record, f"shard_{number:05}.json")
     if source.revision:

@@ -33,8 +33,8 @@ FILES = ("images.bin", "train.jsonl", "val.jsonl", "tokenizer.json")
 def prepare(path, folder, tokenizer_name="char", val_fraction=0.1, image_size=48, source=""):
     """Writes the data set of the folder `path`, images with a captions.jsonl, into `folder`, and returns its meta.
 
-    tokenizer_name: char or byte, a token per byte; or bpe:SIZE, learned from the training rows. Raises UserError that
-    names the line of a row or an image that can't be used; a data set that was in `folder` stays as it is.
+    tokenizer_name: char or byte, both a token per byte, or bpe:SIZE, learned from the training rows. Raises UserError
+    with the line of a row that can't be used; a data set that was in `folder` then stays as it is.
     """
     captions = path / "captions.jsonl"
     rows = list(read_rows(captions))
@@ -92,9 +92,8 @@ def check_row(line, folder):
     if row["split"] not in ("train", "val", ""):
         raise UserError(f"split = {row['split']!r}: must be \"train\" or \"val\", or be left out of all rows")
     image = os.path.normpath(row["image"])
-    if PurePath(image).anchor or PurePath(image).parts[:1] == ("..",):
-        raise UserError(f"image = {row['image']!r}: leaves the folder {folder}; put the image there")
-    if not os.path.isfile(folder / image):
+    outside = PurePath(image).anchor or PurePath(image).parts[:1] == ("..",)
+    if outside or not os.path.isfile(folder / image):
         raise UserError(f"image = {row['image']!r}: there is no such file in {folder}; add it or remove the row")
     return {**row, "image": image}
 

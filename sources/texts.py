@@ -42,10 +42,7 @@ def prepare(paths, folder, tokenizer_name, val_fraction=0.1, source=""):
 
 
 def read(paths, start=0, stop=sys.maxsize):
-    """Yields the characters start..stop of the files' text, piece by piece, with a newline between files.
-
-    Byte-order marks are left out. Raises UserError for bytes that are not UTF-8.
-    """
+    """Yields the characters start..stop of the files, piece by piece; a newline is put between files without one."""
     at, last = 0, "\n"
     for path in paths:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -88,8 +85,7 @@ def write_tokens(path, texts, tokenizer):
 
 def stored(ids, tokenizer):
     """The ids as the files hold them."""
-    size = tokenizer.vocab_size
-    assert not ids.size or 0 <= ids.min() <= ids.max() < size, f"token ids outside 0..{size - 1}"
+    assert not ids.size or 0 <= ids.min() <= ids.max() < tokenizer.vocab_size, "an id outside the vocabulary"
     return ids.astype(id_type(tokenizer))
 
 
@@ -102,6 +98,8 @@ def put_in_place(folder, names, meta, last="meta.json"):
     """Renames each NAME.new of the folder to NAME; then writes and prints meta: without it they are not a data set."""
     (folder / last).unlink(missing_ok=True)
     for name in names:
+        with open(folder / f"{name}.new", "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(folder / f"{name}.new", folder / name)
     write_json(folder / last, meta)
     numbers = [f"{name} = {value:,}" for name, value in meta.items() if isinstance(value, int)]

@@ -17,10 +17,8 @@ from configurator import UserError
 from machine.device import autocast
 from run import pictures
 from run.cost import flops_per_token
-from tasks.image_text import TOWER, WithImages, pad_left, with_eos
+from tasks.image_text import WithImages, pad_left, with_eos
 from vlm import SigLIP, SigLIPConfig, TextEncoderConfig, init_parts
-
-TEXT = ("n_layer", "n_head", "n_embd", "block_size")  # settings of the text encoder's shape
 
 
 class Captions(NamedTuple):
@@ -33,6 +31,7 @@ class Captions(NamedTuple):
 class ContrastiveTask(WithImages):
     whole = True
     models = {"siglip": (SigLIP, SigLIPConfig)}
+    TEXT = ("n_layer", "n_head", "n_embd", "block_size")
     rows_are = "the captions of the training split, counted by image,"
     command = "python train.py config/vlm_shapes.py --init_vision={out_dir}"
 
@@ -48,7 +47,7 @@ class ContrastiveTask(WithImages):
 
     def build(self, generator):
         s = self.settings
-        text = TextEncoderConfig(**{name: getattr(s, name) for name in TEXT}, vocab_size=self.tokenizer.vocab_size)
+        text = TextEncoderConfig(**{name: getattr(s, name) for name in self.TEXT}, vocab_size=self.tokenizer.vocab_size)
         model = SigLIP(SigLIPConfig(self.vision_config(), text, s.pair_loss, s.dropout))
         init_parts(model, generator)
         return model
@@ -64,9 +63,7 @@ class ContrastiveTask(WithImages):
                             f" {model.config.text.vocab_size}: prepare it with the model's tokenizer")
 
     def shape(self, model):
-        text = {name: getattr(model.config.text, name) for name in TEXT}
-        vision = {f"vision.{name}": getattr(model.config.vision, name) for name in TOWER}
-        return {**text, **vision, "pair_loss": model.config.loss}
+        return {**super().shape(model), "pair_loss": model.config.loss}
 
     def batch(self, rows, generator):
         return self.gather(self.data["train"], rows), torch.ones(len(rows), device=self.world.device)

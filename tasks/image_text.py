@@ -26,14 +26,14 @@ from tasks.task import Task, load
 from tokenizer import Transcript, transcribe
 from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig, image_attention, init_parts
 
-DECODER = ("n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "bias")  # settings of the decoder's shape
-TOWER = ("n_layer", "n_head", "n_embd", "patch_size")  # and of the vision tower's
+TOWER = ("n_layer", "n_head", "n_embd", "patch_size")  # settings of the vision tower's shape
 
 
 class WithImages(Task):
     """What the tasks with images share: a data set of images with text, and a vision tower.
 
-    encode(rows) makes arrays of a split's rows, with `images`, the number of each row's image, and `ids`, (n, T).
+    encode(rows) makes arrays of a split's rows, with `images`, the number of each row's image, and `ids`, (n, T). TEXT
+    names the settings that shape what reads the text.
     """
 
     def open(self, folder, world):
@@ -49,6 +49,10 @@ class WithImages(Task):
         if size != self.dataset.image_size:
             raise UserError(f"the images of {self.dataset.folder} have {self.dataset.image_size} pixels, and the model"
                             f" sees {size}: prepare them with --image_size={size}")
+
+    def shape(self, model):
+        text = {name: getattr(model.config.text, name) for name in self.TEXT}
+        return text | {f"vision.{name}": getattr(model.config.vision, name) for name in TOWER}
 
     def pick(self, step):
         return shuffled_rows(len(self.data["train"].images), self.settings.batch_size, self.settings.seed, step)
@@ -69,6 +73,7 @@ class Rows(NamedTuple):
 
 class ImageTextTask(WithImages):
     models = {"paligemma": (PaliGemma, PaliGemmaConfig)}
+    TEXT = ("n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "bias")
     rows_are = "the rows of the training split"
     command = 'python sample.py --out_dir={out_dir} --image=FILE --prompt="caption" --temperature=0'
 
@@ -86,7 +91,7 @@ class ImageTextTask(WithImages):
 
     def build(self, generator):
         s = self.settings
-        text = GemmaConfig(**{name: getattr(s, name) for name in DECODER}, vocab_size=self.tokenizer.vocab_size)
+        text = GemmaConfig(**{name: getattr(s, name) for name in self.TEXT}, vocab_size=self.tokenizer.vocab_size)
         model = PaliGemma(PaliGemmaConfig(self.vision_config(), text, s.dropout))
         init_parts(model, generator)
         if s.init_vision:
@@ -121,10 +126,6 @@ class ImageTextTask(WithImages):
         if needed > model.config.block_size:
             raise UserError(f"block_size = {model.config.block_size}: {self.n_patches} image tokens and rows of up to"
                             f" {needed - self.n_patches} tokens need at least {needed}")
-
-    def shape(self, model):
-        decoder = {name: getattr(model.config.text, name) for name in DECODER}
-        return decoder | {f"vision.{name}": getattr(model.config.vision, name) for name in TOWER}
 
     def weight(self, rows):
         data = self.data["train"]
@@ -304,6 +305,7 @@ def draw_boxes(picture, answer, path):
 
 
 def save_picture(picture, path):
+    """Returns what there is to say of it."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     picture.save(path)
     return f"wrote {path}"

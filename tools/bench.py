@@ -55,6 +55,7 @@ SHAPES = {  # of config/shakespeare_char.py, without and with a GPU; batch size 
 if __name__ == "__main__":  # --help and typos answer before torch is imported
     SETTINGS, _ = from_command_line(Settings, __doc__)
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -78,7 +79,6 @@ from machine.device import (
     peak_flops,
     peak_memory,
     pick_device,
-    reset_peak_memory,
     synchronize,
 )
 from machine.distributed import World
@@ -89,6 +89,15 @@ from tasks.task import Task
 from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig, init_parts
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def reset_peak_memory(device):
+    """Starts the count of `peak_memory` anew: on CUDA, and for the machine's memory on Linux; elsewhere it goes on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
 
 
 class Table:
