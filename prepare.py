@@ -54,7 +54,7 @@ def main(settings, sources):
             if getattr(settings, key) not in (value, getattr(Settings, key)):
                 raise UserError(f"{source} is a data set with {key} = {value}: add --name=NEW for another one")
         settings = replace(settings, **own)
-    name = settings.name or re.sub(r"\W+", "_", path.stem)
+    name = settings.name or re.sub(r"\W+", "_", path.absolute().stem)  # absolute: "." has no name
     folder, how = locate(name), (settings.tokenizer, settings.val_fraction)
     recipe = "shakespeare_char"
     if known and source not in CORPORA:
@@ -64,20 +64,21 @@ def main(settings, sources):
         from sources import images  # here, for it imports torch
         images.prepare(path, folder, *how, settings.image_size, source)
         recipe = "vlm_shapes"
-    elif found := documents.hub_source(*CORPORA[source]) if known else documents.folder_source(path):
-        found = found._replace(files=found.files[:settings.max_files or None])
-        documents.prepare(found, folder, *how, settings.processes)
-        recipe = "gpt2"
     else:
-        texts.prepare(find_texts(source, folder), folder, *how, source)
+        found = documents.hub_source(*CORPORA[source]) if known else documents.folder_source(path)
+        if found:
+            found = found._replace(files=found.files[:settings.max_files or None])
+            documents.prepare(found, folder, *how, settings.processes)
+            recipe = "gpt2"
+        else:
+            texts.prepare(find_texts(source, folder), folder, *how, source)
     print(f"train on it: python train.py config/{recipe}.py --dataset={name}")
 
 
 def find_texts(source, folder):
     """The paths of the texts of a folder, a file, or a URL, which is downloaded into `folder`."""
-    path = Path(source)
+    path = folder / "input.txt" if "://" in source else Path(source)
     if "://" in source:
-        path = folder / "input.txt"
         download(source, path)
     paths = sorted(filter(Path.is_file, path.rglob("*.txt"))) if path.is_dir() else [path]
     if not paths or not paths[0].is_file():

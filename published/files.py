@@ -3,8 +3,8 @@
     python sample.py --init_from=gpt2 --prompt="Once upon"
 
 A published folder holds config.json, tokenizer.json, and model.safetensors or its shards. The module of a family has
-MODEL, our class; to_config; load_tokenizer; source, of our parameter; and first_name, of a published tensor: its name in
-the layout that was published first, or None if it is unused.
+MODEL, our class, and to_config, load_tokenizer, source (of our parameter) and first_name (of a published tensor: its
+name in the layout that was published first, or None if it is unused).
 """
 
 import importlib

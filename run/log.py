@@ -36,10 +36,11 @@ class Log:
         if not world.is_main:
             return
         out_dir.mkdir(parents=True, exist_ok=True)
-        self.run, path = out_dir / "run.json", out_dir / "log.jsonl"
-        self.starts = read_json(self.run) if self.run.exists() else []
+        self.run_json = out_dir / "run.json"
+        self.starts = read_json(self.run_json) if self.run_json.exists() else []
         self.starts.append(facts(settings, step, world))
-        write_json(self.run, self.starts)
+        write_json(self.run_json, self.starts)
+        path = out_dir / "log.jsonl"
         if step and path.exists():  # the rows after the checkpoint will be written again
             write_text(path, "".join(rows_until(path, step)))
         self.file = open(path, "a", encoding="utf-8", buffering=1)
@@ -92,7 +93,7 @@ class Log:
             return
         self.file.close()
         self.starts[-1] |= {"ended": time.strftime(TIME), "end_step": step, "status": status}
-        write_json(self.run, self.starts)
+        write_json(self.run_json, self.starts)
         if self.wandb:
             self.wandb.finish()
 

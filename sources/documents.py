@@ -55,7 +55,7 @@ def prepare(source, folder, tokenizer_name, val_fraction=0.1, processes=0):
     totals = {key: sum(record[key] for record in found) for key in COUNTS}
     for split in ("train", "val"):
         if totals[f"{split}_tokens"] < 2:
-            raise UserError(f"none of {totals['documents']:,} documents is for {split}: use another --val_fraction")
+            raise UserError(f"none of {totals['documents']:,} documents is for {split}: use more, or another share")
     digest = hashlib.sha256("".join(record["sha256"] for record in found).encode()).hexdigest()
     meta = {"source": source.location, "revision": source.revision, "sha256": digest, "tokenizer": tokenizer.kind,
             "vocab_size": tokenizer.vocab_size, "dtype": id_type(tokenizer), **totals,

@@ -48,9 +48,8 @@ def prepare(path, folder, tokenizer_name="char", val_fraction=0.1, image_size=48
     tokenizer = tokenizers.build(name, None, lambda: texts, special)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder / "tokenizer.json.new")
-    meta = {"kind": "image-text", "source": str(source or path), "image_size": image_size,
-            "images": write_rows(path, rows, image_size, folder),
-            "tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size}
+    meta = {"kind": "image-text", "source": str(source or path), "images": write_rows(path, rows, image_size, folder),
+            "image_size": image_size, "tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size}
     for split, chosen in splits.items():
         meta[f"{split}_images"] = len({row["image"] for row in chosen})
         meta[f"{split}_rows"] = len(chosen)

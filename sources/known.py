@@ -82,8 +82,8 @@ def prepare_known(name, target, tokenizer, val_fraction=0.1, image_size=48):
         if target != name:
             raise
         bar = "!" * 100
-        print(f"\n{bar}\nNO NETWORK: {error}\nUsing the built-in text instead of {name}: data set {BUILT_IN!r}, whose"
-              f" losses can't be compared.\nWhen you are online, run again; or put the file at"
+        print(f"\n{bar}\nNO NETWORK: {error}\nUsing Python's language reference as data set {BUILT_IN!r} instead, whose"
+              f" losses can't be compared.\nWhen you are online, run again; or put the text at"
               f" {DATA / name / 'input.txt'} yourself.\n{bar}\n", flush=True)
         return ensure(BUILT_IN)
     texts.prepare([path], locate(target), tokenizer, val_fraction, origin)

@@ -68,8 +68,7 @@ def whole_words(texts):
         cut = last.end() if last else len(text)
         yield text[:cut]
         rest = text[cut:]
-    if rest:
-        yield rest
+    yield rest
 
 
 def write_tokens(path, texts, tokenizer):

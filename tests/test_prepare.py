@@ -103,6 +103,22 @@ def test_a_url_is_fetched(data, tmp_path, source):
         run(url)
 
 
+def test_half_a_download_is_none(tmp_path):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "100")
+            self.end_headers()
+            self.wfile.write(b"x" * 10)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(known.Offline, match="the download broke off"):
+            known.download(f"http://127.0.0.1:{server.server_port}/", tmp_path / "x.txt")
+        server.shutdown()
+    assert not (tmp_path / "x.txt").exists()
+
+
 @pytest.mark.parametrize("content, message", [
     (b"", "has 0 characters"), (b"\xef\xbb\xbf", "has 0 characters"), (b"ab", "has 2 characters: too few"),
     (b"x" * 70 + b"\xe9t\xe9", "is not UTF-8: byte 0xe9 at offset 70"), (b"x" * 70 + b"\xe9", "0xe9 at offset 70"),
@@ -118,7 +134,8 @@ def test_bad_text_is_named(data, tmp_path, content, message, monkeypatch):
 
 def test_bad_sources_are_named(data, tmp_path):
     for sources, message in (([tmp_path / "none.txt"], "is no file, no URL, no folder of .txt"),
-                             ([tmp_path], "is no file, no URL, no folder of .txt"), (["a", "b"], "one source at a time"),
+                             ([tmp_path], "is no file, no URL, no folder of .txt"),
+                             (["a", "b"], "one source at a time"),
                              (["nothing://x"], "is not a URL that can be fetched|unknown url type")):
         with pytest.raises(UserError, match=message):
             run(*sources)
