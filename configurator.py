@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import functools
 import inspect
 import os
 import re
@@ -27,12 +28,20 @@ RENAMED = {"gradient_accumulation_steps": "micro_batch_size (the rows in memory 
            "config/gpt2_124m.py": "config/gpt2.py", **{f"config/gpt2_{size}.py": f"config/gpt2.py config/gpt2/{size}.py"
                                                        for size in ("350m", "774m", "1.5b")}}
 # The disk is full, or a folder can't be written to or is a file.
-USERS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
+USERS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR,
+                errno.ENAMETOOLONG)
 WORDS = {True: ("true", "yes", "on", "1"), False: ("false", "no", "off", "0")}
 
 
 class UserError(ValueError):
     """Something the user can put right: shown as one line, without a traceback."""
+
+
+@functools.cache
+def say(line):
+    """Prints a line on stderr, once, and not from every rank."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -21,20 +21,27 @@ def make_optimizers(model, settings):
     Only what has two or more dimensions is decayed. settings.rates has multiples of the learning rate for parts of the
     model, by the names of its children; 0 freezes the part. Raises UserError for a part that the model lacks.
     """
-    s, groups, matrices = settings, {}, set()
+    s, groups, matrices, trained = settings, {}, set(), set()
     parts = [name for name, child in model.named_children() if next(child.parameters(), None) is not None]
     for name in s.rates.keys() - set(parts):
         raise UserError(f"rates.{name} = {s.rates[name]}: the model has no such part, only {', '.join(parts)}")
     if s.optimizer == "muon":
         matrices = {p for block in all_blocks(model) for p in block.parameters() if p.dim() == 2}
     for name, p in model.named_parameters():
-        scale = s.rates.get(name.partition(".")[0], 1.0)
+        part = name.partition(".")[0]
+        scale = s.rates.get(part, 1.0)
         p.requires_grad_(p.requires_grad and scale > 0)
         if p.requires_grad:
+            trained.add(part)
             scale *= s.muon_lr / s.learning_rate if p in matrices else 1
             groups.setdefault((scale, p.dim() >= 2, p in matrices), []).append(p)
+    for name in s.rates.keys() - trained:
+        if s.rates[name]:
+            raise UserError(f"rates.{name} = {s.rates[name]}: LoRA has frozen this part; leave it out")
     if not groups:
         raise UserError(f"rates = {s.rates}: nothing is left to train; give a part a rate above 0")
+    if s.optimizer == "muon" and not any(muon for _, _, muon in groups):
+        raise UserError("optimizer = 'muon': no block has a matrix to train; use --optimizer=adamw")
     found = {"optimizer": [], "muon": []}
     for (scale, decayed, muon), params in sorted(groups.items(), key=lambda item: item[0][1], reverse=True):
         group = {"params": params, "scale": scale, "weight_decay": s.weight_decay if decayed else 0.0}

@@ -135,7 +135,7 @@ def load(path):
             import tokenizers
             return BPETokenizer(tokenizers.Tokenizer.from_file(str(path)))
         return KINDS[saved.pop("kind")](**saved)
-    except (FileNotFoundError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except Exception as error:  # the tokenizers library raises nothing more specific
         raise UserError(f"{path} is not a tokenizer file ({type(error).__name__}: {error})") from None
 
 

@@ -201,7 +201,6 @@ def train(settings, given, world):
             set_aside(out_dir)
     log = Log(out_dir, s, step, *task.cost(model), peak_flops(device, dtype), world)
 
-    # The loop: rate, update, look, evaluate, log, save.
     model.train()
     guard = Guard(s, world, step, scaler.is_enabled(), state.get("mean_loss"), lambda n: task.where(task.pick(n - 1)))
     with guard, checkpoint.Writer(out_dir, s.async_save, sharded) as writer:

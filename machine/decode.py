@@ -21,7 +21,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import tempfile
 from ctypes import POINTER, c_float, c_int, c_int32, c_void_p
 from pathlib import Path
@@ -29,6 +28,7 @@ from pathlib import Path
 import torch
 from torch.nn.modules import module as torch_module
 
+from configurator import say
 from machine.device import emulates_bfloat16
 from machine.digest import NoSource, digests, full_name
 
@@ -81,11 +81,6 @@ def stands_for(trunk):
     if edited:
         say(f"{', '.join(sorted(edited))} is not the code that decode.c stands for: PyTorch takes the steps")
     return not edited
-
-
-@functools.cache
-def say(line):
-    print(line, file=sys.stderr, flush=True)
 
 
 def untouched(trunk):

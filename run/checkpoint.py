@@ -23,7 +23,6 @@ import os
 import platform
 import re
 import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -38,7 +37,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_map_only
 
 import tokenizer as tokenizers
-from configurator import UserError
+from configurator import UserError, say
 from machine.device import synchronize
 from run import shards
 from run.files import read_json, rename, write_text
@@ -191,9 +190,8 @@ def find(out_dir, *names, sampling=False):
         except UserError as error:
             damaged.append(str(error))
             continue
-        if damaged and os.environ.get("RANK", "0") == "0":
-            print(f"{'; '.join(damaged)}: using {folder} instead, of step {read_config(folder).get('step')}",
-                  file=sys.stderr, flush=True)
+        if damaged:
+            say(f"{'; '.join(damaged)}: using {folder} instead, of step {read_config(folder).get('step')}")
         return folder
     if damaged:
         raise UserError(f"{'; '.join(damaged)}; there is no other checkpoint to use instead")

@@ -1,6 +1,5 @@
 """How a run is taken up again: from which checkpoint, with which settings."""
 
-from contextlib import suppress
 from pathlib import Path
 
 from configurator import UserError, flat_fields, flat_values
@@ -37,12 +36,10 @@ def pick_up(out_dir, resume):
 
 
 def earlier_settings(out_dir, resume):
-    """The settings of the run that is to be resumed, from the first readable config.json; {} if it is to start."""
-    folders = to_resume(out_dir, resume)
-    for folder in folders[:-1]:
-        with suppress(UserError):
-            return checkpoint.read_config(folder)["settings"]
-    return checkpoint.read_config(folders[-1])["settings"] if folders else {}
+    """The settings of the run that is to be resumed, from its first intact checkpoint; {} if it is to start."""
+    if not to_resume(out_dir, resume):
+        return {}
+    return checkpoint.read_config(checkpoint.find(out_dir, "last"))["settings"]
 
 
 def refuse_changes(saved, given, own, stand_in):

@@ -38,9 +38,9 @@ def task_class(name):
 
 def task_of(config, folder):
     """The task that a config.json belongs to, our own or a published model's. Raises UserError if none does."""
-    if config.get("settings", {}).get("task") in TASKS:
-        return config["settings"]["task"]
-    kind = config.get("model_type")
+    settings, kind = config.get("settings"), config.get("model_type")
+    if isinstance(settings, dict) and settings.get("task") in TASKS:
+        return settings["task"]
     for name, row in TASKS.items():
         if kind in row.published:
             return name
@@ -52,8 +52,9 @@ def find_task(name):
     """The task of a run's folder, a checkpoint's, or a published model's folder or name."""
     names = [which + suffix for which in ("best", "last") for suffix in ("", ".new", ".old")]
     for folder in (Path(name), *(Path(name) / which for which in names)):
-        with contextlib.suppress(OSError, ValueError):
-            return task_of(json.loads((folder / "config.json").read_text(encoding="utf-8")), folder)
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            return task_of(dict(config), folder)
     if not Path(name).is_dir():
         from published.files import GPT2, locate, read_config
         return "text" if name in GPT2 else task_of(read_config(locate(name)), name)

@@ -103,6 +103,8 @@ class ImageText:
         check_sizes(self)
         if self.init_from != "scratch":
             check_idle(self, "is for a model that starts from scratch", "init_vision", "init_decoder")
+        if os.path.isfile(self.publish) or os.path.isfile(os.path.join(self.publish, "SHA256SUMS")):
+            raise UserError(f"publish = {self.publish}: is a file or a checkpoint; name a new folder")
 
 
 def check_sizes(settings):

@@ -7,13 +7,12 @@ A plain task is a subclass with `models`, `open`, `build`, `pick`, `batch`, `eva
 """
 
 import dataclasses
-import sys
 from types import SimpleNamespace
 
 import torch
 
 import tokenizer as tokenizers
-from configurator import UserError, build, flat_values
+from configurator import UserError, build, flat_values, say
 from lora import add_lora, merge_lora
 from machine.digest import code_of
 from published.files import load as load_published
@@ -49,7 +48,10 @@ class Task:
         """Called with the model before the first batch. Raises UserError unless model and data belong together."""
 
     def shape(self, model):
-        """{setting: value} of what the model decides: these settings can't differ from it."""
+        """{setting: value} of what the model decides: these settings can't differ from it.
+
+        Raises UserError for a setting that does nothing for this model.
+        """
         return {}
 
     def pick(self, step):
@@ -141,8 +143,7 @@ def load(folder, device="cpu", settings=None, dropout=0.0):
     checkpoint.fill(model, saved.state, folder)
     found = code_of(model)
     if changed := [name for name, value in config.get("code", {}).items() if found.get(name, value) != value]:
-        print(f"{folder} was trained with other code of {', '.join(sorted(changed))}: it may compute something else",
-              file=sys.stderr, flush=True)
+        say(f"{folder} was trained with other code of {', '.join(sorted(changed))}: it may compute something else")
     return task, model, config
 
 
@@ -185,6 +186,7 @@ def start(settings, given, folder, data, world):
             raise UserError(f"{name} = {given[name]!r}, but {s.init_from} has {decided[name]!r}: leave it out")
     task.settings = build(type(s), {**flat_values(dataclasses.asdict(s)), **decided})
     task.fit(model)
+    task.pick(0)  # raises what is wrong with batch_size, before an earlier run is moved
     task.about = {"model_type": kind_of(model, task.models), "model": dataclasses.asdict(model.config),
                   "code": code_of(model)}  # asked before the model is sharded, which changes its classes
     return task, model

@@ -3,8 +3,7 @@
     python train.py config/shakespeare_char.py
 
 A language model is a row in MODELS. Its class has `config`, forward(tokens, targets=None, places=None) as
-`model.predict` has it, hidden(tokens, caches, start), logits(x), and make_caches(rows, size) if it keeps what it has
-computed. Settings that its configuration has no field for are refused.
+`model.predict` has it, hidden(tokens, caches, start), logits(x), and make_caches(rows, size) or none.
 
 Axes: B batch, T tokens of a window.
 """
@@ -49,7 +48,6 @@ class TextTask(Task):
         check_choices(s, model=MODELS)
         cls, config_cls = MODELS[s.model]
         known = {field.name for field in dataclasses.fields(config_cls)}
-        check_idle(s, f"a {s.model} has no such setting", *(name for name in (*SHAPE, "dropout") if name not in known))
         shape = {name: getattr(s, name) for name in (*SHAPE, "dropout") if name in known and getattr(s, name) != ""}
         torch.manual_seed(s.seed)  # for a model that keeps PyTorch's own initialisation
         model = cls(config_cls(**shape, vocab_size=self.tokenizer.vocab_size))
@@ -65,8 +63,10 @@ class TextTask(Task):
             self.dataset.tokens(split, self.block_size)
 
     def shape(self, model):
-        sizes = {name: getattr(model.config, name) for name in SHAPE if hasattr(model.config, name)}
-        return {"model": kind_of(model, MODELS), **sizes}
+        kind, known = kind_of(model, MODELS), {field.name for field in dataclasses.fields(model.config)}
+        lacking = [name for name in (*SHAPE, "dropout") if name not in known]
+        check_idle(self.settings, f"a {kind} has no such setting", *lacking)
+        return {"model": kind, **{name: getattr(model.config, name) for name in SHAPE if name in known}}
 
     def pick(self, step):
         s, n = self.settings, len(self.dataset.splits["train"])
