@@ -59,16 +59,21 @@ def one_line_errors():
         raise SystemExit(2) from None
 
 
-def from_command_line(cls, doc, **how):
-    """`parse` for a script: answers --help, and exits with one line on an error. how: the arguments of `parse`."""
+def from_command_line(cls, doc, usual=None, **how):
+    """`parse` for a script: answers --help, and exits with one line on an error. how: the arguments of `parse`.
+
+    usual: the dataclass that --help shows beside cls where there is no run to decide it.
+    """
     for stream in (sys.stdout, sys.stderr):  # Windows' consoles may have another encoding
         stream.reconfigure(encoding="utf-8", errors="replace")
     argv = [arg for arg in sys.argv[1:] if arg not in ("--help", "-h")]
     with one_line_errors():
         if len(argv) == len(sys.argv) - 1:
             return parse(cls, argv, **how)
-        with contextlib.suppress(UserError):  # of a run that isn't there: nobody knows its task's settings
+        try:
             cls, _ = widened(cls, read_arguments(argv), how.get("more"))
+        except UserError:
+            cls = joined(cls, usual) if usual else cls
         print(help_text(cls, doc))
         raise SystemExit(0)
 

@@ -40,7 +40,7 @@ def check(settings, given):
 
 HOW = dict(more=own_settings, check=check, elsewhere=elsewhere(lambda row: row.evaluating))
 if __name__ == "__main__":  # --help and typos answer before torch is imported
-    SETTINGS, _ = from_command_line(Settings, __doc__, **HOW)
+    SETTINGS, _ = from_command_line(Settings, __doc__, usual=TASKS["text"].evaluating, **HOW)
 
 from machine import distributed
 from machine.device import pick_dtype

@@ -61,7 +61,7 @@ def check(settings, given):
 
 HOW = dict(more=own_settings, check=check, elsewhere=elsewhere(lambda row: row.sampling))
 if __name__ == "__main__":  # --help and typos answer before torch is imported
-    SETTINGS, _ = from_command_line(Settings, __doc__, **HOW)
+    SETTINGS, _ = from_command_line(Settings, __doc__, usual=TASKS["text"].sampling, **HOW)
 
 import torch
 
