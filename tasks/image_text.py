@@ -238,7 +238,7 @@ class ImageTextTask(WithImages):
         """Answers to ten questions of the validation split."""
         rows = self.dataset.rows["val"]
         rows = [rows[i] for i in range(0, len(rows), max(1, len(rows) // 10))][:10]
-        return "\n".join(f"{row['prompt']} {answer}" + f"  (right: {row['answer']})" * (answer != row["answer"])
+        return "\n".join(f"{row['prompt']} {answer}" + f"  (right: {row['answer']})" * (answer != row["answer"].strip())
                          for row, answer in zip(rows, self.answers(model, rows)))
 
     def finish(self):

@@ -25,16 +25,15 @@ from vlm import Gemma, GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig
 
 Image = pytest.importorskip("PIL.Image")
 transformers = pytest.importorskip("transformers")
+import test_published  # noqa: E402
 from test_pictures import SiglipProcessor  # noqa: E402
 from test_published import (  # noqa: E402
     IMAGE,
     SIZE,
     TEXT,
-    VISION,
     VOCAB,
     N,
     make_images,
-    make_tokenizer,
     randomize,
     seeded,
     their_inputs,
@@ -44,34 +43,9 @@ CLOSE = dict(atol=1e-4, rtol=0)
 GREEDY = functools.partial(pick_tokens, temperature=0)
 
 
-@pytest.fixture(scope="module")
-def theirs():
-    config = transformers.PaliGemmaConfig(vision_config=VISION, text_config=TEXT, image_token_index=IMAGE,
-                                          projection_dim=24, hidden_size=24)
-    return randomize(transformers.PaliGemmaForConditionalGeneration(config))
-
-
-@pytest.fixture(scope="module")
-def folder(theirs, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("published")
-    theirs.save_pretrained(folder, max_shard_size="40KB")
-    make_tokenizer().save(str(folder / "tokenizer.json"))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def loaded(folder):
-    return files.load(str(folder))
-
-
-@pytest.fixture(scope="module")
-def ours(loaded):
-    return loaded[0]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(loaded):
-    return loaded[1]["tokenizer"]
+# The published model and its tokenizer, as fixtures.
+theirs, folder, loaded = test_published.theirs, test_published.folder, test_published.loaded
+ours, tokenizer = test_published.ours, test_published.tokenizer
 
 
 @pytest.fixture(scope="module")
