@@ -82,16 +82,21 @@ def draw(out_dir):
         parts.append(panel(box, title.replace("_", " ").capitalize(), [curve], logged=name == "grad_norm"))
     s, height = read_settings(out_dir), 470 + (len(names) + 1) // 2 * 210
     told = [f"{name} {s[name]}" for name in ("task", "dataset", "n_layer", "n_embd", "optimizer", "seed") if name in s]
-    told.append(f"{rows[-1]['step']:,} updates in {rows[-1]['seconds'] / 60:,.1f} min")
+    told.append(f"{rows[-1]['step']:,} updates in {clock(rows[-1]['seconds'])}")
     write_text(Path(out_dir) / "curves.svg", page(str(out_dir), ", ".join(told), parts, height))
 
 
-def loss_range(curves):
-    """(low, high) that show the losses after the first tenth: the fall before it, rare peaks, and what is far above the
-    first loss may leave the axes."""
+def clock(seconds):
+    size, unit = (1, "s") if seconds < 120 else (60, "min") if seconds < 7200 else (3600, "h")
+    return f"{seconds / size:,.{int(size > 60)}f} {unit}"
+
+
+def loss_range(curves, skip=0.1):
+    """(low, high) that show the losses after this share of the updates: the fall before it, rare peaks, and what is far
+    above the first loss may leave the axes."""
     runs = [curve.points for curve in curves if curve.points]
     everything = sorted(y for points in runs for _, y in points)
-    late = sorted(y for points in runs for x, y in points if x >= points[-1][0] / 10)
+    late = sorted(y for points in runs for x, y in points if x >= skip * points[-1][0])
     low, first = everything[0], max(points[0][1] for points in runs)
     high = min(late[math.ceil(0.99 * (len(late) - 1))], low + max(1.25 * (first - low), 0.5 * abs(low)))
     return low, everything[-1] if everything[-1] - low < 1.6 * (high - low) else high
