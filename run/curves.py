@@ -37,10 +37,8 @@ def read_log(out_dir):
 
     Lines that are no rows are skipped; of a step that is there twice, the later row counts. [] where there is no log.
     """
-    rows, text = [], ""
-    with suppress(OSError):
-        text = (Path(out_dir) / "log.jsonl").read_text(encoding="utf-8", errors="replace")
-    for line in text.splitlines():
+    rows, path = [], Path(out_dir) / "log.jsonl"
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         with suppress(ValueError, AttributeError, RecursionError):
             row = {k: v for k, v in json.loads(line).items() if type(v) in (int, float) and math.isfinite(v)}
             if row.get("step", 0) >= 1 and "loss" in row:
@@ -82,13 +80,8 @@ def draw(out_dir):
         parts.append(panel(box, title.replace("_", " ").capitalize(), [curve], logged=name == "grad_norm"))
     s, height = read_settings(out_dir), 470 + (len(names) + 1) // 2 * 210
     told = [f"{name} {s[name]}" for name in ("task", "dataset", "n_layer", "n_embd", "optimizer", "seed") if name in s]
-    told.append(f"{rows[-1]['step']:,} updates in {clock(rows[-1]['seconds'])}")
-    write_text(Path(out_dir) / "curves.svg", page(str(out_dir), ", ".join(told), parts, height))
-
-
-def clock(seconds):
-    size, unit = (1, "s") if seconds < 120 else (60, "min") if seconds < 7200 else (3600, "h")
-    return f"{seconds / size:,.{int(size > 60)}f} {unit}"
+    about = ", ".join([*told, f"{rows[-1]['step']:,} updates"])
+    write_text(Path(out_dir) / "curves.svg", page(str(out_dir), about, parts, height))
 
 
 def loss_range(curves, skip=0.1):
@@ -99,7 +92,7 @@ def loss_range(curves, skip=0.1):
     late = sorted(y for points in runs for x, y in points if x >= skip * points[-1][0])
     low, first = everything[0], max(points[0][1] for points in runs)
     high = min(late[math.ceil(0.99 * (len(late) - 1))], low + max(1.25 * (first - low), 0.5 * abs(low)))
-    return low, everything[-1] if everything[-1] - low < 1.6 * (high - low) else high
+    return low, everything[-1] if len(everything) < 10 or everything[-1] - low < 1.6 * (high - low) else high
 
 
 def ticks(low, high, count, logged=False):
@@ -135,14 +128,14 @@ def panel(box, title, curves, limits=None, unit="updates", logged=False):
     for curve in (curve for curve in curves if curve.name):
         out.append(f'<path d="M{x} -18h18" stroke="{curve.color}" stroke-width="3"/>' + label(x + 24, -14, curve.name))
         x += 46 + 6.5 * len(curve.name)
-    for value, words in ticks(low, high, height / 32, logged):
+    for value, words in ticks(low, high, height / 24, logged):
         y = height * (high - value) / (high - low)
         out.append(f'<path class="grid" d="M0 {y:.1f}H{width}"/>' + label(-9, y + 4, words, anchor="end"))
     for value, words in ticks(0, longest, min(width / 90, max(longest, 1))):
         out.append(label(width * value / longest, height + 18, words, anchor="middle"))
     out.append(label(width, height + 36, unit, anchor="end"))
     if above := sum(scale(y) > high for y in values):
-        out.append(label(0, height + 36, f"{above:,} values lie above, up to {max(values):,.4g}"))
+        out.append(label(0, height + 36, f"{above:,} above, up to {max(values):,.4g}"))
     field = "".join(line(curve, width, longest, place) for curve in curves)  # cut off where it leaves the axes
     out.append(f'<svg x="-6" width="{width + 12}" height="{height}" viewBox="-6 0 {width + 12} {height}">{field}</svg>')
     return f'<g transform="translate({left} {top})">' + "\n".join(out) + "</g>"
@@ -165,8 +158,7 @@ def line(curve, width, longest, place):
     out = f'<polygon fill="{curve.color}" opacity="0.25" points="{band}"/>' if crowded else ""
     out += f'<polyline fill="none" stroke="{curve.color}" stroke-width="1.8" stroke-linejoin="round" points="{way}"/>'
     dots = [(*at, f'r="2.5" fill="{curve.color}"') for at in middle if len(middle) <= 40]
-    if curve.mark:
-        dots.append((*place(*curve.mark), 'r="5" fill="none" stroke="#ef4444" stroke-width="2"'))
+    dots += [(*place(*curve.mark), 'r="5" fill="none" stroke="#ef4444" stroke-width="2"')] if curve.mark else []
     return out + "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" {look}/>' for x, y, look in dots)
 
 
@@ -175,5 +167,4 @@ def page(title, about, parts, height):
     return f"""<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}">
 {STYLE}<rect class="page" x="0.5" y="0.5" width="{WIDTH - 1}" height="{height - 1}" rx="8"/>
 {label(24, 36, title, "strong title")}{label(24, 58, about)}
-{"".join(parts)}</svg>
-"""
+{"".join(parts)}</svg>"""

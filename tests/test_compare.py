@@ -12,7 +12,7 @@ from tools import compare, paired, versus
 
 def make_run(folder, seed, loss, task="text", run_json=True, n=10, ms=10.0, **settings):
     """A run of n * 10 updates whose validation loss falls to `loss`."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     rows = [{"step": 10 * i, "loss": loss, "ms": ms, "val_loss": loss + (n - i) / 10} for i in range(1, n + 1)]
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"task": task, "seed": seed, "out_dir": str(folder), "learning_rate": 0.1, **settings}

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from configurator import UserError, from_command_line, one_line_errors
 from machine.terminal import printable
 from run import curves
-from run.curves import COLORS, INNER, LEFT, Curve, clock, series
+from run.curves import COLORS, INNER, LEFT, Curve, series
 from run.files import write_text
 
 # Settings that change no number of a run, and the seed.
@@ -108,6 +108,12 @@ def table(groups):
 
 def shown(value):
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def clock(seconds):
+    """Time in words."""
+    size, unit = (1, "s") if seconds < 120 else (60, "min") if seconds < 7200 else (3600, "h")
+    return f"{seconds / size:,.{int(size > 60)}f} {unit}"
 
 
 def print_table(lines, markdown):

@@ -47,9 +47,9 @@ if __name__ == "__main__":  # --help and typos answer before torch is imported
 from dataclasses import asdict
 
 from configurator import parse
-from run.curves import clock, read_log, series
+from run.curves import read_log, series
 from run.files import read_json, write_json
-from tools.compare import draw_together
+from tools.compare import clock, draw_together
 from tools.paired import at_equal_time, at_equal_updates, interval, verdict
 from train import HOW
 from train import Settings as Training
@@ -88,8 +88,8 @@ def train(recipe, shared, seed, folder, max_iters):
         return
     command = [sys.executable, str(TRAIN), *shlex.split(recipe), *shared, f"--seed={seed}", f"--out_dir={folder}",
                "--resume=auto"]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{folder}.txt", "a", encoding="utf-8") as file, subprocess.Popen(command, stdout=file) as process:
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "output.txt", "a", encoding="utf-8") as file, subprocess.Popen(command, stdout=file) as process:
         while process.poll() is None:
             try:
                 process.wait()
@@ -100,7 +100,7 @@ def train(recipe, shared, seed, folder, max_iters):
         raise SystemExit(process.returncode if process.returncode > 0 else 128 - process.returncode)
     if process.returncode:
         raise UserError(f"{shlex.join(command[1:])} failed with exit status {process.returncode}: what it said is above"
-                        f" and in {folder}.txt")
+                        f" and in {folder / 'output.txt'}")
 
 
 def train_all(recipes, shared, seeds, out, max_iters):
