@@ -135,7 +135,7 @@ def panel(box, title, curves, limits=None, unit="updates", logged=False):
         out.append(label(width * value / longest, height + 18, words, anchor="middle"))
     out.append(label(width, height + 36, unit, anchor="end"))
     if above := sum(scale(y) > high for y in values):
-        out.append(label(0, height + 36, f"{above:,} above, up to {max(values):,.4g}"))
+        out.append(label(0, height + 36, f"points above the axes: {above:,}, up to {max(values):,.4g}"))
     field = "".join(line(curve, width, longest, place) for curve in curves)  # cut off where it leaves the axes
     out.append(f'<svg x="-6" width="{width + 12}" height="{height}" viewBox="-6 0 {width + 12} {height}">{field}</svg>')
     return f'<g transform="translate({left} {top})">' + "\n".join(out) + "</g>"
