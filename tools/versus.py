@@ -1,7 +1,7 @@
 """Is recipe b better than recipe a, and how sure is that? Trains both with several seeds, and compares seed by seed.
 
-    python -m tools.versus config/a.py config/b.py --seeds=5
-    python -m tools.versus config/a.py "config/a.py --dropout=0.1" --max_iters=500 --eval_interval=50
+    python -m tools.versus config/shakespeare_char.py config/shakespeare_char_fast.py --seeds=5
+    python -m tools.versus config/shakespeare_char.py "config/shakespeare_char.py --dropout=0.1" --eval_interval=100
     python -m tools.versus "" " --optimizer=muon" --max_iters=100 --eval_interval=10     train.py's defaults and Muon
 
 A recipe is what stands after `train.py`, in quotes; settings outside of the quotes are for both. The runs of a and b
@@ -140,7 +140,7 @@ def report(out, recipes, found):
 def main(given, shared, settings):
     if len(given) != 2:
         raise UserError(f"{len(given)} recipes; name two, each in quotes if it has settings of its own: python -m"
-                        ' tools.versus config/a.py "config/a.py --dropout=0.1"')
+                        ' tools.versus config/shakespeare_char.py "config/shakespeare_char.py --dropout=0.1"')
     recipes, out = dict(zip("ab", given)), Path(settings.out)
     record = {name: settings_of(recipe, shared) for name, recipe in recipes.items()}
     if (out / "versus.json").exists():
