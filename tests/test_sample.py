@@ -8,7 +8,6 @@ from conftest import settings_for
 
 import sample
 from configurator import UserError, parse
-from run import checkpoint
 from tasks.task import load
 from tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, Transcript
 
@@ -24,7 +23,7 @@ def test_one_sample_is_streamed_and_equals_the_first_of_many(trained, capsys, mo
     run(trained, prompt="the king", temperature=0.0, num_samples=3)
     many = capsys.readouterr().out.split("\n" + "-" * 80 + "\n")
     assert many == [one, one, one, ""] and one.startswith("the king") and len(one) == len("the king") + 60
-    task, model, _ = load(checkpoint.find_any(trained))
+    task, model, _ = load(trained)
     settings = settings_for("text", "sampling", max_new_tokens=60, temperature=0.0)
     pieces = list(task.sample(model, [{"text": "the king"}, {"text": "the"}, {"text": "the king"}], settings))
     for row in (0, 2):  # requests may differ, and the pieces of each come in order
@@ -126,7 +125,7 @@ def test_a_missing_run_and_an_unknown_model_are_named(tmp_path, monkeypatch, tra
     with pytest.raises(UserError, match="there is no checkpoint in"):
         run(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for name, message in (("gpt2", "init_from = gpt2: could not be downloaded"),
+    for name, message in (("gpt2", "init_from = gpt2: no folder of that name, and it could not be downloaded"),
                           ("./no such", "init_from = ./no such: no folder of that name")):
         with pytest.raises(UserError, match=message):
             parse(sample.Settings, [f"--init_from={name}"], **sample.HOW)
@@ -137,8 +136,9 @@ def test_the_model_decides_which_settings_there_are(trained):
     settings, _ = parse(sample.Settings, [f"--out_dir={trained}", "--top_k=3", "--checkpoint=last"], **sample.HOW)
     assert settings.top_k == 3
     for argument, message in (
-            ("--image=a.png", "unknown setting --image on the command line; it is for --task=contrastive and "
-                              "--task=image-text alone"),
+            ("--image=a.png", "unknown setting --image on the command line; this model reads text only"),
+            ("--draw=a.png", "unknown setting --draw on the command line; it is for models of the task image-text"
+                             " alone"),
             ("--out_dir=none", "there is no checkpoint in none: train one first, python train.py --out_dir=none"),
             ("--prompt=FILE:none.txt", "prompt = FILE:none.txt: there is no such file")):
         with pytest.raises(UserError) as error:

@@ -17,7 +17,7 @@ from run import checkpoint
 from run.pictures import pixels, read_image
 from tasks import image_text
 from tasks.image_text import encode_prompt
-from tasks.task import load_published_task
+from tasks.task import load
 from tokenizer import BPETokenizer, Transcript
 from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig, attention_weights, image_attention
 
@@ -50,7 +50,7 @@ def published(tmp_path_factory):
 @pytest.fixture(scope="module")
 def loaded(published):
     """(task, model)."""
-    return load_published_task(str(published), "cpu", torch.float32)
+    return load(published)[:2]
 
 
 @pytest.fixture(scope="module")

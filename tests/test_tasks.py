@@ -203,7 +203,7 @@ def test_parts_come_from_other_runs_and_can_be_frozen(runs, small, tmp_path, dat
     tokenizer = tokenizers.load(Path(small["dataset"]) / "tokenizer.json")
     i, j = tokenizer.encode("k")[0], its_task.tokenizer.encode("k")[0]
     assert torch.equal(found.decoder.wte.weight[i], decoder.wte.weight[j])
-    with pytest.raises(UserError, match="init_vision = .*: its model has another shape"):
+    with pytest.raises(UserError, match="init_vision = .*: its SigLIP has another shape"):
         run(tmp_path / "bad", small, "image-text", init_vision=str(runs["contrastive"]),
             vision=Vision(n_layer=1, n_head=2, n_embd=64, patch_size=16))
 
