@@ -53,7 +53,7 @@ def check(settings, given):
     """Raises UserError for a file that isn't there."""
     for path in image_files(settings.image) if hasattr(settings, "image") else ():
         if not path:
-            raise UserError(f"image = {settings.image!r}: the model looks at images: name each with --image=FILE")
+            raise UserError(f"image = {settings.image!r}: names no file, and the model looks at images: --image=FILE")
         if not Path(path).is_file():
             raise UserError(f"image = {path}: there is no such file")
     if settings.prompt.startswith("FILE:") and not Path(settings.prompt.removeprefix("FILE:")).exists():
@@ -78,7 +78,7 @@ def read_prompt(prompt):
         with open(path, encoding="utf-8-sig", newline="") as file:
             return file.read()
     except (OSError, UnicodeError) as error:
-        raise UserError(f"--prompt={prompt}: can't be read: {error}") from None
+        raise UserError(f"--prompt={prompt}: can't be read as UTF-8 text: {error}") from None
 
 
 def main(settings):

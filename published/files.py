@@ -92,8 +92,10 @@ def read_weights(folder, model, family, theirs):
         try:
             safe = path.suffix == ".safetensors"
             tensors = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, SafetensorError, RuntimeError, UnpicklingError) as error:
-            raise UserError(f"{path} can't be read: {str(error).partition(chr(10))[0]}") from None
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} can't be read: {error}") from None
+        except (RuntimeError, UnpicklingError):
+            raise UserError(f"{path} is damaged, or holds more than tensors") from None
         stored |= {family.first_name(key): (key, tensor) for key, tensor in tensors.items()}
     stored.pop(None, None)
     parameters = model.state_dict()

@@ -165,8 +165,15 @@ def reason(error):
 # Finding
 
 def is_run(path):
-    """True for the folder of a run that has saved, and for a checkpoint's own folder, whatever its name."""
-    return (Path(path) / "SHA256SUMS").is_file() or bool(candidates(path, "best", "last"))
+    """True for the folder of a run that has saved, and for a checkpoint's own folder."""
+    return is_checkpoint(path) or bool(candidates(path, "best", "last"))
+
+
+def is_checkpoint(folder):
+    """True for a checkpoint's own folder, whatever its name, and even if its SHA256SUMS is gone."""
+    with suppress(UserError):
+        return (Path(folder) / "SHA256SUMS").is_file() or "settings" in read_config(folder)
+    return False
 
 
 def candidates(out_dir, *names):
@@ -204,10 +211,12 @@ def find_any(out_dir, preferred="best"):
 
     Raises UserError if there is no checkpoint, or only damaged ones.
     """
-    if (Path(out_dir) / "SHA256SUMS").is_file():
+    if is_checkpoint(out_dir):
         return Path(out_dir)
     if folder := find(out_dir, *dict.fromkeys((preferred, "best", "last")), sampling=True):
         return folder
+    if (Path(out_dir) / "config.json").exists():
+        raise UserError(f"{out_dir} is a published model, and no run: name it with --init_from")
     raise UserError(f"there is no checkpoint in {out_dir}: train one first, python train.py"
                     f" config/shakespeare_char.py {shlex.quote(f'--out_dir={out_dir}')}")
 

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from configurator import UserError, flat_fields
+from configurator import UserError, flat_fields, joined
 from tasks import settings
 
 
@@ -34,6 +34,11 @@ TASKS = {
 def task_class(name):
     row = TASKS[name]
     return getattr(importlib.import_module(row.module), row.cls)
+
+
+def asked(task, **values):
+    """The settings for sampling of a task with these values, for who asks in Python and not by sample.py."""
+    return joined(settings.Once, TASKS[task].sampling)(**values)
 
 
 def task_of(config, folder):

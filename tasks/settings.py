@@ -120,6 +120,11 @@ def check_sizes(settings):
 # Sampling: beside sample.Settings
 
 @dataclass(frozen=True)
+class Once:  # stands for sample.Settings where a task is asked from Python
+    num_samples: int = 1
+
+
+@dataclass(frozen=True)
 class Writing:
     # the text
     max_new_tokens: int = 500  # length of each sample; about an image at most what the model's positions leave
@@ -155,7 +160,7 @@ class Answering(Writing):
                 raise UserError(f"{name} = {path}: must end in .png or .jpg")
             if os.path.isdir(path):
                 raise UserError(f"{name} = {path}: is a folder; name a file")
-            many = len(image_files(self.image)) > 1 or getattr(self, "num_samples", 1) > 1
+            many = len(image_files(self.image)) > 1 or self.num_samples > 1
             if path and (not self.image or many):
                 raise UserError(f"{name} = {path}: needs one --image and --num_samples=1")
 

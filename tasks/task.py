@@ -18,7 +18,7 @@ from machine.digest import code_of
 from published.files import load as load_published
 from run import checkpoint
 from run.cost import count_parameters
-from tasks import TASKS, task_class, task_of
+from tasks import TASKS, asked, task_class, task_of
 
 
 class Task:
@@ -86,7 +86,7 @@ class Task:
 
     def write(self, model, text="", image="", **sampling):
         """What is shown for one prompt, and one picture's file. sampling: settings such as temperature=0."""
-        sampling = TASKS[self.settings.task].sampling(**sampling, **({"image": str(image)} if image else {}))
+        sampling = asked(self.settings.task, **sampling, **({"image": str(image)} if image else {}))
         return "".join(piece for _, piece in self.sample(model, [{"text": text, "image": str(image)}], sampling))
 
     def show(self, model, short=False):
@@ -123,10 +123,10 @@ class Task:
 
     def open_tokenizer(self, folder):
         """Takes the data set's tokenizer, unless the model has one already; returns the data set's."""
-        found, wanted = tokenizers.load(folder / "tokenizer.json"), self.dataset.meta["vocab_size"]
-        if found.vocab_size != wanted:
+        found, n_ids = tokenizers.load(folder / "tokenizer.json"), self.dataset.meta.get("vocab_size")
+        if n_ids not in (None, found.vocab_size):
             raise UserError(f"{folder / 'tokenizer.json'} has {found.vocab_size} tokens, and the data set was made with"
-                            f" {wanted}: prepare it again")
+                            f" {n_ids}: prepare it again")
         if self.tokenizers is None:
             self.tokenizers = {"tokenizer": found}
         return found

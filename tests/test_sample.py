@@ -48,7 +48,7 @@ def test_prompts_come_from_files_and_stdin(trained, tmp_path, capsys, monkeypatc
     from_file = capsys.readouterr().out
     run(trained, prompt="lord\n")
     assert capsys.readouterr().out == from_file and from_file.startswith("lord\n")
-    with pytest.raises(UserError, match="--prompt=FILE:none.txt: can't be read"):
+    with pytest.raises(UserError, match="--prompt=FILE:none.txt: can't be read as UTF-8 text"):
         run(trained, prompt="FILE:none.txt")
     run(trained)  # without a prompt the sample starts on a new line
     assert len(capsys.readouterr().out) == 61
