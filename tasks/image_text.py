@@ -237,13 +237,15 @@ class ImageTextTask(WithImages):
             yield from ((row, f"{request['image']}: ") for row, request in enumerate(requests))
         yield from transcribe(steps, texts)
         if sampling.draw:
-            yield 0, "\n" + draw_boxes(found[0], str(texts[0]), sampling.draw)
+            yield 0, "\n"  # apart, for an error that may come
+            yield 0, draw_boxes(found[0], str(texts[0]), sampling.draw)
         if sampling.attention:
             ids = texts[0].ids or [self.tokenizer.eos]  # an empty answer has its end
             weights = image_attention(model, images, prompts[0], ids)
             names = [self.tokenizer.decode([i]) for i in ids]
-            yield 0, "\n" + save_picture(pictures.draw_attention(found[0], weights, requests[0]["text"], names),
-                                         sampling.attention)
+            yield 0, "\n"
+            yield 0, save_picture(pictures.draw_attention(found[0], weights, requests[0]["text"], names),
+                                  sampling.attention)
 
     def show(self, model, short=False):
         """Answers to ten questions of the validation split. short: to three."""
