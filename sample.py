@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from configurator import UserError, check_ranges, check_run, from_command_line, one_line_errors
+from configurator import UserError, check_run, from_command_line, one_line_errors
 from tasks import TASKS, elsewhere, find_task
 from tasks.settings import image_files
 
@@ -33,13 +33,9 @@ class Settings:
     init_from: str = ""  # instead of out_dir: gpt2, gpt2-medium, -large, -xl, a hub id, or a published model's folder
     # the prompt
     prompt: str = ""  # the text to continue; FILE:path reads a file, - reads stdin; empty: a fresh start
-    num_samples: int = 1  # how many answers to it
     # the machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of weights and cache; auto: float32 on a CPU
-
-    def __post_init__(self):
-        check_ranges(self, num_samples=1)
 
 
 def own_settings(values):
@@ -75,7 +71,7 @@ def read_prompt(prompt):
     try:
         if path == prompt:
             return prompt.encode().decode()  # the shell may give bytes that are no text
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with open(path, encoding="utf-8-sig") as file:
             return file.read()
     except (OSError, UnicodeError) as error:
         raise UserError(f"--prompt={prompt}: can't be read as UTF-8 text: {error}") from None
@@ -86,7 +82,7 @@ def main(settings):
     dtype = weights_dtype(settings.dtype, device)
     task, model, _ = load(settings.init_from or settings.out_dir, device, dtype, settings.checkpoint)
     requests = [{"text": prompt, "image": path} for path in image_files(getattr(settings, "image", ""))
-                for _ in range(settings.num_samples)]
+                for _ in range(getattr(settings, "num_samples", 1))]
     pieces = task.sample(model, requests, settings)
     if len(requests) == 1:
         for _, piece in pieces:

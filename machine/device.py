@@ -66,10 +66,8 @@ def pick_dtype(name, device):
 
 def weights_dtype(name, device):
     """The dtype that a trained model is loaded in; "auto": bfloat16 where a GPU has it, else float32."""
-    if name != "auto":
-        return DTYPES[name]
     has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has_it else torch.float32
+    return DTYPES[name if name != "auto" else "bfloat16" if has_it else "float32"]
 
 
 def has_amx(probe="_is_amx_tile_supported"):

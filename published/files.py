@@ -2,8 +2,8 @@
 
     python sample.py --init_from=gpt2 --prompt="Once upon"
 
-A published folder holds config.json, tokenizer.json, and model.safetensors or its shards. The module of a family has
-MODEL, our class, and to_config, load_tokenizer, source (of our parameter) and first_name (of a published tensor: its
+A published folder holds config.json, tokenizer.json, and model.safetensors (or pytorch_model.bin) or its shards. The module
+of a family has MODEL, our class, and to_config, load_tokenizer, source (of our parameter) and first_name (of a published tensor: its
 name in the layout that was published first, or None if it is unused).
 """
 
@@ -67,8 +67,8 @@ def locate(name):
     from huggingface_hub import errors, snapshot_download
     try:
         for weights in WEIGHTS:
-            patterns = ["config.json", weights, "tokenizer.json"]
-            folder = Path(snapshot_download(GPT2.get(name, name), allow_patterns=patterns))
+            files = ["config.json", "tokenizer.json", weights]
+            folder = Path(snapshot_download(GPT2.get(name, name), allow_patterns=files))
             if any(folder.glob(weights)):
                 break
         return folder

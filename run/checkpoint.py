@@ -276,9 +276,6 @@ class Saved(NamedTuple):
     state: dict  # the model's tensors by name, float32
     tokenizers: dict  # by name
 
-    def __repr__(self):
-        return f"<Saved {self.config.get('model_type')} of step {self.config.get('step')}>"
-
 
 def load(folder):
     """The Saved of a checkpoint's folder. Raises UserError if its files are damaged, or if it is no checkpoint."""

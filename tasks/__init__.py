@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from configurator import UserError, flat_fields, joined
+from configurator import UserError, flat_fields
 from tasks import settings
 
 
@@ -34,11 +34,6 @@ TASKS = {
 def task_class(name):
     row = TASKS[name]
     return getattr(importlib.import_module(row.module), row.cls)
-
-
-def asked(task, **values):
-    """The settings for sampling of a task with these values, for who asks in Python and not by sample.py."""
-    return joined(settings.Once, TASKS[task].sampling)(**values)
 
 
 def task_of(config, folder):
@@ -73,10 +68,9 @@ def elsewhere(settings_of, trained=False):
     """
     def place(name):
         tasks = [task for task, row in TASKS.items() if name in flat_fields(settings_of(row))]
-        if trained and tasks and TASKS.keys() - tasks == {"text"}:
+        if trained and TASKS.keys() - tasks == {"text"}:
             return "this model reads text only"
-        if trained and tasks:
-            return f"it is for models of the task {' and '.join(tasks)} alone"
-        return f"it is for {' and '.join(f'--task={task}' for task in tasks)} alone" if tasks else ""
+        names = " and ".join(tasks if trained else [f"--task={task}" for task in tasks])
+        return f"it is for {'models of the task ' * trained}{names} alone" if tasks else ""
 
     return place

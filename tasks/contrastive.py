@@ -133,16 +133,15 @@ class ContrastiveTask(WithImages):
             yield row, f"{request['image']}\n" + "\n".join(f"{share:8.1%}  {text}" for share, text in ranked)
 
     def show(self, model, short=False):
-        """The measures; "" for short, as an evaluation has its own."""
-        if short:
+        if short:  # an evaluation shows the loss itself
             return ""
         found = self.evaluate(model, "val", self.world, torch.float32)
         found |= self.details(model, "val", self.world, torch.float32, None, found)
         return "\n".join(f"{name:28} {value:.4f}" for name, value in found.items())
 
     def command(self, out_dir):
-        captions = [row["answer"] for row in self.dataset.rows["val"] if row["kind"] == "caption"]
-        prompt = "|".join(list(dict.fromkeys(captions))[:2])
+        captions = dict.fromkeys(row["answer"] for row in self.dataset.rows["val"] if row["kind"] == "caption")
+        prompt = "|".join(list(captions)[:2])
         return f"{super().command(out_dir)} --image=FILE {shlex.quote(f'--prompt={prompt}')}"
 
     def cost(self, model):

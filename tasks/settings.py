@@ -120,13 +120,9 @@ def check_sizes(settings):
 # Sampling: beside sample.Settings
 
 @dataclass(frozen=True)
-class Once:  # stands for sample.Settings where a task is asked from Python
-    num_samples: int = 1
-
-
-@dataclass(frozen=True)
 class Writing:
     # the text
+    num_samples: int = 1  # how many answers to the prompt
     max_new_tokens: int = 500  # length of each sample; about an image at most what the model's positions leave
     temperature: float = 0.8  # below 1 is bolder, above 1 wilder; 0 always takes the likeliest token
     top_k: int = 200  # choose among the k likeliest tokens only; 0: all
@@ -135,7 +131,7 @@ class Writing:
     seed: int = 1337  # same seed, same samples
 
     def __post_init__(self):
-        check_ranges(self, max_new_tokens=1, temperature=0.0, top_k=0, top_p=0.0, seed=0)
+        check_ranges(self, num_samples=1, max_new_tokens=1, temperature=0.0, top_k=0, top_p=0.0, seed=0)
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p = {self.top_p}: must lie above 0 and not above 1")
 

@@ -18,7 +18,7 @@ from machine.digest import code_of
 from published.files import load as load_published
 from run import checkpoint
 from run.cost import count_parameters
-from tasks import TASKS, asked, task_class, task_of
+from tasks import TASKS, task_class, task_of
 
 
 class Task:
@@ -86,7 +86,7 @@ class Task:
 
     def write(self, model, text="", image="", **sampling):
         """What is shown for one prompt, and one picture's file. sampling: settings such as temperature=0."""
-        sampling = asked(self.settings.task, **sampling, **({"image": str(image)} if image else {}))
+        sampling = TASKS[self.settings.task].sampling(**sampling, **({"image": str(image)} if image else {}))
         return "".join(piece for _, piece in self.sample(model, [{"text": text, "image": str(image)}], sampling))
 
     def show(self, model, short=False):

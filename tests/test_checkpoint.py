@@ -90,11 +90,6 @@ def test_damaged_checksums_are_named(damage, message, tmp_path):
             checkpoint.load(checkpoint.find_any(name))
 
 
-def test_what_is_saved_prints_in_a_line(tmp_path):
-    save(tmp_path, 3)
-    assert repr(checkpoint.load(tmp_path / "last")) == "<Saved gpt of step 3>"
-
-
 def test_a_checkpoint_cannot_run_code(tmp_path):
     class Evil:
         def __reduce__(self):

@@ -80,9 +80,9 @@ def test_what_is_no_text_is_one_line_and_a_mark_is_no_text(trained, tmp_path, ca
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(UserError, match="latin.txt: can't be read as UTF-8 text"):
         run(trained, prompt=f"FILE:{tmp_path / 'latin.txt'}")
-    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfthe")  # as Windows' editors save it
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfthe\r\nking")  # as Windows' editors save it
     run(trained, prompt=f"FILE:{tmp_path / 'marked.txt'}")
-    assert capsys.readouterr().out.startswith("the")
+    assert capsys.readouterr().out.startswith("the\nking")
 
 
 @pytest.mark.parametrize("count", [1, 2])
