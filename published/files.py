@@ -2,9 +2,9 @@
 
     python sample.py --init_from=gpt2 --prompt="Once upon"
 
-A published folder holds config.json, tokenizer.json, and model.safetensors (or pytorch_model.bin) or its shards. The module
-of a family has MODEL, our class, and to_config, load_tokenizer, source (of our parameter) and first_name (of a published tensor: its
-name in the layout that was published first, or None if it is unused).
+A published folder holds config.json, tokenizer.json, and model.safetensors (or pytorch_model.bin) or its shards. The
+module of a family has MODEL, our class, and to_config, load_tokenizer, source (of our parameter) and first_name (of a
+published tensor: its name in the layout that was published first, or None if it is unused).
 """
 
 import importlib
