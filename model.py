@@ -394,7 +394,7 @@ class GPT(nn.Module):
 
     def logits(self, x):
         """(..., C) -> (..., V), in float32."""
-        return F.linear(x, (self.wte if self.head is None else self.head).weight).float()
+        return (F.linear(x, self.wte.weight) if self.head is None else self.head(x)).float()
 
     def make_caches(self, batch_size, size=None):
         return self.transformer.make_caches(batch_size, size or self.config.block_size)

@@ -223,7 +223,8 @@ class SigLIP(nn.Module):
         self.vision = ViT(config.vision)
         self.text = TextEncoder(config.text)
         self.head = nn.Linear(config.vision.n_embd, config.text.n_embd)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))  # of the temperature's inverse
+        scale = 10.0 if config.loss == "sigmoid" else 1 / 0.07  # the temperature's inverse, as the papers start it
+        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
         self.bias = nn.Parameter(torch.tensor(-10.0))
 
     def forward(self, images, tokens, padding, across_ranks=True):
@@ -312,11 +313,20 @@ def all_gather(x, across_ranks):
     return torch.cat(with_gradients.all_gather(x.contiguous())), dist.get_rank() * len(x)
 
 
+def agreement(images, texts, log_scale):
+    """The scaled products of each image with each text, (images, texts): in float32 even where 16 bits are automatic.
+
+    In bfloat16, steps of 0.4 % would be all that a loss can show.
+    """
+    with torch.autocast(images.device.type, enabled=False):
+        return images.float() @ texts.float().T * log_scale.exp()
+
+
 def sigmoid_nats(images, texts, log_scale, bias, block=1024, across_ranks=True):
     """SigLIP's loss (Zhai et al. 2023, algorithm 1) of each image, (B,): each pair with a text is right or wrong.
 
     images, texts: (B, C), row i of one belongs to row i of the other; any length. log_scale, bias: scalar parameters,
-    in the paper log(10) and -10 at the start. Of the score matrix a rank holds its B images against `block` texts at a
+    log(10) and -10 at the start. Of the score matrix a rank holds its B images against `block` texts at a
     time, in the backward pass too.
     """
     images = F.normalize(images, dim=-1)
@@ -330,7 +340,7 @@ def sigmoid_nats(images, texts, log_scale, bias, block=1024, across_ranks=True):
 
 def pair_nats(images, texts, first, log_scale, bias):
     """Each image's sum over these texts, (B,); image i belongs to text first + i, if that is among them."""
-    scores = images @ texts.T * log_scale.exp() + bias  # (B, block)
+    scores = agreement(images, texts, log_scale) + bias  # (B, block)
     rows, columns = (torch.arange(len(x), device=x.device) for x in (images, texts))
     right = columns == first + rows[:, None]  # (B, block)
     return -F.logsigmoid(torch.where(right, scores, -scores)).sum(1)
@@ -339,11 +349,12 @@ def pair_nats(images, texts, first, log_scale, bias):
 def softmax_nats(images, texts, log_scale, across_ranks=True):
     """CLIP's loss (Radford et al. 2021, figure 3) of each pair, (B,): each image picks its text, each text its image.
 
-    Arguments as in `sigmoid_nats`; log_scale starts at log(1 / 0.07).
+    Arguments as in `sigmoid_nats`; log_scale starts at log(1 / 0.07), and counts for at most log(100).
     """
+    log_scale = log_scale.clamp(max=math.log(100))
     images, texts = F.normalize(images, dim=-1), F.normalize(texts, dim=-1)
     (all_images, first), (all_texts, _) = all_gather(images, across_ranks), all_gather(texts, across_ranks)
     right = first + torch.arange(len(images), device=images.device)
-    image_nats = F.cross_entropy(images @ all_texts.T * log_scale.exp(), right, reduction="none")
-    text_nats = F.cross_entropy(texts @ all_images.T * log_scale.exp(), right, reduction="none")
+    image_nats = F.cross_entropy(agreement(images, all_texts, log_scale), right, reduction="none")
+    text_nats = F.cross_entropy(agreement(texts, all_images, log_scale), right, reduction="none")
     return (image_nats + text_nats) / 2

@@ -110,7 +110,7 @@ def source_tokens(code):
                   for line in lines)
     layout = (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
     words, fresh, depth = [], False, 0  # fresh: a statement begins
-    for token in tokenize.generate_tokens(lambda: next(unindented, "")):
+    for token in whole_strings(unindented):
         depth += (token.type == tokenize.INDENT) - (token.type == tokenize.DEDENT)
         if token.type == tokenize.DEDENT and depth == 0:
             break  # the function's end
@@ -119,3 +119,20 @@ def source_tokens(code):
         words.append(tokenize.tok_name[token.type] if token.type in layout else token.string)
         fresh = token.type in layout
     return " ".join(words)
+
+
+def whole_strings(lines):
+    """The tokens of some lines, each f-string as one: from Python 3.12 on it is several."""
+    seen, opened = [], []  # opened: the first tokens of f-strings, one inside the other
+    for token in tokenize.generate_tokens(lambda: seen.append(next(lines, "")) or seen[-1]):
+        kind = tokenize.tok_name[token.type]
+        if kind == "FSTRING_START":
+            opened.append(token)
+        elif kind == "FSTRING_END":
+            start = opened.pop()
+            if not opened:
+                (row, column), (last, end) = start.start, token.end
+                text = "".join(seen[row - 1:last])
+                yield token._replace(type=tokenize.STRING, string=text[column:len(text) - len(seen[last - 1]) + end])
+        elif not opened:
+            yield token

@@ -12,7 +12,7 @@ import model as models
 from generate import generate, pick_tokens
 from lora import add_lora
 from machine import decode
-from machine.digest import digests
+from machine.digest import digests, source_tokens
 from model import GPT, MLP, Block, GPTConfig, init_weights
 
 C, T, B = 64, 24, 5
@@ -173,6 +173,20 @@ def test_comments_and_docstrings_are_no_edit(tmp_path, monkeypatch):
         (tmp_path / f"variant{number}.py").write_text(source.format(name="Part", **values))
         found += digests(__import__(f"variant{number}").Part()).values()
     assert found[0] == found[1] != found[2]
+
+
+def with_strings(x, name):
+    """Not counted."""
+    return f"{x} of {name!r:>{len(f'{x}')}}", """two
+lines""", f"""{x}
+    more""" + "plain"
+
+
+def test_the_words_of_a_function_are_those_of_every_python():
+    """From Python 3.12 on, its tokenizer takes f-strings apart."""
+    strings = ('f"{x} of {name!r:>{len(f\'{x}\')}}"', '"""two\nlines"""', 'f"""{x}\n    more""" + "plain"')
+    assert source_tokens(with_strings.__code__) == (
+        "def with_strings ( x , name ) : NEWLINE INDENT NEWLINE return " + " , ".join(strings) + " NEWLINE")
 
 
 def test_the_steps_go_when_writing_ends():

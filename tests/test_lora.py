@@ -10,7 +10,7 @@ import torch.nn as nn
 from configurator import UserError
 from generate import generate, pick_tokens
 from lora import LoRALinear, add_lora, merge_lora
-from model import MLP, TransformerConfig
+from model import GPT, MLP, GPTConfig, TransformerConfig, init_weights
 from published import files, paligemma
 from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig, init_parts
 
@@ -162,3 +162,14 @@ def test_a_rank_below_one_and_a_model_without_linear_layers_are_refused():
         add_lora(make_model(), 0)
     with pytest.raises(UserError, match="lora_rank = 1: .* has no linear layer for it"):
         add_lora(nn.Embedding(2, 2), 1)
+
+
+def test_the_head_of_its_own_learns_too():
+    """Every matrix that LoRA adds has a gradient: it is where the model computes."""
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=11, tied=False))
+    init_weights(model, torch.Generator().manual_seed(0))
+    add_lora(model, 2, torch.Generator().manual_seed(1))
+    tokens = torch.arange(8)[None]
+    model(tokens, tokens).sum().backward()
+    assert model.head.lora_b.grad.abs().max() > 0
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]

@@ -330,6 +330,25 @@ def test_softmax_loss_equals_the_formula():
     torch.testing.assert_close(vlm.softmax_nats(images, texts, log_scale), -(rows + columns) / 2)
 
 
+@pytest.mark.parametrize("nats", [vlm.sigmoid_nats, lambda *inputs: vlm.softmax_nats(*inputs[:3])])
+def test_losses_are_computed_in_float32_where_16_bits_are_automatic(nats):
+    """Steps of bfloat16 would be all that the choice of the best could see."""
+    inputs = pairs()
+    expected = nats(*inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = nats(*inputs)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_the_softmax_loss_starts_and_ends_its_scale_as_clip_does():
+    images, texts, _, _ = pairs()
+    scales = (torch.tensor(value).log() for value in (100.0, 300.0))
+    torch.testing.assert_close(*(vlm.softmax_nats(images, texts, scale) for scale in scales))
+    config = vlm.SigLIPConfig(vlm.ViTConfig(n_layer=1), vlm.TextEncoderConfig(n_layer=1), "softmax")
+    assert vlm.SigLIP(config).log_scale.exp().item() == pytest.approx(1 / 0.07)
+
+
 WORKER = """
 import torch, torch.distributed as dist, vlm
 dist.init_process_group("gloo")
