@@ -148,7 +148,7 @@ def say_where(task, model, step, stopped, seconds):
     print(f"{step} updates in {seconds:.0f} s, at most {peak_memory(task.world.device) / 2**20:,.0f} MiB;"
           f" best {measure.replace('val_', 'validation ')} {best[measure]:.4f} at step {best['step']}")
     print(f"in {out_dir}: checkpoints best and last, log.jsonl, run.json\n"
-          f"try it:      {task.command.format(out_dir=out_dir)}\n"
+          f"try it:      {task.command(out_dir)}\n"
           f"evaluate it: python evaluate.py --out_dir={out_dir}")
 
 

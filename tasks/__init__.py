@@ -61,10 +61,16 @@ def find_task(name):
     return "text"  # a damaged run: what is wrong is said when it is loaded
 
 
-def elsewhere(settings_of):
-    """A function for configurator.parse: which tasks an unknown setting belongs to. settings_of: of a Row."""
+def elsewhere(settings_of, trained=False):
+    """A function for configurator.parse: which tasks an unknown setting belongs to. settings_of: of a Row.
+
+    trained: the command uses a trained model, which decides the task.
+    """
     def place(name):
-        tasks = [f"--task={task}" for task, row in TASKS.items() if name in flat_fields(settings_of(row))]
-        return f"it is for {' and '.join(tasks)} alone" if tasks else ""
+        tasks = [task for task, row in TASKS.items() if name in flat_fields(settings_of(row))]
+        if trained and TASKS.keys() - tasks == {"text"}:
+            return "this model reads text only"
+        names = " and ".join(tasks if trained else [f"--task={task}" for task in tasks])
+        return f"it is for {'models of the task ' * trained}{names} alone" if tasks else ""
 
     return place

@@ -122,6 +122,7 @@ def check_sizes(settings):
 @dataclass(frozen=True)
 class Writing:
     # the text
+    num_samples: int = 1  # how many answers to the prompt
     max_new_tokens: int = 500  # length of each sample; about an image at most what the model's positions leave
     temperature: float = 0.8  # below 1 is bolder, above 1 wilder; 0 always takes the likeliest token
     top_k: int = 200  # choose among the k likeliest tokens only; 0: all
@@ -130,9 +131,14 @@ class Writing:
     seed: int = 1337  # same seed, same samples
 
     def __post_init__(self):
-        check_ranges(self, max_new_tokens=1, temperature=0.0, top_k=0, top_p=0.0, seed=0)
+        check_ranges(self, num_samples=1, max_new_tokens=1, temperature=0.0, top_k=0, top_p=0.0, seed=0)
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p = {self.top_p}: must lie above 0 and not above 1")
+
+
+def image_files(named):
+    """The files that --image names: the one of this name, or several, between commas."""
+    return [named] if os.path.isfile(named) else named.split(",")
 
 
 @dataclass(frozen=True)
@@ -148,7 +154,10 @@ class Answering(Writing):
             path = getattr(self, name)
             if path and not path.lower().endswith((".png", ".jpg", ".jpeg")):
                 raise UserError(f"{name} = {path}: must end in .png or .jpg")
-            if path and (not self.image or "," in self.image or self.num_samples > 1):
+            if os.path.isdir(path):
+                raise UserError(f"{name} = {path}: is a folder; name a file")
+            many = len(image_files(self.image)) > 1 or self.num_samples > 1
+            if path and (not self.image or many):
                 raise UserError(f"{name} = {path}: needs one --image and --num_samples=1")
 
 
