@@ -64,7 +64,8 @@ def find_task(name):
 def elsewhere(settings_of):
     """A function for configurator.parse: which tasks an unknown setting belongs to. settings_of: of a Row."""
     def place(name):
-        tasks = [f"--task={task}" for task, row in TASKS.items() if name in flat_fields(settings_of(row))]
+        tasks = [f"--task={task}" for task, row in TASKS.items()
+                 if any(field == name or field.startswith(f"{name}.") for field in flat_fields(settings_of(row)))]
         return f"it is for {' and '.join(tasks)} alone" if tasks else ""
 
     return place

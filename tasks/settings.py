@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from configurator import UserError, check_idle, check_ranges, check_shape
+from configurator import UserError, check_folder, check_idle, check_ranges, check_shape
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Training: beside train.Settings, whose fields the checks may read too
@@ -24,8 +24,15 @@ def check_training(settings):
     for name in ("beta1", "beta2", "dropout"):
         if getattr(settings, name) >= 1:
             raise UserError(f"{name} = {getattr(settings, name)}: must be below 1")
-    if os.path.isfile(settings.out_dir):
-        raise UserError(f"out_dir = {settings.out_dir}: is a file; name a folder")
+    check_folder("out_dir", settings.out_dir)
+    if settings.min_lr > settings.learning_rate:
+        raise UserError(f"min_lr = {settings.min_lr}: is above learning_rate = {settings.learning_rate}; add"
+                        f" --min_lr={settings.learning_rate / 10:.3g}")
+    if settings.micro_batch_size > settings.batch_size:
+        raise UserError(f"micro_batch_size = {settings.micro_batch_size}: is above batch_size = {settings.batch_size};"
+                        " lower it, or leave it out")
+    if settings.shard and not settings.resume and os.environ.get("WORLD_SIZE", "1") == "1":
+        raise UserError("shard = True: does nothing for one worker; leave it out, or start several with torchrun")
     if settings.shard and settings.dtype == "float16":
         raise UserError("shard = True: not with --dtype=float16")
     if settings.optimizer == "adamw":
@@ -133,6 +140,8 @@ class Writing:
         check_ranges(self, max_new_tokens=1, temperature=0.0, top_k=0, top_p=0.0, seed=0)
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p = {self.top_p}: must lie above 0 and not above 1")
+        if self.temperature == 0:
+            check_idle(self, "temperature = 0 takes the likeliest token", "top_k", "top_p", "seed")
 
 
 @dataclass(frozen=True)
@@ -157,6 +166,9 @@ class Matching:
     # the image
     image: str = ""  # a picture's file; several with commas, each of which is compared with the captions of --prompt
 
+    def __post_init__(self):
+        check_idle(self, "every answer to it is the same", "num_samples")
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Evaluating: beside evaluate.Settings
@@ -170,6 +182,8 @@ class Windows:
 
     def __post_init__(self):
         check_ranges(self, random_windows=0, batch_size=1, seed=0)
+        if not self.random_windows:
+            check_idle(self, "is for --random_windows above 0", "batch_size", "seed")
 
 
 @dataclass(frozen=True)

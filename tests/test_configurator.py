@@ -67,7 +67,8 @@ def test_bad_arguments_say_what_and_how(argument, message):
     ("resume = 1", "resume = 1 in {path}: resume must be True or False"),
     ("compile = 1", "compile = 1 in {path}: compile must be one of auto, True, False"),
     ("x = 1\nbatch_size = 1 / 0", "{path}, line 2: ZeroDivisionError: division by zero"),
-    ("batch_size = = 1", "{path}, line 1: SyntaxError: invalid syntax ({name}, line 1)"),
+    ("batch_size = = 1", "{path}, line 1: SyntaxError: invalid syntax; a config is Python: write max_iters = 100 and"
+     " the like"),
     ("on_cpu = dict(batchsize=1)", "unknown setting batchsize in {path}, on_cpu; did you mean batch_size?"),
     ("on_cpu = 3", "{path}: on_cpu must be a dict(name=value, ...), not 3"),
 ])
