@@ -34,7 +34,7 @@ RENAMED = {"gradient_accumulation_steps": "micro_batch_size (the rows in memory 
                                                        for size in ("350m", "774m", "1.5b")}}
 # Errors of a file that is open already, which the system therefore does not name: the disk is full, broken, or gone.
 USERS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENODEV, errno.ESTALE)
-OUT_OF_MEMORY = "OutOfMemoryError|MemoryError|allocate memory|not enough memory|size calculation overflowed"  # torch's
+OUT_OF_MEMORY = "OutOfMemoryError|MemoryError|allocate memory|not enough memory|calculation overflowed|array is too big"
 FREE_TEXT = ("prompt", "stop")  # settings that are no path, whatever they begin with
 WORDS = {True: ("true", "yes", "on", "1"), False: ("false", "no", "off", "0")}
 
@@ -71,7 +71,7 @@ def one_line_errors():
         if printed("\n"):  # another pipe broke
             raise
         raise SystemExit(141) from None
-    except (UserError, OSError, MemoryError, RuntimeError) as error:
+    except Exception as error:
         if not (line := users_fault(error)):
             raise
         printed("")
@@ -404,7 +404,7 @@ def help_text(cls, doc):
 def folded(line, width):
     """A line that is too wide as several, indented to where its text begins."""
     start = re.match(r"(?:  --\S* +| +)?", line).end()
-    indent = " " * (start if start < width // 2 else 6)
+    indent = " " * (start if start < width - 30 else 6)
     return textwrap.fill(line, width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False) or line
 
 

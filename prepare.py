@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from configurator import UserError, check_ranges, from_command_line, one_line_errors, with_home
+from configurator import UserError, check_ranges, from_command_line, one_line_errors
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,7 @@ def main(settings, sources):
     """Prepares the one source by its kind, and names a recipe to train on it."""
     if len(sources) != 1:
         raise UserError(f"one source at a time, not {' '.join(sources)}; put several texts into a folder")
-    source = with_home(sources[0])
-    path = Path(source)
+    source, path = sources[0], Path(sources[0])
     known = source in TOKENIZERS and not path.exists()
     if known and not settings.name:  # its settings are the same for all
         own = {"tokenizer": TOKENIZERS[source], "val_fraction": 0.0005 if source in CORPORA else 0.1, "image_size": 48}
