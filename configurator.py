@@ -93,13 +93,15 @@ def printed(text):
 
 def users_fault(error):
     """The line for an error that the user or the machine's owner can put right; "" for a bug."""
-    if isinstance(error, OSError):
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):  # a bug's has no file's name, as a rule
         known = error.filename is not None or error.errno in USERS_ERRORS
         return f"{error.filename or 'the output'}: {error.strerror}" if known and error.strerror else ""
     if re.search(OUT_OF_MEMORY, f"{type(error).__name__}: {error}"):
         return ("not enough memory: lower --micro_batch_size (in sampling --num_samples), or the model's sizes"
                 f" ({str(error).partition(chr(10))[0]:.200})")
-    return str(error) * isinstance(error, UserError)
+    return ""
 
 
 def from_command_line(cls, doc, usual=None, **how):
@@ -397,14 +399,15 @@ def help_text(cls, doc):
     """The script's docstring and every setting with its default and its comment in the source."""
     title = "settings (--name=value; config files are Python assignments of the same names):"
     width = max(40, shutil.get_terminal_size((120, 24)).columns)
-    lines = [*doc.strip().split("\n"), "", title, *"\n".join(help_lines(cls)).split("\n")]
+    doc = re.sub(r"(?<=\S)\n(?=\S)", " ", doc.strip())  # a paragraph is a line, until it is folded
+    lines = "\n".join([doc, "", title, *help_lines(cls)]).split("\n")
     return "\n".join(folded(line, width) for line in lines)
 
 
 def folded(line, width):
-    """A line that is too wide as several, indented to where its text begins."""
-    start = re.match(r"(?:  --\S* +| +)?", line).end()
-    indent = " " * (start if start < width - 30 else 6)
+    """A line that is too wide as several, those of a setting indented to where its text begins."""
+    start = re.match(r"  --\S* +| *", line).end()
+    indent = " " * (start if not start or 6 < start < width - 30 else 8)
     return textwrap.fill(line, width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False) or line
 
 

@@ -5,10 +5,12 @@ A setting without an entry in the tables below fails the test: say there what it
 """
 
 import json
+import multiprocessing
 import os
 import runpy
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -18,13 +20,16 @@ import torch
 from conftest import make_text
 
 import evaluate
+import prepare
 import sample
 import train
 from configurator import UserError, flat_fields, joined, parse
 from machine import distributed
 from run import checkpoint
-from sources import images, texts
+from sources import documents, images, texts
 from tasks import TASKS, find_task, task_class
+
+ROOT = Path(train.__file__).parent
 
 
 class Change(SimpleNamespace):
@@ -59,7 +64,7 @@ class Lab:
         """All that the command did, comparable; or the UserError that refused it."""
         key = (command.__name__, *sorted(settings.items()))
         if key not in self.known:
-            out = self.folder / str(len(self.known))
+            out = Path(tempfile.mkdtemp(dir=self.folder)) / "out"
             try:
                 self.known[key] = command(settings, out)
             except UserError as error:
@@ -175,7 +180,7 @@ def lab(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def with_images(lab):
-    generate = runpy.run_path(str(Path(train.__file__).parent / "data" / "shapes" / "generate.py"))["generate"]
+    generate = runpy.run_path(str(ROOT / "data" / "shapes" / "generate.py"))["generate"]
     for name, count in (("shapes", 60), ("more", 70)):
         generate(lab.folder / f"{name}_source", images=count)
         images.prepare(lab.folder / f"{name}_source", lab.folder / "data" / name, "char", image_size=32)
@@ -303,3 +308,67 @@ def test_each_setting_of_an_evaluation_changes_its_numbers_or_is_refused(lab, ru
     change = EVALUATING[name] if task == "text" or name != "dataset" else Change("data/more")
     asked = {"random_windows": 2, "batch_size": 4} if task == "text" else {}
     lab.compare(evaluate_run, {**CPU, "out_dir": run, **asked}, name, at(task, change))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+PREPARING = {
+    "tokenizer": Change("bpe:300"), "name": Change("data/named_{task}"), "files": Change("a*"),
+    "val_fraction": Change(0.3), "newlines": Change("keep"), "image_size": Change(24),
+    "column": Change("other"), "processes": Change(1), "max_files": Change(1)}
+FOR_OTHERS = {  # what a kind of source has no use for
+    "texts": ("image_size", "column", "processes", "max_files"), "documents": ("newlines", "image_size"),
+    "images": ("files", "newlines", "column", "processes", "max_files")}
+
+
+def make_sources(folder):
+    """A folder of each kind of source."""
+    for kind in ("texts", "documents"):
+        (folder / kind).mkdir()
+        for name, seed in (("a", 0), ("b", 1)):
+            rows = make_text(400, seed).splitlines()
+            (folder / "texts" / f"{name}.txt").write_bytes("\r\n".join(rows).encode()) if kind == "texts" else (
+                folder / "documents" / f"{name}.jsonl").write_text("".join(
+                    json.dumps({"text": row, "other": row.upper()}) + "\n" for row in rows))
+    generate = runpy.run_path(str(ROOT / "data" / "shapes" / "generate.py"))["generate"]
+    generate(folder / "images", images=20)
+    captions = folder / "images" / "captions.jsonl"
+    rows = [json.loads(line) for line in captions.read_text().splitlines()]
+    captions.write_text("".join(json.dumps({**row, "split": ""}) + "\n" for row in rows))
+
+
+def prepare_run(settings, out):
+    """The bytes of all that is written, but for the records of it, and how many processes wrote documents."""
+    settings = {"name": str(out), **settings}
+    source, found = settings.pop("source"), []
+    settings, _ = parse(prepare.Settings, arguments(settings))
+
+    def in_processes(processes, jobs):
+        found.append(processes)
+        documents.write_shard.counter = multiprocessing.Value("q")
+        for job in jobs:
+            documents.write_shard(*job)
+
+    with mock.patch.object(documents, "in_processes", in_processes), mock.patch.object(documents, "SHARD_BYTES", 10):
+        prepare.main(settings, [source])
+    files = {path.name: path.read_bytes() for path in Path(settings.name).iterdir()
+             if path.name == "tokenizer.json" or path.suffix != ".json"}
+    return files, found, settings.name.startswith("data/named")
+
+
+@pytest.mark.skipif(not hasattr(prepare, "check_kind"), reason="prepare.py does not refuse idle settings yet")
+@pytest.mark.parametrize("kind", FOR_OTHERS)
+@pytest.mark.parametrize("name", flat_fields(prepare.Settings))
+def test_each_setting_of_prepare_changes_the_data_or_is_refused(lab, kind, name):
+    if not os.path.exists(kind):
+        make_sources(lab.folder)
+    change = Change("bpe:1500") if (kind, name) == ("images", "tokenizer") else PREPARING[name]
+    base = {"source": kind, "tokenizer": "byte" if kind == "documents" else "char"}
+    lab.compare(prepare_run, base, name, refused(change.value) if name in FOR_OTHERS[kind] else at(kind, change))
+
+
+def test_a_share_for_validation_is_refused_where_the_rows_name_their_split():
+    rows = [{"where": "line", "image": split, "split": split} for split in ("train", "val")]
+    images.split_images(rows, 0.1, "x")
+    with pytest.raises(UserError, match="val_fraction = 0.3: the rows of x name their split; leave it out"):
+        images.split_images(rows, 0.3, "x")
