@@ -90,7 +90,7 @@ def train_run(settings, out):
     sys.modules["wandb"] = wandb  # which the fixture `lab` takes out again
     out = Path(settings.get("out_dir", out))
     settings, given = parse(train.Settings, arguments({"out_dir": out, **settings}), **train.HOW)
-    cls, write = task_class(settings.task), checkpoint.Writer.__init__
+    cls, open_writer, save = task_class(settings.task), checkpoint.Writer.__init__, checkpoint.Writer.save
 
     def spy(name, function):
         def called(*args, **kwargs):
@@ -101,10 +101,14 @@ def train_run(settings, out):
 
     def new_writer(self, out_dir, background, sharded=False):
         calls.append(("in the background", background))
-        write(self, out_dir, background, sharded)
+        open_writer(self, out_dir, background, sharded)
+
+    def new_save(self, names, *what):
+        calls.append(("save", names))
+        save(self, names, *what)
 
     with mock.patch.object(cls, "show", spy("show", cls.show)), \
-            mock.patch.object(checkpoint.Writer, "__init__", new_writer), \
+            mock.patch.multiple(checkpoint.Writer, __init__=new_writer, save=new_save), \
             mock.patch.object(torch.nn.Module, "compile", lambda self: calls.append("compile")), \
             mock.patch.object(distributed, "checkpoint", spy("recompute", lambda work, *args, **how: work(*args))), \
             mock.patch.object(train, "peak_flops", lambda *about: None):
