@@ -378,7 +378,8 @@ def check_folder(name, path):
     except FileNotFoundError:
         pass
     except OSError as error:
-        raise UserError(f"{name} = {path}: {error.strerror.lower()}; name a folder") from None
+        why = "is a file, or inside one" if isinstance(error, NotADirectoryError) else error.strerror
+        raise UserError(f"{name} = {path}: {why}; name a folder") from None
 
 
 def check_run(out_dir):

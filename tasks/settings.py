@@ -26,14 +26,9 @@ def check_training(settings):
         if getattr(settings, name) >= 1:
             raise UserError(f"{name} = {getattr(settings, name)}: must be below 1")
     check_folder("out_dir", settings.out_dir)
-    if settings.min_lr > settings.learning_rate:
-        raise UserError(f"min_lr = {settings.min_lr}: is above learning_rate = {settings.learning_rate}; add"
-                        f" --min_lr={settings.learning_rate / 10:.3g}")
     if settings.micro_batch_size > settings.batch_size:
         raise UserError(f"micro_batch_size = {settings.micro_batch_size}: is above batch_size = {settings.batch_size};"
                         " lower it, or leave it out")
-    if settings.shard and not settings.resume and os.environ.get("WORLD_SIZE", "1") == "1":
-        raise UserError("shard = True: does nothing for one worker; leave it out, or start several with torchrun")
     if settings.shard and settings.dtype == "float16":
         raise UserError("shard = True: not with --dtype=float16")
     if settings.optimizer == "adamw":
@@ -45,6 +40,11 @@ def check_training(settings):
         check_idle(settings, "is for fine-tuning with --init_from", "lora_rank")
     if not settings.wandb:
         check_idle(settings, "is for --wandb", "wandb_project", "wandb_name")
+    if settings.min_lr > settings.learning_rate:
+        raise UserError(f"min_lr = {settings.min_lr}: is above learning_rate = {settings.learning_rate}; add"
+                        f" --min_lr={settings.learning_rate / 10:.3g}")
+    if settings.shard and not settings.resume and os.environ.get("WORLD_SIZE", "1") == "1":
+        raise UserError("shard = True: does nothing for one worker; leave it out, or start several with torchrun")
 
 
 @dataclass(frozen=True)
