@@ -3,23 +3,28 @@
     python train.py config/a.py config/b.py --batch_size=32 --out_dir=x
 
 Files and overrides are read from left to right: later wins. A config file is plain Python assignments, run in a
-namespace of its own; names that start with an underscore, modules and functions are ignored. Text from the command line
-is parsed by the field's declared type, never guessed; a bare `--flag` sets a bool to True. A file may carry
+namespace of its own; names that start with an underscore, modules and functions are ignored, statements that look like
+a setting and set nothing are refused. Text from the command line is parsed by the field's declared type, never guessed;
+a bare `--flag` sets a bool to True; ~ is the home folder where a path begins, in files too. A file may carry
 `on_cpu = dict(...)`: where there is no accelerator, these values win over those of all files, and the command line over
 both. A field that is a dataclass is a dict in a file, `vision = dict(n_layer=2)`, and dotted on the command line,
 `--vision.n_layer=2`; so is a field that is a dict of names that the settings can't know, `--rates.head=0.1`.
 """
 
+import ast
 import contextlib
 import dataclasses
 import difflib
 import errno
 import functools
 import inspect
+import math
 import os
 import re
 import shlex
+import shutil
 import sys
+import textwrap
 import types
 import typing
 from pathlib import Path
@@ -28,9 +33,10 @@ from pathlib import Path
 RENAMED = {"gradient_accumulation_steps": "micro_batch_size (the rows in memory at a time)", "architecture": "model",
            "config/gpt2_124m.py": "config/gpt2.py", **{f"config/gpt2_{size}.py": f"config/gpt2.py config/gpt2/{size}.py"
                                                        for size in ("350m", "774m", "1.5b")}}
-# The disk is full, or a folder can't be written to or is a file.
-USERS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR,
-                errno.ENAMETOOLONG)
+# Errors of a file that is open already, which the system therefore does not name: the disk is full, broken, or gone.
+USERS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENODEV, errno.ESTALE)
+OUT_OF_MEMORY = "OutOfMemoryError|MemoryError|allocate memory|not enough memory|calculation overflowed|array is too big"
+FREE_TEXT = ("prompt", "stop")  # settings that are no path, whatever they begin with
 WORDS = {True: ("true", "yes", "on", "1"), False: ("false", "no", "off", "0")}
 
 
@@ -42,22 +48,61 @@ class UserError(ValueError):
 def say(line):
     """Prints a line on stderr, once, and not from every rank."""
     if os.environ.get("RANK", "0") == "0":
+        complain(line)
+
+
+def complain(line):
+    """Prints a line on stderr, if there is anybody to read it."""
+    with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Turns what the user can put right into one line on stderr and exit status 2; bugs keep their traceback."""
+    """Turns what the user can put right into one line on stderr and exit status 2; bugs keep their traceback.
+
+    Where nobody reads the output any more (`| head`), the command ends with status 141 and says nothing, as others do.
+    """
     try:
         yield
+        sys.stdout.flush()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except (UserError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in USERS_ERRORS:
+    except BrokenPipeError:
+        if printed("\n"):  # another pipe broke
             raise
+        raise SystemExit(141) from None
+    except Exception as error:
+        if not (line := users_fault(error)):
+            raise
+        printed("")
         rank = os.environ.get("RANK", "0")
-        print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr, flush=True)
+        complain(f"error{'' if rank == '0' else f' on rank {rank}'}: {line}")
         raise SystemExit(2) from None
+
+
+def printed(text):
+    """Prints the text; False if nothing leaves the process any more. Then the rest is dropped, which Python's end would
+    trip over."""
+    try:
+        print(text, end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
+
+
+def users_fault(error):
+    """The line for an error that the user or the machine's owner can put right; "" for a bug."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):  # a bug's has no file's name, as a rule
+        known = error.filename is not None or error.errno in USERS_ERRORS
+        return f"{error.filename or 'the output'}: {error.strerror}" if known and error.strerror else ""
+    if re.search(OUT_OF_MEMORY, f"{type(error).__name__}: {error}"):
+        return ("not enough memory: lower --micro_batch_size (in sampling --num_samples), or the model's sizes"
+                f" ({str(error).partition(chr(10))[0]:.200})")
+    return ""
 
 
 def from_command_line(cls, doc, usual=None, **how):
@@ -65,8 +110,10 @@ def from_command_line(cls, doc, usual=None, **how):
 
     usual: the dataclass that --help shows beside cls where there is no run to decide it.
     """
-    for stream in (sys.stdout, sys.stderr):  # Windows' consoles may have another encoding
-        stream.reconfigure(encoding="utf-8", errors="replace")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(encoding="utf-8", errors="replace")  # Windows' consoles may have another
     argv = [arg for arg in sys.argv[1:] if arg not in ("--help", "-h")]
     with one_line_errors():
         if len(argv) == len(sys.argv) - 1:
@@ -75,7 +122,7 @@ def from_command_line(cls, doc, usual=None, **how):
             cls, _ = widened(cls, read_arguments(argv), how.get("more"))
         except UserError:
             cls = joined(cls, usual) if usual else cls
-        print(help_text(cls, doc))
+        print(help_text(cls, doc), flush=True)
         raise SystemExit(0)
 
 
@@ -115,18 +162,22 @@ class Layer(typing.NamedTuple):
 
 def read_arguments(argv):
     """Yields the layers of a command line, oldest first. Names and types are not looked at yet."""
+    before = ""
     for arg in argv:
         if arg.startswith("-"):
             name, equals, text = arg.lstrip("-").partition("=")
             yield Layer(name, text if equals else None)
+        elif before.startswith("-") and "=" not in before and not os.path.isfile(arg):
+            raise UserError(f"{before} {arg}: a setting is one word, write {before}={arg}")
         else:
             yield from read_file(arg)
+        before = arg
 
 
 def read_file(path):
     """Yields the assignments of one config file as layers, in order, its on_cpu values last."""
     try:
-        source = Path(path).read_text(encoding="utf-8")
+        source = Path(path).read_text(encoding="utf-8-sig")  # Windows' editors put a mark at the start
     except (OSError, UnicodeDecodeError) as error:
         if new := RENAMED.get(Path(path).as_posix()):
             raise UserError(f"{path} has a new name: {new}") from None
@@ -134,18 +185,38 @@ def read_file(path):
                         " (settings are written --name=value)") from None
     namespace = {"__file__": path, "__name__": "config"}
     try:
-        exec(compile(source, path, "exec"), namespace)
-    except Exception as error:
+        tree = ast.parse(source, path)
+        refuse_idle(path, tree)
+        exec(compile(tree, path, "exec"), namespace)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
         frame = error.__traceback__.tb_next
         line = getattr(error, "lineno", None) or (frame.tb_lineno if frame else 1)
-        raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
+        hint = "; a config is Python: write max_iters = 100 and the like" if isinstance(error, SyntaxError) else ""
+        raise UserError(f"{path}, line {line}: {type(error).__name__}: {getattr(error, 'msg', error)}{hint}") from None
     on_cpu = namespace.pop("on_cpu", {})
     if not isinstance(on_cpu, dict):
         raise UserError(f"{path}: on_cpu must be a dict(name=value, ...), not {on_cpu!r}")
-    for origin, values in ((path, namespace), (f"{path}, on_cpu", on_cpu)):
-        for name, value in flat_values(values).items():
-            if not name.startswith("_") and not isinstance(value, (types.ModuleType, types.FunctionType)):
-                yield Layer(name, value, origin, values is on_cpu)
+    layers = [Layer(name, value, origin, values is on_cpu)
+              for origin, values in ((path, namespace), (f"{path}, on_cpu", on_cpu))
+              for name, value in flat_values(values).items() if not name.startswith("_")]
+    if not layers:
+        say(f"{path} sets nothing")
+    return layers
+
+
+def refuse_idle(path, tree):
+    """Raises UserError for a statement that may be meant as a setting and sets none, as YAML, JSON and a == b are."""
+    for node in ast.walk(tree):
+        value, write = getattr(node, "value", None), "max_iters = 100 and the like"
+        idle = isinstance(node, ast.Expr) and (ast.unparse(value).startswith("dict(") or not isinstance(
+            value, (ast.Call, ast.Constant, ast.Await, ast.Yield, ast.YieldFrom)))
+        if isinstance(node, ast.AnnAssign) and not value:
+            idle, write = True, f"{ast.unparse(node.target)} = {ast.unparse(node.annotation)}"
+        if idle:
+            shown = ast.unparse(node).partition("\n")[0]
+            raise UserError(f"{path}, line {node.lineno}: {shown:.60} sets nothing; a config is Python: write {write}")
 
 
 def widened(cls, layers, more=None, base=None):
@@ -211,11 +282,14 @@ def typed(layers, fields, elsewhere=None, strict=True):
     for layer in layers:
         name = layer.name if layer.name in fields else re.sub(r"\..*", ".*", layer.name)
         if name in fields:
-            yield layer._replace(value=convert(layer, fields[name][0]))
-        elif strict:
+            yield layer._replace(value=convert(layer, *fields[name]))
+        elif strict and not isinstance(layer.value, (types.ModuleType, types.FunctionType, types.BuiltinFunctionType)):
             dashes, where = ("", f"in {layer.origin}") if layer.origin else ("--", "on the command line")
             near = difflib.get_close_matches(layer.name, fields, n=1, cutoff=0.5)
             hint = f"did you mean {dashes}{near[0]}?" if near else "--help lists all settings"
+            if inner := [field.rpartition(".")[2] for field in fields if field.startswith(f"{layer.name}.")]:
+                hint = f"write --{layer.name}.NAME=VALUE" if dashes else f"write {layer.name} = dict(NAME=VALUE)"
+                hint += f", where NAME is one of {', '.join(inner)}" if inner != ["*"] else ""
             if layer.name in RENAMED:
                 hint = f"it is {dashes}{RENAMED[layer.name]} now"
             elif elsewhere:
@@ -223,12 +297,25 @@ def typed(layers, fields, elsewhere=None, strict=True):
             raise UserError(f"unknown setting {dashes}{layer.name} {where}; {hint}")
 
 
-def convert(layer, kind):
+def convert(layer, kind, default):
+    """`read_value`, with ~ as the home folder. Raises UserError for no number, and for no text where some is needed."""
+    value = read_value(layer, kind)
+    shown = f"{layer.name} = {value!r}" + (f" in {layer.origin}" if layer.origin else "")
+    if kind is float and not math.isfinite(value):
+        raise UserError(f"{shown}: must be a number")
+    if kind is str and default and not value:
+        raise UserError(f"{shown}: must not be empty; leave it out, or write {default}")
+    return with_home(value, "^FILE:" if layer.name in FREE_TEXT else "^|,") if kind is str else value
+
+
+def read_value(layer, kind):
     """A value from a file as it is, if it has the declared type or is an int for a float; text read as that type."""
     name, value = layer.name, layer.value
     choices = typing.get_args(kind) or ((True, False) if kind is bool else ())
     what = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}.get(kind)
     what = what or "one of " + ", ".join(map(str, choices))
+    if type(value) is int and abs(value) >= 2**63:
+        raise UserError(f"{name} in {layer.origin}: must be below 2^63")
     if layer.origin:
         if type(value) is kind or any(value == choice and type(value) is type(choice) for choice in choices):
             return value
@@ -246,6 +333,15 @@ def convert(layer, kind):
         with contextlib.suppress(ValueError):
             return kind(value)
     raise UserError(f"--{name}={value}: {name} must be {what}")
+
+
+def with_home(text, start="^|,"):
+    """The text with the home folder for ~ where a path begins. Raises UserError for what can't be written as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{text.encode(errors='replace').decode()}: is not UTF-8; write it in UTF-8") from None
+    return re.sub(f"({start})(~[^/,]*)", lambda match: match[1] + os.path.expanduser(match[2]), text)
 
 
 def check_ranges(settings, **least):
@@ -276,6 +372,17 @@ def check_shape(n_embd, n_head, n_kv_head, dropout):
         raise UserError(f"dropout = {dropout}: must be below 1")
 
 
+def check_folder(name, path):
+    """Raises UserError for a path that can be no folder, before the work that it is to hold."""
+    try:
+        os.stat(os.path.join(path, "x"))
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        why = "is a file, or inside one" if isinstance(error, NotADirectoryError) else error.strerror
+        raise UserError(f"{name} = {path}: {why}; name a folder") from None
+
+
 def check_run(out_dir):
     """Raises UserError for an out directory that isn't there: before PyTorch is imported to look for a checkpoint."""
     if not os.path.isdir(out_dir):
@@ -294,7 +401,17 @@ def check_idle(settings, why, *names):
 def help_text(cls, doc):
     """The script's docstring and every setting with its default and its comment in the source."""
     title = "settings (--name=value; config files are Python assignments of the same names):"
-    return "\n".join([doc.strip(), "", title, *help_lines(cls)])
+    width = max(40, shutil.get_terminal_size((120, 24)).columns)
+    doc = re.sub(r"(?<=\S)\n(?=\S)", " ", doc.strip())  # a paragraph is a line, until it is folded
+    lines = "\n".join([doc, "", title, *help_lines(cls)]).split("\n")
+    return "\n".join(folded(line, width) for line in lines)
+
+
+def folded(line, width):
+    """A line that is too wide as several, those of a setting indented to where its text begins."""
+    start = re.match(r"  --\S* +| *", line).end()
+    indent = " " * (start if not start or 6 < start < width - 30 else 8)
+    return textwrap.fill(line, width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False) or line
 
 
 def help_lines(cls, prefix=""):

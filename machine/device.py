@@ -40,7 +40,8 @@ def pick_device(name="auto"):
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):
+        assert device.type in ("cuda", "mps") or name == "cpu"  # what else PyTorch knows is untried
+    except (RuntimeError, AssertionError, ImportError):
         raise UserError(f"device = {name}: this machine has no such device; use --device=auto or cpu") from None
     return device
 

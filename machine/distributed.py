@@ -75,8 +75,11 @@ class World:
 def wrap(model, blocks, sharded, compiled, recompute, dtype, world):
     """The model to call in training: recomputing, compiled, on many workers. The parameters keep their names.
 
-    recompute: each block is computed again in the backward pass, instead of keeping its activations.
+    recompute: each block is computed again in the backward pass, instead of keeping its activations. Raises UserError
+    where there are no blocks to do so.
     """
+    if recompute and not blocks:
+        raise UserError(f"recompute = True: a {type(model).__name__} has no blocks to compute again; leave it out")
     for block in blocks if sharded or recompute else ():
         if compiled and sharded:
             block.forward = torch.compile(block.forward)  # what gathers the block's parameters stays outside
@@ -159,6 +162,8 @@ def start(device_name="auto"):
     if "WORLD_SIZE" not in os.environ:
         return World(0, 1, pick_device(device_name))
     device = pick_device(device_name)
+    if device.index is not None:
+        raise UserError(f"device = {device}: torchrun gives each worker a GPU of its own; use --device=cuda")
     if device.type == "cuda":
         local_rank = int(os.environ["LOCAL_RANK"])
         if local_rank >= torch.cuda.device_count():

@@ -104,6 +104,8 @@ def split_images(rows, val_fraction, path):
         held_out = set(images[int(len(images) * (1 - val_fraction)):])
         for row in rows:
             row["split"] = "val" if row["image"] in held_out else "train"
+    elif val_fraction != 0.1:
+        raise UserError(f"val_fraction = {val_fraction}: the rows of {path} name their split; leave it out")
     splits = {}
     for row in rows:
         where, image, split = row["where"], row["image"], row["split"]

@@ -67,7 +67,8 @@ def elsewhere(settings_of, trained=False):
     trained: the command uses a trained model, which decides the task.
     """
     def place(name):
-        tasks = [task for task, row in TASKS.items() if name in flat_fields(settings_of(row))]
+        tasks = [task for task, row in TASKS.items()
+                 if any(field == name or field.startswith(f"{name}.") for field in flat_fields(settings_of(row)))]
         if trained and TASKS.keys() - tasks == {"text"}:
             return "this model reads text only"
         names = " and ".join(tasks if trained else [f"--task={task}" for task in tasks])

@@ -4,10 +4,11 @@ A setting that does nothing for the task, the model or the optimizer at hand is 
 """
 
 import os
+import re
 from dataclasses import dataclass
 from typing import Literal
 
-from configurator import UserError, check_idle, check_ranges, check_shape
+from configurator import UserError, check_folder, check_idle, check_ranges, check_shape
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Training: beside train.Settings, whose fields the checks may read too
@@ -24,8 +25,10 @@ def check_training(settings):
     for name in ("beta1", "beta2", "dropout"):
         if getattr(settings, name) >= 1:
             raise UserError(f"{name} = {getattr(settings, name)}: must be below 1")
-    if os.path.isfile(settings.out_dir):
-        raise UserError(f"out_dir = {settings.out_dir}: is a file; name a folder")
+    check_folder("out_dir", settings.out_dir)
+    if settings.micro_batch_size > settings.batch_size:
+        raise UserError(f"micro_batch_size = {settings.micro_batch_size}: is above batch_size = {settings.batch_size};"
+                        " lower it, or leave it out")
     if settings.shard and settings.dtype == "float16":
         raise UserError("shard = True: not with --dtype=float16")
     if settings.optimizer == "adamw":
@@ -37,6 +40,11 @@ def check_training(settings):
         check_idle(settings, "is for fine-tuning with --init_from", "lora_rank")
     if not settings.wandb:
         check_idle(settings, "is for --wandb", "wandb_project", "wandb_name")
+    if settings.min_lr > settings.learning_rate:
+        raise UserError(f"min_lr = {settings.min_lr}: is above learning_rate = {settings.learning_rate}; add"
+                        f" --min_lr={settings.learning_rate / 10:.3g}")
+    if settings.shard and not settings.resume and os.environ.get("WORLD_SIZE", "1") == "1":
+        raise UserError("shard = True: does nothing for one worker; leave it out, or start several with torchrun")
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,7 @@ class Contrastive:
 
     def __post_init__(self):
         check_sizes(self)
+        check_length(self)
         if self.shard:
             raise UserError("shard = True: not for --task=contrastive, whose single numbers can't be divided")
 
@@ -103,8 +112,8 @@ class ImageText:
         check_sizes(self)
         if self.init_from != "scratch":
             check_idle(self, "is for a model that starts from scratch", "init_vision", "init_decoder")
-        if os.path.isfile(self.publish) or os.path.isfile(os.path.join(self.publish, "SHA256SUMS")):
-            raise UserError(f"publish = {self.publish}: is a file or a checkpoint; name a new folder")
+        check_length(self)
+        check_publish(self.publish)
 
 
 def check_sizes(settings):
@@ -116,8 +125,41 @@ def check_sizes(settings):
     check_shape(settings.n_embd, settings.n_head, n_kv_head, settings.dropout)
 
 
+def check_length(settings):
+    """Raises UserError for a length of the sample, where it has none."""
+    if settings.sample_tokens:
+        check_idle(settings, f"what --task={settings.task} shows has its own length; 0 shows nothing", "sample_tokens")
+
+
+def check_publish(folder):
+    """Raises UserError for a folder that can't be made, or that has files not written by published.paligemma.save."""
+    check_folder("publish", folder)
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    ours = r"((tokenizer|preprocessor)_config|config|tokenizer)\.json|model.*\.safetensors(\.index\.json)?"
+    others = [name for name in names if not re.fullmatch(ours, name)]
+    if "config.json" in names:
+        with open(os.path.join(folder, "config.json"), encoding="utf-8", errors="replace") as file:
+            others += [] if '"model_type": "paligemma"' in file.read() else ["config.json"]
+    if others or names and "config.json" not in names:
+        raise UserError(f"publish = {folder}: holds {(others or names)[0]}, which was not published from here; name a"
+                        " new folder")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Sampling: beside sample.Settings
+
+def check_model(settings):
+    """Raises UserError where the settings name two models, or a checkpoint that isn't there."""
+    if not hasattr(settings, "out_dir"):  # those of the end of a run, whose model is at hand
+        return
+    if getattr(settings, "init_from", ""):
+        check_idle(settings, "is of a run, and --init_from names a model without one", "out_dir", "checkpoint")
+    elif os.path.isfile(os.path.join(settings.out_dir, "SHA256SUMS")):
+        check_idle(settings, "--out_dir is one checkpoint's folder", "checkpoint")
+    elif settings.checkpoint == "last" and not any(os.path.isdir(os.path.join(settings.out_dir, f"last{suffix}"))
+                                                   for suffix in ("", ".new", ".old")):
+        raise UserError(f"checkpoint = 'last': there is none in {settings.out_dir}; leave it out")
+
 
 @dataclass(frozen=True)
 class Writing:
@@ -131,9 +173,12 @@ class Writing:
     seed: int = 1337  # same seed, same samples
 
     def __post_init__(self):
+        check_model(self)
         check_ranges(self, num_samples=1, max_new_tokens=1, temperature=0.0, top_k=0, top_p=0.0, seed=0)
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p = {self.top_p}: must lie above 0 and not above 1")
+        if self.temperature == 0:
+            check_idle(self, "temperature = 0 takes the likeliest token", "top_k", "top_p", "seed")
 
 
 def image_files(named):
@@ -166,6 +211,9 @@ class Matching:
     # the image
     image: str = ""  # a picture's file; several with commas, each of which is compared with the captions of --prompt
 
+    def __post_init__(self):
+        check_model(self)
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Evaluating: beside evaluate.Settings
@@ -178,9 +226,13 @@ class Windows:
     seed: int = 1337  # of their places
 
     def __post_init__(self):
+        check_model(self)
         check_ranges(self, random_windows=0, batch_size=1, seed=0)
+        if not self.random_windows:
+            check_idle(self, "is for --random_windows above 0", "batch_size", "seed")
 
 
 @dataclass(frozen=True)
 class Nothing:
-    pass
+    def __post_init__(self):
+        check_model(self)

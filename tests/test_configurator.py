@@ -1,15 +1,22 @@
+import errno
 import re
+import subprocess
+import sys
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Literal
 
 import pytest
+import torch
 
 import evaluate
 import prepare
 import sample
 import train
-from configurator import UserError, check_ranges, differences, help_text, parse
+from configurator import UserError, check_ranges, differences, help_text, joined, one_line_errors, parse, with_home
 from tasks import TASKS
+
+ROOT = Path(train.__file__).parent
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,10 @@ def test_text_is_parsed_by_the_declared_type():
     ("--batch_size=3.5", "--batch_size=3.5: batch_size must be a whole number"),
     ("--batch_size", "--batch_size needs a value: write --batch_size=VALUE, where VALUE is a whole number"),
     ("--learning_rate=fast", "--learning_rate=fast: learning_rate must be a number"),
+    ("--learning_rate=nan", "learning_rate = nan: must be a number"),
+    ("--learning_rate=1e999", "learning_rate = inf: must be a number"),
+    ("--out_dir=", "out_dir = '': must not be empty; leave it out, or write out"),
+    ("--out_dir=caf\udce9", "caf?: is not UTF-8; write it in UTF-8"),
     ("--compile=maybe", "--compile=maybe: compile must be one of auto, True, False"),
     ("--resume=perhaps", "--resume=perhaps: resume must be True or False"),
     ("--architecture=gpt", "unknown setting --architecture on the command line; it is --model now"),
@@ -67,15 +78,21 @@ def test_bad_arguments_say_what_and_how(argument, message):
     ("resume = 1", "resume = 1 in {path}: resume must be True or False"),
     ("compile = 1", "compile = 1 in {path}: compile must be one of auto, True, False"),
     ("x = 1\nbatch_size = 1 / 0", "{path}, line 2: ZeroDivisionError: division by zero"),
-    ("batch_size = = 1", "{path}, line 1: SyntaxError: invalid syntax ({name}, line 1)"),
+    ("batch_size = = 1", "{path}, line 1: SyntaxError: invalid syntax; a config is Python: write max_iters = 100 and"
+     " the like"),
     ("on_cpu = dict(batchsize=1)", "unknown setting batchsize in {path}, on_cpu; did you mean batch_size?"),
     ("on_cpu = 3", "{path}: on_cpu must be a dict(name=value, ...), not 3"),
+    ("import sys\nsys.exit('no')", "{path}, line 2: SystemExit: no"),
+    ("learning_rate = 10**400", "learning_rate in {path}: must be below 2^63"),
+    ("batch_size = 10**5000", "batch_size in {path}: must be below 2^63"),
+    ("learning_rate = float('nan')", "learning_rate = nan in {path}: must be a number"),
+    ("out_dir = ''", "out_dir = '' in {path}: must not be empty; leave it out, or write out"),
 ])
 def test_bad_files_say_what_and_where(tmp_path, source, message):
     path = write(tmp_path / "bad.py", source)
     with pytest.raises(UserError) as error:
         settings(path)
-    assert str(error.value) == message.format(path=path, name="bad.py")
+    assert str(error.value) == message.format(path=path)
 
 
 def test_later_wins_and_files_are_python(tmp_path):
@@ -85,6 +102,82 @@ def test_later_wins_and_files_are_python(tmp_path):
     assert (s.batch_size, s.learning_rate, s.out_dir) == (5, 1.0, "y")
     assert given == differences(s) == {"batch_size": 5, "learning_rate": 1.0, "out_dir": "y"}
     assert settings(two, "--batch_size=6", one).batch_size == 16
+
+
+@pytest.mark.parametrize("source, line, shown, remedy", [
+    ("batch_size: 7\nresume: true", 1, "batch_size: 7", "batch_size = 7"),  # YAML
+    ('\n{"batch_size": 7}', 2, "{'batch_size': 7}", "max_iters = 100 and the like"),  # JSON
+    ("if True:\n  batch_size == 7", 2, "batch_size == 7", "max_iters = 100 and the like"),
+    ("batch_size = 7\ndict(resume=True)", 2, "dict(resume=True)", "max_iters = 100 and the like"),
+    ("batch_size", 1, "batch_size", "max_iters = 100 and the like"),
+])
+def test_a_statement_that_sets_nothing_is_refused(tmp_path, source, line, shown, remedy):
+    path = write(tmp_path / "config", source)
+    with pytest.raises(UserError) as error:
+        settings(path)
+    assert str(error.value) == f"{path}, line {line}: {shown} sets nothing; a config is Python: write {remedy}"
+
+
+def test_what_a_config_may_do(tmp_path, capsys):
+    source = """\ufeff'A text.'
+from math import *
+del pi, e, tau, inf, nan
+def half(x): return x // 2
+for batch_size in range(4): pass
+out_dir: str = "~/x"
+if half(8) == 4:
+    print("read")
+"""
+    s = settings(write(tmp_path / "c.py", source))
+    assert (s.batch_size, s.out_dir) == (3, str(Path.home() / "x")) and capsys.readouterr().out == "read\n"
+    path = write(tmp_path / "empty.py", "# nothing")
+    assert settings(path) == Example() and capsys.readouterr().err == f"{path} sets nothing\n"
+    for source in ("batch_size = lambda: 7", "def batch_size(): pass", "import math as batch_size"):
+        with pytest.raises(UserError, match="batch_size must be a whole number"):
+            settings(write(tmp_path / "d.py", source))
+
+
+def test_a_setting_in_two_words_is_told_of(tmp_path):
+    with pytest.raises(UserError, match="--batch_size 3: a setting is one word, write --batch_size=3"):
+        settings("--batch_size", "3")
+    assert settings("--resume", write(tmp_path / "c.py", "batch_size = 3")).batch_size == 3
+
+
+def test_the_home_folder_is_meant_by_a_tilde(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert settings("--out_dir=~/x").out_dir == "/home/me/x" and settings("--out_dir=a~").out_dir == "a~"
+    assert with_home("~/a.png,~/b~,c") == "/home/me/a.png,/home/me/b~,c"
+    how = joined(sample.Settings, TASKS["text"].sampling)
+    assert parse(how, ["--prompt=~/x", "--stop=~"])[0].prompt == "~/x"
+    assert parse(how, ["--prompt=FILE:~/x"])[0].prompt == "FILE:/home/me/x"
+
+
+def ends(error, capsys):
+    """(exit status, what stderr says) of a command that raises the error."""
+    with pytest.raises(SystemExit) as end, one_line_errors():
+        raise error
+    return end.value.code, capsys.readouterr().err
+
+
+def test_errors_of_the_machine_are_one_line_and_bugs_are_not(capsys):
+    assert ends(OSError(errno.ENAMETOOLONG, "File name too long", "x"), capsys) == (2, "error: x: File name too long\n")
+    assert ends(OSError(errno.ENOSPC, "No space left"), capsys) == (2, "error: the output: No space left\n")
+    for error in (MemoryError("of 3 GB"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 3 GB"),
+                  torch.OutOfMemoryError("CUDA: 3 GB")):
+        status, said = ends(error, capsys)
+        assert status == 2 and said.startswith("error: not enough memory: lower --micro_batch_size") and "3 GB" in said
+    for bug in (OSError("broken data stream"), RuntimeError("shapes differ"), ValueError("no"), BrokenPipeError()):
+        with pytest.raises(type(bug)), one_line_errors():
+            raise bug
+
+
+@pytest.mark.parametrize("command", ["train.py --help", "-m tools.scaling --help"])
+def test_nobody_reads_the_output(command):
+    """As `| head` has it: no traceback, and the status of other programs."""
+    for said in ({"stderr": subprocess.PIPE}, {"stderr": subprocess.STDOUT}):
+        process = subprocess.Popen([sys.executable, *command.split()], stdout=subprocess.PIPE, cwd=ROOT, **said)
+        process.stdout.close()
+        assert process.wait() == 141 and not (process.stderr and process.stderr.read())
 
 
 def test_on_cpu_replaces_the_files_values_but_not_the_command_lines(tmp_path):
@@ -139,8 +232,8 @@ def test_settings_inside_settings_are_dicts_in_files_and_dotted_on_the_command_l
     assert parse(Outer, [], base=lambda given: {"batch_size": 2, "inner": {"size": 7}})[0] == Outer(2, Inner(7))
     assert "--inner.size=4 " in help_text(Outer, "") and "a part of its own" in help_text(Outer, "")
     for argument, message in (("--inner.sise=3", "did you mean --inner.size?"),
-                              ("--inner=3", "unknown setting --inner"),
-                              (write(tmp_path / "d.py", "inner = 3"), "unknown setting inner in"),
+                              ("--inner=3", "write --inner.NAME=VALUE, where NAME is one of size, name"),
+                              (write(tmp_path / "d.py", "inner = 3"), r"write inner = dict\(NAME=VALUE\), where"),
                               (write(tmp_path / "e.py", "inner = dict(size='a')"), "inner.size = 'a' in")):
         with pytest.raises(UserError, match=message):
             parse(Outer, [argument])
@@ -160,7 +253,7 @@ def test_names_that_the_settings_cannot_know_are_a_dict(tmp_path):
     assert parse(Named, ["--rates.x=1"], base=lambda given: {"rates": {"y": 2.0}})[0].rates == {"y": 2.0, "x": 1.0}
     assert "--rates.NAME=VALUE " in help_text(Named, "")
     for argument, message in (("--rates.head=high", "--rates.head=high: rates.head must be a number"),
-                              ("--rates=1", "unknown setting --rates ")):
+                              ("--rates=1", "unknown setting --rates .* write --rates.NAME=VALUE$")):
         with pytest.raises(UserError, match=message):
             parse(Named, [argument])
 
@@ -196,7 +289,16 @@ def test_settings_decide_which_others_there_are(tmp_path):
         settings(check=lambda s, given: (_ for _ in ()).throw(UserError(f"no luck with {s.batch_size}")), **how)
 
 
-def test_help_documents_every_setting():
+def test_help_fits_the_terminal(monkeypatch):
+    for columns in (50, 80):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        lines = help_text(train.Settings, train.__doc__).splitlines()
+        assert max(map(len, lines)) <= max(columns, 4 + max(len(word) for line in lines for word in line.split()))
+    assert any(re.match(r" {43}\S", line) for line in lines)  # goes on below its text
+
+
+def test_help_documents_every_setting(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     text = help_text(Example, "What it does.")
     assert "What it does." in text and "a heading" in text
     assert "--batch_size=12 " in text and "sequences per update" in text
@@ -206,6 +308,8 @@ def test_help_documents_every_setting():
         assert all(re.search(rf"  --{each.name}[.=].* +\S", documented) for each in fields(cls)), cls
     with pytest.raises(UserError, match="unknown setting --pair_loss .* it is for --task=contrastive alone"):
         parse(train.Settings, ["--pair_loss=softmax"], **train.HOW)
+    with pytest.raises(UserError, match="unknown setting --vision .* --task=contrastive and --task=image-text alone"):
+        parse(train.Settings, ["--vision=3"], **train.HOW)
 
 
 def test_ranges_reject_what_is_too_small_too_large_and_nan():

@@ -195,7 +195,7 @@ def test_a_missing_run_and_an_unknown_model_are_named(tmp_path, monkeypatch, tra
                           ("./no such", "init_from = ./no such: no folder of that name")):
         with pytest.raises(UserError, match=message):
             parse(sample.Settings, [f"--init_from={name}"], **sample.HOW)
-            run("", init_from=name)
+            run("out", init_from=name)
 
 
 def test_the_model_decides_which_settings_there_are(trained):

@@ -52,7 +52,7 @@ def shapes(tmp_path_factory):
 def small(shapes):
     return dict(dataset=str(shapes), vision=Vision(n_layer=1, n_head=2, n_embd=32, patch_size=16), n_layer=1,
                 n_head=2, n_embd=32, block_size=128, batch_size=8, max_iters=12, warmup_iters=2, learning_rate=3e-3,
-                eval_interval=6, log_interval=3, device="cpu", dtype="float32", sample_tokens=1)
+                eval_interval=6, log_interval=3, device="cpu", dtype="float32")
 
 
 KINDS = {"contrastive": dict(learning_rate=1e-3), "image-text": dict(n_kv_head=1)}
@@ -268,7 +268,7 @@ def published(tmp_path_factory):
 
 def tuning(small, published, out_dir, **changes):
     """The settings that fine-tune the published model."""
-    names = ("dataset", "batch_size", "max_iters", "eval_interval", "device", "sample_tokens")
+    names = ("dataset", "batch_size", "max_iters", "eval_interval", "device")
     return settings_for("image-text", **{**{name: small[name] for name in names}, "init_from": str(published[0]),
                                          "learning_rate": 1e-2, "out_dir": str(out_dir), **changes})
 
@@ -326,7 +326,7 @@ def test_parts_have_their_own_rates():
     ("image-text", dict(init_decoder="nosuch"), "init_decoder = nosuch: is not the folder of a run"),
     ("contrastive", dict(block_size=8), "block_size = 8: the longest caption of .* has"),
     ("contrastive", dict(micro_batch_size=2), "scores each row against all others, so every worker takes one piece"),
-    ("contrastive", dict(shard=True), "shard = True: not for --task=contrastive"),
+    ("contrastive", dict(shard=True, resume="auto"), "shard = True: not for --task=contrastive"),
     ("image-text", dict(init_from="out/nothing"), "init_from = out/nothing"),
 ])
 def test_what_does_not_fit_is_named(task, changes, message, small, tmp_path, monkeypatch):

@@ -10,15 +10,18 @@ MFU is an assumption, a small model on many GPUs won't reach it. Recomputation t
 
 import sys
 
+from configurator import check_idle, one_line_errors, parse
+
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # answered before torch is imported
-    raise SystemExit(print(__doc__.strip()))
+    with one_line_errors():
+        print(__doc__.strip(), flush=True)
+    raise SystemExit(0)
 
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from configurator import check_idle, one_line_errors, parse
 from machine.device import PEAK_FLOPS
 from run.cost import count_parameters, flops_per_token
 from tasks.text import MODELS

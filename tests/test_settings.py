@@ -1,0 +1,378 @@
+"""Each setting of each command and task changes what happens, or is refused in a line that names it.
+
+A setting without an entry in the tables below fails the test: say there what it changes. What only repeats a setting
+(config.json, the line of settings) is no change.
+"""
+
+import json
+import multiprocessing
+import os
+import runpy
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from conftest import make_text
+
+import evaluate
+import prepare
+import sample
+import train
+from configurator import UserError, flat_fields, joined, parse
+from machine import distributed
+from run import checkpoint
+from sources import documents, images, texts
+from tasks import TASKS, find_task, task_class
+
+ROOT = Path(train.__file__).parent
+
+
+class Change(SimpleNamespace):
+    """A value for the setting, in a run with the settings `beside` it; a run with these alone is what it is compared
+    with. refused: the line says so."""
+
+    def __init__(self, value, refused=False, **beside):
+        super().__init__(value=value, refused=refused, beside={k.replace("__", "."): v for k, v in beside.items()})
+
+
+def refused(value, **beside):
+    return Change(value, refused=True, **beside)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a run does
+
+def arguments(settings):
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+VOLATILE = ("ms", "tokens_per_s", "mfu", "seconds", "started", "ended")
+
+
+class Lab:
+    """Runs commands in this process, in a folder of their own, and tells what they did; each only once."""
+
+    def __init__(self, folder):
+        self.folder, self.known = folder, {}
+
+    def outcome(self, command, settings):
+        """All that the command did, comparable; or the UserError that refused it."""
+        key = (command.__name__, *sorted(settings.items()))
+        if key not in self.known:
+            out = Path(tempfile.mkdtemp(dir=self.folder)) / "out"
+            try:
+                self.known[key] = command(settings, out)
+            except UserError as error:
+                self.known[key] = error
+        return self.known[key]
+
+    def compare(self, command, base, name, change):
+        base = {**base, **change.beside}
+        after = self.outcome(command, {**base, name: change.value})
+        if change.refused:
+            assert isinstance(after, UserError), f"{name} = {change.value!r} was not refused"
+            assert name.partition(".")[0] in str(after), f"{name} is not named: {after}"
+            return
+        before = self.outcome(command, base)
+        for found in (before, after):
+            assert not isinstance(found, UserError), f"{name} = {change.value!r}: {found}"
+        assert after != before, f"{name} = {change.value!r} changes nothing"
+
+
+def train_run(settings, out):
+    """What a training run computes, shows and leaves."""
+    calls, wandb = [], mock.MagicMock()
+    sys.modules["wandb"] = wandb  # which the fixture `lab` takes out again
+    out = Path(settings.get("out_dir", out))
+    settings, given = parse(train.Settings, arguments({"out_dir": out, **settings}), **train.HOW)
+    cls, open_writer, save = task_class(settings.task), checkpoint.Writer.__init__, checkpoint.Writer.save
+
+    def spy(name, function):
+        def called(*args, **kwargs):
+            result = function(*args, **kwargs)
+            calls.append((name, result if isinstance(result, str) else ""))
+            return result
+        return called
+
+    def new_writer(self, out_dir, background, sharded=False):
+        calls.append(("in the background", background))
+        open_writer(self, out_dir, background, sharded)
+
+    def new_save(self, names, *what):
+        calls.append(("save", names))
+        save(self, names, *what)
+
+    with mock.patch.object(cls, "show", spy("show", cls.show)), \
+            mock.patch.multiple(checkpoint.Writer, __init__=new_writer, save=new_save), \
+            mock.patch.object(torch.nn.Module, "compile", lambda self: calls.append("compile")), \
+            mock.patch.object(distributed, "checkpoint", spy("recompute", lambda work, *args, **how: work(*args))), \
+            mock.patch.object(train, "peak_flops", lambda *about: None):
+        status = 0
+        try:
+            train.main(settings, given)
+        except SystemExit as error:
+            status = error.code
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    rows = [{key: value for key, value in row.items() if key not in VOLATILE} for row in rows]
+    config = json.loads((out / "last" / "config.json").read_text())
+    charts = [call.kwargs[key] for call in wandb.init.mock_calls for key in ("project", "name") if key in call.kwargs]
+    files = sorted(path.relative_to(out).as_posix() for path in out.rglob("*"))
+    if settings.out_dir == "elsewhere":
+        calls.append("elsewhere")
+    published = os.path.exists(getattr(settings, "publish", "") or "nowhere")
+    return rows, config["model"], files, calls, charts, status, published
+
+
+def sample_run(settings, out):
+    """What sample.py prints and draws, and the precision of its weights."""
+    said = []
+    settings, _ = parse(sample.Settings, arguments(settings), **sample.HOW)
+    cls = task_class(find_task(settings.out_dir))
+    write = cls.sample
+
+    def spied(self, model, *about):
+        said.append(str(next(model.parameters()).dtype))
+        return write(self, model, *about)
+
+    with mock.patch("builtins.print", lambda *args, **kwargs: said.extend(args)), \
+            mock.patch.object(cls, "sample", spied):
+        sample.main(settings)
+    drawn = [getattr(settings, name, "") for name in ("draw", "attention")]
+    return "".join(said).replace(str(settings.out_dir), ""), [os.path.exists(path or "nowhere") for path in drawn]
+
+
+def evaluate_run(settings, out):
+    """The numbers in evaluation.json, which must be in the out directory."""
+    settings, _ = parse(evaluate.Settings, arguments(settings), **evaluate.HOW)
+    path = Path(settings.out_dir) / "evaluation.json"
+    path.unlink(missing_ok=True)
+    evaluate.main(settings)
+    found = json.loads(path.read_text())
+    return {key: value for key, value in found.items() if isinstance(value, float) or key == "tokens"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What there is to run
+
+CPU = dict(device="cpu", dtype="float32")
+BASES = {
+    "text": dict(CPU, n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4, max_iters=6, warmup_iters=1,
+                 learning_rate=0.01, min_lr=0.001, eval_interval=3, log_interval=2, sample_tokens=4),
+}
+BASES["contrastive"] = BASES["image-text"] = {
+    **BASES["text"], "block_size": 128, "vision.n_layer": 1, "vision.n_head": 2, "vision.n_embd": 16,
+    "vision.patch_size": 16, "learning_rate": 0.003, "sample_tokens": 300}
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """Data sets, a run of each task, and files, by name, in the current folder of these tests."""
+    folder = tmp_path_factory.mktemp("lab")
+    for name, seed in (("words", 0), ("others", 1)):
+        (folder / f"{name}.txt").write_text(make_text(600, seed), encoding="utf-8")
+        texts.prepare([folder / f"{name}.txt"], folder / "data" / name, "char")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", None)
+        patch.chdir(folder)
+        yield Lab(folder)
+
+
+@pytest.fixture(scope="module")
+def with_images(lab):
+    generate = runpy.run_path(str(ROOT / "data" / "shapes" / "generate.py"))["generate"]
+    for name, count in (("shapes", 60), ("more", 70)):
+        generate(lab.folder / f"{name}_source", images=count)
+        images.prepare(lab.folder / f"{name}_source", lab.folder / "data" / name, "char", image_size=32)
+
+
+@pytest.fixture
+def base(lab, task, request):
+    """The settings of a small run of the task."""
+    if task != "text":
+        request.getfixturevalue("with_images")
+    return {**BASES[task], "task": task, "dataset": f"data/{'words' if task == 'text' else 'shapes'}"}
+
+
+def runs_of(task, base):
+    """Makes one_task and two_task, and run_task, whose `best` is that of two_task."""
+    if os.path.exists(f"run_{task}"):
+        return
+    for name, seed in (("one", 1), ("two", 2)):
+        train_run({**base, "seed": seed, "out_dir": f"{name}_{task}"}, None)
+    shutil.copytree(f"one_{task}", f"run_{task}")
+    shutil.rmtree(f"run_{task}/best")
+    shutil.copytree(f"two_{task}/best", f"run_{task}/best")
+
+
+@pytest.fixture
+def run(lab, task, base):
+    """The folder of a run of the task, whose checkpoints best and last differ."""
+    if task == "image-text":  # whose parts come from other runs
+        runs_of("contrastive", {**base, "task": "contrastive"})
+        runs_of("gemma", {**BASES["text"], "dataset": "data/words", "model": "gemma"})
+    runs_of(task, base)
+    return f"run_{task}"
+
+
+TRAINING = {
+    "task": refused("nonsense"), "out_dir": Change("elsewhere"), "dataset": Change("data/others"),
+    "init_from": Change("one_text"),
+    "resume": refused(True),
+    "optimizer": Change("muon"), "batch_size": Change(5), "micro_batch_size": Change(3, dropout=0.5),
+    "max_iters": Change(7), "learning_rate": Change(0.02), "muon_lr": Change(0.03, optimizer="muon"),
+    "lr_schedule": Change("linear"), "min_lr": Change(0.002), "warmup_iters": Change(2), "lr_decay_iters": Change(4),
+    "weight_decay": Change(0.5), "beta1": Change(0.5), "beta2": Change(0.5), "grad_clip": Change(0.01),
+    "dropout": Change(0.5),
+    "lora_rank": Change(2, init_from="one_text"),
+    "rates.*": Change(0.1), "eval_interval": Change(2), "eval_tokens": Change(40), "log_interval": Change(1),
+    "async_save": Change(False), "max_minutes": Change(1e-9), "save_minutes": Change(1e-9),
+    "max_grad_norm": refused(1e-9), "max_loss_rise": refused(1e-9, learning_rate=3.0), "sample_tokens": Change(0),
+    "wandb": Change(True), "wandb_project": Change("other", wandb=True), "wandb_name": Change("other", wandb=True),
+    "seed": Change(1), "device": refused("cuda"), "dtype": Change("bfloat16"), "compile": Change(True),
+    "shard": refused(True), "recompute": Change(True),
+    # the model
+    "model": Change("gemma"), "n_layer": Change(2), "n_head": Change(1), "n_kv_head": Change(1), "n_embd": Change(32),
+    "block_size": Change(12), "bias": Change(True), "mlp": Change("relu2"), "positions": Change("rotary"),
+    "tied": Change(False), "bigrams": Change(True), "zero_init": Change(True),
+    # of tasks with images
+    "pair_loss": Change("softmax"), "init_vision": Change("one_contrastive"), "init_decoder": Change("one_gemma"),
+    "publish": Change("published"), "vision.n_layer": Change(2), "vision.n_head": Change(1),
+    "vision.n_embd": Change(32), "vision.patch_size": Change(8),
+}
+WITH_IMAGES = {
+    "dataset": Change("data/more"), "block_size": Change(120), "eval_tokens": Change(200), "sample_tokens": Change(0)}
+ONLY = {
+    "text": {},
+    "contrastive": {**WITH_IMAGES, "micro_batch_size": refused(2), "init_from": Change("one_contrastive"),
+                    "lora_rank": Change(2, init_from="one_contrastive")},
+    "image-text": {**WITH_IMAGES, "init_from": Change("one_image-text"),
+                   "lora_rank": Change(2, init_from="one_image-text")},
+}
+PART = {"text": "wte", "contrastive": "text", "image-text": "decoder"}  # that --rates gets
+
+
+def settings_of(command, kind):
+    """(task, setting) of all that a command has, those of tasks with images marked as slow."""
+    return [pytest.param(task, name, marks=[pytest.mark.slow] * (task != "text"))
+            for task, row in TASKS.items() for name in flat_fields(joined(command.Settings, getattr(row, kind)))]
+
+
+@pytest.mark.parametrize("task, name", settings_of(train, "training"))
+def test_each_setting_of_training_changes_the_run_or_is_refused(lab, base, run, task, name):
+    change = {**TRAINING, **ONLY[task]}[name]  # a new setting needs an entry
+    lab.compare(train_run, base, name.replace("*", PART[task]), change)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+SAMPLING = {
+    "out_dir": Change("one_{task}"), "checkpoint": Change("last"), "init_from": refused("gpt2"),
+    "prompt": Change("the "), "num_samples": Change(2), "device": refused("meta"),
+    "dtype": Change("bfloat16"),
+    "max_new_tokens": Change(7), "temperature": Change(0.1), "top_k": Change(1), "top_p": Change(0.1),
+    "stop": Change("a"), "seed": Change(1),
+    "image": Change("b.png"), "draw": Change("boxes.png"), "attention": Change("map.png"),
+}
+ABOUT_IMAGES = {
+    "text": {}, "image-text": {"prompt": Change("count"), "stop": Change("<"), "init_from": refused("one_image-text")},
+    "contrastive": {"prompt": Change("a red star|a green circle"), "num_samples": refused(2),
+                    "init_from": refused("one_contrastive")}}
+EVALUATING = {
+    "out_dir": Change("one_{task}"), "checkpoint": Change("last"), "dataset": Change("data/others"),
+    "split": Change("train"), "device": refused("meta"), "dtype": Change("bfloat16"),
+    "random_windows": Change(3), "batch_size": Change(5), "seed": Change(1),
+}
+
+
+def at(task, change):
+    """The change, whose value may name the task."""
+    value = change.value.format(task=task) if isinstance(change.value, str) else change.value
+    return Change(value, change.refused, **change.beside)
+
+
+@pytest.mark.parametrize("task, name", settings_of(sample, "sampling"))
+def test_each_setting_of_sampling_changes_the_sample_or_is_refused(lab, run, task, name):
+    asked = dict(CPU, out_dir=run)
+    if task != "contrastive":
+        asked |= {"max_new_tokens": 40}
+    if task != "text":
+        for letter, number in (("a", 0), ("b", 1)):
+            shutil.copy(f"shapes_source/images/{number:05}.png", f"{letter}.png")
+        asked |= {"image": "a.png", "prompt": "caption" if task == "image-text" else "a red star|a blue circle"}
+    lab.compare(sample_run, asked, name, at(task, {**SAMPLING, **ABOUT_IMAGES[task]}[name]))
+
+
+@pytest.mark.parametrize("task, name", settings_of(evaluate, "evaluating"))
+def test_each_setting_of_an_evaluation_changes_its_numbers_or_is_refused(lab, run, task, name):
+    change = EVALUATING[name] if task == "text" or name != "dataset" else Change("data/more")
+    asked = {"random_windows": 2, "batch_size": 4} if task == "text" else {}
+    lab.compare(evaluate_run, {**CPU, "out_dir": run, **asked}, name, at(task, change))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+PREPARING = {
+    "tokenizer": Change("bpe:300"), "name": Change("data/named_{task}"), "files": Change("a*"),
+    "val_fraction": Change(0.3), "newlines": Change("keep"), "image_size": Change(24),
+    "column": Change("other"), "processes": Change(1), "max_files": Change(1)}
+FOR_OTHERS = {  # what a kind of source has no use for
+    "texts": ("image_size", "column", "processes", "max_files"), "documents": ("newlines", "image_size"),
+    "images": ("files", "newlines", "column", "processes", "max_files")}
+
+
+def make_sources(folder):
+    """A folder of each kind of source."""
+    for kind in ("texts", "documents"):
+        (folder / kind).mkdir()
+        for name, seed in (("a", 0), ("b", 1)):
+            rows = make_text(400, seed).splitlines()
+            (folder / "texts" / f"{name}.txt").write_bytes("\r\n".join(rows).encode()) if kind == "texts" else (
+                folder / "documents" / f"{name}.jsonl").write_text("".join(
+                    json.dumps({"text": row, "other": row.upper()}) + "\n" for row in rows))
+    generate = runpy.run_path(str(ROOT / "data" / "shapes" / "generate.py"))["generate"]
+    generate(folder / "images", images=20)
+    captions = folder / "images" / "captions.jsonl"
+    rows = [json.loads(line) for line in captions.read_text().splitlines()]
+    captions.write_text("".join(json.dumps({**row, "split": ""}) + "\n" for row in rows))
+
+
+def prepare_run(settings, out):
+    """The bytes of all that is written, but for the records of it, and how many processes wrote documents."""
+    settings = {"name": str(out), **settings}
+    source, found = settings.pop("source"), []
+    settings, _ = parse(prepare.Settings, arguments(settings))
+
+    def in_processes(processes, jobs):
+        found.append(processes)
+        documents.write_shard.counter = multiprocessing.Value("q")
+        for job in jobs:
+            documents.write_shard(*job)
+
+    with mock.patch.object(documents, "in_processes", in_processes), mock.patch.object(documents, "SHARD_BYTES", 10):
+        prepare.main(settings, [source])
+    files = {path.name: path.read_bytes() for path in Path(settings.name).iterdir()
+             if path.name == "tokenizer.json" or path.suffix != ".json"}
+    return files, found, settings.name.startswith("data/named")
+
+
+@pytest.mark.skipif(not hasattr(prepare, "check_kind"), reason="prepare.py does not refuse idle settings yet")
+@pytest.mark.parametrize("kind", FOR_OTHERS)
+@pytest.mark.parametrize("name", flat_fields(prepare.Settings))
+def test_each_setting_of_prepare_changes_the_data_or_is_refused(lab, kind, name):
+    if not os.path.exists(kind):
+        make_sources(lab.folder)
+    change = Change("bpe:1500") if (kind, name) == ("images", "tokenizer") else PREPARING[name]
+    base = {"source": kind, "tokenizer": "byte" if kind == "documents" else "char"}
+    lab.compare(prepare_run, base, name, refused(change.value) if name in FOR_OTHERS[kind] else at(kind, change))
+
+
+def test_a_share_for_validation_is_refused_where_the_rows_name_their_split():
+    rows = [{"where": "line", "image": split, "split": split} for split in ("train", "val")]
+    images.split_images(rows, 0.1, "x")
+    with pytest.raises(UserError, match="val_fraction = 0.3: the rows of x name their split; leave it out"):
+        images.split_images(rows, 0.3, "x")
