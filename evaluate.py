@@ -67,8 +67,11 @@ def main(settings):
         for key, value in result.items():
             print(f"  {key:36} {value:,.6f}" if isinstance(value, float) else f"  {key:36} {value}")
         path = Path(settings.out_dir) / "evaluation.json"
-        write_json(path, result)
-        print(f"written to {path}")
+        try:
+            write_json(path, result)
+            print(f"written to {path}")
+        except OSError as error:  # a run of somebody else's
+            print(f"{path} can't be written: {error.strerror}")
     world.close()
 
 

@@ -29,7 +29,8 @@ def pick_tokens(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     if top_p < 1:
         p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)  # the token that crosses top_p stays
     # With e ~ Exp(1), argmax(p / e) is a draw from p: no normalising, no waiting for the device.
-    choice = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1, keepdim=True)  # (B, 1)
+    waits = torch.empty_like(p).exponential_(generator=generator).clamp_min_(1e-37)  # MPS also draws 0, and 0 / 0 wins
+    choice = (p / waits).argmax(-1, keepdim=True)  # (B, 1)
     return (choice if order is None else order.gather(-1, choice)).squeeze(-1)
 
 

@@ -15,22 +15,30 @@ from model import all_blocks
 CPU_BATCH = 2**19  # numbers that a CPU's caches hold
 
 
+def freeze(model, rates):
+    """Freezes the parts of the model, by the names of its children, whose rate is 0. Raises UserError for no part.
+
+    To be called before the model is copied to several workers: they wait for a gradient of all that is not frozen.
+    """
+    parts = [name for name, child in model.named_children() if next(child.parameters(), None) is not None]
+    for name in rates.keys() - set(parts):
+        raise UserError(f"rates.{name} = {rates[name]}: the model has no such part, only {', '.join(parts)}")
+    for name, p in model.named_parameters():
+        p.requires_grad_(p.requires_grad and rates.get(name.partition(".")[0], 1.0) > 0)
+
+
 def make_optimizers(model, settings):
     """{"optimizer": AdamW} (Loshchilov and Hutter 2019), and with settings.optimizer = "muon" {..., "muon": Muon}.
 
     Only what has two or more dimensions is decayed. settings.rates has multiples of the learning rate for parts of the
-    model, by the names of its children; 0 freezes the part. Raises UserError for a part that the model lacks.
+    model, of which those of rate 0 are frozen by `freeze`.
     """
     s, groups, matrices, trained = settings, {}, set(), set()
-    parts = [name for name, child in model.named_children() if next(child.parameters(), None) is not None]
-    for name in s.rates.keys() - set(parts):
-        raise UserError(f"rates.{name} = {s.rates[name]}: the model has no such part, only {', '.join(parts)}")
     if s.optimizer == "muon":
         matrices = {p for block in all_blocks(model) for p in block.parameters() if p.dim() == 2}
     for name, p in model.named_parameters():
         part = name.partition(".")[0]
         scale = s.rates.get(part, 1.0)
-        p.requires_grad_(p.requires_grad and scale > 0)
         if p.requires_grad:
             trained.add(part)
             scale *= s.muon_lr / s.learning_rate if p in matrices else 1

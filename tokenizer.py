@@ -149,28 +149,26 @@ class Transcript:
 
     def __init__(self, tokenizer, stop=""):
         self.tokenizer, self.stop, self.ended = tokenizer, stop, False
-        self.ids, self.done, self.shown = [], "", 0  # all ids; the text of those before `start`; the length shown
-        self.before = self.start = 0  # ids[before:start] came last to the text; that of ids[start:] is not whole yet
+        self.ids, self.done, self.shown = [], "", 0  # all ids; the text that stands; the length shown
+        self.settled, self.before, self.start = "", 0, 0  # the text of ids[:start], of which ids[before:] came last
 
     def append(self, token):
         if self.ended or token == self.tokenizer.eos:
             self.ended = True
             return
         self.ids.append(token)
-        piece = self.pending()
-        if piece.endswith("\ufffd") and len(self.ids) - self.start < 4:  # bytes of a character that is not complete
-            return
-        self.done, self.before, self.start = self.done + piece, self.start, len(self.ids)
+        text = str(self)
+        self.done = text.removesuffix("\ufffd")  # which may be a character that is not complete
+        if self.done == text:
+            self.settled, self.before, self.start = text, self.start, len(self.ids)
         if self.stop and self.stop in self.done:
-            self.done, self.ended = self.done.partition(self.stop)[0], True
-
-    def pending(self):
-        """The text of ids[start:], decoded together with what comes before: some decoders strip a leading space."""
-        before = self.tokenizer.decode(self.ids[self.before:self.start])
-        return self.tokenizer.decode(self.ids[self.before:])[len(before):]
+            self.done = self.settled = self.done.partition(self.stop)[0]
+            self.start, self.ended = len(self.ids), True
 
     def __str__(self):
-        return self.done + self.pending()
+        """All text. New ids are decoded together with those before: some decoders strip a leading space."""
+        before = self.tokenizer.decode(self.ids[self.before:self.start])
+        return self.settled + self.tokenizer.decode(self.ids[self.before:])[len(before):]
 
     def news(self, final=False):
         """The text that came since the last call, short of what may turn out to be the beginning of `stop`."""

@@ -115,7 +115,7 @@ def write(out_dir, name, state, tokenizers, config, trainer, group=None):
     is_main = group is None or dist.get_rank() == 0
     try:
         if is_main:
-            shutil.rmtree(new, ignore_errors=True)
+            clear(new)
             new.mkdir(parents=True)
         if group:
             trainer = shards.write(new, state, trainer, group)
@@ -130,15 +130,25 @@ def write(out_dir, name, state, tokenizers, config, trainer, group=None):
                     torch.save(trainer, file)
             seal(new, config)
             if final.exists():
-                shutil.rmtree(old, ignore_errors=True)
+                clear(old)
                 rename(final, old)
             rename(new, final)
             if trainer is None:
-                shutil.rmtree(old, ignore_errors=True)
+                clear(old)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         if is_main:
             shutil.rmtree(new, ignore_errors=True)  # a full disk needs the room
         raise UserError(f"{final} can't be written: {reason(error)}") from error
+
+
+def clear(folder):
+    """Deletes a folder. What can't be deleted, as NFS keeps what somebody reads, gets a name of its own till later."""
+    for path in (folder, *folder.parent.glob(f"{folder.name}.*")):
+        if path.is_symlink():
+            path.unlink()
+        shutil.rmtree(path, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, f"{folder}.{os.urandom(4).hex()}")
 
 
 def seal(folder, config):

@@ -22,6 +22,8 @@ from run.cost import flops_per_token
 from tasks.image_text import WithImages, pad_left, with_eos
 from vlm import SigLIP, SigLIPConfig, TextEncoderConfig, init_parts
 
+EVAL_ROWS = 64  # per batch of an evaluation; the more there are, the harder the right one is to tell
+
 
 class Captions(NamedTuple):
     """Texts alone as token ids, each padded on the left to the longest, so that eos is the last of every row."""
@@ -76,7 +78,7 @@ class ContrastiveTask(WithImages):
                 "tokens": to_device(data.ids[rows], device), "padding": to_device(data.padding[rows], device)}
 
     def evaluate(self, model, split, world, dtype, limit=0):
-        """The loss in batches of batch_size; every rank scores all of them."""
+        """The loss in batches of EVAL_ROWS; every rank scores all of them."""
         return {"loss": self.score(model, split, dtype, limit)[0]}
 
     @torch.no_grad()
@@ -84,7 +86,7 @@ class ContrastiveTask(WithImages):
         """(the loss, each image's agreement with each text, (n, n), the captions of both)."""
         data, device, losses, images, texts = self.data[split], self.world.device, [], [], []
         most = max(1, limit // (self.n_patches + data.ids.shape[1])) if limit else 0  # rows
-        batches = fixed_rows(len(data.images), self.settings.batch_size, most)
+        batches = fixed_rows(len(data.images), EVAL_ROWS, most)
         for rows in watched(batches, "evaluating"):
             batch = self.gather(data, rows)
             with autocast(device, dtype):

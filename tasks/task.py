@@ -15,6 +15,7 @@ import tokenizer as tokenizers
 from configurator import UserError, build, flat_values, say
 from lora import add_lora, merge_lora
 from machine.digest import code_of
+from optimizer import freeze
 from published.files import load as load_published
 from run import checkpoint
 from run.cost import count_parameters
@@ -191,6 +192,7 @@ def start(settings, given, folder, data, world):
         model = task.build(generator).to(device)
     if s.lora_rank and not folder:
         add_lora(model, s.lora_rank, generator)
+    freeze(model, s.rates)
     decided = task.shape(model)
     for name in decided.keys() & given.keys():
         if given[name] not in (decided[name], ""):  # "": whatever the model has

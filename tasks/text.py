@@ -32,7 +32,8 @@ MODELS = {  # model_type: (class, class of its configuration)
     "gemma": (Gemma, GemmaConfig),
 }
 SHAPE = ("n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "bias", "mlp", "positions", "tied", "bigrams")
-EVAL_TOKENS = 16384  # tokens per batch of an evaluation: memory, not a result, depends on it
+EVAL_TOKENS = 16384  # most tokens per batch of an evaluation: memory, not a result, depends on it
+EVAL_LOGITS = 2**27  # and most logits
 
 
 class TextTask(Task):
@@ -82,12 +83,16 @@ class TextTask(Task):
         windows = read_windows(self.dataset.splits["train"], rows, self.block_size, self.world.device)
         return windows, torch.ones(windows["targets"].shape, device=self.world.device)
 
+    def windows_at_once(self, model):
+        return max(1, min(EVAL_TOKENS, EVAL_LOGITS // model.config.vocab_size) // self.block_size)
+
     @torch.no_grad()
     def evaluate(self, model, split, world, dtype, limit=0):
         """Every token but the first is scored once, in windows side by side."""
         tokens, T = self.dataset.tokens(split, self.block_size), self.block_size
+        at_once = self.windows_at_once(model)
         totals, count = [torch.zeros(())], 0
-        for (offsets, length), counts in world.share(fixed_windows(len(tokens), T, max(1, EVAL_TOKENS // T), limit)):
+        for (offsets, length), counts in world.share(fixed_windows(len(tokens), T, at_once, limit)):
             windows = read_windows(tokens, offsets, length, world.device)
             with autocast(world.device, dtype):
                 totals.append(counts * model(**windows).sum().cpu())
@@ -98,14 +103,18 @@ class TextTask(Task):
     @torch.no_grad()
     def details(self, model, split, world, dtype, settings, found):
         """Beside the loss: perplexity, bits per character, and nanoGPT's estimate, the mean loss of random windows."""
-        tokens, total = self.dataset.tokens(split, self.block_size), 0.0
+        tokens, total, at_once = self.dataset.tokens(split, self.block_size), 0.0, self.windows_at_once(model)
         for i in watched(range(world.rank, settings.random_windows, world.size), "random windows"):
             offsets = random_offsets(len(tokens), self.block_size, settings.batch_size, settings.seed, i)
-            with autocast(world.device, dtype):
-                total += model(**read_windows(tokens, offsets, self.block_size, world.device)).mean().item()
-        estimate = world.sum(total)[0] / settings.random_windows if settings.random_windows else None
+            for start in range(0, len(offsets), at_once):
+                windows = read_windows(tokens, offsets[start:start + at_once], self.block_size, world.device)
+                with autocast(world.device, dtype):
+                    total += model(**windows).sum().item()
+        count = settings.random_windows * settings.batch_size * self.block_size
+        estimate = world.sum(total)[0] / count if count else None
         characters = self.dataset.meta[f"{split}_characters"]
-        return {"tokens": len(tokens) - 1, "perplexity": math.exp(found["loss"]),
+        perplexity = math.exp(found["loss"]) if found["loss"] < 700 else None  # more than a number can be
+        return {"tokens": len(tokens) - 1, "perplexity": perplexity,
                 "bits_per_char": found["loss"] / math.log(2) * len(tokens) / characters,
                 "random_window_loss": estimate}
 
