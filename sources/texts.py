@@ -1,62 +1,222 @@
 """Texts into a data set: train.bin, val.bin, tokenizer.json, meta.json; and what data sets of all kinds share.
 
-    python prepare.py my.txt                            also a folder of .txt files, or a URL
+    python prepare.py my.txt                            also a folder of texts with any suffix, or a URL
+    python prepare.py src/ notes.md --name=mine         several; --files="*.py": of a folder only these
 
-Text is UTF-8. It is read and written piece by piece, so it may be larger than memory.
+Text is UTF-8, and of HTML what a page shows. The end of each file is for validation. Text is read and written piece by
+piece, so it may be larger than memory.
 """
 
+import collections
+import contextlib
+import fnmatch
 import hashlib
+import io
 import os
 import re
-import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
 
 import tokenizer as tokenizers
 from configurator import UserError
+from machine.terminal import progress
 from run.files import write_json
 
 CHUNK = 1 << 22  # characters of text held at a time
+SAMPLE = 20_000_000  # characters that a BPE learns from, at most
+LARGEST = 5  # files whose shares of a data set are said
+SAMPLE_PIECE = 1 << 16  # characters of that which come from one place, at least, unless a file is shorter
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which files are texts
+
+ICONV = "convert it first: iconv -f {} -t UTF-8 OLD > NEW"
+FIRST_BYTES = {  # of what is no text: what it is, and the remedy
+    b"\xff\xfe\0\0": ("UTF-32", ICONV.format("UTF-32")), b"\0\0\xfe\xff": ("UTF-32", ICONV.format("UTF-32")),
+    b"\xff\xfe": ("UTF-16", ICONV.format("UTF-16")), b"\xfe\xff": ("UTF-16", ICONV.format("UTF-16")),
+    b"\x1f\x8b": ("gzip", "unpack it first: gunzip"), b"BZh9": ("bzip2", "unpack it first: bunzip2"),
+    b"\xfd7zXZ": ("xz", "unpack it first: unxz"), b"\x28\xb5\x2f\xfd": ("zstd", "unpack it first: unzstd"),
+    b"PK\x03\x04": ("a zip archive, as .docx, .xlsx and .epub are too", "take the text out of it first"),
+    b"%PDF-": ("a PDF", "take the text out of it first: pdftotext"), b"{\\rtf": ("RTF", "save it as plain text first"),
+    b"SQLite format 3": ("an SQLite database", "export a table as .csv first"),
+    b"\x89PNG": ("a picture", "pictures need a captions.jsonl"), b"GIF8": ("a picture", "pictures need a captions.jsonl"),
+    b"\xff\xd8\xff": ("a picture", "pictures need a captions.jsonl")}
+WIDE = {(0, 1, 0, 1): "UTF-16LE", (1, 0, 1, 0): "UTF-16BE", (0, 1, 1, 1): "UTF-32LE", (1, 1, 1, 0): "UTF-32BE"}
+BESIDE = ("README", "LICENSE", "LICENCE", "COPYING", "NOTICE")  # how the names of texts about documents begin
+SKIPPED = 10  # files that were left out are named, at most
 
 
-def prepare(paths, folder, tokenizer_name, val_fraction=0.1, source=""):
-    """Writes the data set of the files' text into `folder`, and returns its meta. Raises UserError for a bad text."""
-    source = str(source or paths[0])
-    digest, n_characters, n_bytes = hashlib.sha256(), 0, 0
-    for text in read(paths):
-        encoded = text.encode("utf-8")
-        digest.update(encoded)
-        n_characters += len(text)
-        n_bytes += len(encoded)
-    n_train = int(n_characters * (1 - val_fraction))
-    if n_train < 2 or n_characters - n_train < 2:
-        raise UserError(f"{source} has {n_characters} characters: too few to split for training and validation")
-    tokenizer = tokenizers.build(tokenizer_name, lambda: read(paths), lambda: whole_words(read(paths, 0, n_train)))
-    meta = {"source": source, "sha256": digest.hexdigest(), "characters": n_characters, "bytes": n_bytes,
-            "tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "dtype": id_type(tokenizer)}
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, start, stop in (("train", 0, n_train), ("val", n_train, n_characters)):
-        meta[f"{split}_characters"] = stop - start
-        meta[f"{split}_tokens"] = write_tokens(folder / f"{split}.bin.new", read(paths, start, stop), tokenizer)
-    tokenizer.save(folder / "tokenizer.json.new")
-    put_in_place(folder, ("train.bin", "val.bin", "tokenizer.json"), meta)
-    return meta
+def find(paths, document_suffixes, pattern=""):
+    """(texts, files of documents) that are named, or lie in the folders among the paths; one of the two is empty.
 
-
-def read(paths, start=0, stop=sys.maxsize):
-    """Yields the characters start..stop of the files, piece by piece; a newline is put between files without one."""
-    at, last = 0, "\n"
+    pattern: which files of a folder count, as in "*.py"; empty: all. Prints what was taken, and what was left out.
+    Raises UserError where both are found.
+    """
+    texts, documents, skipped = [], [], []
     for path in paths:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        for file in files_in(path, pattern, skipped) if path.is_dir() else [path]:
             try:
-                text = ("" if last.endswith("\n") else "\n") + file.read(CHUNK)
-                while text and at < stop:
-                    if at + len(text) > start:
-                        yield text[max(0, start - at):stop - at]
-                    at, last = at + len(text), text
-                    text = file.read(CHUNK)
-            except UnicodeDecodeError as error:  # counts from where its piece of the file starts
-                offset = file.buffer.tell() - len(error.object) + error.start
-                raise UserError(f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {offset:,};"
-                                " convert it first, for instance: iconv -f LATIN1 -t UTF-8") from None
+                if file.suffix.lower() in document_suffixes and file.exists() and not file.is_dir():
+                    documents.append(file)
+                    continue
+                if file is not path:
+                    check_text(file)
+                texts.append(file)
+            except (UserError, OSError) as error:
+                skipped.append(str(error))
+    if documents and all(file.name.upper().startswith(BESIDE) for file in texts):
+        skipped += [f"{file} is a text, and the others are documents" for file in texts]
+        texts = []
+    if documents and texts:
+        raise UserError(f"there are documents ({documents[0]}) and texts ({texts[0]}): say which files of a folder"
+                        f" count, such as --files=\"*{documents[0].suffix}\" or --files=\"*{texts[0].suffix}\"")
+    if paths != (taken := texts + documents):
+        suffixes = collections.Counter(file.suffix.lower() or "no suffix" for file in taken)
+        print(f"{len(taken):,} files: {', '.join(f'{n:,} {suffix}' for suffix, n in suffixes.most_common())}")
+    for line in skipped[:SKIPPED]:
+        print(f"left out: {line}")
+    if len(skipped) > SKIPPED:
+        print(f"and {len(skipped) - SKIPPED:,} more are left out", flush=True)
+    return texts, documents
+
+
+def files_in(folder, pattern, skipped):
+    """The files of the folder and of those inside it, in order, that match the pattern and are not hidden.
+
+    What the system can't list is added to `skipped`.
+    """
+    found = []
+    unreadable = lambda error: skipped.append(f"{error.filename} can't be read: {error.strerror}")  # noqa: E731
+    for place, folders, names in os.walk(folder, onerror=unreadable):
+        folders[:] = [name for name in folders if name[0] != "."]
+        links = [name for name in folders if Path(place, name).is_symlink()]
+        found += [Path(place, name) for name in names + links if name[0] != "."]
+    pattern = (pattern or "*").lower()
+    names = {path: (path.name.lower(), path.relative_to(folder).as_posix().lower()) for path in found}
+    return [path for path in sorted(found) if any(fnmatch.fnmatchcase(name, pattern) for name in names[path])]
+
+
+def check_text(path):
+    """Raises UserError that says why the file is no text of UTF-8."""
+    if path.is_symlink() and not path.is_file():
+        raise UserError(f"{path} is a link to {'a folder' if path.is_dir() else 'nothing'}")
+    if not path.is_file():
+        raise UserError(f"{path} is no regular file")
+    for _ in read_file(path):
+        pass
+
+
+def check_start(path, start):
+    """Raises UserError if the first bytes of a file are not those of a UTF-8 text."""
+    for first, (kind, remedy) in FIRST_BYTES.items():
+        if start.startswith(first):
+            raise UserError(f"{path} is {kind}, no UTF-8 text: {remedy}")
+    if path.suffix.lower() in (".json", ".ipynb"):
+        raise UserError(f"{path} is JSON, data and no text: write its rows as .jsonl, or its text as .txt")
+    if b"\0" in start:
+        often = tuple(int(start[i::4].count(0) > len(start) / 8) for i in range(4))  # zeros at each fourth byte
+        if often in WIDE:
+            raise UserError(f"{path} is {WIDE[often]} without a mark, no UTF-8 text: {ICONV.format(WIDE[often])}")
+        raise UserError(f"{path} is binary, no text")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+
+def read_file(path, keep=False):
+    """Yields the text of a file, piece by piece; of HTML what it shows. keep: line ends as they are; else all are \\n.
+
+    Raises UserError if it is not UTF-8.
+    """
+    with open(path, "rb") as raw:
+        start = raw.read(4096)
+        check_start(path, start)
+        raw.seek(0)
+        is_page = path.suffix.lower() in (".html", ".htm", ".xhtml") or re.match(rb"\s*<(!doctype )?html", start, re.I)
+        page = Page() if is_page else None
+        file = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="" if keep else None)
+        try:
+            while text := file.read(CHUNK):
+                yield page.read(text) if page else text
+        except UnicodeDecodeError as error:  # counts from where its piece of the file starts
+            offset = raw.tell() - len(error.object) + error.start
+            raise UserError(f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {offset:,};"
+                            " convert it first, for instance: iconv -f LATIN1 -t UTF-8") from None
+        if page:
+            yield page.rest()
+
+
+class Page(HTMLParser):
+    """The text that a page of HTML shows, a line for each block; outside <pre> all white space in a row is one blank."""
+    HIDDEN = ("script", "style", "template")
+    BLOCKS = set("address article aside blockquote body br caption dd details div dl dt fieldset figcaption figure footer"
+                 " form h1 h2 h3 h4 h5 h6 head header hr html legend li main nav ol option p pre section summary table"
+                 " tbody textarea tfoot thead title tr ul".split())
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.line, self.lines = collections.Counter(), [], []
+
+    def handle_starttag(self, tag, attrs):
+        if tag in self.BLOCKS:
+            self.end_line()
+        self.open[tag] += 1
+        if tag in ("td", "th"):
+            self.line.append(" ")
+
+    def handle_endtag(self, tag):
+        if tag in self.BLOCKS:
+            self.end_line()
+        self.open[tag] = max(0, self.open[tag] - 1)
+
+    def handle_data(self, data):
+        if not any(self.open[tag] for tag in self.HIDDEN):
+            self.line.append(data)
+
+    def end_line(self):
+        text, self.line = "".join(self.line), []
+        text = text.strip("\r\n") if self.open["pre"] else " ".join(text.split())
+        if text:
+            self.lines.append(text + "\n")
+
+    def read(self, piece):
+        """The lines that end in this piece of the page."""
+        self.feed(piece)
+        text, self.lines = "".join(self.lines), []
+        return text
+
+    def rest(self):
+        """The lines that come after the last piece."""
+        self.close()
+        self.end_line()
+        return "".join(self.lines)
+
+
+def read(parts, keep=False):
+    """Yields the text of the parts of files, (path, first character, last), piece by piece.
+
+    A newline is put between parts without one.
+    """
+    last = "\n"
+    for path, start, stop in parts:
+        at, gap = 0, "" if last.endswith("\n") else "\n"
+        for text in read_file(path, keep):
+            if piece := text[max(0, start - at):max(0, stop - at)]:
+                yield gap + piece
+                last, gap = piece, ""
+            at += len(text)
+            if at >= stop:
+                break
+
+
+def shown(texts, total, what):
+    """The texts, with a line of progress. total: their characters."""
+    with progress(total, what, " characters") as bar:
+        for text in texts:
+            yield text
+            bar.update(len(text))
 
 
 def whole_words(texts):
@@ -71,15 +231,95 @@ def whole_words(texts):
     yield rest
 
 
-def write_tokens(path, texts, tokenizer):
-    """Writes the token ids of the texts, and returns how many there are."""
-    count = 0
+def sample(texts, total):
+    """Of texts of `total` characters what a BPE learns from: all, or SAMPLE characters that are spread over them."""
+    share, due = min(1, SAMPLE / total), 0
+    if share < 1:
+        print(f"the tokenizer learns from {SAMPLE:,} of {total:,} characters, spread over the training text", flush=True)
+    for text in texts:
+        due += share * len(text)
+        if due >= min(len(text), SAMPLE_PIECE):
+            yield text[:int(due)]
+            due -= min(len(text), int(due))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing
+
+def prepare(paths, folder, tokenizer_name, val_fraction=0.1, source="", newlines="one"):
+    """Writes the data set of the files' text into `folder`, and returns its meta. Raises UserError for a bad text."""
+    source, keep = str(source or paths[0]), newlines == "keep"
+    counts = count_characters(paths, keep)
+    cuts = [int(count * (1 - val_fraction)) for count in counts]
+    parts = {"train": [(path, 0, cut) for path, cut in zip(paths, cuts)], "val": list(zip(paths, cuts, counts))}
+    total, n_train = sum(counts), sum(cuts)
+    if n_train < 2 or total - n_train < 2:
+        raise UserError(f"{source} has {total} characters: too few to split for training and validation")
+    print(f"for validation: the last {100 * val_fraction:.3g} % of {in_shares(paths, counts)}", flush=True)
+    tokenizer = tokenizers.build(tokenizer_name,
+                                 lambda: shown(read(parts["train"] + parts["val"], keep), total, "characters"),
+                                 lambda: sample(whole_words(read(parts["train"], keep)), n_train))
+    meta = {"source": source, "sha256": "", "characters": 0, "bytes": 0,
+            "tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "dtype": id_type(tokenizer)}
+    digest = hashlib.sha256()
+    with new_files(folder, "train.bin", "val.bin", "tokenizer.json") as names:
+        for split, count in (("train", n_train), ("val", total - n_train)):
+            text = shown(read(parts[split], keep), count, f"tokens for {split}")
+            characters, n_bytes, n_tokens = write_tokens(folder / f"{split}.bin.new", text, tokenizer, digest)
+            meta["characters"] += characters
+            meta["bytes"] += n_bytes
+            meta[f"{split}_characters"], meta[f"{split}_tokens"] = characters, n_tokens
+        meta["sha256"] = digest.hexdigest()
+        tokenizer.save(folder / "tokenizer.json.new")
+        put_in_place(folder, names, meta)
+    return meta
+
+
+def count_characters(paths, keep):
+    """How many characters each file has."""
+    counts = []
+    with progress(sum(path.stat().st_size for path in paths), "counting", "B") as bar:
+        for path in paths:
+            counts.append(0)
+            for text in read_file(path, keep):
+                counts[-1] += len(text)
+                bar.update(len(text.encode("utf-8")))
+    return counts
+
+
+def in_shares(paths, counts):
+    """The files in words, with the shares that the largest have of all characters."""
+    if len(paths) == 1:
+        return str(paths[0])
+    largest = sorted(zip(counts, paths), key=lambda row: -row[0])[:LARGEST]
+    shares = ", ".join(f"{path} {100 * count / sum(counts):.2g} %" for count, path in largest)
+    return f"each of {len(paths):,} files; the largest shares of both splits: {shares}"
+
+
+@contextlib.contextmanager
+def new_files(folder, *names):
+    """Makes the folder. Removes each NAME.new in it, should what is inside fail; a full disk is a UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield names
+    except OSError as error:
+        raise UserError(f"{folder} can't be written: {error.strerror or error}") from None
+    finally:
+        for name in names:
+            with contextlib.suppress(OSError):
+                (folder / f"{name}.new").unlink()
+
+
+def write_tokens(path, texts, tokenizer, digest):
+    """Writes the token ids of the texts; returns how many characters, bytes of UTF-8, and tokens there are."""
+    counts = np.zeros(3, dtype=np.int64)
     with open(path, "wb") as file:
         for text in whole_words(texts):
-            ids = stored(tokenizer.encode(text), tokenizer)
-            ids.tofile(file)
-            count += len(ids)
-    return count
+            ids, encoded = stored(tokenizer.encode(text), tokenizer), text.encode("utf-8")
+            file.write(ids.tobytes())
+            digest.update(encoded)
+            counts += len(text), len(encoded), len(ids)
+    return counts.tolist()
 
 
 def stored(ids, tokenizer):
