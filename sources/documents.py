@@ -10,6 +10,7 @@ command goes on. Whatever was there before, the bytes are those of a first start
 whose files have changed is written again, and so are all where the tokenizer that the files teach has changed.
 """
 
+import codecs
 import contextlib
 import csv
 import hashlib
@@ -40,7 +41,6 @@ SHARD_BYTES = 1 << 26  # smaller neighbours share a shard
 ROWS = 256  # documents of a parquet file held at a time
 SAMPLE_BYTES = 1 << 30  # a BPE learns from the first files that hold so much,
 SAMPLE_CHARACTERS = 100_000_000  # and from no more of their text than this
-REPORT_BYTES = 1 << 20  # between two reports of progress
 COUNTS = ("documents", "bytes", "train_characters", "train_tokens", "val_characters", "val_tokens")
 
 
@@ -163,17 +163,17 @@ def hub(what):
 # ----------------------------------------------------------------------------------------------------------------------
 # Rows of files
 
-def read(source, files, folder, val_fraction, report=None):
+def read(source, files, folder, val_fraction, report=lambda n: None):
     """Yields (split, text, its UTF-8, the SHA-256 of that) of each document in the files that is not empty.
 
-    report(n) is told, now and then, that n more bytes of the files have been read.
+    report(n) is told that n more bytes of the files have been read.
     """
     for name, size, *_ in files:
         path, told = source.fetch(name, folder), 0
-        for where, text, position in READERS[path.suffix.lower()](path, source.column):
-            if report and position - told > REPORT_BYTES:
-                report(position - told)
-                told = position
+        for where, row, position in READERS[path.suffix.lower()](path, source.column):
+            report(position - told)
+            told = position
+            text = pick(row, source.column, where)
             if text in (None, ""):
                 continue
             try:
@@ -183,28 +183,35 @@ def read(source, files, folder, val_fraction, report=None):
             digest = hashlib.sha256(content).digest()
             is_val = int.from_bytes(digest[:8], "big") < val_fraction * 2**64
             yield "val" if is_val else "train", text, content, digest
-        if report:
-            report(size - told)
+        report(size - told)
 
 
-def read_jsonl(path, column):
-    """Yields (where, the column's value, bytes read so far) of each row, as the other readers do."""
+def pick(row, column, where):
+    """The value in a column of a row. Raises UserError that lists the columns if it has no such one."""
+    if column not in row:
+        raise UserError(f"{where}: no column is named {column}, only {', '.join(map(str, row))}: name the one to learn"
+                        " with --column=NAME")
+    return row[column]
+
+
+def read_jsonl(path, column=""):
+    """Yields (where, {column: value}, bytes read so far) of each row, as the other readers do."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
+            line = line.removeprefix(codecs.BOM_UTF8).strip()
+            if not line:
                 continue
-            where = f"{path}, line {number}"
             try:
                 row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
+                reason = repr(type(row).__name__)
+            except (ValueError, RecursionError) as error:
+                row, reason = None, error
             if not isinstance(row, dict):
-                raise UserError(f"{where}: is no JSON object: {line.strip()!r:.60}; write one per line")
-            check_column(column, row, where)
-            yield where, row[column], file.tell()
+                raise UserError(f"{path}, line {number}: is no JSON object: {reason}; write one per line")
+            yield f"{path}, line {number}", row, file.tell()
 
 
-def read_table(path, column):
+def read_table(path, column=""):
     """A .csv, or a .tsv with tabs between the fields. The first line names the columns."""
     csv.field_size_limit((1 << 31) - 1)
     with open(path, "rb") as file:
@@ -212,14 +219,13 @@ def read_table(path, column):
                           delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
         try:
             names = next(rows, [])
-            check_column(column, names, path)
             for row in rows:
                 where = f"{path}, line {rows.line_num}"
                 if row and len(row) != len(names):
                     raise UserError(f"{where}: has {len(row)} fields, and the first line names {len(names)}: put"
-                                    " double quotes around a field with separators")
+                                    " double quotes around a field with separators in it")
                 if row:
-                    yield where, row[names.index(column)], file.tell()
+                    yield where, dict(zip(names, row)), file.tell()
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"{path}, line {rows.line_num}: can't be read as a UTF-8 table: {error}") from None
 
@@ -229,23 +235,17 @@ def read_parquet(path, column):
     from pyarrow.parquet import ParquetFile
     try:
         with ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:  # no whole column in memory
-            check_column(column, file.schema_arrow.names, path)
+            pick(dict.fromkeys(file.schema_arrow.names), column, path)
             number, size = 0, path.stat().st_size / max(1, file.metadata.num_rows)
             for batch in file.iter_batches(ROWS, columns=[column], use_threads=False):
-                for text in batch.column(0).to_pylist():
+                for value in batch.column(0).to_pylist():
                     number += 1
-                    yield f"{path}, row {number}", text, round(number * size)
+                    yield f"{path}, row {number}", {column: value}, round(number * size)
     except pyarrow.ArrowException as error:
         raise UserError(f"{path} is no whole parquet file ({error}): fetch it again") from None
 
 
 READERS = dict(zip(SUFFIXES, (read_parquet, read_jsonl, read_table, read_table)))
-
-
-def check_column(column, names, where):
-    if column not in names:
-        raise UserError(f"{where} has no column {column}, only {', '.join(map(str, names))}: name the one to learn with"
-                        " --column=NAME")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
