@@ -26,6 +26,7 @@ class Settings:
     image_size: int = 48  # pixels of both sides that images are resized to
     processes: int = 0  # that tokenize documents at the same time; 0: one per CPU core
     max_files: int = 0  # of documents to read, from the first; 0: all
+    column: str = "text"  # of tables
 
     def __post_init__(self):
         check_ranges(self, image_size=1, processes=0, max_files=0)
@@ -38,7 +39,7 @@ if __name__ == "__main__":  # --help and typos answer before the slow imports
     sys.argv[1:] = [arg for arg in sys.argv[1:] if arg.startswith("-")] or ([] if SOURCES else ["--help"])
     SETTINGS, _ = from_command_line(Settings, __doc__)
 
-from sources import documents, texts
+from sources import documents, images, texts
 from sources.known import CORPORA, GENERATED, TOKENIZERS, download, locate, prepare_known
 
 
@@ -60,12 +61,11 @@ def main(settings, sources):
     if known and source not in CORPORA:
         name = prepare_known(source, name, *how, settings.image_size)
         recipe = f"vlm_{source}" if source in GENERATED else recipe
-    elif (path / "captions.jsonl").exists():
-        from sources import images  # here, for it imports torch
-        images.prepare(path, folder, *how, settings.image_size, source)
+    elif images.find_tables(path):
+        images.prepare(path, folder, *how, settings.image_size, source, settings.column)
         recipe = "vlm_shapes"
     else:
-        found = documents.hub_source(*CORPORA[source]) if known else documents.folder_source(path)
+        found = documents.hub_source(*CORPORA[source]) if known else documents.folder_source([path], settings.column)
         if found:
             found = found._replace(files=found.files[:settings.max_files or None])
             documents.prepare(found, folder, *how, settings.processes)
