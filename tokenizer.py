@@ -55,8 +55,8 @@ class CharTokenizer(Tokenizer):
         ids = self.ids[np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype=np.uint32)]
         if (ids < 0).any():
             at = int((ids < 0).argmax())
-            raise UserError(f"the character {text[at]!r} (U+{ord(text[at]):04X}) in {text[max(0, at - 20):at + 20]!r} is"
-                            f" not among the {self.vocab_size} characters of the vocabulary: {self.characters!r:.200}")
+            raise UserError(f"the character {text[at]!r} (U+{ord(text[at]):04X}), in {text[max(0, at - 20):at + 20]!r},"
+                            f" is not among the vocabulary's {self.vocab_size} characters: {self.characters!r:.200}")
         return ids.astype(np.int64)
 
     def decode(self, ids):
@@ -137,7 +137,7 @@ class BPETokenizer(Tokenizer):
 
 
 def short_words(texts):
-    """The texts, cut in runs of LONGEST_WORD characters, and in as many blanks; shows how much has been learned from."""
+    """The texts, cut into more wherever LONGEST_WORD characters come without a blank, or as many blanks."""
     with progress(None, "learning tokens", " characters") as bar:
         for text in texts:
             start = 0

@@ -46,13 +46,13 @@ class Offline(UserError):
 
 def locate(dataset):
     """The folder of a data set: a name stands for data/<name>, anything with a slash for itself."""
-    return Path(dataset) if "/" in dataset or os.sep in dataset else DATA / dataset
+    return Path(dataset).expanduser() if "/" in dataset or os.sep in dataset else DATA / dataset
 
 
 def claim(dataset, source, kind):
-    """The folder of a data set that `source` is to be prepared as. Raises UserError if another one is, or would be, there.
+    """The folder of a data set that is prepared from `source`. Raises UserError if it belongs to another one.
 
-    kind: text, image-text or documents. Whether documents are of the same source is their own module's question.
+    kind: texts, images or documents. Whether documents are of the same source is sources/documents.py's question.
     """
     folder = locate(dataset)
     if not dataset or DATA.resolve().is_relative_to(folder.resolve()):
@@ -64,7 +64,7 @@ def claim(dataset, source, kind):
         return folder
     with contextlib.suppress(UserError, AttributeError):  # it is damaged
         meta = {"source": ""} | read_json(folder / "meta.json")
-    found = "documents" if is_unfinished or "shards" in meta else meta.get("kind", "text")
+    found = "documents" if is_unfinished or "shards" in meta else "images" if "kind" in meta else "texts"
     if found != kind or kind != "documents" and os.path.abspath(meta.get("source", "")) != os.path.abspath(source):
         raise UserError(f"{folder} holds another data set, of {meta.get('source') or 'an unknown source'}: delete it"
                         f" (rm -r {shlex.quote(str(folder))}), or choose another one, --name=NEW")
@@ -99,7 +99,7 @@ def prepare_known(name, target, tokenizer, val_fraction=0.1, image_size=48):
         from sources import images  # imports torch
         raw, script = DATA / name / "source", f"data/{name}/generate.py"
         if target != name:
-            claim(target, script, "image-text")
+            claim(target, script, "images")
         print(f"generating {raw}", flush=True)
         runpy.run_path(str(ROOT / script))["generate"](raw)
         images.prepare(raw, locate(target), tokenizer, val_fraction, image_size, script)
@@ -116,7 +116,7 @@ def prepare_known(name, target, tokenizer, val_fraction=0.1, image_size=48):
               f" {DATA / name / 'input.txt'} yourself.\n{bar}\n", flush=True)
         return ensure(BUILT_IN)
     if target != name:
-        claim(target, origin, "text")
+        claim(target, origin, "texts")
     texts.prepare([path], locate(target), tokenizer, val_fraction, origin)
     return target
 

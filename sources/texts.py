@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 import tokenizer as tokenizers
-from configurator import UserError
+from configurator import USERS_ERRORS, UserError
 from machine.terminal import progress
 from run.files import write_json
 
@@ -32,166 +32,132 @@ SAMPLE_PIECE = 1 << 16  # characters of that which come from one place, at least
 # ----------------------------------------------------------------------------------------------------------------------
 # Which files are texts
 
-ICONV = "convert it first: iconv -f {} -t UTF-8 OLD > NEW"
-FIRST_BYTES = {  # of what is no text: what it is, and the remedy
-    b"\xff\xfe\0\0": ("UTF-32", ICONV.format("UTF-32")), b"\0\0\xfe\xff": ("UTF-32", ICONV.format("UTF-32")),
-    b"\xff\xfe": ("UTF-16", ICONV.format("UTF-16")), b"\xfe\xff": ("UTF-16", ICONV.format("UTF-16")),
-    b"\x1f\x8b": ("gzip", "unpack it first: gunzip"), b"BZh9": ("bzip2", "unpack it first: bunzip2"),
-    b"\xfd7zXZ": ("xz", "unpack it first: unxz"), b"\x28\xb5\x2f\xfd": ("zstd", "unpack it first: unzstd"),
-    b"PK\x03\x04": ("a zip archive, as .docx, .xlsx and .epub are too", "take the text out of it first"),
-    b"%PDF-": ("a PDF", "take the text out of it first: pdftotext"), b"{\\rtf": ("RTF", "save it as plain text first"),
-    b"SQLite format 3": ("an SQLite database", "export a table as .csv first"),
-    b"\x89PNG": ("a picture", "pictures need a captions.jsonl"), b"GIF8": ("a picture", "pictures need a captions.jsonl"),
-    b"\xff\xd8\xff": ("a picture", "pictures need a captions.jsonl")}
-WIDE = {(0, 1, 0, 1): "UTF-16LE", (1, 0, 1, 0): "UTF-16BE", (0, 1, 1, 1): "UTF-32LE", (1, 1, 1, 0): "UTF-32BE"}
+FIRST_BYTES = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16",
+               b"\x1f\x8b": "gzip", b"BZh9": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"%PDF-": "PDF",
+               b"PK\x03\x04": "zip (as .docx, .xlsx and .epub are)", b"{\\rtf": "RTF", b"SQLite format 3": "SQLite",
+               b"\x89PNG": "a picture", b"GIF8": "a picture", b"\xff\xd8\xff": "a picture"}
+ZEROS = {(0, 1, 0, 1): "UTF-16LE", (1, 0, 1, 0): "UTF-16BE", (0, 1, 1, 1): "UTF-32LE", (1, 1, 1, 0): "UTF-32BE"}
 BESIDE = ("README", "LICENSE", "LICENCE", "COPYING", "NOTICE")  # how the names of texts about documents begin
-SKIPPED = 10  # files that were left out are named, at most
+MOST_NAMED = 10  # of the files that were left out
 
 
 def find(paths, document_suffixes, pattern=""):
     """(texts, files of documents) that are named, or lie in the folders among the paths; one of the two is empty.
 
     pattern: which files of a folder count, as in "*.py"; empty: all. Prints what was taken, and what was left out.
-    Raises UserError where both are found.
+    Raises UserError where there are texts and documents.
     """
-    texts, documents, skipped = [], [], []
+    texts, documents, left_out = [], [], []
     for path in paths:
-        for file in files_in(path, pattern, skipped) if path.is_dir() else [path]:
-            try:
-                if file.suffix.lower() in document_suffixes and file.exists() and not file.is_dir():
-                    documents.append(file)
-                    continue
-                if file is not path:
-                    check_text(file)
+        for file in files_in(path, pattern, left_out) if path.is_dir() else [path]:
+            if file.suffix.lower() in document_suffixes and file.exists() and not file.is_dir():
+                documents.append(file)
+            elif why := file != path and why_no_text(file):
+                left_out.append(why)
+            else:
                 texts.append(file)
-            except (UserError, OSError) as error:
-                skipped.append(str(error))
     if documents and all(file.name.upper().startswith(BESIDE) for file in texts):
-        skipped += [f"{file} is a text, and the others are documents" for file in texts]
+        left_out += [f"{file} is a text, and the others are documents" for file in texts]
         texts = []
     if documents and texts:
         raise UserError(f"there are documents ({documents[0]}) and texts ({texts[0]}): say which files of a folder"
                         f" count, such as --files=\"*{documents[0].suffix}\" or --files=\"*{texts[0].suffix}\"")
-    if paths != (taken := texts + documents):
-        suffixes = collections.Counter(file.suffix.lower() or "no suffix" for file in taken)
-        print(f"{len(taken):,} files: {', '.join(f'{n:,} {suffix}' for suffix, n in suffixes.most_common())}")
-    for line in skipped[:SKIPPED]:
-        print(f"left out: {line}")
-    if len(skipped) > SKIPPED:
-        print(f"and {len(skipped) - SKIPPED:,} more are left out", flush=True)
+    suffixes = collections.Counter(file.suffix.lower() or "no suffix" for file in texts + documents)
+    print(f"files: {', '.join(f'{count:,} {suffix}' for suffix, count in suffixes.most_common())}")
+    for why in left_out[:MOST_NAMED]:
+        print(f"left out: {why}")
+    if len(left_out) > MOST_NAMED:
+        print(f"left out: {len(left_out) - MOST_NAMED:,} more")
     return texts, documents
 
 
-def files_in(folder, pattern, skipped):
-    """The files of the folder and of those inside it, in order, that match the pattern and are not hidden.
+def files_in(folder, pattern, left_out):
+    """The files in the folder and below, in order, that match the pattern and are not hidden.
 
-    What the system can't list is added to `skipped`.
+    Why a folder can't be listed is added to left_out.
     """
+    def failed(error):
+        left_out.append(f"{error.filename} can't be read: {error.strerror}")
+
     found = []
-    unreadable = lambda error: skipped.append(f"{error.filename} can't be read: {error.strerror}")  # noqa: E731
-    for place, folders, names in os.walk(folder, onerror=unreadable):
+    for place, folders, names in os.walk(folder, onerror=failed):
         folders[:] = [name for name in folders if name[0] != "."]
-        links = [name for name in folders if Path(place, name).is_symlink()]
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]  # which os.walk does not follow
         found += [Path(place, name) for name in names + links if name[0] != "."]
     pattern = (pattern or "*").lower()
-    names = {path: (path.name.lower(), path.relative_to(folder).as_posix().lower()) for path in found}
-    return [path for path in sorted(found) if any(fnmatch.fnmatchcase(name, pattern) for name in names[path])]
+    return sorted(path for path in found if fnmatch.fnmatchcase(path.name.lower(), pattern)
+                  or fnmatch.fnmatchcase(path.relative_to(folder).as_posix().lower(), pattern))
 
 
-def check_text(path):
-    """Raises UserError that says why the file is no text of UTF-8."""
-    if path.is_symlink() and not path.is_file():
-        raise UserError(f"{path} is a link to {'a folder' if path.is_dir() else 'nothing'}")
+def why_no_text(path):
+    """Why the file is no text of UTF-8; "" if it is one."""
     if not path.is_file():
-        raise UserError(f"{path} is no regular file")
-    for _ in read_file(path):
-        pass
+        return f"{path} is {'a link to a folder' if path.is_dir() else 'no file, or a link to nothing'}"
+    try:
+        for _ in read_file(path):
+            pass
+    except (UserError, OSError) as error:
+        return str(error)
+    return ""
 
 
 def check_start(path, start):
-    """Raises UserError if the first bytes of a file are not those of a UTF-8 text."""
-    for first, (kind, remedy) in FIRST_BYTES.items():
-        if start.startswith(first):
-            raise UserError(f"{path} is {kind}, no UTF-8 text: {remedy}")
-    if path.suffix.lower() in (".json", ".ipynb"):
-        raise UserError(f"{path} is JSON, data and no text: write its rows as .jsonl, or its text as .txt")
-    if b"\0" in start:
-        often = tuple(int(start[i::4].count(0) > len(start) / 8) for i in range(4))  # zeros at each fourth byte
-        if often in WIDE:
-            raise UserError(f"{path} is {WIDE[often]} without a mark, no UTF-8 text: {ICONV.format(WIDE[often])}")
-        raise UserError(f"{path} is binary, no text")
+    """Raises UserError if a file that starts with these bytes is no text of UTF-8."""
+    often = tuple(int(start[i::4].count(0) > len(start) / 8) for i in range(4))  # zeros, at each fourth byte
+    kind = next((kind for first, kind in FIRST_BYTES.items() if start.startswith(first)), ZEROS.get(often))
+    kind = kind or "JSON, data" * (path.suffix.lower() in (".json", ".ipynb")) or "binary" * (b"\0" in start)
+    if kind:
+        remedy = f"convert it first: iconv -f {kind} -t UTF-8" if "UTF" in kind else "take the text out of it first"
+        raise UserError(f"{path} is {kind}, no text of UTF-8: {remedy}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading
 
 def read_file(path, keep=False):
-    """Yields the text of a file, piece by piece; of HTML what it shows. keep: line ends as they are; else all are \\n.
+    """Yields the text of a file, piece by piece; of HTML what it shows. keep: line ends stay; else each is \\n.
 
-    Raises UserError if it is not UTF-8.
+    Raises UserError if it is no text of UTF-8.
     """
     with open(path, "rb") as raw:
         start = raw.read(4096)
         check_start(path, start)
         raw.seek(0)
-        is_page = path.suffix.lower() in (".html", ".htm", ".xhtml") or re.match(rb"\s*<(!doctype )?html", start, re.I)
-        page = Page() if is_page else None
         file = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="" if keep else None)
         try:
+            if path.suffix.lower() in (".html", ".htm", ".xhtml") or re.match(rb"\s*<(!doctype )?html", start, re.I):
+                yield Page(file.read()).text
             while text := file.read(CHUNK):
-                yield page.read(text) if page else text
+                yield text
         except UnicodeDecodeError as error:  # counts from where its piece of the file starts
             offset = raw.tell() - len(error.object) + error.start
             raise UserError(f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {offset:,};"
                             " convert it first, for instance: iconv -f LATIN1 -t UTF-8") from None
-        if page:
-            yield page.rest()
 
 
 class Page(HTMLParser):
-    """The text that a page of HTML shows, a line for each block; outside <pre> all white space in a row is one blank."""
+    """What a page of HTML shows, as text: a line for each block, and outside <pre> one blank for all white space."""
     HIDDEN = ("script", "style", "template")
-    BLOCKS = set("address article aside blockquote body br caption dd details div dl dt fieldset figcaption figure footer"
-                 " form h1 h2 h3 h4 h5 h6 head header hr html legend li main nav ol option p pre section summary table"
-                 " tbody textarea tfoot thead title tr ul".split())
+    INLINE = ("a abbr b bdi bdo big cite code data del dfn em font i img input ins kbd label mark q rp rt ruby s samp"
+              " small span strike strong sub sup time tt u var wbr").split()
 
-    def __init__(self):
+    def __init__(self, html):
         super().__init__()
-        self.open, self.line, self.lines = collections.Counter(), [], []
+        self.open, self.parts = collections.Counter(), []
+        self.feed(html)
+        self.close()
+        self.text = re.sub(r"( ?\n)+( (?! ))?", "\n", "".join(self.parts)).strip() + "\n"
 
-    def handle_starttag(self, tag, attrs):
-        if tag in self.BLOCKS:
-            self.end_line()
-        self.open[tag] += 1
-        if tag in ("td", "th"):
-            self.line.append(" ")
+    def handle_starttag(self, tag, attrs, count=1):
+        self.open[tag] += count
+        self.parts.append(" " if tag in ("td", "th") else "" if tag in self.INLINE else "\n")
 
     def handle_endtag(self, tag):
-        if tag in self.BLOCKS:
-            self.end_line()
-        self.open[tag] = max(0, self.open[tag] - 1)
+        self.handle_starttag(tag, (), -1 if self.open[tag] else 0)
 
     def handle_data(self, data):
         if not any(self.open[tag] for tag in self.HIDDEN):
-            self.line.append(data)
-
-    def end_line(self):
-        text, self.line = "".join(self.line), []
-        text = text.strip("\r\n") if self.open["pre"] else " ".join(text.split())
-        if text:
-            self.lines.append(text + "\n")
-
-    def read(self, piece):
-        """The lines that end in this piece of the page."""
-        self.feed(piece)
-        text, self.lines = "".join(self.lines), []
-        return text
-
-    def rest(self):
-        """The lines that come after the last piece."""
-        self.close()
-        self.end_line()
-        return "".join(self.lines)
+            self.parts.append(data if self.open["pre"] else re.sub(r"\s+", " ", data))
 
 
 def read(parts, keep=False):
@@ -235,7 +201,7 @@ def sample(texts, total):
     """Of texts of `total` characters what a BPE learns from: all, or SAMPLE characters that are spread over them."""
     share, due = min(1, SAMPLE / total), 0
     if share < 1:
-        print(f"the tokenizer learns from {SAMPLE:,} of {total:,} characters, spread over the training text", flush=True)
+        print(f"the tokenizer learns from {SAMPLE:,} of {total:,} training characters, from all parts", flush=True)
     for text in texts:
         due += share * len(text)
         if due >= min(len(text), SAMPLE_PIECE):
@@ -303,7 +269,9 @@ def new_files(folder, *names):
         folder.mkdir(parents=True, exist_ok=True)
         yield names
     except OSError as error:
-        raise UserError(f"{folder} can't be written: {error.strerror or error}") from None
+        if error.errno not in USERS_ERRORS:
+            raise
+        raise UserError(f"{folder} can't be written: {error.strerror}") from None
     finally:
         for name in names:
             with contextlib.suppress(OSError):
