@@ -65,7 +65,10 @@ def main(settings, sources):
         images.prepare(path, folder, *how, settings.image_size, source, settings.column)
         recipe = "vlm_shapes"
     else:
-        found = documents.hub_source(*CORPORA[source]) if known else documents.folder_source([path], settings.column)
+        files = [file for file in (path.rglob("*") if path.is_dir() else [path]) if file.suffix.lower() in
+                 documents.SUFFIXES and file.exists() and not file.is_dir()]
+        found = documents.hub_source(*CORPORA[source]) if known else files and documents.folder_source(
+            files, settings.column, [path])
         if found:
             found = found._replace(files=found.files[:settings.max_files or None])
             documents.prepare(found, folder, *how, settings.processes)
