@@ -248,11 +248,11 @@ def common_tokenizer(source, shards, folder, name, val_fraction):
     One that is learned is kept while the files are unchanged that it was learned from. Where it comes out otherwise
     than before, no shard counts as finished any more.
     """
-    recipe = {"hub": source.location if source.revision else "", "revision": source.revision, "column": source.column,
-              "tokenizer": name, "val_fraction": val_fraction, "source": source.location}
+    recipe = {"source": source.location, "revision": source.revision, "column": source.column, "tokenizer": name,
+              "val_fraction": val_fraction}
     path, saved = folder / "recipe.json", folder / "tokenizer.json"
     found = check_recipe(source, shards, folder, recipe) if path.exists() else {}
-    if not found and (folder / "meta.json").exists():
+    if not path.exists() and (folder / "meta.json").exists():
         raise UserError(f"{folder} holds another data set (not of shards): delete it, or choose another --name")
     basis = learned_from(source.files, name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -276,13 +276,18 @@ def replace_tokenizer(folder, tokenizer):
 
 
 def check_recipe(source, shards, folder, recipe):
-    """The recipe of the folder. Raises UserError if `recipe` is of another data set; the files may have moved."""
+    """The recipe of the folder; {} if it has no finished shard of another one. Files that have moved are the same.
+
+    Raises UserError if the finished shards are of another recipe.
+    """
     found = {"column": "text", "source": recipe["source"], **read_json(folder / "recipe.json")}
     other = [key for key in recipe if found.get(key) != recipe[key]]
-    if other and (other != ["source"] or not finished(source, shards, folder)[0]):
+    if not other or other == ["source"] and finished(source, shards, folder)[0]:
+        return found
+    if any(folder.glob("shard_*.json")):
         other = ", ".join(f"{key} = {found.get(key)!r}" for key in other)
         raise UserError(f"{folder} holds another data set ({other}): delete it, or choose another --name")
-    return found
+    return {}
 
 
 def learned_from(files, name):
