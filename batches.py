@@ -81,11 +81,11 @@ def read_meta(folder, kind):
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         found = meta.get("kind", "text")
-        lost = [name for name in NEEDED.get(found, ()) if name not in meta]
-    except (OSError, ValueError, AttributeError) as error:
-        found, lost = kind, [error]
-    if lost:
-        raise UserError(f"{path} is damaged ({lost[0]}): prepare the data set again")
+        is_whole = all(name in meta for name in NEEDED.get(found, ()))
+    except (OSError, ValueError, AttributeError):
+        is_whole = False
+    if not is_whole:
+        raise UserError(f"{path} is damaged: prepare the data set again")
     if found != kind:
         raise UserError(f"{folder} is a data set of kind {found}, and this model needs one of kind {kind}: name another"
                         " --dataset")

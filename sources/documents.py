@@ -31,7 +31,7 @@ from typing import NamedTuple
 import numpy as np
 
 import tokenizer as tokenizers
-from configurator import UserError, say
+from configurator import UserError
 from machine.terminal import progress
 from run.files import read_json, rename, write_json
 from sources.texts import id_type, put_in_place, stored
@@ -109,21 +109,12 @@ class Source(NamedTuple):
         return file[:2] == old[:2] and len(old) == 4 and sha256(Path(self.location) / file[0]) == old[3]
 
 
-def folder_source(paths, column="text"):
-    """The documents of files and folders; None if there are none. Raises UserError if there are texts too."""
-    paths = [paths] if isinstance(paths, Path) else list(paths)
-    folder = Path(os.path.commonpath([path if path.is_dir() else path.parent for path in paths]))
-    found = sorted({inner for path in paths for inner in (path.rglob("*") if path.is_dir() else [path])})
-    found = [path for path in found if not any(part[0] == "." for part in path.relative_to(folder).parts)]
-    files = [path for path in found if path.suffix.lower() in SUFFIXES and not path.is_dir()]
-    texts = [path.name for path in found if path.suffix.lower() == ".txt" and path.is_file()]
-    if lost := [path for path in files if not path.exists()]:
-        say(f"{lost[0]} is left out: {'it is a link to a file that is gone' if lost[0].is_symlink() else 'it is gone'}")
-    files = tuple([path.relative_to(folder).as_posix(), *stamp(path)] for path in files if path not in lost)
-    if files and texts:
-        raise UserError(f"{paths[0]} holds documents ({files[0][0]}) and texts ({texts[0]}): put them into folders"
-                        " apart")
-    return Source(str(folder), "", files, column) if files else None
+def folder_source(files, column="text", named=()):
+    """The documents of files. named: the files and folders on the command line that they are of."""
+    places = [path if path.is_dir() else path.parent for path in named or files]
+    folder = os.path.commonpath(list(map(os.path.abspath, places)))
+    names = sorted((Path(os.path.relpath(path, folder)).as_posix(), path) for path in files)
+    return Source(folder, "", tuple([name, *stamp(path)] for name, path in names), column)
 
 
 def stamp(path):
@@ -257,37 +248,46 @@ def common_tokenizer(source, shards, folder, name, val_fraction):
     One that is learned is kept while the files are unchanged that it was learned from. Where it comes out otherwise
     than before, no shard counts as finished any more.
     """
-    recipe = {"hub": source.location if source.revision else "", "revision": source.revision, "column": source.column,
-              "tokenizer": name, "val_fraction": val_fraction,
-              "source": source.location if source.revision else os.path.abspath(source.location)}
+    recipe = {"source": source.location, "revision": source.revision, "column": source.column, "tokenizer": name,
+              "val_fraction": val_fraction}
     path, saved = folder / "recipe.json", folder / "tokenizer.json"
     found = check_recipe(source, shards, folder, recipe) if path.exists() else {}
-    if not found and (folder / "meta.json").exists():
+    if not path.exists() and (folder / "meta.json").exists():
         raise UserError(f"{folder} holds another data set (not of shards): delete it, or choose another --name")
     basis = learned_from(source.files, name)
-    if found and basis and saved.exists() and found.get("learned_from", basis if source.revision else []) == basis:
-        return tokenizers.load(saved)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = tokenizers.build(name, lambda: [characters(source, folder)],
-                                 lambda: sample(source, basis, folder, val_fraction))
-    tokenizer.save(folder / "tokenizer.json.new")
-    if saved.exists() and saved.read_bytes() != (folder / "tokenizer.json.new").read_bytes():
-        print("the tokenizer is another one than before: all shards are written anew", flush=True)
-        for old in (folder / "meta.json", *folder.glob("shard_*.json")):
-            old.unlink(missing_ok=True)
-    rename(folder / "tokenizer.json.new", saved)
+    if not (basis and saved.exists() and found.get("learned_from", basis if source.revision else []) == basis):
+        tokenizer = tokenizers.build(name, lambda: [characters(source, folder)],
+                                     lambda: sample(source, basis, folder, val_fraction))
+        replace_tokenizer(folder, tokenizer)
     write_json(path, {**recipe, "learned_from": basis})  # last: without it the next start makes the tokenizer again
     return tokenizers.load(saved)
 
 
+def replace_tokenizer(folder, tokenizer):
+    """Saves the tokenizer of the folder. If it is another than the one before, no shard counts as finished any more."""
+    path, new = folder / "tokenizer.json", folder / "tokenizer.json.new"
+    tokenizer.save(new)
+    if path.exists() and path.read_bytes() != new.read_bytes():
+        print("the tokenizer is another one than before: all shards are written anew", flush=True)
+        for old in (folder / "meta.json", *folder.glob("shard_*.json")):
+            old.unlink(missing_ok=True)
+    rename(new, path)
+
+
 def check_recipe(source, shards, folder, recipe):
-    """The recipe of the folder. Raises UserError if `recipe` is of another data set; the files may have moved."""
+    """The recipe of the folder; {} if it has no finished shard of another one. Files that have moved are the same.
+
+    Raises UserError if the finished shards are of another recipe.
+    """
     found = {"column": "text", "source": recipe["source"], **read_json(folder / "recipe.json")}
     other = [key for key in recipe if found.get(key) != recipe[key]]
-    if other and (other != ["source"] or not finished(source, shards, folder)[0]):
+    if not other or other == ["source"] and finished(source, shards, folder)[0]:
+        return found
+    if any(folder.glob("shard_*.json")):
         other = ", ".join(f"{key} = {found.get(key)!r}" for key in other)
         raise UserError(f"{folder} holds another data set ({other}): delete it, or choose another --name")
-    return found
+    return {}
 
 
 def learned_from(files, name):

@@ -82,25 +82,28 @@ def find_tables(path):
 def read_rows(table, folder, column):
     """Yields the rows of a table: image (a normal path in the folder), prompt, answer, kind, split ("" if none), where.
     """
+    is_foreign = table.stem.lower() == "metadata"
     for where, row, _ in READERS[table.suffix.lower()](table, column):
+        if is_foreign:
+            row = from_metadata(row, table.parent.relative_to(folder), column, where)
         try:
-            if table.stem.lower() == "metadata":
-                row = from_metadata(row, table.parent.relative_to(folder), column)
-            yield {**check_row(row, folder), "where": where}
+            row = check_row(row, folder)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
+        if is_foreign:
+            row["split"] = next((SPLITS[part] for part in row["image"].lower().split(os.sep)[:-1] if part in SPLITS), "")
+        yield {**row, "where": where}
 
 
-def from_metadata(row, folder, column):
-    """Our row of Hugging Face's: {"file_name": "1.jpg", "text": "a cat"}, in a table in `folder`."""
+def from_metadata(row, folder, column, where):
+    """Our row of Hugging Face's, such as {"file_name": "1.jpg", "text": "a cat"}, in a table in `folder`."""
     names = [name for name in row if name == "file_name" or name.endswith("_file_name")]
     if len(names) != 1:
-        raise UserError(f"{len(names)} columns name a file ({', '.join(names)}): have one, file_name")
-    image = (folder / str(row[names[0]])).as_posix()
+        raise UserError(f"{where}: {len(names)} columns name a file, among {', '.join(row)}: have one, file_name")
     if column == "text" and column not in row and "caption" in row:
         column = "caption"
-    split = next((SPLITS[part.lower()] for part in PurePath(image).parts[:-1] if part.lower() in SPLITS), "")
-    return {"image": image, "prompt": "caption", "answer": pick(row, column, "row"), "kind": "caption", "split": split}
+    image = os.path.join(folder, row[names[0]]) if isinstance(row[names[0]], str) else row[names[0]]
+    return {"image": image, "prompt": "caption", "answer": pick(row, column, where), "kind": "caption"}
 
 
 def settle_folders(rows):
