@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import platform
 import runpy
-import shlex
 import ssl
 from http.client import HTTPException
 from multiprocessing.pool import ThreadPool
@@ -58,7 +57,7 @@ def claim(dataset, source, kind):
     if not dataset or DATA.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"name = {dataset!r}: {folder} is a place for several data sets: name this one, --name=NEW")
     if folder.resolve().parent == DATA.resolve() and folder.resolve().name in TOKENIZERS:
-        raise UserError(f"name = {dataset}: is a known data set: choose another one, --name=NEW")
+        raise UserError(f"name = {dataset}: is a known data set's: choose another name, --name=NEW")
     is_unfinished, meta = (folder / "recipe.json").exists(), {}
     if not is_unfinished and not (folder / "meta.json").exists():
         return folder
@@ -66,8 +65,8 @@ def claim(dataset, source, kind):
         meta = {"source": ""} | read_json(folder / "meta.json")
     found = "documents" if is_unfinished or "shards" in meta else "images" if "kind" in meta else "texts"
     if found != kind or kind != "documents" and os.path.abspath(meta.get("source", "")) != os.path.abspath(source):
-        raise UserError(f"{folder} holds another data set, of {meta.get('source') or 'an unknown source'}: delete it"
-                        f" (rm -r {shlex.quote(str(folder))}), or choose another one, --name=NEW")
+        raise UserError(f"{folder} holds another data set, of {meta.get('source') or 'an unknown source'}: delete it,"
+                        " or choose another name, --name=NEW")
     if kind != "documents":
         print(f"{folder} has this source's data set, which is replaced", flush=True)
     return folder

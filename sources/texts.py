@@ -14,6 +14,7 @@ import hashlib
 import io
 import os
 import re
+import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -62,8 +63,9 @@ def find(paths, document_suffixes, pattern=""):
     if documents and texts:
         raise UserError(f"there are documents ({documents[0]}) and texts ({texts[0]}): say which files of a folder"
                         f" count, such as --files=\"*{documents[0].suffix}\" or --files=\"*{texts[0].suffix}\"")
-    suffixes = collections.Counter(file.suffix.lower() or "no suffix" for file in texts + documents)
-    print(f"files: {', '.join(f'{count:,} {suffix}' for suffix, count in suffixes.most_common())}")
+    if paths != (taken := texts + documents):
+        suffixes = collections.Counter(file.suffix.lower() or "no suffix" for file in taken)
+        print(f"{len(taken):,} files: {', '.join(f'{n:,} {suffix}' for suffix, n in suffixes.most_common())}")
     for why in left_out[:MOST_NAMED]:
         print(f"left out: {why}")
     if len(left_out) > MOST_NAMED:
@@ -91,9 +93,9 @@ def files_in(folder, pattern, left_out):
 
 def why_no_text(path):
     """Why the file is no text of UTF-8; "" if it is one."""
-    if not path.is_file():
-        return f"{path} is {'a link to a folder' if path.is_dir() else 'no file, or a link to nothing'}"
     try:
+        if not path.is_file():
+            return f"{path} is {'a link to a folder' if path.is_dir() else 'no regular file, or a link to nothing'}"
         for _ in read_file(path):
             pass
     except (UserError, OSError) as error:
@@ -105,10 +107,12 @@ def check_start(path, start):
     """Raises UserError if a file that starts with these bytes is no text of UTF-8."""
     often = tuple(int(start[i::4].count(0) > len(start) / 8) for i in range(4))  # zeros, at each fourth byte
     kind = next((kind for first, kind in FIRST_BYTES.items() if start.startswith(first)), ZEROS.get(often))
-    kind = kind or "JSON, data" * (path.suffix.lower() in (".json", ".ipynb")) or "binary" * (b"\0" in start)
+    kind = kind or "JSON" * (path.suffix.lower() in (".json", ".ipynb")) or "binary" * (b"\0" in start)
+    remedy = {"JSON": "write a row on each line, as .jsonl", "a picture": "pictures need a captions.jsonl"}.get(kind)
+    if kind.startswith("UTF"):
+        remedy = f"iconv -f {kind} -t UTF-8 {shlex.quote(str(path))} > NEW.txt"
     if kind:
-        remedy = f"convert it first: iconv -f {kind} -t UTF-8" if "UTF" in kind else "take the text out of it first"
-        raise UserError(f"{path} is {kind}, no text of UTF-8: {remedy}")
+        raise UserError(f"{path} is {kind}, and no text of UTF-8: {remedy or 'take the text out of it first'}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -132,7 +136,7 @@ def read_file(path, keep=False):
         except UnicodeDecodeError as error:  # counts from where its piece of the file starts
             offset = raw.tell() - len(error.object) + error.start
             raise UserError(f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {offset:,};"
-                            " convert it first, for instance: iconv -f LATIN1 -t UTF-8") from None
+                            " convert it first, for instance: iconv -f LATIN1 -t UTF-8 OLD > NEW.txt") from None
 
 
 class Page(HTMLParser):
@@ -258,7 +262,7 @@ def in_shares(paths, counts):
     if len(paths) == 1:
         return str(paths[0])
     largest = sorted(zip(counts, paths), key=lambda row: -row[0])[:LARGEST]
-    shares = ", ".join(f"{path} {100 * count / sum(counts):.2g} %" for count, path in largest)
+    shares = ", ".join(f"{path.name} {100 * count / sum(counts):.2g} %" for count, path in largest)
     return f"each of {len(paths):,} files; the largest shares of both splits: {shares}"
 
 
