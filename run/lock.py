@@ -21,26 +21,27 @@ HANDLES = set()  # of the locks that this process has
 
 
 @contextlib.contextmanager
-def owned(out_dir):
+def owned(folder, setting="out_dir", did="trained"):
     """Holds the folder, which is made if it isn't there. Raises UserError if another living process has it.
 
+    setting: what names the folder. did: what its owner has done there.
     Where the file system has no locks, one line says so, and the run goes on.
     """
-    path = Path(out_dir) / "run.lock"
+    path = Path(folder) / "run.lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise UserError(f"out_dir = {out_dir}: {error.strerror}; name another folder") from None
+        raise UserError(f"{setting} = {folder}: {error.strerror}; name another folder") from None
     HANDLES.add(handle)
     try:
         try:
             lock(handle)
         except OSError as error:
             if error.errno in HELD:
-                raise UserError(f"out_dir = {out_dir}: {owner(path)}; wait for its end, or name another folder"
-                                " with --out_dir") from None
-            say(f"{path}: no locks on this file system ({error.strerror}): start no second run in {out_dir}")
+                raise UserError(f"{setting} = {folder}: {owner(path, did)}; wait for its end, or name another folder"
+                                f" with --{setting}") from None
+            say(f"{path}: no locks on this file system ({error.strerror}): start no second run in {folder}")
         os.ftruncate(handle, 0)
         os.write(handle, json.dumps({"pid": os.getpid(), "host": platform.node(),
                                      "started": time.strftime("%Y-%m-%d %H:%M:%S")}).encode())
@@ -62,12 +63,12 @@ def lock(handle):
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def owner(path):
+def owner(path, did):
     """In words, which process has the lock."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         found = json.loads(path.read_text(encoding="utf-8"))
-        return f"process {found['pid']} on {found['host']} has trained there since {found['started']}"
-    return "another process trains there"
+        return f"process {found['pid']} on {found['host']} has {did} there since {found['started']}"
+    return f"another process has {did} there"
 
 
 def close(handle):
