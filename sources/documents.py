@@ -34,6 +34,7 @@ import tokenizer as tokenizers
 from configurator import UserError
 from machine.terminal import progress
 from run.files import read_json, rename, write_json
+from run.lock import owned
 from sources.texts import id_type, put_in_place, stored
 
 SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
@@ -49,6 +50,12 @@ def prepare(source, folder, tokenizer_name, val_fraction=0.1, processes=0):
     if any(Path(name).suffix.lower() == ".parquet" for name, *_ in source.files) \
             and not importlib.util.find_spec("pyarrow"):
         raise UserError("parquet files need pyarrow: pip install pyarrow")
+    with owned(folder, "name", "prepared a data set"):
+        return write(source, folder, tokenizer_name, val_fraction, processes)
+
+
+def write(source, folder, tokenizer_name, val_fraction, processes):
+    """Writes what the folder, which no other process writes to, lacks."""
     shards = group(source.files)
     tokenizer = common_tokenizer(source, shards, folder, tokenizer_name, val_fraction)
     done, stale = finished(source, shards, folder)

@@ -25,6 +25,7 @@ import numpy as np
 import tokenizer as tokenizers
 from configurator import UserError
 from machine.terminal import progress
+from run.lock import owned
 from run.pictures import LOCATIONS, SEGMENTS, read_image
 from sources.documents import READERS, pick
 from sources.texts import put_in_place
@@ -53,19 +54,20 @@ def prepare(path, folder, tokenizer_name="char", val_fraction=0.1, image_size=48
         raise UserError(f"tokenizer = {name}: must be char or byte (both a token per byte), or bpe:SIZE, for images")
     texts = [f"{row['prompt']}\n{row['answer']}" for row in splits["train"]]
     tokenizer = tokenizers.build(name, None, lambda: texts, special)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(folder / "tokenizer.json.new")
-    meta = {"kind": "image-text", "source": str(source or path), "images": write_rows(path, rows, image_size, folder),
-            "image_size": image_size, "tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size}
-    for split, chosen in splits.items():
-        meta[f"{split}_images"] = len({row["image"] for row in chosen})
-        meta[f"{split}_rows"] = len(chosen)
-    digest = hashlib.sha256()
-    for name in FILES[:3]:
-        digest.update(np.memmap(folder / f"{name}.new", mode="r"))
-    meta["sha256"] = digest.hexdigest()
-    put_in_place(folder, FILES, meta)
-    return meta
+    with owned(folder, "name", "prepared a data set"):
+        tokenizer.save(folder / "tokenizer.json.new")
+        count = write_rows(path, rows, image_size, folder)
+        meta = {"kind": "image-text", "source": str(source or path), "images": count, "image_size": image_size,
+                "tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size}
+        for split, chosen in splits.items():
+            meta[f"{split}_images"] = len({row["image"] for row in chosen})
+            meta[f"{split}_rows"] = len(chosen)
+        digest = hashlib.sha256()
+        for name in FILES[:3]:
+            digest.update(np.memmap(folder / f"{name}.new", mode="r"))
+        meta["sha256"] = digest.hexdigest()
+        put_in_place(folder, FILES, meta)
+        return meta
 
 
 def find_tables(path):
@@ -91,7 +93,8 @@ def read_rows(table, folder, column):
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         if is_foreign:
-            row["split"] = next((SPLITS[part] for part in row["image"].lower().split(os.sep)[:-1] if part in SPLITS), "")
+            folders = row["image"].lower().split(os.sep)[:-1]
+            row["split"] = next((SPLITS[name] for name in folders if name in SPLITS), "")
         yield {**row, "where": where}
 
 
