@@ -90,9 +90,8 @@ def files_in(folder, pattern, left_out):
         folders[:] = [name for name in folders if name[0] != "."]
         links = [name for name in folders if os.path.islink(os.path.join(place, name))]  # which os.walk does not follow
         found += [Path(place, name) for name in names + links if name[0] != "."]
-    pattern = (pattern or "*").lower()
-    return sorted(path for path in found if fnmatch.fnmatchcase(path.name.lower(), pattern)
-                  or fnmatch.fnmatchcase(path.relative_to(folder).as_posix().lower(), pattern))
+    names = {path: path.relative_to(folder).as_posix() if "/" in pattern else path.name for path in found}
+    return sorted(path for path in found if fnmatch.fnmatchcase(names[path].lower(), (pattern or "*").lower()))
 
 
 def why_no_text(path):

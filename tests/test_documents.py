@@ -114,7 +114,7 @@ def test_a_finished_shard_is_kept_and_a_missing_one_written(corpus, tmp_path, ca
             run(source, tmp_path / "again", **settings)
     (tmp_path / "hamlet.txt").write_text("To be, or not to be. " * 9, encoding="utf-8")
     run(tmp_path / "hamlet.txt", tmp_path / "text")
-    with pytest.raises(UserError, match="holds another data set .not of shards"):
+    with pytest.raises(UserError, match="holds other texts, of .*hamlet.txt: delete it"):
         run(source, tmp_path / "text", tokenizer="byte")
 
 
@@ -193,7 +193,7 @@ def test_what_cannot_be_used_is_named(tmp_path, monkeypatch):
     check("a.jsonl, line 1: .* is no text of whole characters", a_jsonl=b'{"text": "x \\ud800"}')
     check("tokenizer = char: it has to know all characters beforehand", tokenizer="char", a_parquet=good)
     check("none of 1 documents is for", a_jsonl=b'{"text": "x"}')
-    check("holds documents .a.parquet. and texts .b.txt.: put them into", a_parquet=good, b_txt=b"words")
+    check("there are documents .*a.parquet. and texts .*b.txt.: say which", a_parquet=good, b_txt=b"words")
     with pytest.raises(UserError, match="make it first with python prepare.py openwebtext"):
         known.ensure("openwebtext")
     with pytest.raises(UserError, match="fineweb is a data set with tokenizer = gpt2: add --name=NEW"):

@@ -68,7 +68,7 @@ def test_a_folder_becomes_a_data_set(folder, tmp_path, monkeypatch, capsys):
     prepare.main(prepare.Settings(image_size=8), [f"{folder}/"])
     assert "train_images = 18, train_rows = 36" in capsys.readouterr().out
     data = ImageTextDataset(tmp_path / "data" / "pictures")
-    assert data.meta["kind"] == "image-text" and data.meta["source"] == f"{folder}/"
+    assert data.meta["kind"] == "image-text" and data.meta["source"] == str(folder)
     assert [row["image"] for row in data.rows["train"]] == np.repeat(np.arange(18), 2).tolist()
     assert [row["image"] for row in data.rows["val"]] == [18, 18, 19, 19]
     assert data.rows["val"][1] == {"image": 18, "prompt": "detect it", "kind": "boxes", "width": 38, "height": 10,
@@ -111,10 +111,10 @@ def test_the_tokenizer_has_the_special_tokens(folder, tmp_path, name, size):
     ids = {token: tokenizer.bpe.token_to_id(token) for token in ("<pad>", "<eos>", "<bos>", "<loc0012>", "<loc0100>")}
     assert tokenizer.vocab_size == size and tokenizer.eos == ids["<eos>"] and ids["<pad>"] == 0
     assert max(tokenizer.bpe.get_vocab().values()) == size - 1
-    caption = tokenizer.encode("<bos>caption\n")
+    caption = tokenizer.encode_controls("<bos>caption\n")
     assert caption[0] == ids["<bos>"] and (len(caption) == 9) == (name == "char")
     text = "<loc0012><loc0100> red circle ü<seg000><seg127>\n<eos>"
-    box = tokenizer.encode(text)
+    box = tokenizer.encode_controls(text)
     assert box[:2].tolist() == [ids["<loc0012>"], ids["<loc0100>"]] and tokenizer.decode(box) == text
     assert name != "char" or len(box) == 2 + len(" red circle ü\n".encode()) + 3
 
