@@ -28,7 +28,7 @@ from machine.terminal import progress
 from run.lock import owned
 from run.pictures import LOCATIONS, SEGMENTS, read_image
 from sources.documents import READERS, pick
-from sources.texts import put_in_place
+from sources.texts import new_files, put_in_place
 
 CONTROLS = ("<pad>", "<eos>", "<bos>", "<image>")  # in PaliGemma's order
 FILES = ("images.bin", "train.jsonl", "val.jsonl", "tokenizer.json")
@@ -54,7 +54,7 @@ def prepare(path, folder, tokenizer_name="char", val_fraction=0.1, image_size=48
         raise UserError(f"tokenizer = {name}: must be char or byte (both a token per byte), or bpe:SIZE, for images")
     texts = [f"{row['prompt']}\n{row['answer']}" for row in splits["train"]]
     tokenizer = tokenizers.build(name, None, lambda: texts, special)
-    with owned(folder, "name", "prepared a data set"):
+    with owned(folder, "name", "prepared a data set"), new_files(folder, *FILES):
         tokenizer.save(folder / "tokenizer.json.new")
         count = write_rows(path, rows, image_size, folder)
         meta = {"kind": "image-text", "source": str(source or path), "images": count, "image_size": image_size,
