@@ -105,7 +105,8 @@ def from_metadata(row, folder, column, where):
         raise UserError(f"{where}: {len(names)} columns name a file, among {', '.join(row)}: have one, file_name")
     if column == "text" and column not in row and "caption" in row:
         column = "caption"
-    image = os.path.join(folder, row[names[0]]) if isinstance(row[names[0]], str) else row[names[0]]
+    image = row[names[0]]
+    image = os.path.normpath(os.path.join(folder, image)) if isinstance(image, str) else image
     return {"image": image, "prompt": "caption", "answer": pick(row, column, where), "kind": "caption"}
 
 

@@ -187,7 +187,8 @@ def files(tmp_path):
     """The folder of three files of documents."""
     (tmp_path / "source").mkdir()
     for name in "abc":
-        lines = [json.dumps({"text": text, "other": f"{name} {i}"}) for i, text in enumerate(make_documents(60, ord(name)))]
+        texts = make_documents(60, ord(name))
+        lines = [json.dumps({"text": text, "other": f"{name} {i}"}) for i, text in enumerate(texts)]
         (tmp_path / "source" / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
     return tmp_path / "source"
 
@@ -339,7 +340,7 @@ def test_what_cannot_be_used_is_named(in_process, tmp_path, monkeypatch):
     check("a.csv, line 2: has 3 fields, and the first line names 2: put double quotes", a_csv=b"text,b\na,b,c")
     check("a.csv, after line 2: is no table in UTF-8: unexpected end", a_csv=b'text,b\n"a,b')
     check("a.csv, after line 0: is no table in UTF-8: .* byte 0xff", a_csv=b"text,b\n\xff,c")
-    check("a.jsonl is UTF-16, no UTF-8 text: convert it", a_jsonl='{"text": "x"}'.encode("utf-16"))
+    check("a.jsonl is UTF-16, .*: iconv", a_jsonl='{"text": "x"}'.encode("utf-16"))
     check("no column is named text, only a, b: name the one", a_tsv=b"a\tb\nc\td")
     check("none of 1 documents is for", a_jsonl=b'{"text": "x"}')
     check("there are documents .*a.parquet. and texts .*b.txt.: say which", a_parquet=good, b_txt=b"words")
