@@ -60,11 +60,12 @@ def main(settings, sources):
     """Prepares the sources by their kind, and prints a command that trains on them."""
     is_known = len(sources) == 1 and sources[0] in TOKENIZERS and not Path(sources[0]).exists()
     name, recipe = prepare_known_source(settings, sources[0]) if is_known else prepare_own(settings, sources)
-    if os.path.isdir(settings.tokenizer):  # a model's
-        recipe = f"--init_from={settings.tokenizer}"
-    elif settings.tokenizer == "gpt2" and recipe == "config/shakespeare_char.py":
-        recipe = "config/finetune_gpt2.py"
-    command = ["python", "train.py", recipe, f"--dataset={name}", f"--out_dir=out/{locate(name).name}"]
+    recipe = [recipe]
+    if os.path.isdir(settings.tokenizer):  # a model's, to go on from
+        recipe = [*["--task=image-text"] * ("vlm" in recipe[0]), f"--init_from={settings.tokenizer}"]
+    elif settings.tokenizer == "gpt2" and recipe == ["config/shakespeare_char.py"]:
+        recipe = ["config/finetune_gpt2.py"]
+    command = ["python", "train.py", *recipe, f"--dataset={name}", f"--out_dir=out/{locate(name).name}"]
     print(f"train on it: {shlex.join(command)}")
 
 

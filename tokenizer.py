@@ -163,7 +163,7 @@ def build(name, texts, train_texts, special=("<|endoftext|>",)):
     kind, _, size = name.partition(":")
     if kind == "bpe" and size.isdecimal() and len(size) < 20:
         return BPETokenizer.train(train_texts(), int(size), special)
-    if path := find(name):
+    if kind != "bpe" and (path := find(name)):
         return load(path)
     raise UserError(f"tokenizer = {name}: must be char, byte, gpt2, bpe:SIZE such as bpe:4096, or a model's folder or"
                     " tokenizer.json")

@@ -16,6 +16,7 @@ import csv
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -264,7 +265,8 @@ def common_tokenizer(source, shards, folder, name, val_fraction):
     found = check_recipe(source, shards, folder, recipe) if path.exists() else {}
     basis = learned_from(source.files, name)
     folder.mkdir(parents=True, exist_ok=True)
-    if not (basis and saved.exists() and found.get("learned_from", basis if source.revision else []) == basis):
+    learned = found.get("learned_from", basis if found and source.revision else [])
+    if not basis or learned != basis or not saved.exists():
         tokenizer = tokenizers.build(name, lambda: [characters(source, folder)],
                                      lambda: sample(source, basis, folder, val_fraction))
         replace_tokenizer(folder, tokenizer)
@@ -300,16 +302,9 @@ def check_recipe(source, shards, folder, recipe):
 
 def learned_from(files, name):
     """The files that a tokenizer of this name is learned from: [] if it is not learned."""
-    if name == "char":
-        return list(files)
-    if not name.startswith("bpe:"):
-        return []
-    total, basis = 0, []
-    for file in files:
-        if total < SAMPLE_BYTES:
-            basis.append(file)
-        total += file[1]
-    return basis
+    limit = math.inf if name == "char" else SAMPLE_BYTES if name.startswith("bpe:") else 0
+    before = itertools.accumulate((file[1] for file in files), initial=0)
+    return [file for file, size in zip(files, before) if size < limit]
 
 
 def characters(source, folder):
@@ -361,7 +356,7 @@ def finished(source, shards, folder):
     done, stale = [], []
     for number, files in enumerate(shards):
         path = record_path(folder, number)
-        with contextlib.suppress(UserError, KeyError, OSError):  # it is damaged: to be written again
+        with contextlib.suppress(ValueError, KeyError, TypeError, OSError):  # it is damaged: to be written again
             record = read_json(path)
             for name, count in zip(bin_names(number), (record["train_tokens"], record["val_tokens"])):
                 if (folder / name).stat().st_size not in (2 * count, 4 * count):
@@ -372,6 +367,8 @@ def finished(source, shards, folder):
             if is_same and [file[:len(files[0])] for file in old] != files:  # the next start needs not read them
                 write_json(path, {**record, "files": [[*file, *past[3:]] for file, past in zip(files, old)]})
     return done, stale
+
+
 def in_processes(processes, jobs):
     """write_shard(*job) for each job. The first error ends all processes and is raised here."""
     context = multiprocessing.get_context("spawn")

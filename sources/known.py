@@ -61,12 +61,12 @@ def claim(dataset, source, kind):
     is_unfinished, meta = (folder / "recipe.json").exists(), {}
     if not is_unfinished and not (folder / "meta.json").exists():
         return folder
-    with contextlib.suppress(UserError, AttributeError):  # it is damaged
-        meta = {"source": ""} | read_json(folder / "meta.json")
+    with contextlib.suppress(UserError, TypeError, ValueError):  # it is damaged
+        meta = dict(read_json(folder / "meta.json"))
     found = "documents" if is_unfinished or "shards" in meta else "images" if "kind" in meta else "texts"
     if found != kind or kind != "documents" and os.path.abspath(meta.get("source", "")) != os.path.abspath(source):
-        raise UserError(f"{folder} holds another data set, of {meta.get('source') or 'an unknown source'}: delete it,"
-                        " or choose another name, --name=NEW")
+        raise UserError(f"{folder} holds other {found}, of {meta.get('source') or 'an unknown source'}: delete it, or"
+                        " choose another name, --name=NEW")
     if kind != "documents":
         print(f"{folder} has this source's data set, which is replaced", flush=True)
     return folder

@@ -24,6 +24,7 @@ import tokenizer as tokenizers
 from configurator import USERS_ERRORS, UserError
 from machine.terminal import progress
 from run.files import write_json
+from run.lock import owned
 
 CHUNK = 1 << 22  # characters of text held at a time
 SAMPLE = 20_000_000  # characters that a BPE learns from, at most
@@ -38,7 +39,6 @@ FIRST_BYTES = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe"
                b"PK\x03\x04": "zip (as .docx, .xlsx and .epub are)", b"{\\rtf": "RTF", b"SQLite format 3": "SQLite",
                b"\x89PNG": "a picture", b"GIF8": "a picture", b"\xff\xd8\xff": "a picture"}
 ZEROS = {(0, 1, 0, 1): "UTF-16LE", (1, 0, 1, 0): "UTF-16BE", (0, 1, 1, 1): "UTF-32LE", (1, 1, 1, 0): "UTF-32BE"}
-BESIDE = ("README", "LICENSE", "LICENCE", "COPYING", "NOTICE")  # how the names of texts about documents begin
 MOST_NAMED = 10  # of the files that were left out
 
 
@@ -57,20 +57,24 @@ def find(paths, document_suffixes, pattern=""):
                 left_out.append(why)
             else:
                 texts.append(file)
-    if documents and all(file.name.upper().startswith(BESIDE) for file in texts):
-        left_out += [f"{file} is a text, and the others are documents" for file in texts]
-        texts = []
+    if documents:
+        left_out += [f"{file} is a text, and the others are documents" for file in texts if is_beside(file)]
+        texts = [file for file in texts if not is_beside(file)]
     if documents and texts:
         raise UserError(f"there are documents ({documents[0]}) and texts ({texts[0]}): say which files of a folder"
                         f" count, such as --files=\"*{documents[0].suffix}\" or --files=\"*{texts[0].suffix}\"")
     if paths != (taken := texts + documents):
         suffixes = collections.Counter(file.suffix.lower() or "no suffix" for file in taken)
-        print(f"{len(taken):,} files: {', '.join(f'{n:,} {suffix}' for suffix, n in suffixes.most_common())}")
+        print(f"taken: {', '.join(f'{n:,} {suffix}' for suffix, n in suffixes.most_common()) or 'nothing'}")
     for why in left_out[:MOST_NAMED]:
         print(f"left out: {why}")
     if len(left_out) > MOST_NAMED:
         print(f"left out: {len(left_out) - MOST_NAMED:,} more")
     return texts, documents
+
+
+def is_beside(file):
+    return file.name.upper().startswith(("README", "LICENSE", "LICENCE", "COPYING", "NOTICE"))
 
 
 def files_in(folder, pattern, left_out):
@@ -268,10 +272,10 @@ def in_shares(paths, counts):
 
 @contextlib.contextmanager
 def new_files(folder, *names):
-    """Makes the folder. Removes each NAME.new in it, should what is inside fail; a full disk is a UserError."""
+    """Holds the folder, which is made. Removes each NAME.new in it should what is inside fail, on a full disk too."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield names
+        with owned(folder, "name", "prepared a data set"):
+            yield names
     except OSError as error:
         if error.errno not in USERS_ERRORS:
             raise

@@ -283,7 +283,7 @@ def with_eos(tokenizer, text):
 def check_controls(text):
     """Raises UserError for tokens that are put around the texts of an image: text with them would be read otherwise."""
     if found := [name for name in CONTROLS if name in text]:
-        raise UserError(f"{text!r}: leave out {found[0]}: the image, and what begins and ends a text, come by themselves")
+        raise UserError(f"{text!r}: leave out {found[0]}: what stands around a text, and the image, come by themselves")
 
 
 def pad_left(prompts):
