@@ -21,9 +21,10 @@ def read_image(path):
     except ImportError:
         raise UserError("images need Pillow: pip install pillow") from None
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")  # of a size or of damage that it copes with
-            return to_rgb(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a size, or of damage, that it copes with
+            with Image.open(path) as image:
+                return to_rgb(image)
     except Exception as error:  # Pillow's decoders raise nothing more specific
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"image = {path}: can't be read: {reason}") from None

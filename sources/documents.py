@@ -16,6 +16,7 @@ import csv
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -35,7 +36,7 @@ from configurator import UserError
 from machine.terminal import progress
 from run.files import read_json, rename, write_json
 from run.lock import owned
-from sources.texts import id_type, put_in_place, stored
+from sources.texts import check_start, id_type, new_files, put_in_place, stored
 
 SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
 SHARD_BYTES = 1 << 26  # smaller neighbours share a shard
@@ -65,7 +66,8 @@ def write(source, folder, tokenizer_name, val_fraction, processes):
     print(f"{len(shards):,} shards, {len(missing):,} to write{changed}, by {processes} processes", flush=True)
     if missing:
         (folder / "meta.json").unlink(missing_ok=True)
-        in_processes(processes, [(i, shards[i], source, folder, val_fraction) for i in missing])
+        with new_files(folder, *(name for i in missing for name in bin_names(i))):
+            in_processes(processes, [(i, shards[i], source, folder, val_fraction) for i in missing])
     shutil.rmtree(folder / "download", ignore_errors=True)
     found = [read_json(record_path(folder, i)) for i in range(len(shards))]
     totals = {key: sum(record[key] for record in found) for key in COUNTS}
@@ -195,6 +197,7 @@ def pick(row, column, where):
 def read_jsonl(path, column=""):
     """Yields (where, {column: value}, bytes read so far) of each row, as the other readers do."""
     with open(path, "rb") as file:
+        check_start(path, file.peek())
         for number, line in enumerate(file, start=1):
             line = line.removeprefix(codecs.BOM_UTF8).strip()
             if not line:
@@ -213,6 +216,7 @@ def read_table(path, column=""):
     """A .csv, or a .tsv with tabs between the fields. The first line names the columns."""
     csv.field_size_limit((1 << 31) - 1)
     with open(path, "rb") as file:
+        check_start(path, file.peek())
         rows = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True,
                           delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
         try:
@@ -225,7 +229,7 @@ def read_table(path, column=""):
                 if row:
                     yield where, dict(zip(names, row)), file.tell()
         except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{path}, line {rows.line_num}: can't be read as a UTF-8 table: {error}") from None
+            raise UserError(f"{path}, after line {rows.line_num}: is no table in UTF-8: {error}") from None
 
 
 def read_parquet(path, column):
@@ -259,11 +263,10 @@ def common_tokenizer(source, shards, folder, name, val_fraction):
               "val_fraction": val_fraction}
     path, saved = folder / "recipe.json", folder / "tokenizer.json"
     found = check_recipe(source, shards, folder, recipe) if path.exists() else {}
-    if not path.exists() and (folder / "meta.json").exists():
-        raise UserError(f"{folder} holds another data set (not of shards): delete it, or choose another --name")
     basis = learned_from(source.files, name)
     folder.mkdir(parents=True, exist_ok=True)
-    if not (basis and saved.exists() and found.get("learned_from", basis if source.revision else []) == basis):
+    learned = found.get("learned_from", basis if found and source.revision else [])
+    if not basis or learned != basis or not saved.exists():
         tokenizer = tokenizers.build(name, lambda: [characters(source, folder)],
                                      lambda: sample(source, basis, folder, val_fraction))
         replace_tokenizer(folder, tokenizer)
@@ -299,16 +302,9 @@ def check_recipe(source, shards, folder, recipe):
 
 def learned_from(files, name):
     """The files that a tokenizer of this name is learned from: [] if it is not learned."""
-    if name == "char":
-        return list(files)
-    if not name.startswith("bpe:"):
-        return []
-    total, basis = 0, []
-    for file in files:
-        if total < SAMPLE_BYTES:
-            basis.append(file)
-        total += file[1]
-    return basis
+    limit = math.inf if name == "char" else SAMPLE_BYTES if name.startswith("bpe:") else 0
+    before = itertools.accumulate((file[1] for file in files), initial=0)
+    return [file for file, size in zip(files, before) if size < limit]
 
 
 def characters(source, folder):
@@ -351,16 +347,19 @@ def record_path(folder, number):
     return folder / f"shard_{number:05}.json"
 
 
+def bin_names(number):
+    return [f"{split}_{number:05}.bin" for split in ("train", "val")]
+
+
 def finished(source, shards, folder):
     """(numbers of the shards that are finished and whose files are the same, numbers of those with other files)."""
     done, stale = [], []
     for number, files in enumerate(shards):
         path = record_path(folder, number)
-        with contextlib.suppress(UserError, KeyError, OSError):  # it is damaged: to be written again
+        with contextlib.suppress(ValueError, KeyError, TypeError, OSError):  # it is damaged: to be written again
             record = read_json(path)
-            for split in ("train", "val"):
-                count = record[f"{split}_tokens"]
-                if (folder / f"{split}_{number:05}.bin").stat().st_size not in (2 * count, 4 * count):
+            for name, count in zip(bin_names(number), (record["train_tokens"], record["val_tokens"])):
+                if (folder / name).stat().st_size not in (2 * count, 4 * count):
                     raise UserError("it is not whole")
             old = record["files"]
             is_same = len(old) == len(files) and all(map(source.is_same, files, old))
@@ -368,6 +367,8 @@ def finished(source, shards, folder):
             if is_same and [file[:len(files[0])] for file in old] != files:  # the next start needs not read them
                 write_json(path, {**record, "files": [[*file, *past[3:]] for file, past in zip(files, old)]})
     return done, stale
+
+
 def in_processes(processes, jobs):
     """write_shard(*job) for each job. The first error ends all processes and is raised here."""
     context = multiprocessing.get_context("spawn")
@@ -408,7 +409,7 @@ def write_shard(number, files, source, folder, val_fraction):
     tokenizer = tokenizers.load(folder / "tokenizer.json")
     end = tokenizer.encode("\n\n") if tokenizer.eos is None else np.array([tokenizer.eos])
     record, digest = {"files": [], **dict.fromkeys(COUNTS, 0)}, hashlib.sha256()
-    names = [f"{split}_{number:05}.bin" for split in ("train", "val")]
+    names = bin_names(number)
     with open(folder / f"{names[0]}.new", "wb") as train, open(folder / f"{names[1]}.new", "wb") as val:
         for split, text, content, document in read(source, files, folder, val_fraction, count_bytes):
             ids = np.concatenate((tokenizer.encode(text), end))

@@ -28,7 +28,7 @@ from machine.terminal import progress
 from run.lock import owned
 from run.pictures import LOCATIONS, SEGMENTS, read_image
 from sources.documents import READERS, pick
-from sources.texts import put_in_place
+from sources.texts import new_files, put_in_place
 
 CONTROLS = ("<pad>", "<eos>", "<bos>", "<image>")  # in PaliGemma's order
 FILES = ("images.bin", "train.jsonl", "val.jsonl", "tokenizer.json")
@@ -57,7 +57,7 @@ def prepare(path, folder, tokenizer_name="char", val_fraction=0.1, image_size=48
     tokenizer = tokenizers.build(name, None, lambda: texts, special)
     if tokenizer.kind != "bpe" or None in map(tokenizer.bpe.token_to_id, ("<bos>", "<eos>")):
         raise UserError(f"tokenizer = {name}: lacks <bos> and <eos>: for images take that of a model that sees")
-    with owned(folder, "name", "prepared a data set"):
+    with owned(folder, "name", "prepared a data set"), new_files(folder, *FILES):
         tokenizer.save(folder / "tokenizer.json.new")
         count = write_rows(path, rows, image_size, folder)
         meta = {"kind": "image-text", "source": str(source or path), "images": count, "image_size": image_size,
@@ -108,7 +108,8 @@ def from_metadata(row, folder, column, where):
         raise UserError(f"{where}: {len(names)} columns name a file, among {', '.join(row)}: have one, file_name")
     if column == "text" and column not in row and "caption" in row:
         column = "caption"
-    image = os.path.join(folder, row[names[0]]) if isinstance(row[names[0]], str) else row[names[0]]
+    image = row[names[0]]
+    image = os.path.normpath(os.path.join(folder, image)) if isinstance(image, str) else image
     return {"image": image, "prompt": "caption", "answer": pick(row, column, where), "kind": "caption"}
 
 

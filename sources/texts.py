@@ -278,7 +278,8 @@ def new_files(folder, *names):
     except OSError as error:
         if error.errno not in USERS_ERRORS:
             raise
-        raise UserError(f"{folder} can't be written: {error.strerror}") from None
+        what = error.filename or f"{folder} can't be written"
+        raise UserError(f"{what}: {error.strerror}") from None
     finally:
         for name in names:
             with contextlib.suppress(OSError):

@@ -165,6 +165,67 @@ def test_bad_rows_are_named(folder, tmp_path, row, message):
     assert not (tmp_path / "new" / "meta.json").exists()
 
 
+def make_imagefolder(path, counts, **columns):
+    """Hugging Face's: a folder with pictures and a metadata.jsonl for each split of {split: number}."""
+    for split, count in counts.items():
+        (path / split).mkdir(parents=True, exist_ok=True)
+        rows = []
+        for i in range(count):
+            (path / split / f"{i}.PNG").write_bytes(image_bytes("RGB", (20 + i, 10)))
+            rows.append({"file_name": f"{i}.PNG", "text": f"{split} {i}"})
+        (path / split / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.mark.parametrize("counts, train, val, said", [
+    ({"train": 5, "validation": 2, "test": 3}, ["train"], ["validation"], "images of test/ are left out"),
+    ({"Train": 5, "dev": 2}, ["Train"], ["dev"], ""),
+    ({"train": 5, "test": 3}, ["train"], ["test"], "images of test/ are for validation"),
+    ({"train": 20}, ["train"], ["train"], ""), ({".": 20}, ["."], ["."], "")])
+def test_hugging_faces_folders_are_data_sets(tmp_path, capsys, counts, train, val, said):
+    source = make_imagefolder(tmp_path / "source", counts)
+    prepare.main(prepare.Settings(name=str(tmp_path / "out"), image_size=8), [str(source)])
+    assert said in capsys.readouterr().out
+    data = ImageTextDataset(tmp_path / "out")
+    for split, folders in (("train", train), ("val", val)):
+        rows = data.rows[split]
+        assert {row["answer"].split()[0] for row in rows} == {*folders}
+        assert {(row["prompt"], row["kind"]) for row in rows} == {("caption", "caption")}
+        assert all(row["width"] == 20 + int(row["answer"].split()[1]) for row in rows)
+    assert len(data.rows["train"]) == (counts.get("train") or counts.get("Train") or 20) - 2 * (len(counts) == 1)
+
+
+def test_captions_have_many_names(tmp_path):
+    source = make_imagefolder(tmp_path / "source", {"pictures": 10})
+    (source / "pictures" / "metadata.jsonl").unlink()
+
+    def answers(names, column="text"):
+        lines = [names, *(f'pictures/{i}.PNG,"one, {i}",two {i}' for i in range(10))]
+        (source / "Metadata.csv").write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8")
+        images.prepare(source, tmp_path / "out", column=column, image_size=8)
+        return ImageTextDataset(tmp_path / "out").rows["train"][3]["answer"]
+
+    assert answers("file_name,caption,text") == answers("file_name,x,body", "body") == "two 3"
+    assert answers("image_file_name,caption,n") == "one, 3"
+    for names, column, message in (
+            ("file_name,a,b", "text", "Metadata.csv, line 2: no column is named text, only file_name, a, b: .*--col"),
+            ("file_name,caption,b", "body", "no column is named body, only"),
+            ("file_name,x_file_name,text", "text", "line 2: 2 columns name a file, among file_name, x_file_name")):
+        with pytest.raises(UserError, match=message):
+            answers(names, column)
+    (source / "pictures" / "3.PNG").unlink()
+    with pytest.raises(UserError, match="Metadata.csv, line 5: image = 'pictures/3.PNG': there is no such file"):
+        answers("file_name,text,n")
+
+
+def test_captions_are_found_in_any_case(folder, tmp_path):
+    (folder / "captions.jsonl").rename(folder / "Captions.JSONL")
+    assert [path.name for path in images.find_tables(folder)] == ["Captions.JSONL"]
+    assert images.prepare(folder, tmp_path / "out")["train_rows"] == 36
+    (folder / "Captions.JSONL").rename(folder / "metadata.jsonl")  # of documents: names no files
+    assert images.find_tables(folder) == []
+
+
 def test_bad_folders_are_named(folder, tmp_path):
     whole = read_rows(folder)
     rows = [{**row, "split": "train"} for row in whole]
