@@ -235,7 +235,8 @@ def prepare(paths, folder, tokenizer_name, val_fraction=0.1, source="", newlines
     meta = {"source": source, "sha256": "", "characters": 0, "bytes": 0,
             "tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "dtype": id_type(tokenizer)}
     digest = hashlib.sha256()
-    with new_files(folder, "train.bin", "val.bin", "tokenizer.json") as names:
+    names = ("train.bin", "val.bin", "tokenizer.json")
+    with owned(folder, "name", "prepared a data set"), new_files(folder, *names):
         for split, count in (("train", n_train), ("val", total - n_train)):
             text = shown(read(parts[split], keep), count, f"tokens for {split}")
             characters, n_bytes, n_tokens = write_tokens(folder / f"{split}.bin.new", text, tokenizer, digest)
@@ -271,10 +272,10 @@ def in_shares(paths, counts):
 
 @contextlib.contextmanager
 def new_files(folder, *names):
-    """Holds the folder, which is made. Removes each NAME.new in it should what is inside fail, on a full disk too."""
+    """Makes the folder. Removes each NAME.new in it should what is inside fail; a full disk is a UserError."""
     try:
-        with owned(folder, "name", "prepared a data set"):
-            yield names
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
         if error.errno not in USERS_ERRORS:
             raise
