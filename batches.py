@@ -6,6 +6,7 @@ training, and one worker or four see the same rows.
 Axes: B batch, T tokens of a row, S height and width of an image in pixels.
 """
 
+import contextlib
 import functools
 import json
 
@@ -26,6 +27,10 @@ class Dataset:
     def __init__(self, folder):
         self.folder, self.meta = folder, read_meta(folder, "text")
         self.splits = {split: self.open_split(split) for split in ("train", "val")}
+
+    def __repr__(self):
+        counts = " and ".join(f"{len(tokens):,} {split} tokens" for split, tokens in self.splits.items())
+        return f"Dataset({self.folder}: {counts})"
 
     def open_split(self, split):
         dtype, counts = np.dtype(self.meta["dtype"]), [self.meta[f"{split}_tokens"]]
@@ -66,11 +71,21 @@ class Joined:
         return piece if window.stop <= end else np.concatenate((piece, self[end:window.stop]))
 
 
+NEEDED = {"text": ("dtype", "train_tokens", "val_tokens"),
+          "image-text": ("image_size", "images", "train_rows", "val_rows")}
+
+
 def read_meta(folder, kind):
-    """What meta.json says. Raises UserError if the data set is of another kind: text, or image-text."""
-    with open(folder / "meta.json", encoding="utf-8") as file:
-        meta = json.load(file)
-    found = meta.get("kind", "text")
+    """What meta.json says. Raises UserError if it is damaged, or of another kind of data set: text, or image-text."""
+    path = folder / "meta.json"
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        found = meta.get("kind", "text")
+        is_whole = all(name in meta for name in NEEDED.get(found, ()))
+    except (OSError, ValueError, AttributeError):
+        is_whole = False
+    if not is_whole:
+        raise UserError(f"{path} is damaged: prepare the data set again")
     if found != kind:
         raise UserError(f"{folder} is a data set of kind {found}, and this model needs one of kind {kind}: name another"
                         " --dataset")
@@ -132,9 +147,13 @@ class ImageTextDataset:
         self.images = np.memmap(path, dtype=np.uint8, mode="r", shape=shape)
         self.rows = {split: self.read_rows(split) for split in ("train", "val")}
 
+    def __repr__(self):
+        counts = " and ".join(f"{len(rows):,} {split} rows" for split, rows in self.rows.items())
+        return f"ImageTextDataset({self.folder}: {counts}, {len(self.images):,} images of {self.image_size} pixels)"
+
     def read_rows(self, split):
         path, count = self.folder / f"{split}.jsonl", self.meta[f"{split}_rows"]
-        if path.exists():
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # it is gone, or damaged
             with open(path, encoding="utf-8") as file:
                 rows = [json.loads(line) for line in file]
             if len(rows) == count and all(row["image"] < self.meta["images"] for row in rows):

@@ -126,12 +126,13 @@ def from_command_line(cls, doc, usual=None, **how):
         raise SystemExit(0)
 
 
-def parse(cls, argv, more=None, has_accelerator=None, base=None, check=None, elsewhere=None):
+def parse(cls, argv, more=None, has_accelerator=None, base=None, refuse=None, check=None, elsewhere=None):
     """(settings, given): an instance of the dataclass `cls`, and {name: value} of what was named in `argv`.
 
     more(values) returns a second dataclass, by the values of the first, whose fields are settings too.
     has_accelerator(device) decides whether the files' `on_cpu` values apply; it is asked only if there are any.
-    base(given) returns values that are older than all of these (of a run that is resumed, say).
+    base(given) returns values that are older than all of these (of a run that is resumed, say); if there are any,
+    refuse(older, given) may raise a UserError.
     check(settings, given) may raise a UserError. elsewhere(name) may say where else an unknown setting belongs.
     Raises UserError for an unknown name, a value of the wrong type, or a file that can't be read.
     """
@@ -146,6 +147,8 @@ def parse(cls, argv, more=None, has_accelerator=None, base=None, check=None, els
         else:
             layers.sort(key=lambda layer: (not layer.origin, layer.on_cpu))  # files, on_cpu, the command line
     given = {layer.name: layer.value for layer in layers}
+    if refuse and older:
+        refuse(older, given)
     settings = build(cls, {**older, **given})
     if check:
         check(settings, given)

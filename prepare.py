@@ -1,29 +1,38 @@
 """Raw material into a data set to train on: data/<name>/{train.bin, val.bin, tokenizer.json, meta.json}.
 
-    python prepare.py my.txt                            a file; also a folder of .txt files, or a URL
+    python prepare.py my.txt                            a file; also a folder of texts of any suffix, or a URL
+    python prepare.py src/ a.md --name=mine             several; --files="*.py": of folders only these files
     python prepare.py my.txt --tokenizer=bpe:4096       char (default), byte, gpt2, or a BPE trained on the text
+    python prepare.py my.txt --tokenizer=out            the tokenizer of a model, to go on from it or to score it
     python prepare.py shakespeare_char                  a known data set (train.py does this by itself)
     python prepare.py my_folder/ --image_size=48        images with a captions.jsonl; sources/images.py says more
-    python prepare.py my_folder/ --tokenizer=gpt2       documents in parquet or .jsonl files, or in billions from
-    python prepare.py fineweb                           the hub; sources/documents.py says more
+    python prepare.py my_folder/ --tokenizer=gpt2       documents in .parquet, .jsonl, .csv or .tsv files, or in
+    python prepare.py fineweb                           billions from the hub; sources/documents.py says more
 
-Text is UTF-8; the first 90 % of its characters are for training, the rest for validation. It may be larger than memory.
+Text is UTF-8; the first 90 % of each file is for training, the rest for validation. It may be larger than memory.
 """
 
+import os
 import re
+import shlex
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
 
-from configurator import UserError, check_ranges, from_command_line, one_line_errors
+from configurator import UserError, check_idle, check_ranges, from_command_line, one_line_errors
 
 
 @dataclass(frozen=True)
 class Settings:
-    tokenizer: str = "char"  # char, byte, gpt2, or bpe:SIZE
+    tokenizer: str = "char"  # char, byte, gpt2, bpe:SIZE; or a tokenizer.json, a run's or a published model's folder
     name: str = ""  # the data set's name, or a folder's path; default: from the source
-    val_fraction: float = 0.1  # share of the characters or images, at the end, or of the documents, for validation
+    files: str = ""  # which files of a folder count, such as "*.py"; default: all that can be read
+    val_fraction: float = 0.1  # share of each file's characters or of the images, at the end, or of the documents
+    newlines: Literal["one", "keep"] = "one"  # of texts: Windows' line ends become one newline, or stay
     image_size: int = 48  # pixels of both sides that images are resized to
+    column: str = "text"  # of tables: where the documents, or the captions of images, are
     processes: int = 0  # that tokenize documents at the same time; 0: one per CPU core
     max_files: int = 0  # of documents to read, from the first; 0: all
 
@@ -38,53 +47,98 @@ if __name__ == "__main__":  # --help and typos answer before the slow imports
     sys.argv[1:] = [arg for arg in sys.argv[1:] if arg.startswith("-")] or ([] if SOURCES else ["--help"])
     SETTINGS, _ = from_command_line(Settings, __doc__)
 
-from sources import documents, texts
-from sources.known import CORPORA, GENERATED, TOKENIZERS, download, locate, prepare_known
+from sources import documents, images, texts
+from sources.known import CORPORA, GENERATED, TOKENIZERS, claim, download, locate, prepare_known
+
+ONLY = {  # the settings that some kinds of sources alone have
+    "texts": ("newlines", "files"), "documents": ("column", "processes", "max_files", "files"),
+    "captions": ("image_size",), "metadata": ("image_size", "column"),
+    "a known text": (), "a known corpus": ("column", "processes", "max_files"), "known images": ("image_size",)}
 
 
 def main(settings, sources):
-    """Prepares the one source by its kind, and names a recipe to train on it."""
-    if len(sources) != 1:
-        raise UserError(f"one source at a time, not {' '.join(sources)}; put several texts into a folder")
-    source, path = sources[0], Path(sources[0])
-    known = source in TOKENIZERS and not path.exists()
-    if known and not settings.name:  # its settings are the same for all
-        own = {"tokenizer": TOKENIZERS[source], "val_fraction": 0.0005 if source in CORPORA else 0.1, "image_size": 48}
+    """Prepares the sources by their kind, and prints a command that trains on them."""
+    is_known = len(sources) == 1 and sources[0] in TOKENIZERS and not Path(sources[0]).exists()
+    name, recipe = prepare_known_source(settings, sources[0]) if is_known else prepare_own(settings, sources)
+    model = settings.tokenizer if os.path.isdir(settings.tokenizer) else ""  # to go on from
+    start = [*["--task=image-text"] * ("vlm" in recipe), f"--init_from={model}"] if model else [recipe]
+    command = ["python", "train.py", *start, f"--dataset={name}", f"--out_dir=out/{locate(name).name}"]
+    print(f"train on it: {shlex.join(command)}")
+
+
+def prepare_known_source(settings, source):
+    """(name, recipe) of a known data set, prepared under its own name or settings.name."""
+    name, is_corpus, has_images = settings.name or source, source in CORPORA, source in GENERATED
+    check_kind(settings, "a known corpus" if is_corpus else "known images" if has_images else "a known text")
+    if name == source:  # its settings are the same for all
+        own = {"tokenizer": TOKENIZERS[source], "val_fraction": 0.0005 if is_corpus else 0.1, "image_size": 48,
+               "column": "text"}
         for key, value in own.items():
             if getattr(settings, key) not in (value, getattr(Settings, key)):
                 raise UserError(f"{source} is a data set with {key} = {value}: add --name=NEW for another one")
         settings = replace(settings, **own)
-    name = settings.name or re.sub(r"\W+", "_", path.absolute().stem)  # absolute: "." has no name
-    folder, how = locate(name), (settings.tokenizer, settings.val_fraction)
-    recipe = "shakespeare_char"
-    if known and source not in CORPORA:
-        name = prepare_known(source, name, *how, settings.image_size)
-        recipe = f"vlm_{source}" if source in GENERATED else recipe
-    elif (path / "captions.jsonl").exists():
-        from sources import images  # here, for it imports torch
-        images.prepare(path, folder, *how, settings.image_size, source)
-        recipe = "vlm_shapes"
-    else:
-        found = documents.hub_source(*CORPORA[source]) if known else documents.folder_source(path)
-        if found:
-            found = found._replace(files=found.files[:settings.max_files or None])
-            documents.prepare(found, folder, *how, settings.processes)
-            recipe = "gpt2"
-        else:
-            texts.prepare(find_texts(source, folder), folder, *how, source)
-    print(f"train on it: python train.py config/{recipe}.py --dataset={name}")
+    if is_corpus:
+        folder = locate(name) if name == source else claim(name, CORPORA[source][0], "documents")
+        prepare_documents(settings, documents.hub_source(*CORPORA[source])._replace(column=settings.column), folder)
+        return name, "config/gpt2.py"
+    name = prepare_known(source, name, settings.tokenizer, settings.val_fraction, settings.image_size)
+    return name, f"config/vlm_{source}.py" if has_images else text_recipe(TOKENIZERS.get(name, settings.tokenizer))
 
 
-def find_texts(source, folder):
-    """The paths of the texts of a folder, a file, or a URL, which is downloaded into `folder`."""
-    path = folder / "input.txt" if "://" in source else Path(source)
-    if "://" in source:
-        download(source, path)
-    paths = sorted(filter(Path.is_file, path.rglob("*.txt"))) if path.is_dir() else [path]
-    if not paths or not paths[0].is_file():
-        raise UserError(f"{source} is no file, no URL, no folder of .txt, .parquet or .jsonl files, and none of"
-                        f" {', '.join(TOKENIZERS)}")
-    return paths
+def prepare_own(settings, sources):
+    """(name, recipe) of files and folders, or of a URL."""
+    paths, is_url = list(map(Path, sources)), len(sources) == 1 and "://" in sources[0]
+    check_sources(settings, sources, is_url)
+    captions = images.find_tables(paths[0]) if len(paths) == 1 else []
+    found, rows = ([], []) if is_url or captions else texts.find(paths, documents.SUFFIXES, settings.files)
+    if not (is_url or captions or found or rows):
+        raise UserError(f"{', '.join(sources)}: there are no texts and no documents")
+    kind = captions[0].stem.lower() if captions else "documents" if rows else "texts"
+    check_kind(settings, kind)
+    path = os.path.abspath(urlsplit(sources[0]).path if is_url else sources[0])  # absolute: "." has no name
+    name = settings.name or re.sub(r"\W+", "_", Path(path).stem)
+    source = sources[0] if is_url else ", ".join(map(os.path.abspath, sources))
+    source = os.fsencode(source).decode("utf-8", "backslashreplace")  # names may be no UTF-8
+    folder, how = claim(name, source, "images" if captions else kind), (settings.tokenizer, settings.val_fraction)
+    if captions:
+        images.prepare(paths[0], folder, *how, settings.image_size, source, settings.column)
+        return name, "config/vlm_shapes.py"
+    if rows:
+        prepare_documents(settings, documents.folder_source(rows, settings.column, paths), folder)
+        return name, "config/gpt2.py"
+    if is_url:
+        found = [folder / "input.txt"]
+        download(source, found[0])
+    texts.prepare(found, folder, *how, source, settings.newlines)
+    return name, text_recipe(settings.tokenizer)
+
+
+def text_recipe(tokenizer):
+    return "config/finetune_gpt2.py" if tokenizer == "gpt2" else "config/shakespeare_char.py"
+
+
+def check_sources(settings, sources, is_url):
+    """Raises UserError for a source that isn't there, and for settings that don't fit what the sources are."""
+    for source in sources:
+        if not is_url and not Path(source).exists():
+            raise UserError(f"{source} is no file, no folder, no URL, and none of {', '.join(TOKENIZERS)}")
+    if is_url and Path(urlsplit(sources[0]).path).suffix.lower() in documents.SUFFIXES:
+        raise UserError(f"{sources[0]}: only texts are fetched; download the documents, and name their file")
+    if len(sources) > 1 and not settings.name:
+        raise UserError(f"{len(sources)} sources make one data set: name it, --name=NEW")
+    if settings.files and not any(map(os.path.isdir, sources)):
+        raise UserError(f"files = {settings.files}: chooses among the files of a folder; leave it out")
+
+
+def prepare_documents(settings, found, folder):
+    found = found._replace(files=found.files[:settings.max_files or None])
+    documents.prepare(found, folder, settings.tokenizer, settings.val_fraction, settings.processes)
+
+
+def check_kind(settings, kind):
+    """Raises UserError for a setting that does nothing for sources of this kind."""
+    for name in {name for names in ONLY.values() for name in names}.difference(ONLY[kind]):
+        check_idle(settings, f"does nothing for {kind}", name)
 
 
 if __name__ == "__main__":

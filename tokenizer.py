@@ -1,14 +1,22 @@
 """Text to token ids and back: characters, bytes, GPT-2's BPE, or a BPE of one's own. Saved as JSON, loaded by name.
 
     python prepare.py my.txt --tokenizer=char|byte|gpt2|bpe:4096
+    python prepare.py my.txt --tokenizer=out            a trained model's own, from its folder
+
+A control token that is written in a text, such as <|endoftext|>, is text like any other.
 """
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 
 from configurator import UserError
+from machine.terminal import progress
+
+MOST_TOKENS = 1 << 20  # of a BPE: the library sets memory aside for all of them before it learns
+LONGEST_WORD = 256  # characters, for a BPE to learn from: it takes for ever over a longer one
 
 
 class Tokenizer:
@@ -16,6 +24,14 @@ class Tokenizer:
 
     eos = None  # the id that ends a text
     fields = {}  # what a saved tokenizer holds beside its kind: the arguments that make it anew
+    unit = "tokens"
+
+    def __repr__(self):
+        return f"{type(self).__name__}({self.vocab_size} {self.unit})"
+
+    def encode_controls(self, text):
+        """As encode, but control tokens that are written in the text are tokens, where the tokenizer has any."""
+        return self.encode(text)
 
     def save(self, path):
         """Writes the file in place: a caller whose readers must never find half of it renames it afterwards."""
@@ -25,7 +41,7 @@ class Tokenizer:
 
 class CharTokenizer(Tokenizer):
     """One id per character, in the order of the characters given."""
-    kind = "char"
+    kind, unit = "char", "characters"
 
     def __init__(self, characters):
         self.characters = "".join(characters)
@@ -39,8 +55,8 @@ class CharTokenizer(Tokenizer):
         ids = self.ids[np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype=np.uint32)]
         if (ids < 0).any():
             at = int((ids < 0).argmax())
-            raise UserError(f"the character {text[at]!r} (U+{ord(text[at]):04X}), number {at + 1} of the text, is not"
-                            f" among the {self.vocab_size} characters of the vocabulary: {self.characters!r}")
+            raise UserError(f"the character {text[at]!r} (U+{ord(text[at]):04X}), in {text[max(0, at - 20):at + 20]!r},"
+                            f" is not among the vocabulary's {self.vocab_size} characters: {self.characters!r:.200}")
         return ids.astype(np.int64)
 
     def decode(self, ids):
@@ -49,7 +65,7 @@ class CharTokenizer(Tokenizer):
 
 class ByteTokenizer(Tokenizer):
     """One id per byte of the text's UTF-8: any text can be encoded."""
-    kind, vocab_size = "byte", 256
+    kind, vocab_size, unit = "byte", 256, "bytes"
 
     def encode(self, text):
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
@@ -91,40 +107,72 @@ class BPETokenizer(Tokenizer):
     @classmethod
     def train(cls, texts, vocab_size, special=("<|endoftext|>",)):
         """Learns vocab_size tokens, the special ones first, from an iterable of strings. The least are one per byte."""
-        from tokenizers import ByteLevelBPETokenizer
+        import tokenizers
         least = 256 + len(special)
         if vocab_size < least:
             raise UserError(f"tokenizer = bpe:{vocab_size}: 256 bytes and the special tokens need at least bpe:{least}")
-        bpe = ByteLevelBPETokenizer()
-        bpe.train_from_iterator(texts, vocab_size, min_frequency=0, show_progress=False, special_tokens=list(special))
+        if vocab_size > MOST_TOKENS:
+            raise UserError(f"tokenizer = bpe:{vocab_size}: a BPE may have at most bpe:{MOST_TOKENS}")
+        bpe = tokenizers.ByteLevelBPETokenizer()
+        bpe.train_from_iterator(short_words(texts), vocab_size, min_frequency=0, show_progress=False,
+                                special_tokens=list(special))
         most = bpe.get_vocab_size()
         if most < vocab_size:
             raise UserError(f"tokenizer = bpe:{vocab_size}: the text yields only {most} tokens; use bpe:{most} or less")
-        return cls(bpe)
+        return cls(tokenizers.Tokenizer.from_str(bpe.to_str()))
 
     def encode(self, text):
+        self.bpe.encode_special_tokens = True  # as the text that they are
+        return np.array(self.bpe.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+
+    def encode_controls(self, text):
+        self.bpe.encode_special_tokens = False
         return np.array(self.bpe.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
     def decode(self, ids):
         return self.bpe.decode(list(map(int, ids)), skip_special_tokens=False)
 
     def save(self, path):
-        self.bpe.save(str(path), pretty=False)
+        Path(path).write_text(self.bpe.to_str(), encoding="utf-8", newline="\n")
+
+
+def short_words(texts):
+    """The texts, cut into more wherever LONGEST_WORD characters come without a blank, or as many blanks."""
+    with progress(None, "learning tokens", " characters") as bar:
+        for text in texts:
+            start = 0
+            for run in re.finditer(rf"\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}", text):
+                yield text[start:run.end()]
+                start = run.end()
+            yield text[start:]
+            bar.update(len(text))
 
 
 KINDS = {"char": CharTokenizer, "byte": ByteTokenizer, "gpt2": GPT2Tokenizer}
 
 
 def build(name, texts, train_texts, special=("<|endoftext|>",)):
-    """A tokenizer by its name on the command line: char knows all of texts(), a BPE learns from train_texts()."""
+    """A tokenizer by its name on the command line: char knows all of texts(), a BPE learns from train_texts().
+
+    Or one that exists, by its file, or by the folder of a run, of a checkpoint, or of a published model.
+    """
     if name == "char":
         return CharTokenizer(sorted(set().union(*map(set, texts()))))
     if name in ("byte", "gpt2"):
         return KINDS[name]()
     kind, _, size = name.partition(":")
-    if kind == "bpe" and size.isdecimal():
+    if kind == "bpe" and size.isdecimal() and len(size) < 20:
         return BPETokenizer.train(train_texts(), int(size), special)
-    raise UserError(f"tokenizer = {name}: must be char, byte, gpt2 or bpe:SIZE, such as bpe:4096")
+    if kind != "bpe" and (path := find(name)):
+        return load(path)
+    raise UserError(f"tokenizer = {name}: must be char, byte, gpt2, bpe:SIZE such as bpe:4096, or a model's folder or"
+                    " tokenizer.json")
+
+
+def find(name):
+    """The file of a tokenizer: `name` itself, or in a folder of this name, which may be a run's. None if absent."""
+    places = [Path(name), *(Path(name, part, "tokenizer.json") for part in ("", "best", "last", "last.old"))]
+    return next((path for path in places if path.is_file()), None)
 
 
 def load(path):

@@ -7,12 +7,12 @@
     python train.py config/shakespeare_char.py --resume=auto       the same; where nothing was saved, it starts
     torchrun --nproc_per_node=2 train.py config/shakespeare_char.py
 
-Later values win: defaults, config files, --name=value. The out directory gets log.jsonl, run.json and the checkpoints
-`last` and `best` (see run/checkpoint.py); an earlier run found there is moved into a folder earlier.N of its own.
+Later values win: defaults, config files, --name=value. The out directory gets the checkpoints `last` and `best`
+(run/checkpoint.py), log.jsonl, run.json, samples.md and curves.svg; an earlier run found there is moved to earlier.N.
 Below are the settings of every run; --help --task=NAME shows those of a task too.
 
-Exit status: 0 finished; 2 an error that the one line explains; 75 stopped by --max_minutes or SIGUSR1, 130 by Ctrl-C,
-143 by SIGTERM, all three with a save.
+Exit status: 0 finished; 2 an error that the one line explains; with a save: 75 stopped by --max_minutes or SIGUSR1,
+129 by SIGHUP, 130 by Ctrl-C, 141 by an output that was closed, 143 by SIGTERM.
 """
 
 import os
@@ -53,12 +53,13 @@ class Settings:
     # what it reports and saves
     eval_interval: int = 100  # updates between evaluations, each followed by a save
     eval_tokens: int = 2_000_000  # most tokens per evaluation; a shorter split is scored whole; 0: always whole
+    save_minutes: float = 10.0  # minutes between saves of `last`, if evaluations are rarer; 0: only with these
     log_interval: int = 10  # updates between lines of the log
     async_save: bool = True  # write checkpoints in the background; training waits for a copy in memory only
-    max_minutes: float = 0.0  # stop after so long, with a save and exit status 75; 0: no limit
+    max_minutes: float = 0.0  # stop this start after so long, with a save and exit status 75; 0: no limit
     max_grad_norm: float = 0.0  # stop if the gradient's norm, before clipping, exceeds it; 0: if it is no number
     max_loss_rise: float = 0.0  # stop if a loss exceeds its mean of 100 updates by so much; 0: if it is no number
-    sample_tokens: int = 300  # length of the sample at the end; 0: none
+    sample_tokens: int = 300  # length of the sample at the end, and short ones at evaluations; 0: none
     wandb: bool = False  # log to Weights & Biases too (pip install wandb; WANDB_MODE=offline needs no account)
     wandb_project: str = "quill"  # its project
     wandb_name: str = ""  # the run's name there; default: wandb's choice
@@ -96,22 +97,25 @@ def earlier_settings(given):
     return resume.earlier_settings(out_dir, wanted)
 
 
+def refuse(saved, given):
+    """Raises UserError for a setting that a resumed run, which saved those, can't change."""
+    from run import resume
+    from sources.known import BUILT_IN
+    resume.refuse_changes(saved, given, own_settings(saved), BUILT_IN)
+
+
 def check(settings, given):
-    """Raises UserError for an unknown data set, or for a setting that a resumed run can't change."""
-    from sources.known import BUILT_IN, check_dataset
-    if saved := earlier_settings(given):
-        from run import resume
-        resume.refuse_changes(saved, given, own_settings(vars(settings)), BUILT_IN)
+    """Raises UserError for an unknown data set."""
+    from sources.known import check_dataset
     check_dataset(settings.dataset)
 
 
-HOW = dict(more=own_settings, has_accelerator=has_accelerator, base=earlier_settings, check=check,
+HOW = dict(more=own_settings, has_accelerator=has_accelerator, base=earlier_settings, refuse=refuse, check=check,
            elsewhere=elsewhere(lambda row: row.training))
 if __name__ == "__main__":  # --help and typos answer before torch is imported
     SETTINGS, GIVEN = from_command_line(Settings, __doc__, **HOW)
 
-import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -123,8 +127,9 @@ from machine.device import autocast, keep_freed_memory, peak_flops, pick_compile
 from model import all_blocks
 from optimizer import clip, make_optimizers, set_rates
 from run import checkpoint, resume
-from run.guards import Guard, require_finite
-from run.log import Log, say_where, set_aside
+from run.guards import Guard, guarded_outputs, lost_output, require_finite
+from run.lock import owned
+from run.log import Log, improves, measures, say_where
 from sources.known import ensure, locate
 from tasks.task import load, start
 
@@ -170,11 +175,12 @@ def update(task, wrapped, optimizers, scaler, step, world, dtype):
 
 
 def train(settings, given, world):
-    """The run: set up, then one loop. Returns (the task, the model, the step reached, the exit status or 0)."""
+    """The run: set up, then one loop. Returns (the task, the model, the log, the exit status or 0, why)."""
     out_dir, device = Path(settings.out_dir), world.device
 
     # The task, its data and its model.
     folder = world.from_main(lambda: resume.pick_up(out_dir, settings.resume))
+    notes = list(resume.notes(folder, settings)) if folder else []
     task, model = start(settings, given, folder, locate(settings.dataset), world)
     state = checkpoint.load_trainer(folder) if folder else {"step": 0, "best": None}
     step, best, status = state["step"], state["best"], 0
@@ -196,13 +202,11 @@ def train(settings, given, world):
     if world.is_main:
         print("settings: " + (", ".join(f"{k}={v!r}" for k, v in differences(settings).items()) or "the defaults"))
         print(f"device: {device} x {world.size}; dtype: {s.dtype} ({why_dtype}); compile: {compiled} ({why_compiled})\n"
-              + task.summary(model), flush=True)
-        if not folder:
-            set_aside(out_dir)
-    log = Log(out_dir, s, step, *task.cost(model), peak_flops(device, dtype), world)
+              + "\n".join((task.summary(model), *notes)), flush=True)
+    log = Log(out_dir, task, model, step, peak_flops(device, dtype), world)
 
     model.train()
-    guard = Guard(s, world, step, scaler.is_enabled(), state.get("mean_loss"), lambda n: task.where(task.pick(n - 1)))
+    guard = Guard(s, world, step, scaler.is_enabled(), state, lambda n: task.where(task.pick(n - 1)))
     with guard, checkpoint.Writer(out_dir, s.async_save, sharded) as writer:
         while step < s.max_iters and not status:
             lr = set_rates(optimizers, step + 1, s)
@@ -211,39 +215,35 @@ def train(settings, given, world):
             evaluating = step % s.eval_interval == 0 or step == s.max_iters
             logging = evaluating or step % s.log_interval == 0 or step == 1
             if logging or guard.due(step) or guard.status and world.size == 1:
-                row = log.row(step, lr=lr, **guard.read())  # waits for the device
-                status = world.max(guard.status) if step < s.max_iters else 0
-                names = ["last"] if evaluating or status else []
+                row = log.row(step, lr=lr, **guard.read(logging))  # waits for the device
+                status, better = world.max(guard.status) if step < s.max_iters else 0, False
                 if evaluating:
                     row |= evaluate(task, model, world, dtype, step)
-                    if improves(task, row, best):
-                        best, names = row[f"val_{task.best[0]}"], ["best", "last"]
+                    if better := improves(task.best, row, best):
+                        best = row[f"val_{task.best[0]}"]
                 if logging:
-                    log.write(row)
-                if names and (world.is_main or sharded):
+                    log.write(row, better)
+                if evaluating:
+                    log.look(row, model, sharded)
+                saving = evaluating or status or guard.saving
+                if saving and (world.is_main or sharded):
                     log.sync()
-                    writer.save(names, model, task.tokenizers, *snapshot(task, row, best, guard, optimizers, scaler))
-                if logging:
-                    log.restart(step)
+                    writer.save(["best"] * better + ["last"], model, task.tokenizers,
+                                *snapshot(task, row, best, guard, optimizers, scaler))
+                    guard.note_save()
+                if logging or saving:
+                    log.restart(step, evaluating)
                 writer.raise_pending()
-    log.close(step, status)
-    return task, model, step, status
-
-
-def improves(task, row, best):
-    """Whether the row's measure is better than all before; best: None if there were none."""
-    name, better = task.best
-    return best is None or better(row[f"val_{name}"], best) != best
+    return task, model, log, status, guard.reason(status)
 
 
 def snapshot(task, row, best, guard, optimizers, scaler):
     """(what config.json says, what trainer.pt holds) of a checkpoint."""
     s, step = task.settings, row["step"]
-    measured = {"val_loss": None, **{name: value for name, value in row.items() if name.startswith("val_")}}
-    config = {**task.about, "lora_rank": s.lora_rank, "settings": asdict(s), "dataset": s.dataset,
-              "data": task.fingerprint(), "step": step, **measured, "versions": checkpoint.versions()}
+    config = {**task.about, "lora_rank": s.lora_rank, "settings": asdict(s), "dataset": s.dataset, "step": step,
+              "data": task.fingerprint(), "val_loss": None, **measures(row), "versions": checkpoint.versions()}
     states = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
-    return config, {"step": step, "best": best, "mean_loss": guard.mean, "scaler": scaler.state_dict(), **states}
+    return config, {"step": step, "best": best, **guard.state, "scaler": scaler.state_dict(), **states}
 
 
 def piece_size(task, world):
@@ -279,18 +279,21 @@ def evaluate(task, model, world, dtype, step):
 def main(settings, given):
     world = distributed.start(settings.device)
     keep_freed_memory()
-    name = world.from_main(lambda: ensure(settings.dataset))
-    began = time.perf_counter()
-    task, model, step, stopped = train(replace(settings, dataset=name), given, world)
-    if world.is_main:
-        if settings.shard and world.size > 1:
-            model = load(checkpoint.find(settings.out_dir, "last"), world.device)[1]
-        say_where(task, model.eval(), step, stopped, time.perf_counter() - began)
+    with ExitStack() as life:
+        world.from_main(lambda: life.enter_context(owned(settings.out_dir)))
+        name = world.from_main(lambda: ensure(settings.dataset))
+        task, model, log, stopped, why = train(replace(settings, dataset=name), given, world)
+        if world.is_main:
+            if settings.shard and world.size > 1:
+                model = load(checkpoint.find(settings.out_dir, "last"), world.device)[1]
+            say_where(task, model.eval(), log, stopped, why)
+        stopped = stopped or lost_output()
+        log.close(stopped, why)
     world.close()
     if stopped:
         raise SystemExit(stopped)
 
 
 if __name__ == "__main__":
-    with one_line_errors(), distributed.others_explain():
+    with guarded_outputs(), one_line_errors(), distributed.others_explain():
         main(SETTINGS, GIVEN)

@@ -14,6 +14,7 @@ The values for a GPU are a guess that nobody has measured.
 """
 
 dataset = "shakespeare_char"
+out_dir = "out/shakespeare_char_fast"
 
 n_layer = 6
 n_head = 6

@@ -1,11 +1,14 @@
-"""A run's record: log.jsonl, run.json, the terminal, and Weights & Biases if wanted."""
+"""A run's record: log.jsonl, run.json, samples.md, curves.svg, the terminal, and Weights & Biases if wanted."""
 
 import itertools
 import json
 import os
 import platform
+import re
+import shlex
 import subprocess
 import sys
+import textwrap
 import time
 from contextlib import suppress
 from dataclasses import asdict
@@ -13,97 +16,247 @@ from pathlib import Path
 
 import torch
 
-from configurator import UserError
+from configurator import UserError, flat_values, say
 from machine.device import device_name, peak_memory
+from machine.terminal import columns, paint, printable
 from run import checkpoint
-from run.files import read_json, write_json, write_text
+from run.files import one_line, rename, write_json, write_text
 
 TIME = "%Y-%m-%dT%H:%M:%S%z"
+WIDTH = 100  # columns of a line of the log, at most
 
 
 class Log:
-    """Writes run.json, rows into log.jsonl, to the terminal, and to wandb if wanted. Silent on all but the main rank.
+    """Writes what the run leaves beside its checkpoints, and what it shows. Silent on all but the main rank.
 
-    tokens, flops: of one update; peak: a worker's FLOP/s, or None.
-    Raises UserError if wandb is wanted but not installed.
+    step: of the checkpoint that the run goes on from; 0: it starts, and an earlier run in out_dir is moved away.
+    peak: a worker's FLOP/s, or None. Raises UserError if wandb is wanted but can't be had: before anything is moved.
     """
 
-    def __init__(self, out_dir, settings, step, tokens, flops, peak, world):
-        self.settings, self.tokens, self.flops, self.peak = settings, tokens, flops / world.size, peak
+    def __init__(self, out_dir, task, model, step, peak, world):
+        self.out_dir, self.task, self.settings, self.peak = out_dir, task, task.settings, peak
+        self.tokens, flops = task.cost(model)  # of an update
+        self.flops = flops / world.size
         self.file = self.wandb = None
-        self.first_step, self.began = step, time.perf_counter()
-        self.restart(step)
-        if not world.is_main:
-            return
-        out_dir.mkdir(parents=True, exist_ok=True)
-        self.run_json = out_dir / "run.json"
-        self.starts = read_json(self.run_json) if self.run_json.exists() else []
-        self.starts.append(facts(settings, step, world))
-        write_json(self.run_json, self.starts)
-        path = out_dir / "log.jsonl"
-        if step and path.exists():  # the rows after the checkpoint will be written again
-            write_text(path, "".join(rows_until(path, step)))
-        self.file = open(path, "a", encoding="utf-8", buffering=1)
-        if settings.wandb:
-            self.wandb = start_wandb(out_dir, settings, self.starts[0]["id"])
+        self.step = self.first_step = self.timed_from = step
+        self.n_timed, self.seconds_timed, self.pauses = 0, 0.0, []  # for the time left
+        if world.is_main:
+            self.open(step, world)
+        self.began = self.looked = self.clock = time.perf_counter()
 
-    def restart(self, step):
+    def open(self, step, world):
+        s, path = self.settings, self.out_dir / "log.jsonl"
+        self.record = {"settings": flat_values(asdict(s)), "results": {}, "starts": []}
+        self.samples, self.earlier_seconds = {}, 0.0
+        if step:
+            self.samples = samples_until(self.out_dir / "samples.md", step)
+            self.record["starts"], self.earlier_seconds = read_record(self.out_dir / "run.json")
+        self.record["starts"].append(facts(s, step, world))
+        if s.wandb:
+            self.wandb = start_wandb(self.out_dir, s, self.record["starts"][0]["id"])
+        if not step:
+            set_aside(self.out_dir)
+        elif path.exists():  # the rows after the checkpoint will be written again
+            rows = list(rows_until(path, step))
+            write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+            for row in rows:
+                self.note(row, improves(self.task.best, row, self.best_so_far()))
+        self.file = open(path, "a", encoding="utf-8", buffering=1)
+        self.write_record(self.earlier_seconds)
+
+    def restart(self, step, evaluated=False):
         """Counts the next row's time from here: after an evaluation or a save, which are no part of an update."""
-        self.timed_from, self.clock = step, time.perf_counter()
+        now = time.perf_counter()
+        self.n_timed += step - self.timed_from
+        self.seconds_timed += self.looked - self.clock
+        self.pauses += [now - self.looked] * evaluated
+        self.timed_from, self.clock = step, now
 
     def row(self, step, **values):
         """A row with the mean time of the updates since `restart`. values: plain numbers, so the device is done."""
-        seconds = (time.perf_counter() - self.clock) / (step - self.timed_from)
+        self.step, self.looked = step, time.perf_counter()
+        seconds = (self.looked - self.clock) / (step - self.timed_from)
+        if step == self.first_step + 1:  # it compiled and made room: no measure of what is to come
+            self.timed_from, self.clock = step, self.looked
         row = {"step": step, **values, "ms": 1000 * seconds, "tokens_per_s": self.tokens / seconds}
         if self.peak and self.flops:
             row["mfu"] = self.flops / seconds / self.peak
         return row
 
-    def write(self, row):
-        """Adds the row to log.jsonl and wandb; the terminal shows loss, rate, speed, time left, validation measures.
+    def write(self, row, better):
+        """Adds the row to log.jsonl, wandb and the terminal; with validation measures to run.json too.
 
-        Raises UserError if log.jsonl can't be written.
+        better: they are the best so far. Raises UserError if it can't be written.
         """
         if self.file is None:
             return
-        try:
+        with one_line(self.file.name):
             self.file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise UserError(f"{self.file.name} can't be written: {error.strerror}") from error
         if self.wandb:
             self.wandb.log(row, step=row["step"])
-        step, last = row["step"], self.settings.max_iters
-        left = int((time.perf_counter() - self.began) / (step - self.first_step) * (last - step))
-        parts = [f"step {step:>{len(str(last))}}/{last}", f"loss {row['loss']:.4f}", f"lr {row['lr']:.2e}",
-                 f"{row['ms']:.1f} ms", f"{row['tokens_per_s']:,.0f} tok/s"]
+        print(self.line(row, better), flush=True)
+        if self.note(row, better):
+            self.write_record()
+
+    def note(self, row, better):
+        """Takes the row's validation measures into the results; returns them, {} if it has none."""
+        results, found = self.record["results"], measures(row)
+        results["step"] = row["step"]
+        if found:
+            results["last"] = found
+        if found and better:
+            results["best"] = {"step": row["step"], **found}
+        return found
+
+    def best_so_far(self):
+        return self.record["results"].get("best", {}).get(f"val_{self.task.best[0]}")
+
+    def write_record(self, seconds=None):
+        """seconds: of all starts; None: until now."""
+        seconds = self.earlier_seconds + time.perf_counter() - self.began if seconds is None else seconds
+        self.record["results"]["seconds"] = round(seconds, 3)
+        with one_line(self.out_dir / "run.json"):
+            write_json(self.out_dir / "run.json", self.record)
+
+    def line(self, row, better):
+        """The row as one line: what matters least is left out where the terminal is narrow."""
+        last, measure, left = self.settings.max_iters, f"val_{self.task.best[0]}", self.seconds_left()
+        parts = [(0, f"step {row['step']:>{len(str(last))}}/{last}"), (0, f"loss {row['loss']:.4f}"),
+                 (5, f"lr {row['lr']:.2e}"), (3, f"{row['ms']:.1f} ms"), (4, f"{row['tokens_per_s']:,.0f} tok/s")]
         if "mfu" in row:
-            parts.append(f"{row['mfu']:.0%} of peak")
-        parts.append(f"{left // 60}:{left % 60:02d} left")
-        parts += [f"{name.replace('_', ' ')} {row[name]:.4f}" for name in row if name.startswith("val_")]
-        print(" | ".join(parts), flush=True)
+            parts.append((6, f"{row['mfu']:.0%} of peak"))
+        if left is not None:
+            parts.append((1, f"{left // 60}:{left % 60:02d} left"))
+        for name, value in measures(row).items():
+            mark = " best" * (better and name == measure)
+            parts.append((0 if name == measure else 2, f"{name.replace('_', ' ')} {value:.4f}{mark}"))
+        while sum(len(text) + 3 for _, text in parts) - 3 > min(WIDTH, columns()) and max(parts)[0]:
+            parts.remove(max(parts))
+        return " | ".join(paint(text, "32") if text.endswith(" best") else text for _, text in parts)
+
+    def seconds_left(self):
+        """An estimate to the last update, from the second row on, else None.
+
+        It leaves out what happens once, and counts an evaluation as those before it; before the first as a forward
+        pass, a third of an update's time for as many tokens.
+        """
+        s, step = self.settings, self.step
+        n, seconds = self.n_timed + step - self.timed_from, self.seconds_timed + self.looked - self.clock
+        if not n:
+            return None
+        pace, size = seconds / n, self.task.fingerprint()
+        tokens = size.get("val_tokens") or size.get("val_rows", 0) * self.tokens / s.batch_size
+        pause = pace / 3 * min(tokens, s.eval_tokens or tokens) / self.tokens
+        if self.pauses:
+            pause = sum(self.pauses) / len(self.pauses)
+        evaluations = s.max_iters // s.eval_interval - step // s.eval_interval
+        evaluations += s.max_iters % s.eval_interval > 0 and step < s.max_iters
+        return round(pace * (s.max_iters - step) + pause * evaluations)
+
+    def look(self, row, model, sharded):
+        """After an evaluation: a short sample of the model, and the curves. After the last one `close` draws them."""
+        if self.file is None or row["step"] == self.settings.max_iters:
+            return
+        if self.settings.sample_tokens and not sharded:
+            model.eval()
+            text = show(self.task, model, short=True)
+            model.train()
+            if text:
+                print(paint(textwrap.indent(printable(text), "    "), "2"), flush=True)
+                self.keep_sample(f"step {row['step']}, loss {row['loss']:.4f}", text)
+        draw(self.out_dir)
+
+    def keep_sample(self, heading, text):
+        """Adds a text to samples.md, in a fence that no text can break."""
+        fence = "`" * (1 + max(2, *map(len, re.findall("`*", text))))
+        self.samples[heading] = f"## {heading}\n\n{fence}\n{text}\n{fence}\n\n"
+        with one_line(self.out_dir / "samples.md"):
+            write_text(self.out_dir / "samples.md", "".join(self.samples.values()))
 
     def sync(self):
         """Has the rows so far reach the disk: a checkpoint must not be ahead of its log."""
         if self.file:
             os.fsync(self.file.fileno())
 
-    def close(self, step, status):
-        """Notes in run.json that this start ended by itself, at which step and with which exit status."""
+    def close(self, status, why):
+        """Notes in run.json that this start ended by itself, at which step, with which exit status, and why."""
         if self.file is None:
             return
         self.file.close()
-        self.starts[-1] |= {"ended": time.strftime(TIME), "end_step": step, "status": status}
-        write_json(self.run_json, self.starts)
+        self.record["starts"][-1] |= {"ended": time.strftime(TIME), "end_step": self.step, "status": status, "why": why}
+        self.write_record()
+        draw(self.out_dir)
         if self.wandb:
             self.wandb.finish()
 
 
+def measures(row):
+    """The validation measures of a row, by name."""
+    return {name: value for name, value in row.items() if name.startswith("val_")}
+
+
+def improves(measure, row, best):
+    """Whether the row's measure, as Task.best has it, is better than `best`; None: there was none before."""
+    name, better = measure
+    value = row.get(f"val_{name}")
+    return value is not None and (best is None or better(value, best) != best)
+
+
+def show(task, model, short=False):
+    """task.show. Shim until every task's `show` knows `short`."""
+    from inspect import signature
+    if "short" in signature(task.show).parameters:
+        return task.show(model, short)
+    return task.show(model) if not short else ""
+
+
+def draw(out_dir):
+    """Renews curves.svg. No error in a picture may end a run."""
+    try:
+        from run import curves
+        curves.draw(out_dir)
+    except Exception as error:
+        say(f"{out_dir / 'curves.svg'} can't be drawn: {type(error).__name__}: {error}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What earlier starts left
+
 def rows_until(path, step):
-    """The lines of a log up to a step; a last line that a kill cut short is left out."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with suppress(json.JSONDecodeError):
-            if json.loads(line)["step"] <= step:
-                yield line + "\n"
+    """The rows of a log up to a step; a line that a kill cut short is left out, and so is what is no row."""
+    text = path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
+    for line in text.split("\n"):
+        with suppress(ValueError, TypeError, KeyError):
+            row = json.loads(line)
+            if row["step"] <= step:
+                yield row
+
+
+SECTION = re.compile(r"## (step (\d+), [^\n]*)\n\n(`{3,})\n.*?\n\3\n\n", re.DOTALL)
+
+
+def samples_until(path, step):
+    """{heading: section} of a samples.md up to a step."""
+    text = path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
+    found, end = {}, 0
+    while (match := SECTION.match(text, end)) and int(match[2]) <= step:
+        found[match[1]], end = match[0], match.end()
+    return found
+
+
+def read_record(path):
+    """(the starts that a run.json lists, their seconds); of one that is damaged none: it is moved to run.json.old."""
+    if not path.exists():
+        return [], 0.0
+    try:
+        found = json.loads(path.read_bytes())
+        found = found if isinstance(found, dict) else {"starts": found}  # as it was at first
+        starts = [start | {} for start in found["starts"] if start["id"]]
+        return starts, float(found.get("results", {}).get("seconds", 0))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        rename(path, f"{path}.old")
+        say(f"{path} was damaged: it is {path}.old now, and a new one begins")
+        return [], 0.0
 
 
 def start_wandb(out_dir, settings, name):
@@ -112,8 +265,12 @@ def start_wandb(out_dir, settings, name):
         import wandb
     except ImportError:
         raise UserError("--wandb needs a package: pip install wandb") from None
-    return wandb.init(project=settings.wandb_project, name=settings.wandb_name or None, id=name, resume="allow",
-                      config=asdict(settings), dir=str(out_dir))
+    try:
+        return wandb.init(project=settings.wandb_project, name=settings.wandb_name or None, id=name, resume="allow",
+                          config=asdict(settings), dir=str(out_dir))
+    except wandb.errors.Error as error:
+        said = str(error).partition("\n")[0]
+        raise UserError(f"--wandb: {said} Log in, or set WANDB_MODE=offline, or leave it out") from None
 
 
 def facts(settings, step, world):
@@ -134,27 +291,33 @@ def git_state():
         return None
 
 
-def say_where(task, model, step, stopped, seconds):
+def say_where(task, model, log, stopped, why):
     """The end of a run: a sample, where everything lies, what to run next."""
-    out_dir = task.settings.out_dir
+    s, folder = task.settings, shlex.quote(task.settings.out_dir)
     if stopped:
-        print(f"\nstopped at step {step} and saved; go on with: python train.py --resume --out_dir={out_dir}")
+        stream = sys.stderr if getattr(sys.stdout, "lost", False) else sys.stdout
+        print(f"\nstopped at step {log.step} ({why}) and saved; go on with: python train.py --resume"
+              f" --out_dir={folder}", file=stream)
         return
-    if task.settings.sample_tokens:
-        print(f"\n{task.show(model)}\n")
+    if s.sample_tokens:
+        text = show(task, model)
+        print(f"\n{printable(text)}\n")
+        log.keep_sample(f"step {log.step}, the end", text)
     task.finish()
-    best = checkpoint.read_config(checkpoint.find(out_dir, "best"))
-    measure = f"val_{task.best[0]}"
-    print(f"{step} updates in {seconds:.0f} s, at most {peak_memory(task.world.device) / 2**20:,.0f} MiB;"
-          f" best {measure.replace('val_', 'validation ')} {best[measure]:.4f} at step {best['step']}")
-    print(f"in {out_dir}: checkpoints best and last, log.jsonl, run.json\n"
-          f"try it:      {task.command(out_dir)}\n"
-          f"evaluate it: python evaluate.py --out_dir={out_dir}")
+    n, seconds = log.step - log.first_step, time.perf_counter() - log.began
+    print(f"{n} updates in {seconds:.0f} s, at most {peak_memory(task.world.device) / 2**20:,.0f} MiB", end="")
+    if best := log.record["results"].get("best"):
+        measure = f"val_{task.best[0]}"
+        print(f"; best {measure.replace('val_', 'validation ')} {best[measure]:.4f} at step {best['step']}", end="")
+    command = task.command(s.out_dir) if callable(task.command) else task.command.format(out_dir=folder)  # shim
+    print(f"\nin {s.out_dir}: checkpoints best and last, log.jsonl, run.json, samples.md, curves.svg\n"
+          f"try it:      {command}\n"
+          f"evaluate it: python evaluate.py --out_dir={folder}", flush=True)
 
 
 MOVING = "earlier.new"  # while this folder is there, the other files of the run are still to be moved into it
-OURS = [name + suffix for name in ("last", "best", "log.jsonl", "run.json", "evaluation.json")
-        for suffix in ("", ".new", ".old")]
+OURS = [name + suffix for suffix in ("", ".new", ".old") for name in (
+    "last", "best", "log.jsonl", "run.json", "samples.md", "curves.svg", "evaluation.json")]
 
 
 def set_aside(out_dir):

@@ -5,9 +5,8 @@ Axes: B batch, H and W height and width in pixels, N patches of the image, A tok
 
 import math
 import re
+import warnings
 from typing import NamedTuple
-
-import torch
 
 from configurator import UserError
 
@@ -22,28 +21,43 @@ def read_image(path):
     except ImportError:
         raise UserError("images need Pillow: pip install pillow") from None
     try:
-        with Image.open(path) as image:
-            return to_rgb(image)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"image = {path}: can't be read: {error}") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a size, or of damage, that it copes with
+            with Image.open(path) as image:
+                return to_rgb(image)
+    except Exception as error:  # Pillow's decoders raise nothing more specific
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"image = {path}: can't be read: {reason}") from None
 
 
 def to_rgb(image):
-    """A PIL image of any mode in RGB: turned as its EXIF says, its transparency on white, 16 bits scaled to 8."""
-    import numpy as np
+    """A PIL image of any mode in RGB: turned as its EXIF says, its transparency on white, scaled to 8 bits."""
     from PIL import Image, ImageOps
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # Pillow would cut all above 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    if image.mode[0] in "IF":  # Pillow would cut all above 255
+        image = eight_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
+def eight_bits(image):
+    """A PIL image of integers up to 65535, or of floats up to 1, 255 or 65535: the least that holds them all."""
+    import numpy as np
+    from PIL import Image
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    most = next((most for most in (1, 255, 65535) if high <= most), 0) if image.mode == "F" else 65535
+    if not 0 <= low <= high <= most:
+        raise UserError(f"its values go from {low:g} to {high:g}; from 0 to 1, to 255 or to 65535 is expected")
+    return image if most == 255 else Image.fromarray((values * (255 / most)).round().astype(np.uint8))
+
+
 def pixels(image, size):
     """A PIL image as (3, size, size) in [-1, 1], float32; resized without regard to its proportions, as SigLIP does."""
     import numpy as np
+    import torch
     from PIL import Image
     image = to_rgb(image).resize((size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1  # (H, W, 3) -> (3, H, W)
@@ -114,18 +128,20 @@ def draw_boxes(image, boxes):
     return image
 
 
-def draw_attention(image, weights, prompt, tokens, panel=224, columns=5):
+def draw_attention(image, weights, prompt, tokens, panel=224):
     """A picture of a PIL image and its prompt, followed by a heat map on the image for each token of the answer.
 
     weights: (A, N), of `image_attention`; each map is brightest at its own maximum. Beside a token stands the share of
-    its attention that the image had. panel: width in pixels of one map.
+    its attention that the image had. panel: width in pixels of one map, whose height is at most twice that.
     """
     from PIL import Image
-    image = to_rgb(image).resize((panel, max(1, round(panel * image.height / image.width))))
-    panels = [caption(image, prompt)]
+    image = to_rgb(image)
+    scale = min(panel / image.width, 2 * panel / image.height)
+    image = image.resize([max(1, round(side * scale)) for side in image.size])
+    panels = [caption(image, prompt, panel)]
     for row, token in zip(weights, tokens):
-        panels.append(caption(heat_map(image, row), f"{token.strip() or repr(token)}  {row.sum():.0%}"))
-    columns, (width, height) = min(columns, len(panels)), panels[0].size
+        panels.append(caption(heat_map(image, row), f"{token.strip() or repr(token)}  {row.sum():.0%}", panel))
+    columns, (width, height) = max(min(5, len(panels)), math.isqrt(len(panels))), panels[0].size
     grid = Image.new("RGB", (columns * width, math.ceil(len(panels) / columns) * height), "white")
     for i, picture in enumerate(panels):
         grid.paste(picture, (i % columns * width, i // columns * height))
@@ -142,10 +158,10 @@ def heat_map(image, weights):
     return Image.composite(ImageOps.colorize(heat, "red", "yellow"), gray, heat)
 
 
-def caption(image, text, margin=4, line=22):
+def caption(image, text, width, margin=4, line=22):
     """A PIL image with a white margin and above it a line of text, all in pixels; text too long is cut off."""
     from PIL import Image, ImageDraw
-    framed = Image.new("RGB", (image.width + 2 * margin, image.height + 2 * margin + line), "white")
+    framed = Image.new("RGB", (width + 2 * margin, image.height + 2 * margin + line), "white")
     framed.paste(image, (margin, margin + line))
     ImageDraw.Draw(framed).text((margin, margin), text, fill="black", font_size=14)
     return framed

@@ -1,14 +1,17 @@
 """How a run is taken up again: from which checkpoint, with which settings."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 from configurator import UserError, flat_fields, flat_values
+from optimizer import learning_rate
 from run import checkpoint
 from run.files import rename
 from run.log import MOVING
 
 KEPT = ("task", "dataset", "init_from", "optimizer", "lora_rank")  # beside the task's own settings but these:
 FREE = ("publish",)
+RATE = ("max_iters", "lr_decay_iters", "lr_schedule", "learning_rate", "min_lr", "warmup_iters")  # what makes the rate
 
 
 def to_resume(out_dir, resume):
@@ -36,10 +39,15 @@ def pick_up(out_dir, resume):
 
 
 def earlier_settings(out_dir, resume):
-    """The settings of the run that is to be resumed, from its first intact checkpoint; {} if it is to start."""
+    """The settings of the run that is to be resumed, from its first intact checkpoint; {} if it is to start.
+
+    max_minutes is left out: it is for one start.
+    """
     if not to_resume(out_dir, resume):
         return {}
-    return checkpoint.read_config(checkpoint.find(out_dir, "last"))["settings"]
+    saved = flat_values(checkpoint.read_config(checkpoint.find(out_dir, "last"))["settings"])
+    saved.pop("max_minutes", None)
+    return saved
 
 
 def refuse_changes(saved, given, own, stand_in):
@@ -47,9 +55,33 @@ def refuse_changes(saved, given, own, stand_in):
 
     own: the class of the task's settings. stand_in: the data set that an absent one may have been replaced by.
     """
-    saved, out_dir = flat_values(saved), given.get("out_dir", "out")
+    out_dir = given.get("out_dir", "out")
     for name in (*KEPT, *(name for name in flat_fields(own) if name not in FREE)):
-        value = saved.get(name, given.get(name))
-        if given.get(name, value) != value and value != stand_in:
-            raise UserError(f"{name} = {given[name]!r}, but the run in {out_dir} has {value!r}: drop it to resume, or"
+        value, asked = saved.get(name, given.get(name)), given.get(name)
+        own_value = {"mlp": "", "positions": "", "n_kv_head": 0}.get(name) == asked  # the model's own
+        if own_value:
+            asked = saved["n_head"] if name == "n_kv_head" and value else value
+        if name in given and asked != value and value != stand_in:
+            raise UserError(f"{name} = {asked!r}, but the run in {out_dir} has {value!r}: drop it to resume, or"
                             f" start a new run with --init_from={out_dir}")
+
+
+def notes(folder, settings):
+    """Lines on what is special about going on from the checkpoint `folder` with these settings.
+
+    Raises UserError if they end before it.
+    """
+    config, s = checkpoint.read_config(folder), settings
+    step = config["step"]
+    if s.max_iters < step:
+        raise UserError(f"max_iters = {s.max_iters}: the run in {s.out_dir} has made {step} updates already; name more,"
+                        f" or start a new run with --init_from={s.out_dir}")
+    if s.max_iters == step:
+        yield f"the run in {s.out_dir} is finished: it has made its {step} updates; a larger --max_iters adds some"
+        return
+    old = SimpleNamespace(**{**vars(s), **config["settings"]})
+    before, now = learning_rate(step, old), learning_rate(step, s)
+    if abs(now - before) > 0.01 * before:
+        changed = [f"{name} = {getattr(s, name)} (it was {getattr(old, name)})" for name in RATE
+                   if getattr(s, name) != getattr(old, name)]
+        yield f"the learning rate jumps from {before:.1e} to {now:.1e} at step {step}: {', '.join(changed)}"

@@ -9,9 +9,11 @@ The folder holds images, and a captions.jsonl with a row for each question:
 
 A row may also name its kind (evaluation reports each kind by itself; default: the prompt's first word) and its split,
 "train" or "val". Where no row names a split, the last 10 % of the images are for validation.
+
+Or Hugging Face's layout: a metadata.jsonl or .csv, with a `file_name` and a `text` (or `caption`, or --column=NAME) for
+each image, in the folder or in each of train/, validation/ and test/. Every prompt then is "caption".
 """
 
-import codecs
 import hashlib
 import json
 import os
@@ -19,66 +21,114 @@ import re
 from pathlib import PurePath
 
 import numpy as np
-from PIL import Image
 
 import tokenizer as tokenizers
 from configurator import UserError
+from machine.terminal import progress
+from run.lock import owned
 from run.pictures import LOCATIONS, SEGMENTS, read_image
-from sources.texts import put_in_place
+from sources.documents import READERS, pick
+from sources.texts import new_files, put_in_place
 
 CONTROLS = ("<pad>", "<eos>", "<bos>", "<image>")  # in PaliGemma's order
 FILES = ("images.bin", "train.jsonl", "val.jsonl", "tokenizer.json")
+SPLITS = {"train": "train", "training": "train", "validation": "val", "valid": "val", "val": "val", "dev": "val",
+          "test": "test", "testing": "test", "eval": "test", "evaluation": "test"}  # by the names of folders
 
 
-def prepare(path, folder, tokenizer_name="char", val_fraction=0.1, image_size=48, source=""):
-    """Writes the data set of the folder `path`, images with a captions.jsonl, into `folder`, and returns its meta.
+def prepare(path, folder, tokenizer_name="char", val_fraction=0.1, image_size=48, source="", column="text"):
+    """Writes the data set of the folder `path`, images with tables of captions, into `folder`, and returns its meta.
 
     tokenizer_name: char or byte, both a token per byte, or bpe:SIZE, learned from the training rows. Raises UserError
     with the line of a row that can't be used; a data set that was in `folder` then stays as it is.
     """
-    captions = path / "captions.jsonl"
-    rows = list(read_rows(captions))
-    split_images(rows, val_fraction, captions)
+    tables = find_tables(path)
+    rows = [row for table in tables for row in read_rows(table, path, column)]
+    if tables[0].stem.lower() == "metadata":
+        rows = settle_folders(rows)
+    split_images(rows, val_fraction, tables[0])
     splits = {split: [row for row in rows if row["split"] == split] for split in ("train", "val")}
     special = (*CONTROLS, *LOCATIONS, *SEGMENTS)
     name = f"bpe:{256 + len(special)}" if tokenizer_name in ("char", "byte") else tokenizer_name  # no room for merges
-    if not name.startswith("bpe:"):
-        raise UserError(f"tokenizer = {name}: must be char or byte (both a token per byte), or bpe:SIZE, for images")
+    if not name.startswith("bpe:") and not tokenizers.find(name):
+        raise UserError(f"tokenizer = {name}: must be char or byte (both a token per byte), or bpe:SIZE, for images, or"
+                        " a model's folder")
     texts = [f"{row['prompt']}\n{row['answer']}" for row in splits["train"]]
     tokenizer = tokenizers.build(name, None, lambda: texts, special)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(folder / "tokenizer.json.new")
-    meta = {"kind": "image-text", "source": str(source or path), "images": write_rows(path, rows, image_size, folder),
-            "image_size": image_size, "tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size}
-    for split, chosen in splits.items():
-        meta[f"{split}_images"] = len({row["image"] for row in chosen})
-        meta[f"{split}_rows"] = len(chosen)
-    digest = hashlib.sha256()
-    for name in FILES[:3]:
-        digest.update(np.memmap(folder / f"{name}.new", mode="r"))
-    meta["sha256"] = digest.hexdigest()
-    put_in_place(folder, FILES, meta)
-    return meta
+    if tokenizer.kind != "bpe" or None in map(tokenizer.bpe.token_to_id, ("<bos>", "<eos>")):
+        raise UserError(f"tokenizer = {name}: lacks <bos> and <eos>: for images take that of a model that sees")
+    with owned(folder, "name", "prepared a data set"), new_files(folder, *FILES):
+        tokenizer.save(folder / "tokenizer.json.new")
+        count = write_rows(path, rows, image_size, folder)
+        meta = {"kind": "image-text", "source": str(source or path), "images": count, "image_size": image_size,
+                "tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size}
+        for split, chosen in splits.items():
+            meta[f"{split}_images"] = len({row["image"] for row in chosen})
+            meta[f"{split}_rows"] = len(chosen)
+        digest = hashlib.sha256()
+        for name in FILES[:3]:
+            digest.update(np.memmap(folder / f"{name}.new", mode="r"))
+        meta["sha256"] = digest.hexdigest()
+        put_in_place(folder, FILES, meta)
+        return meta
 
 
-def read_rows(path):
-    """Yields the rows of a captions.jsonl: image (a normal path), prompt, answer, kind, split ("" if none), where."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}, line {number}"
-            if line.removeprefix(codecs.BOM_UTF8).strip():
-                try:
-                    yield {**check_row(line, path.parent), "where": where}
-                except UserError as error:
-                    raise UserError(f"{where}: {error}") from None
+def find_tables(path):
+    """The captions.jsonl of a folder of images, in any case, or Hugging Face's metadata; [] if there is neither."""
+    files = sorted(file for file in path.glob("*") if file.is_file()) if path.is_dir() else []
+    tables = [file for file in files if file.name.lower() == "captions.jsonl"]
+    if not tables:
+        files += sorted(file for file in path.glob("*/metadata.*") if file.parent.name.lower() in SPLITS)
+        tables = [file for file in files if file.name.lower() in ("metadata.jsonl", "metadata.csv")
+                  and b"file_name" in file.open("rb").readline()]
+    return tables
 
 
-def check_row(line, folder):
-    """A row from its line of JSON. Raises UserError that says what is wrong with it."""
-    try:
-        row = {"split": "", **{name: value for name, value in json.loads(line).items() if value is not None}}
-    except (ValueError, AttributeError) as error:  # of JSON, or of UTF-8; no dict
-        raise UserError(f"is no JSON object: {error}; write one per line") from None
+def read_rows(table, folder, column):
+    """Yields the rows of a table: image (a normal path in the folder), prompt, answer, kind, split ("" if none), where.
+    """
+    is_foreign = table.stem.lower() == "metadata"
+    for where, row, _ in READERS[table.suffix.lower()](table, column):
+        if is_foreign:
+            row = from_metadata(row, table.parent.relative_to(folder), column, where)
+        try:
+            row = check_row(row, folder)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        if is_foreign:
+            folders = row["image"].lower().split(os.sep)[:-1]
+            row["split"] = next((SPLITS[name] for name in folders if name in SPLITS), "")
+        yield {**row, "where": where}
+
+
+def from_metadata(row, folder, column, where):
+    """Our row of Hugging Face's, such as {"file_name": "1.jpg", "text": "a cat"}, in a table in `folder`."""
+    names = [name for name in row if name == "file_name" or name.endswith("_file_name")]
+    if len(names) != 1:
+        raise UserError(f"{where}: {len(names)} columns name a file, among {', '.join(row)}: have one, file_name")
+    if column == "text" and column not in row and "caption" in row:
+        column = "caption"
+    image = row[names[0]]
+    image = os.path.normpath(os.path.join(folder, image)) if isinstance(image, str) else image
+    return {"image": image, "prompt": "caption", "answer": pick(row, column, where), "kind": "caption"}
+
+
+def settle_folders(rows):
+    """The rows of folders with Hugging Face's names, for train and val alone: test stands in for val, or is left out.
+    """
+    found = {row["split"] for row in rows}
+    if "val" in found and "test" in found:
+        rows = [row for row in rows if row["split"] != "test"]
+        print("the images of test/ are left out: they are no validation", flush=True)
+    elif "test" in found and "train" in found:
+        print("the images of test/ are for validation", flush=True)
+    one = len(found) == 1  # no split at all: the last images are for validation
+    return [{**row, "split": "" if one else "val" if row["split"] == "test" else row["split"]} for row in rows]
+
+
+def check_row(row, folder):
+    """The row with all of its fields. Raises UserError that says what is wrong with it."""
+    row = {"split": "", **{name: value for name, value in row.items() if value is not None}}
     row.setdefault("kind", (str(row.get("prompt")).split() or ["none"])[0])
     row = {name: row.get(name) for name in ("image", "prompt", "answer", "kind", "split")}
     for name, value in row.items():
@@ -120,8 +170,10 @@ def split_images(rows, val_fraction, path):
 
 def write_rows(path, rows, size, folder):
     """Writes the rows, and their images of the folder `path` as uint8 (n, size, size, 3). Returns n."""
+    from PIL import Image
     places = {}  # of an image: its index, and its width and height in pixels
-    with (open(folder / "images.bin.new", "wb") as images, open(folder / "train.jsonl.new", "wb") as train,
+    with (progress(len(rows), "rows") as bar,
+          open(folder / "images.bin.new", "wb") as images, open(folder / "train.jsonl.new", "wb") as train,
           open(folder / "val.jsonl.new", "wb") as val):
         for row in rows:
             if row["image"] not in places:
@@ -136,4 +188,5 @@ def write_rows(path, rows, size, folder):
                      "width": width, "height": height}
             file = train if row["split"] == "train" else val
             file.write(json.dumps(saved, ensure_ascii=False).encode("utf-8") + b"\n")
+            bar.update()
     return len(places)

@@ -3,12 +3,12 @@
 A new one is a row in one of the tables below, and a data/<name>/README.md with its origin and licence.
 """
 
+import contextlib
 import hashlib
 import multiprocessing
 import os
 import platform
 import runpy
-import shutil
 import ssl
 from http.client import HTTPException
 from multiprocessing.pool import ThreadPool
@@ -17,6 +17,8 @@ from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 from configurator import UserError
+from machine.terminal import progress
+from run.files import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data"
@@ -43,7 +45,31 @@ class Offline(UserError):
 
 def locate(dataset):
     """The folder of a data set: a name stands for data/<name>, anything with a slash for itself."""
-    return Path(dataset) if "/" in dataset or os.sep in dataset else DATA / dataset
+    return Path(dataset).expanduser() if "/" in dataset or os.sep in dataset else DATA / dataset
+
+
+def claim(dataset, source, kind):
+    """The folder of a data set that is prepared from `source`. Raises UserError if it belongs to another one.
+
+    kind: texts, images or documents. Whether documents are of the same source is sources/documents.py's question.
+    """
+    folder = locate(dataset)
+    if not dataset or DATA.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"name = {dataset!r}: {folder} is a place for several data sets: name this one, --name=NEW")
+    if folder.resolve().parent == DATA.resolve() and folder.resolve().name in TOKENIZERS:
+        raise UserError(f"name = {dataset}: is a known data set's: choose another name, --name=NEW")
+    is_unfinished, meta = (folder / "recipe.json").exists(), {}
+    if not is_unfinished and not (folder / "meta.json").exists():
+        return folder
+    with contextlib.suppress(UserError, TypeError, ValueError):  # it is damaged
+        meta = dict(read_json(folder / "meta.json"))
+    found = "documents" if is_unfinished or "shards" in meta else "images" if "kind" in meta else "texts"
+    if found != kind or kind != "documents" and os.path.abspath(meta.get("source", "")) != os.path.abspath(source):
+        raise UserError(f"{folder} holds other {found}, of {meta.get('source') or 'an unknown source'}: delete it, or"
+                        " choose another name, --name=NEW")
+    if kind != "documents":
+        print(f"{folder} has this source's data set, which is replaced", flush=True)
+    return folder
 
 
 def check_dataset(dataset):
@@ -71,6 +97,8 @@ def prepare_known(name, target, tokenizer, val_fraction=0.1, image_size=48):
     if name in GENERATED:
         from sources import images  # imports torch
         raw, script = DATA / name / "source", f"data/{name}/generate.py"
+        if target != name:
+            claim(target, script, "images")
         print(f"generating {raw}", flush=True)
         runpy.run_path(str(ROOT / script))["generate"](raw)
         images.prepare(raw, locate(target), tokenizer, val_fraction, image_size, script)
@@ -86,6 +114,8 @@ def prepare_known(name, target, tokenizer, val_fraction=0.1, image_size=48):
               f" losses can't be compared.\nWhen you are online, run again; or put the text at"
               f" {DATA / name / 'input.txt'} yourself.\n{bar}\n", flush=True)
         return ensure(BUILT_IN)
+    if target != name:
+        claim(target, origin, "texts")
     texts.prepare([path], locate(target), tokenizer, val_fraction, origin)
     return target
 
@@ -110,19 +140,23 @@ def known_text(name):
 
 def download(url, path):
     """Fetches `url` into `path`, whole or not at all. Raises Offline if nothing answers within CONNECT_SECONDS."""
+    from sources.texts import new_files
     print(f"downloading {url}", flush=True)
-    part = path.with_name(path.name + ".part")
     try:
         with ThreadPool(1) as pool:  # a name look-up has no time-out of its own
             stream = pool.apply_async(urlopen, (url, None, CONNECT_SECONDS)).get(CONNECT_SECONDS + 1)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with stream, open(part, "wb") as file:
-            shutil.copyfileobj(stream, file)
-        if getattr(stream, "length", 0):  # bytes that were promised and did not come
-            raise ConnectionError("the download broke off")
+        with new_files(path.parent, name := path.name):
+            size = getattr(stream, "length", None)  # bytes that are promised and have not come
+            with stream, open(path.with_name(f"{name}.new"), "wb") as file, progress(size, name, "B") as bar:
+                while piece := stream.read(1 << 16):
+                    bar.update(file.write(piece))
+            if getattr(stream, "length", 0):
+                raise ConnectionError("the download broke off")
+            os.replace(path.with_name(f"{name}.new"), path)
     except HTTPError as error:
         raise UserError(f"{url}: the server answered {error.code} {error.reason}") from None
+    except UserError:
+        raise
     except (*NETWORK_ERRORS, ValueError) as error:  # ValueError: not a URL
         reason = str(getattr(error, "reason", error)) or f"no answer in {CONNECT_SECONDS} s"
         raise Offline(f"{url} can't be reached: {reason}") from None
-    os.replace(part, path)

@@ -24,6 +24,7 @@ from machine.terminal import watched
 from published import paligemma
 from run import checkpoint, pictures
 from run.cost import count_parameters, flops_per_token
+from sources.images import CONTROLS
 from tasks.task import Task, load
 from tokenizer import Transcript, transcribe
 from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig, image_attention, init_parts
@@ -283,17 +284,23 @@ def encode_prompt(tokenizer, prompt):
 
     The newline is tokenized together with the prompt, as published code does it, where the paper wants it apart. In
     Gemma's vocabulary no word contains a newline, but a run of them is one token: the ids differ only for a prompt
-    that itself ends in a newline. Raises UserError for a prompt that has image tokens of its own.
+    that itself ends in a newline. Raises UserError for a prompt that has control tokens of its own.
     """
-    if "<image>" in prompt:
-        raise UserError(f"prompt = {prompt!r}: leave out <image>, the image is put before the text anyway")
-    return tokenizer.encode(f"<bos>{prompt}\n")
+    check_controls(prompt)
+    return tokenizer.encode_controls(f"<bos>{prompt}\n")
 
 
 def with_eos(tokenizer, text):
     if tokenizer.eos is None:
         raise UserError(f"a tokenizer of kind {tokenizer.kind} has no token that ends an answer, which images need")
-    return np.append(tokenizer.encode(text), tokenizer.eos)
+    check_controls(text)
+    return np.append(tokenizer.encode_controls(text), tokenizer.eos)
+
+
+def check_controls(text):
+    """Raises UserError for tokens that are put around the texts of an image: text with them would be read otherwise."""
+    if found := [name for name in CONTROLS if name in text]:
+        raise UserError(f"{text!r}: leave out {found[0]}: what stands around a text, and the image, come by themselves")
 
 
 def pad_left(prompts):

@@ -17,7 +17,7 @@ def check_training(settings):
     """Raises UserError for settings of train.py that can't be right, or that do nothing beside the others."""
     check_ranges(settings, batch_size=1, micro_batch_size=0, max_iters=1, learning_rate=0.0, min_lr=0.0, muon_lr=0.0,
                  warmup_iters=0, lr_decay_iters=0, weight_decay=0.0, beta1=0.0, beta2=0.0, grad_clip=0.0,
-                 eval_interval=1, eval_tokens=0, log_interval=1, max_minutes=0.0, max_grad_norm=0.0,
+                 eval_interval=1, eval_tokens=0, log_interval=1, max_minutes=0.0, save_minutes=0.0, max_grad_norm=0.0,
                  max_loss_rise=0.0, sample_tokens=0, lora_rank=0, seed=0, dropout=0.0)
     for name, rate in settings.rates.items():
         if not rate >= 0:

@@ -176,10 +176,30 @@ def test_evaluation_goes_over_all_rows_once_in_order():
     assert np.concatenate(fixed_rows(10, 4, limit=20)).tolist() == list(range(10))
 
 
+@pytest.mark.parametrize("content", [b"{", b"{}", b"[]", b"null", b"3", b"\xff", b"", b'{"kind": "image-text"}', None])
+def test_a_damaged_meta_is_one_line(pairs, dataset, tmp_path, content):
+    for source, of in ((dataset, Dataset), (pairs / "out", ImageTextDataset)):
+        folder = tmp_path / of.__name__
+        shutil.copytree(source, folder)
+        (folder / "meta.json").unlink()
+        if content is not None:
+            (folder / "meta.json").write_bytes(content)
+        with pytest.raises(UserError, match="meta.json is damaged: prepare the data set again"):
+            of(folder)
+
+
+def test_data_sets_say_what_they_are(pairs, dataset):
+    data = Dataset(dataset)
+    n, m = (len(data.splits[split]) for split in ("train", "val"))
+    assert repr(data) == f"Dataset({dataset}: {n:,} train tokens and {m:,} val tokens)"
+    assert repr(ImageTextDataset(pairs / "out")) == (
+        f"ImageTextDataset({pairs / 'out'}: 21 train rows and 6 val rows, 10 images of 8 pixels)")
+
+
 def test_images_that_do_not_fit_are_named(pairs, dataset, tmp_path):
     data = ImageTextDataset(pairs / "out")
     for name, content, message in (("images.bin", b"xx", "images.bin does not hold the 10 images"),
-                                   ("val.jsonl", b"{}\n", "val.jsonl does not hold the 6 rows"),
+                                   ("val.jsonl", b"{}\n" * 6, "val.jsonl does not hold the 6 rows"),
                                    ("train.jsonl", None, "train.jsonl does not hold the 21 rows")):
         shutil.copytree(data.folder, tmp_path / name)
         (tmp_path / name / name).unlink()

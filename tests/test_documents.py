@@ -1,9 +1,11 @@
+import csv
 import filecmp
 import hashlib
 import http.server
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +24,7 @@ import prepare
 import tokenizer as tokenizers
 from batches import Dataset
 from configurator import UserError
+from run.lock import owned
 from sources import documents, known
 
 ROOT = os.path.dirname(prepare.__file__)
@@ -36,6 +39,13 @@ prepare.main(prepare.Settings(tokenizer=tokenizer, name=name, processes=int(proc
 @pytest.fixture(autouse=True)
 def a_shard_per_file(monkeypatch):
     monkeypatch.setattr(documents, "SHARD_BYTES", 0)
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Shards are written without processes, which take a second to start."""
+    monkeypatch.setattr(documents, "count_bytes", lambda n: None)
+    monkeypatch.setattr(documents, "in_processes", lambda _, jobs: [documents.write_shard(*job) for job in jobs])
 
 
 def make_documents(count, seed):
@@ -65,8 +75,8 @@ def run(source, folder, **settings):
 
 
 def same(a, b):
-    names = sorted(os.listdir(a))
-    return sorted(os.listdir(b)) == names and filecmp.cmpfiles(a, b, names, shallow=False)[0] == names
+    names = sorted({*os.listdir(a)} - {"run.lock"})
+    return sorted({*os.listdir(b)} - {"run.lock"}) == names and filecmp.cmpfiles(a, b, names, shallow=False)[0] == names
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe:300"])
@@ -114,7 +124,7 @@ def test_a_finished_shard_is_kept_and_a_missing_one_written(corpus, tmp_path, ca
             run(source, tmp_path / "again", **settings)
     (tmp_path / "hamlet.txt").write_text("To be, or not to be. " * 9, encoding="utf-8")
     run(tmp_path / "hamlet.txt", tmp_path / "text")
-    with pytest.raises(UserError, match="holds another data set .not of shards"):
+    with pytest.raises(UserError, match="holds other texts, of .*hamlet.txt: delete it"):
         run(source, tmp_path / "text", tokenizer="byte")
 
 
@@ -172,7 +182,142 @@ def test_a_killed_process_is_said(tmp_path):
     assert not (tmp_path / "out" / "meta.json").exists()
 
 
-def test_what_cannot_be_used_is_named(tmp_path, monkeypatch):
+@pytest.fixture
+def files(tmp_path):
+    """The folder of three files of documents."""
+    (tmp_path / "source").mkdir()
+    for name in "abc":
+        texts = make_documents(60, ord(name))
+        lines = [json.dumps({"text": text, "other": f"{name} {i}"}) for i, text in enumerate(texts)]
+        (tmp_path / "source" / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return tmp_path / "source"
+
+
+def rewrite(path, old, new):
+    path.write_text(path.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+
+
+def swap(folder):
+    (folder / "a.jsonl").rename(folder / "spare")
+    (folder / "b.jsonl").rename(folder / "a.jsonl")
+    (folder / "spare").rename(folder / "b.jsonl")
+
+
+CHANGES = {  # what: how many shards are written anew with the tokenizer byte
+    "the same size": (lambda folder: rewrite(folder / "b.jsonl", "98.", "97."), 1),
+    "as before": (lambda folder: os.utime(folder / "b.jsonl", (1, 1)), 0),
+    "longer": (lambda folder: rewrite(folder / "c.jsonl", "night", "knight"), 1),
+    "one less": (lambda folder: (folder / "c.jsonl").unlink(), 0),
+    "one more": (lambda folder: rewrite_as(folder / "c.jsonl", folder / "d.jsonl", "fool", "wise"), 1),
+    "other names": (swap, 2),
+}
+
+
+def rewrite_as(path, other, old, new):
+    other.write_text(path.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe:300", "char"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_changes_the_result_is_that_of_a_first_start(files, in_process, tmp_path, capsys, tokenizer, change):
+    run(files, tmp_path / "again", tokenizer=tokenizer)
+    edit, count = CHANGES[change]
+    edit(files)
+    capsys.readouterr()
+    run(files, tmp_path / "again", tokenizer=tokenizer)
+    said = capsys.readouterr().out
+    run(files, tmp_path / "fresh", tokenizer=tokenizer)
+    assert same(tmp_path / "again", tmp_path / "fresh")
+    assert f", {count} to write" in said or tokenizer != "byte"
+    assert ("1 of them had other content" in said) == (change in ("the same size", "longer")) or tokenizer != "byte"
+    assert ("all shards are written anew" in said) == (tokenizer == "bpe:300" and change not in ("as before",
+                                                                                                 "other names"))
+
+
+def test_fewer_files_leave_no_shards_behind(files, in_process, tmp_path, capsys):
+    run(files, tmp_path / "again", tokenizer="byte")
+    run(files, tmp_path / "again", tokenizer="byte", max_files=1)
+    assert "removed 2 shards" in capsys.readouterr().out
+    run(files, tmp_path / "fresh", tokenizer="byte", max_files=1)
+    assert same(tmp_path / "again", tmp_path / "fresh")
+    for name, content in (("shard_00000.json", b"{"), ("train_00000.bin", b""), ("shard_00000.json", b"{}")):
+        (tmp_path / "again" / name).write_bytes(content)
+        run(files, tmp_path / "again", tokenizer="byte", max_files=1)
+        assert same(tmp_path / "again", tmp_path / "fresh")
+
+
+def test_another_corpus_is_refused_and_one_that_moved_is_known(files, in_process, tmp_path, capsys):
+    run(files, tmp_path / "out", tokenizer="bpe:300")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "z.jsonl").write_text("".join(f'{{"text": "быстрая лиса {i}"}}\n' for i in range(60)))
+    with pytest.raises(UserError, match="holds another data set .source = '.*source'.: delete it, or choose another"):
+        run(tmp_path / "other", tmp_path / "out", tokenizer="bpe:300")
+    shutil.copytree(files, tmp_path / "moved", copy_function=shutil.copyfile)
+    capsys.readouterr()
+    run(tmp_path / "moved", tmp_path / "out", tokenizer="bpe:300")
+    assert "3 shards, 0 to write" in capsys.readouterr().out
+
+
+def test_a_start_that_failed_binds_to_nothing(files, in_process, tmp_path):
+    with pytest.raises(UserError, match="a.jsonl, line 1: no column is named body, only text, other: .*--column=NAME"):
+        run(files, tmp_path / "out", tokenizer="byte", column="body")
+    run(files, tmp_path / "out", tokenizer="byte", column="other")
+    with pytest.raises(UserError, match="holds another data set .column = 'other'."):
+        run(files, tmp_path / "out", tokenizer="byte")
+
+
+def test_two_processes_do_not_write_to_one_folder(files, in_process, tmp_path):
+    with owned(tmp_path / "out", "name", "prepared a data set"):
+        with pytest.raises(UserError, match="name = .*out: process .* has prepared a data set there since .*--name"):
+            run(files, tmp_path / "out", tokenizer="byte")
+    run(files, tmp_path / "out", tokenizer="byte")
+
+
+def test_a_file_that_changes_while_it_is_read_is_no_finished_shard(files, in_process, tmp_path, monkeypatch):
+    real, path = documents.read, files / "b.jsonl"
+
+    def read(*arguments):
+        yield from real(*arguments)
+        rewrite(path, "ghost", "guest")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(documents, "read", read)
+        with pytest.raises(UserError, match="b.jsonl was changed while it was read: run again"):
+            run(files, tmp_path / "out", tokenizer="byte")
+    run(files, tmp_path / "out", tokenizer="byte")
+    run(files, tmp_path / "fresh", tokenizer="byte")
+    assert same(tmp_path / "out", tmp_path / "fresh")
+
+
+def write_rows(path, texts):
+    """A file of the suffix's format, with the texts in the column `body`."""
+    rows = [{"id": str(i), "body": text} for i, text in enumerate(texts)]
+    if path.suffix.lower() == ".parquet":
+        parquet.write_table(pyarrow.table({"id": list(range(len(texts))), "body": texts}), path, row_group_size=9)
+    elif path.suffix.lower() == ".jsonl":
+        path.write_text("\ufeff" + "\n".join(map(json.dumps, rows)), encoding="utf-8")
+    else:
+        with open(path, "w", newline="", encoding="utf-8-sig") as file:
+            table = csv.DictWriter(file, rows[0], dialect="excel-tab" if path.suffix.lower() == ".tsv" else "excel")
+            table.writeheader()
+            table.writerows(rows)
+
+
+@pytest.mark.parametrize("name", ["a.PARQUET", "a.JSONL", "a.CSV", "a.tsv"])
+def test_rows_come_from_a_column_of_any_table(name, in_process, tmp_path):
+    texts = make_documents(80, 5) + ['a "quoted", one\nin two\tlines', "x" * 200_000]
+    write_rows(tmp_path / name, texts)
+    data, read = run(tmp_path / name, tmp_path / "out", column="body"), []
+    tokenizer = tokenizers.load(tmp_path / "out" / "tokenizer.json")
+    assert tokenizer.kind == "char" and set(tokenizer.characters) == set("".join(texts)) | {"\n"}
+    found = [tokenizer.decode(data.splits[split][0:len(data.splits[split])].tolist()) for split in ("train", "val")]
+    assert sorted("".join(found)) == sorted("".join(text + "\n\n" for text in texts)) and texts[-2] in "".join(found)
+    source = documents.folder_source([tmp_path / name], "body")
+    assert len(list(documents.read(source, source.files, None, 0.1, read.append))) == len(texts)
+    assert sum(read) == (tmp_path / name).stat().st_size and len(read) > 80  # what the line of progress is told
+
+
+def test_what_cannot_be_used_is_named(in_process, tmp_path, monkeypatch):
     def check(message, tokenizer="byte", **files):
         folder = tmp_path / f"source{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
@@ -186,14 +331,19 @@ def test_what_cannot_be_used_is_named(tmp_path, monkeypatch):
     good = (tmp_path / "good.parquet").read_bytes()
     parquet.write_table(pyarrow.table({"content": ["x"], "id": [1]}), tmp_path / "other.parquet")
     parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
-    check("has no column named text, only content, id", a_parquet=(tmp_path / "other.parquet").read_bytes())
+    check("a.parquet: no column is named text, only content, id", a_parquet=(tmp_path / "other.parquet").read_bytes())
     check("row 1: 1 is no text of whole characters", a_parquet=(tmp_path / "numbers.parquet").read_bytes())
     check("is no whole parquet file", a_parquet=good[:-50])
-    check("a.jsonl, line 2: is no object with a text: b'.\"txt", a_jsonl=b'{"text": "x"}\n{"txt": "y"}')
-    check("a.jsonl, row 1: .* is no text of whole characters", a_jsonl=b'{"text": "x \\ud800"}')
-    check("tokenizer = char: it has to know all characters beforehand", tokenizer="char", a_parquet=good)
+    check("a.jsonl, line 2: no column is named text, only txt", a_jsonl=b'{"text": "x"}\n{"txt": "y"}')
+    check("a.jsonl, line 1: .* is no text of whole characters", a_jsonl=b'{"text": "x \\ud800"}')
+    check("a.jsonl, line 1: is no JSON object: 'list'; write one per line", a_jsonl=b'["text"]')
+    check("a.csv, line 2: has 3 fields, and the first line names 2: put double quotes", a_csv=b"text,b\na,b,c")
+    check("a.csv, after line 2: is no table in UTF-8: unexpected end", a_csv=b'text,b\n"a,b')
+    check("a.csv, after line 0: is no table in UTF-8: .* byte 0xff", a_csv=b"text,b\n\xff,c")
+    check("a.jsonl is UTF-16, .*: iconv", a_jsonl='{"text": "x"}'.encode("utf-16"))
+    check("no column is named text, only a, b: name the one", a_tsv=b"a\tb\nc\td")
     check("none of 1 documents is for", a_jsonl=b'{"text": "x"}')
-    check("holds documents .a.parquet. and texts .b.txt.: put them into", a_parquet=good, b_txt=b"words")
+    check("there are documents .*a.parquet. and texts .*b.txt.: say which", a_parquet=good, b_txt=b"words")
     with pytest.raises(UserError, match="make it first with python prepare.py openwebtext"):
         known.ensure("openwebtext")
     with pytest.raises(UserError, match="fineweb is a data set with tokenizer = gpt2: add --name=NEW"):

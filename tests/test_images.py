@@ -68,7 +68,7 @@ def test_a_folder_becomes_a_data_set(folder, tmp_path, monkeypatch, capsys):
     prepare.main(prepare.Settings(image_size=8), [f"{folder}/"])
     assert "train_images = 18, train_rows = 36" in capsys.readouterr().out
     data = ImageTextDataset(tmp_path / "data" / "pictures")
-    assert data.meta["kind"] == "image-text" and data.meta["source"] == f"{folder}/"
+    assert data.meta["kind"] == "image-text" and data.meta["source"] == str(folder)
     assert [row["image"] for row in data.rows["train"]] == np.repeat(np.arange(18), 2).tolist()
     assert [row["image"] for row in data.rows["val"]] == [18, 18, 19, 19]
     assert data.rows["val"][1] == {"image": 18, "prompt": "detect it", "kind": "boxes", "width": 38, "height": 10,
@@ -111,10 +111,10 @@ def test_the_tokenizer_has_the_special_tokens(folder, tmp_path, name, size):
     ids = {token: tokenizer.bpe.token_to_id(token) for token in ("<pad>", "<eos>", "<bos>", "<loc0012>", "<loc0100>")}
     assert tokenizer.vocab_size == size and tokenizer.eos == ids["<eos>"] and ids["<pad>"] == 0
     assert max(tokenizer.bpe.get_vocab().values()) == size - 1
-    caption = tokenizer.encode("<bos>caption\n")
+    caption = tokenizer.encode_controls("<bos>caption\n")
     assert caption[0] == ids["<bos>"] and (len(caption) == 9) == (name == "char")
     text = "<loc0012><loc0100> red circle ü<seg000><seg127>\n<eos>"
-    box = tokenizer.encode(text)
+    box = tokenizer.encode_controls(text)
     assert box[:2].tolist() == [ids["<loc0012>"], ids["<loc0100>"]] and tokenizer.decode(box) == text
     assert name != "char" or len(box) == 2 + len(" red circle ü\n".encode()) + 3
 
@@ -163,6 +163,67 @@ def test_bad_rows_are_named(folder, tmp_path, row, message):
     with pytest.raises(UserError):
         images.prepare(folder, tmp_path / "new")
     assert not (tmp_path / "new" / "meta.json").exists()
+
+
+def make_imagefolder(path, counts, **columns):
+    """Hugging Face's: a folder with pictures and a metadata.jsonl for each split of {split: number}."""
+    for split, count in counts.items():
+        (path / split).mkdir(parents=True, exist_ok=True)
+        rows = []
+        for i in range(count):
+            (path / split / f"{i}.PNG").write_bytes(image_bytes("RGB", (20 + i, 10)))
+            rows.append({"file_name": f"{i}.PNG", "text": f"{split} {i}"})
+        (path / split / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.mark.parametrize("counts, train, val, said", [
+    ({"train": 5, "validation": 2, "test": 3}, ["train"], ["validation"], "images of test/ are left out"),
+    ({"Train": 5, "dev": 2}, ["Train"], ["dev"], ""),
+    ({"train": 5, "test": 3}, ["train"], ["test"], "images of test/ are for validation"),
+    ({"train": 20}, ["train"], ["train"], ""), ({".": 20}, ["."], ["."], "")])
+def test_hugging_faces_folders_are_data_sets(tmp_path, capsys, counts, train, val, said):
+    source = make_imagefolder(tmp_path / "source", counts)
+    prepare.main(prepare.Settings(name=str(tmp_path / "out"), image_size=8), [str(source)])
+    assert said in capsys.readouterr().out
+    data = ImageTextDataset(tmp_path / "out")
+    for split, folders in (("train", train), ("val", val)):
+        rows = data.rows[split]
+        assert {row["answer"].split()[0] for row in rows} == {*folders}
+        assert {(row["prompt"], row["kind"]) for row in rows} == {("caption", "caption")}
+        assert all(row["width"] == 20 + int(row["answer"].split()[1]) for row in rows)
+    assert len(data.rows["train"]) == (counts.get("train") or counts.get("Train") or 20) - 2 * (len(counts) == 1)
+
+
+def test_captions_have_many_names(tmp_path):
+    source = make_imagefolder(tmp_path / "source", {"pictures": 10})
+    (source / "pictures" / "metadata.jsonl").unlink()
+
+    def answers(names, column="text"):
+        lines = [names, *(f'pictures/{i}.PNG,"one, {i}",two {i}' for i in range(10))]
+        (source / "Metadata.csv").write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8")
+        images.prepare(source, tmp_path / "out", column=column, image_size=8)
+        return ImageTextDataset(tmp_path / "out").rows["train"][3]["answer"]
+
+    assert answers("file_name,caption,text") == answers("file_name,x,body", "body") == "two 3"
+    assert answers("image_file_name,caption,n") == "one, 3"
+    for names, column, message in (
+            ("file_name,a,b", "text", "Metadata.csv, line 2: no column is named text, only file_name, a, b: .*--col"),
+            ("file_name,caption,b", "body", "no column is named body, only"),
+            ("file_name,x_file_name,text", "text", "line 2: 2 columns name a file, among file_name, x_file_name")):
+        with pytest.raises(UserError, match=message):
+            answers(names, column)
+    (source / "pictures" / "3.PNG").unlink()
+    with pytest.raises(UserError, match="Metadata.csv, line 5: image = 'pictures/3.PNG': there is no such file"):
+        answers("file_name,text,n")
+
+
+def test_captions_are_found_in_any_case(folder, tmp_path):
+    (folder / "captions.jsonl").rename(folder / "Captions.JSONL")
+    assert [path.name for path in images.find_tables(folder)] == ["Captions.JSONL"]
+    assert images.prepare(folder, tmp_path / "out")["train_rows"] == 36
+    (folder / "Captions.JSONL").rename(folder / "metadata.jsonl")  # of documents: names no files
+    assert images.find_tables(folder) == []
 
 
 def test_bad_folders_are_named(folder, tmp_path):

@@ -1,5 +1,7 @@
 """run/pictures.py: pixels as the models want them, whatever the file holds; boxes; heat maps."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -66,6 +68,32 @@ def test_sixteen_bits_are_scaled_not_cut(mode):
     torch.testing.assert_close(pictures.pixels(image, 28), pictures.pixels(Image.fromarray(grey), 28), atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("most", [1, 255, 65535])
+def test_floats_are_scaled_by_their_range(most, tmp_path):
+    values = np.random.default_rng(0).random((40, 33)).astype(np.float32)
+    values[0, 0] = 1
+    Image.fromarray(values * np.float32(most)).save(tmp_path / "float.tif")
+    found = np.asarray(pictures.read_image(tmp_path / "float.tif"))[..., 0]
+    assert abs(found - 255 * values).max() <= 1
+    for bad in (-0.1, 70000, np.nan):
+        values[0, 0] = bad
+        Image.fromarray(values).save(tmp_path / "bad.tif")
+        with pytest.raises(UserError, match="bad.tif: can't be read: its values go from .* is expected"):
+            pictures.read_image(tmp_path / "bad.tif")
+
+
+def test_the_first_frame_is_taken_and_nothing_is_warned_of(tmp_path, monkeypatch):
+    red, blue = (Image.new("RGB", (30, 20), color) for color in ("red", "blue"))
+    red.save(tmp_path / "moving.gif", save_all=True, append_images=[blue])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # above it a warning, above its double an error
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert pictures.read_image(tmp_path / "moving.gif").getpixel((3, 3)) == (255, 0, 0)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
+    with pytest.raises(UserError, match="moving.gif: can't be read: Image size .600 pixels. exceeds limit"):
+        pictures.read_image(tmp_path / "moving.gif")
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_photos_are_turned_as_their_exif_says(orientation, tmp_path):
     from transformers.image_utils import load_image
@@ -84,6 +112,22 @@ def test_what_is_no_image_is_said_in_one_line(tmp_path):
     for name in ("missing.png", "text.png", "cut.png"):
         with pytest.raises(UserError, match=f"image = .*{name}: can't be read"):
             pictures.read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("format", ["GIF", "PPM", "TIFF", "DDS", "JPEG", "PNG", "BMP", "WEBP", "TGA"])
+def test_a_damaged_image_is_one_line_whatever_pillow_raises(format, tmp_path):
+    picture("RGB").save(tmp_path / "x", format)
+    whole, rng, refused = (tmp_path / "x").read_bytes(), np.random.default_rng(0), 0
+    for _ in range(60):
+        damaged = bytearray(whole)
+        damaged[rng.integers(0, min(len(whole), 100))] = rng.integers(0, 256)
+        (tmp_path / "x").write_bytes(damaged[:rng.integers(1, 2 * len(whole))])
+        try:
+            pictures.read_image(tmp_path / "x")
+        except UserError as error:
+            refused += 1
+            assert str(error).startswith(f"image = {tmp_path / 'x'}: can't be read: ") and "\n" not in str(error)
+    assert refused > 5
 
 
 def test_boxes_are_parsed_into_pixels():
@@ -112,6 +156,19 @@ def test_boxes_are_drawn_where_they_are():
     assert [drawn.getpixel(at) for at in ((150, 80), (190, 80), (5, 10))] == [blue, blue, red]
     label = np.array(drawn)[32:44, 22:40]
     assert (label == red).all(-1).any() and (label == white).all(-1).any()
+
+
+@pytest.mark.parametrize("size", [(1, 5000), (20, 6000), (5000, 1)])
+def test_a_narrow_picture_gets_no_endless_heat_map(size, tmp_path):
+    grid = pictures.draw_attention(Image.new("RGB", size, "red"), torch.rand(12, 9), "prompt", ["a"] * 12)
+    assert grid.width == 5 * 232 and grid.height <= 3 * 478
+    assert grid.getpixel((4, 26)) == (255, 0, 0)
+    grid.save(tmp_path / "map.jpg")
+
+
+def test_many_heat_maps_are_as_wide_as_high():
+    many = pictures.draw_attention(Image.new("RGB", (9, 9)), torch.rand(255, 4), "prompt", ["a"] * 255, panel=9)
+    assert many.size == (16 * 17, 16 * 39)
 
 
 def test_the_heat_map_is_hot_where_the_weights_are():

@@ -27,7 +27,7 @@ srun --kill-on-bad-exit=1 bash -c 'exec torchrun --nnodes="$SLURM_JOB_NUM_NODES"
     torchrun train.py --resume=auto --out_dir="$out_dir" --max_minutes="$minutes" "$@" || failed=$?
 
 # torchrun returns 1 whatever its workers return; run.json has what they did: 75 if the run is to go on.
-status=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))[-1].get("status", "none"))' "$out_dir/run.json")
+status=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["starts"][-1].get("status", "none"))' "$out_dir/run.json")
 if [ "$status" = 75 ]; then
     scontrol requeue "$SLURM_JOB_ID"
 else

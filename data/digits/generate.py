@@ -96,6 +96,7 @@ def generate(folder, images=Settings.images, seed=Settings.seed):
     scans, labels = load_scans()
     splits, lines = split_scans(labels), []
     (folder / "images").mkdir(parents=True, exist_ok=True)
+    (folder / "captions.jsonl").unlink(missing_ok=True)  # of other images; without it a half is no whole
     for index in range(images):
         image, chosen, split = make(index, seed, scans, splits)
         name = f"images/{index:05}.png"

@@ -271,6 +271,7 @@ def make(index, seed):
 def generate(folder, images=Settings.images, seed=Settings.seed):
     """Writes images/00000.png and so on into `folder`, and captions.jsonl, last."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
+    (folder / "captions.jsonl").unlink(missing_ok=True)  # of other images; without it a half is no whole
     lines = []
     for index in range(images):
         _, image, questions, split = make(index, seed)
