@@ -147,7 +147,7 @@ def download(url, path):
     try:
         with ThreadPool(1) as pool:  # a name look-up has no time-out of its own
             stream = pool.apply_async(urlopen, (url, None, CONNECT_SECONDS)).get(CONNECT_SECONDS + 1)
-        with new_files(path.parent, path.name) as (name,):
+        with new_files(path.parent, name := path.name):
             size = getattr(stream, "length", None)  # bytes that are promised and have not come
             with stream, open(path.with_name(f"{name}.new"), "wb") as file, progress(size, name, "B") as bar:
                 while piece := stream.read(1 << 16):

@@ -90,9 +90,8 @@ def files_in(folder, pattern, left_out):
         folders[:] = [name for name in folders if name[0] != "."]
         links = [name for name in folders if os.path.islink(os.path.join(place, name))]  # which os.walk does not follow
         found += [Path(place, name) for name in names + links if name[0] != "."]
-    pattern = (pattern or "*").lower()
-    return sorted(path for path in found if fnmatch.fnmatchcase(path.name.lower(), pattern)
-                  or fnmatch.fnmatchcase(path.relative_to(folder).as_posix().lower(), pattern))
+    names = {path: path.relative_to(folder).as_posix() if "/" in pattern else path.name for path in found}
+    return sorted(path for path in found if fnmatch.fnmatchcase(names[path].lower(), (pattern or "*").lower()))
 
 
 def why_no_text(path):
@@ -236,7 +235,8 @@ def prepare(paths, folder, tokenizer_name, val_fraction=0.1, source="", newlines
     meta = {"source": source, "sha256": "", "characters": 0, "bytes": 0,
             "tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "dtype": id_type(tokenizer)}
     digest = hashlib.sha256()
-    with new_files(folder, "train.bin", "val.bin", "tokenizer.json") as names:
+    names = ("train.bin", "val.bin", "tokenizer.json")
+    with owned(folder, "name", "prepared a data set"), new_files(folder, *names):
         for split, count in (("train", n_train), ("val", total - n_train)):
             text = shown(read(parts[split], keep), count, f"tokens for {split}")
             characters, n_bytes, n_tokens = write_tokens(folder / f"{split}.bin.new", text, tokenizer, digest)
@@ -272,10 +272,10 @@ def in_shares(paths, counts):
 
 @contextlib.contextmanager
 def new_files(folder, *names):
-    """Holds the folder, which is made. Removes each NAME.new in it should what is inside fail, on a full disk too."""
+    """Makes the folder. Removes each NAME.new in it should what is inside fail; a full disk is a UserError."""
     try:
-        with owned(folder, "name", "prepared a data set"):
-            yield names
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
         if error.errno not in USERS_ERRORS:
             raise

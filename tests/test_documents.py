@@ -124,7 +124,7 @@ def test_a_finished_shard_is_kept_and_a_missing_one_written(corpus, tmp_path, ca
             run(source, tmp_path / "again", **settings)
     (tmp_path / "hamlet.txt").write_text("To be, or not to be. " * 9, encoding="utf-8")
     run(tmp_path / "hamlet.txt", tmp_path / "text")
-    with pytest.raises(UserError, match="holds another data set, of .*hamlet.txt"):
+    with pytest.raises(UserError, match="holds other texts, of .*hamlet.txt: delete it"):
         run(source, tmp_path / "text", tokenizer="byte")
 
 

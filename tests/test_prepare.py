@@ -1,3 +1,4 @@
+import errno
 import functools
 import hashlib
 import http.server
@@ -44,14 +45,16 @@ def contents(folder):
 
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe:280"])
 def test_the_first_ninety_percent_are_for_training(data, source, tokenizer):
-    run(source, tokenizer=tokenizer)
+    run(source, tokenizer=tokenizer, newlines="keep")
     train, val, meta = contents(data / "hamlet")
     assert train + val == TEXT and len(train) == int(len(TEXT) * 0.9)
     assert meta["characters"] == len(TEXT) and meta["bytes"] == len(TEXT.encode())
     assert (meta["train_characters"], meta["val_characters"]) == (len(train), len(val))
     assert meta["sha256"] == hashlib.sha256(TEXT.encode()).hexdigest() and meta["dtype"] == "uint16"
     run(source, tokenizer=tokenizer, val_fraction=0.5, name="half")
-    assert len(contents(data / "half")[1]) == len(TEXT) - len(TEXT) // 2
+    text = TEXT.replace("\r", "")  # Windows' line ends become one newline, unless asked otherwise
+    train, val, _ = contents(data / "half")
+    assert train + val == text and len(val) == len(text) - len(text) // 2
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe:280"])
@@ -70,22 +73,80 @@ def test_large_vocabularies_get_wide_ids_and_wrong_ids_are_refused(tmp_path):
         def encode(self, text):
             return np.array([69_999, 70_000][:len(text)])
 
-    assert texts.write_tokens(tmp_path / "x.bin", ["a"], Large()) == 1
+    assert texts.write_tokens(tmp_path / "x.bin", ["a"], Large(), hashlib.sha256()) == [1, 1, 1]
     assert np.fromfile(tmp_path / "x.bin", dtype=np.uint32).tolist() == [69_999]
     with pytest.raises(AssertionError, match="outside"):
-        texts.write_tokens(tmp_path / "x.bin", ["ab"], Large())
+        texts.write_tokens(tmp_path / "x.bin", ["ab"], Large(), hashlib.sha256())
 
 
-def test_a_folder_is_joined_in_order_without_byte_order_marks(data, tmp_path):
-    folder = tmp_path / "plays"
-    (folder / "b").mkdir(parents=True)
-    (folder / "a.txt").write_bytes(b"\xef\xbb\xbfone two")
-    (folder / "b" / "c.txt").write_bytes(b"three four\n")
-    (folder / "d.txt").write_bytes(b"five six")
-    (folder / "note.pdf").write_bytes(b"\xff\xff")
+def make_files(folder, **contents):
+    """Files in a folder; in their names, __ stands for a slash and _ for a dot."""
+    for name, content in contents.items():
+        path = folder / name.replace("__", "/").replace("_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+def test_the_tail_of_each_file_is_for_validation(data, tmp_path, capsys, monkeypatch):
+    folder = make_files(tmp_path / "plays", a_TXT=b"\xef\xbb\xbf" + b"a" * 30, b__c_py="b" * 9 + "\n", d="d" * 160)
     run(folder)
     train, val, _ = contents(data / "plays")
-    assert train + val == "one two\nthree four\nfive six"
+    assert train == "a" * 27 + "\n" + "b" * 9 + "\n" + "d" * 144 and val == "aaa\n" + "\n" + "d" * 16
+    said = capsys.readouterr().out
+    assert "the last 10 % of each of 3 files" in said and "d 80 %, a.TXT 15 %, c.py 5 %" in said
+    assert "taken: 1 .txt, 1 .py, 1 no suffix" in said
+    run(folder / "d", folder / "b", name="two")
+    assert contents(data / "two")[0] == "d" * 144 + "\n" + "b" * 9
+    with pytest.raises(UserError, match="2 sources make one data set: name it, --name=NEW"):
+        run(folder / "d", folder / "b")
+
+
+def test_what_is_left_out_of_a_folder_is_said(data, tmp_path, capsys):
+    folder = make_files(tmp_path / "mixed", a_txt="words\n" * 9, _git__b_txt="hidden", note_pdf="%PDF-1.4",
+                        x_json="{}", l_txt=b"caf\xe9", chap_txt__in_md="more\n" * 9, z_bin=b"ab\0",
+                        w_txt="x".encode("utf-16-le") * 9)
+    (folder / "dead.jsonl").symlink_to("nowhere")
+    (folder / "link").symlink_to(tmp_path, target_is_directory=True)
+    run(folder)
+    assert contents(data / "mixed")[2]["characters"] == 9 * 6 + 9 * 5
+    said = capsys.readouterr().out
+    for name, reason in (("note.pdf", "PDF"), ("x.json", "JSON"), ("l.txt", "not UTF-8: byte 0xe9"),
+                         ("z.bin", "binary"), ("w.txt", "UTF-16LE"), ("dead.jsonl", "no regular file"),
+                         ("link", "a link to a folder")):
+        assert f"left out: {folder / name} is {reason}" in said
+    assert "hidden" not in "".join(contents(data / "mixed")[:2])
+    for i in range(20):
+        (folder / f"{i}.bin").write_bytes(b"\0")
+    run(folder, files="A*.*T")
+    assert contents(data / "mixed")[2]["characters"] == 9 * 6
+    run(folder, files="*.[BT]*")
+    said = capsys.readouterr().out
+    assert said.count("left out: ") == 11 and "left out: 13 more" in said and "taken: 1 .txt\n" in said
+    assert contents(data / "mixed")[2]["characters"] == 9 * 6
+
+
+def test_texts_beside_documents_are_said_or_refused(data, tmp_path, capsys):
+    rows = "\n".join(json.dumps({"text": f"document {i}"}) for i in range(100))
+    folder = make_files(tmp_path / "both", a_JSONL=rows, README_md="about", b_txt="words\n" * 9)
+    with pytest.raises(UserError, match="documents .*a.JSONL. and texts .*b.txt.: .*--files=.*JSONL. or --files=.*txt"):
+        run(folder)
+    run(folder, files="*.txt")
+    assert contents(data / "both")[2]["characters"] == 54
+    (folder / "b.txt").unlink()
+    run(folder, tokenizer="byte", name="documents", processes=1)
+    assert "README.md is a text, and the others are documents" in capsys.readouterr().out
+    assert json.loads((data / "documents" / "meta.json").read_text())["documents"] == 100
+
+
+def test_of_html_what_it_shows(data, tmp_path):
+    page = """<!DOCTYPE html><title>A &amp; B</title><style>p {}</style><script>var x = "<p>no</p>";</script>
+        <h1>Head<em>ing</em></h1> <p>One   two
+        three <b>four</b>.</p><p>Five<br>six &#8212; seven</p><table><tr><td>1</td><td>2</td></table>
+        <pre>\ndef f():\n    return 1\n</pre><p>end"""
+    (tmp_path / "page").write_text(page, encoding="utf-8")
+    assert "".join(texts.read_file(tmp_path / "page")) == (
+        "A & B\nHeading\nOne two three four.\nFive\nsix — seven\n1  2\ndef f():\n    return 1\nend\n")
 
 
 def test_a_url_is_fetched(data, tmp_path, source):
@@ -98,7 +159,8 @@ def test_a_url_is_fetched(data, tmp_path, source):
         with pytest.raises(UserError, match="the server answered 404"):
             run(url.replace("hamlet", "macbeth"))
         server.shutdown()
-    assert contents(data / "hamlet")[0] == TEXT[:int(len(TEXT) * 0.9)]
+    text = TEXT.replace("\r", "")
+    assert contents(data / "hamlet")[0] == text[:int(len(text) * 0.9)]
     with pytest.raises(known.Offline, match="can't be reached"):
         run(url)
 
@@ -123,6 +185,9 @@ def test_half_a_download_is_none(tmp_path):
     (b"", "has 0 characters"), (b"\xef\xbb\xbf", "has 0 characters"), (b"ab", "has 2 characters: too few"),
     (b"x" * 70 + b"\xe9t\xe9", "is not UTF-8: byte 0xe9 at offset 70"), (b"x" * 70 + b"\xe9", "0xe9 at offset 70"),
     ("\ufeff€".encode() * 3000 + b"\xe9", "0xe9 at offset 18,000"),
+    ("words ".encode("utf-16"), "is UTF-16, .*iconv -f UTF-16 -t UTF-8 .*bad.txt"), (b"\x1f\x8bx", "is gzip"),
+    ("words ".encode("utf-32"), "is UTF-32, .*iconv -f UTF-32 "), ("words".encode("utf-16-be"), "iconv -f UTF-16BE "),
+    ("words".encode("utf-32-le"), "iconv -f UTF-32LE "), (b"PK\x03\x04", "is zip"), (b"words\0", "is binary"),
 ])
 def test_bad_text_is_named(data, tmp_path, content, message, monkeypatch):
     monkeypatch.setattr(texts, "CHUNK", 64)
@@ -132,17 +197,85 @@ def test_bad_text_is_named(data, tmp_path, content, message, monkeypatch):
     assert not (data / "bad" / "meta.json").exists()
 
 
-def test_bad_sources_are_named(data, tmp_path):
-    for sources, message in (([tmp_path / "none.txt"], "is no file, no URL, no folder of .txt"),
-                             ([tmp_path], "is no file, no URL, no folder of .txt"),
-                             (["a", "b"], "one source at a time"),
+def test_bad_sources_are_named(data, tmp_path, source):
+    (tmp_path / "empty").mkdir()
+    for sources, message in (([tmp_path / "none.txt"], "none.txt is no file, no folder, no URL, and none of shakes"),
+                             ([tmp_path / "empty"], "empty: there are no texts and no documents"),
                              (["nothing://x"], "is not a URL that can be fetched|unknown url type")):
         with pytest.raises(UserError, match=message):
             run(*sources)
+    for settings in (dict(column="x"), dict(processes=2), dict(max_files=1), dict(image_size=9), dict(files="*.txt")):
+        with pytest.raises(UserError, match=f"{next(iter(settings))} = .*leave it out"):
+            run(source, **settings)
     with pytest.raises(UserError, match="val_fraction = 1.0: must lie between"):
         prepare.Settings(val_fraction=1.0)
     with pytest.raises(UserError, match="make one with python prepare.py FILE --name=mine"):
         known.ensure("mine")
+
+
+def test_a_data_set_is_replaced_by_its_own_source_alone(data, tmp_path, source, capsys, monkeypatch):
+    run(source)
+    run(source, val_fraction=0.5)
+    assert "has this source's data set, which is replaced" in capsys.readouterr().out
+    before = (data / "hamlet" / "train.bin").read_bytes()
+    other = make_files(tmp_path / "other", hamlet_txt="A country road. A tree. Evening.\n" * 9,
+                       docs__a_jsonl='{"text": "x"}\n' * 99, images__captions_jsonl="")
+    for path in (other / "hamlet.txt", other / "docs", other / "images"):
+        with pytest.raises(UserError, match="holds other texts, of .*hamlet.txt: delete it, or choose another name"):
+            run(path, name="hamlet")
+    assert (data / "hamlet" / "train.bin").read_bytes() == before
+    for meta in ("[", "{}", "[1]", ""):
+        (data / "hamlet" / "meta.json").write_text(meta)
+        with pytest.raises(UserError, match="holds other texts, of an unknown source: delete it"):
+            run(source)
+    monkeypatch.chdir(tmp_path)
+    for name in (".", "..", "./", "data/", "../"):
+        with pytest.raises(UserError, match="is a place for several data sets"):
+            run(source, name=name)
+    for name in ("shakespeare_char", str(data / "fineweb"), "data/shapes"):
+        with pytest.raises(UserError, match="is a known data set's: choose another name"):
+            run(source, name=name)
+    assert [path.name for path in data.iterdir()] == ["hamlet"]
+    monkeypatch.chdir(other / "docs")
+    (other / "docs" / "a.jsonl").unlink()
+    make_files(other / "docs", a_md="words\n" * 9)
+    run(".")  # named after the folder
+    assert (data / "docs" / "meta.json").exists()
+
+
+def test_a_full_disk_leaves_nothing_behind(data, source, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(texts, "stored", full)
+    with pytest.raises(UserError, match="hamlet can't be written: No space left on device"):
+        run(source)
+    assert [path.name for path in (data / "hamlet").iterdir()] == ["run.lock"]
+
+
+def test_another_models_tokenizer_and_the_command_that_goes_on(data, tmp_path, source, capsys):
+    run(source, name=str(tmp_path / "a set"))
+    assert "'--dataset=" in (said := capsys.readouterr().out) and "'--out_dir=out/a set'" in said
+    (tmp_path / "a run" / "best").mkdir(parents=True)
+    tokenizers.CharTokenizer("\n abcdefghijklmnopqrstuvwxyz").save(tmp_path / "a run" / "best" / "tokenizer.json")
+    make_files(tmp_path, new_txt="to be or not\n" * 9, odd_txt="to be or not\n" * 9 + "É")
+    run(tmp_path / "new.txt", tokenizer=str(tmp_path / "a run"))
+    assert contents(data / "new")[2]["vocab_size"] == 28
+    assert f"train.py '--init_from={tmp_path}/a run' --dataset=new --out_dir=out/new\n" in capsys.readouterr().out
+    with pytest.raises(UserError, match="the character 'É' .U.00C9., in .*É., is not among"):
+        run(tmp_path / "odd.txt", tokenizer=str(tmp_path / "a run"))
+
+
+def test_a_bpe_learns_from_a_sample_that_is_spread(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(texts, "SAMPLE", 4000)
+    monkeypatch.setattr(texts, "SAMPLE_PIECE", 100)
+    pieces = [chr(97 + i) * 999 + " " for i in range(20)]
+    found = list(texts.sample(pieces, 20_000))
+    assert len("".join(found)) == 4000 and set("".join(found)) == set("".join(pieces)) - {" "}
+    assert "learns from 4,000 of 20,000 training characters" in capsys.readouterr().out
+    assert list(texts.sample(pieces[:3], 3000)) == pieces[:3]
+    many = ["ab " * 10] * 1000
+    assert "".join(texts.sample(many, 30_000)).count("ab") == 1330  # of small files whole ones
 
 
 def test_without_a_network_the_built_in_text_stands_in(data, monkeypatch, capsys):

@@ -255,7 +255,8 @@ def test_fine_tuning_by_lora_publishes_a_model_that_transformers_computes_alike(
     for name, p in model.named_parameters():
         assert torch.equal(tuned.get_parameter(name), p) == (name in frozen), name
     theirs = transformers.PaliGemmaForConditionalGeneration.from_pretrained(tmp_path / "tuned").eval()
-    images, ids = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)), tokenizer.encode("<bos>read\n")
+    images = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    ids = tokenizer.encode_controls("<bos>read\n")
     image_token = tokenizer.bpe.token_to_id("<image>")
     with torch.no_grad():
         expected = theirs(pixel_values=images, input_ids=torch.tensor([[image_token] * 4 + ids.tolist()])).logits[:, 4:]

@@ -38,7 +38,7 @@ def test_an_unknown_character_is_named(text, character):
     with pytest.raises(UserError) as error:
         CharTokenizer("hélo"[0:1] + "lo").encode(text)
     message = str(error.value)
-    assert f"{character!r} (U+{ord(character):04X}), number 2 of the text" in message and "'hlo'" in message
+    assert f"{character!r} (U+{ord(character):04X}), in {text!r}" in message and "'hlo'" in message
 
 
 def test_bpe_merges_what_is_frequent_and_knows_its_end_of_text(text):
@@ -49,8 +49,45 @@ def test_bpe_merges_what_is_frequent_and_knows_its_end_of_text(text):
         BPETokenizer.train([text], 100)
     with pytest.raises(UserError, match=r"bpe:5000: the text yields only \d+ tokens; use bpe:\d+ or less"):
         BPETokenizer.train([text], 5000)
-    with pytest.raises(UserError, match="tokenizer = words: must be char, byte, gpt2 or bpe:SIZE"):
-        tokenizers.build("words", None, None)
+    for name in ("words", "bpe:²", "bpe:x", "bpe:" + "9" * 5000):
+        with pytest.raises(UserError, match=f"tokenizer = {name}: must be char, byte, gpt2, bpe:SIZE"):
+            tokenizers.build(name, None, None)
+    with pytest.raises(UserError, match="bpe:1000000000000: a BPE may have at most bpe:1048576"):
+        tokenizers.build("bpe:1000000000000", None, lambda: [text])
+
+
+def test_a_bpe_learns_from_a_long_text_without_blanks_and_spells_it_out_again():
+    letters = "".join(np.random.default_rng(0).choice(list("ACGT"), size=300_000))  # minutes, if it were one word
+    bpe = BPETokenizer.train([letters, " " * 300_000], 270)
+    assert bpe.decode(bpe.encode(letters)) == letters
+    pieces = list(tokenizers.short_words(["one two", letters[:1000], " " * 300]))
+    assert "".join(pieces) == "one two" + letters[:1000] + " " * 300 and max(map(len, pieces)) == 256
+    assert pieces[0] == "one two"
+
+
+def test_control_tokens_in_a_text_are_text(text):
+    bpe = BPETokenizer.train([text], 300, ("<|endoftext|>", "<bos>"))
+    written = "a<bos>b<|endoftext|>"
+    for tokenizer in (*all_kinds(text + written), bpe):
+        ids = tokenizer.encode(written)
+        assert tokenizer.decode(ids) == written and len(ids) > 10 and tokenizer.eos not in ids
+    assert bpe.encode_controls(written).tolist() == [*bpe.encode("a"), 1, *bpe.encode("b"), 0]
+    assert np.array_equal(bpe.encode(written), ids)  # whatever was called before
+
+
+def test_a_tokenizer_is_found_in_a_models_folder(tmp_path):
+    for place, characters in (("run/best", "abc"), ("run/last", "abcd"), ("other/last", "abcde"), ("published", "ab")):
+        (tmp_path / place).mkdir(parents=True)
+        CharTokenizer(characters).save(tmp_path / place / "tokenizer.json")
+    for name, size in (("run", 3), ("run/last", 4), ("other", 5), ("published", 2), ("run/last/tokenizer.json", 4)):
+        assert tokenizers.build(str(tmp_path / name), None, None).vocab_size == size
+    with pytest.raises(UserError, match="must be char, byte"):
+        tokenizers.build(str(tmp_path), None, None)
+
+
+def test_tokenizers_print_as_something_readable(text):
+    assert list(map(repr, all_kinds(text))) == [
+        f"CharTokenizer({len(set(text + FOREIGN))} characters)", "ByteTokenizer(256 bytes)", "BPETokenizer(300 tokens)"]
 
 
 def test_gpt2_is_tiktokens_and_a_missing_network_is_named(monkeypatch, tmp_path):

@@ -261,16 +261,16 @@ def test_prompts_are_tokenized_as_transformers_does(processor, tokenizer):
     for prompt in ("caption en", "detect cat", "<loc0007> cat", "", "two lines\nof cats", "ends in one\n"):
         ids = processor(images=picture, text=f"<image>{prompt}", return_tensors="pt").input_ids[0].tolist()
         assert ids == [IMAGE] * N + encode_prompt(tokenizer, prompt).tolist()
-    apart = [*tokenizer.encode("<bos>ends in one\n"), *tokenizer.encode("\n")]  # as the paper wants it
+    apart = [*tokenizer.encode_controls("<bos>ends in one\n"), *tokenizer.encode("\n")]  # as the paper wants it
     assert encode_prompt(tokenizer, "ends in one\n").tolist() != apart
-    assert encode_prompt(tokenizer, "detect cat").tolist() == [*tokenizer.encode("<bos>detect cat"),
+    assert encode_prompt(tokenizer, "detect cat").tolist() == [*tokenizer.encode_controls("<bos>detect cat"),
                                                                   *tokenizer.encode("\n")]
     with pytest.raises(UserError, match="leave out <image>"):
         encode_prompt(tokenizer, "<image>caption en")
 
 
 def test_locations_and_segments_are_one_token_each(tokenizer):
-    ids = tokenizer.encode("<loc0000><loc1023><seg000><seg127>")
+    ids = tokenizer.encode_controls("<loc0000><loc1023><seg000><seg127>")
     assert ids.tolist() == [IMAGE + 1, IMAGE + 1024, IMAGE + 1025, IMAGE + 1152]
     assert tokenizer.decode(ids) == "<loc0000><loc1023><seg000><seg127>"
     assert (tokenizer.eos, tokenizer.vocab_size) == (1, IMAGE + 1153)
