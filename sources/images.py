@@ -43,6 +43,8 @@ def prepare(path, folder, tokenizer_name="char", val_fraction=0.1, image_size=48
     with the line of a row that can't be used; a data set that was in `folder` then stays as it is.
     """
     tables = find_tables(path)
+    if not tables:
+        raise UserError(f"{path} has neither a captions.jsonl nor a metadata.jsonl")
     rows = [row for table in tables for row in read_rows(table, path, column)]
     if tables[0].stem.lower() == "metadata":
         rows = settle_folders(rows)

@@ -95,13 +95,15 @@ def ensure(dataset):
 def prepare_known(name, target, tokenizer, val_fraction=0.1, image_size=48):
     """Prepares a known data set, no corpus, as `target`, or without a network the built-in text; returns its name."""
     if name in GENERATED:
-        from sources import images  # imports torch
+        from run.lock import owned
+        from sources import images  # imports numpy
         raw, script = DATA / name / "source", f"data/{name}/generate.py"
         if target != name:
             claim(target, script, "images")
-        print(f"generating {raw}", flush=True)
-        runpy.run_path(str(ROOT / script))["generate"](raw)
-        images.prepare(raw, locate(target), tokenizer, val_fraction, image_size, script)
+        with owned(raw, "dataset", "made images"):
+            print(f"generating {raw}", flush=True)
+            runpy.run_path(str(ROOT / script))["generate"](raw)
+            images.prepare(raw, locate(target), tokenizer, val_fraction, image_size, script)
         return target
     from sources import texts  # imports numpy
     try:

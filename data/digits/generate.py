@@ -35,6 +35,8 @@ import json
 import numpy as np
 from PIL import Image
 
+from machine.terminal import progress
+
 SIZE = 48  # pixels of both sides
 TRAIN_SPREAD = 2.0  # training images vary more than those for validation
 
@@ -97,13 +99,15 @@ def generate(folder, images=Settings.images, seed=Settings.seed):
     splits, lines = split_scans(labels), []
     (folder / "images").mkdir(parents=True, exist_ok=True)
     (folder / "captions.jsonl").unlink(missing_ok=True)  # of other images; without it a half is no whole
-    for index in range(images):
-        image, chosen, split = make(index, seed, scans, splits)
-        name = f"images/{index:05}.png"
-        image.save(folder / name, compress_level=1)
-        kind = f"{len(chosen)} digit{'s' if len(chosen) > 1 else ''}"
-        lines.append(json.dumps({"image": name, "prompt": "read", "answer": "".join(map(str, labels[chosen])),
-                                 "kind": kind, "split": split, "scans": chosen.tolist()}))
+    with progress(images, "images") as bar:
+        for index in range(images):
+            image, chosen, split = make(index, seed, scans, splits)
+            name = f"images/{index:05}.png"
+            image.save(folder / name, compress_level=1)
+            kind = f"{len(chosen)} digit{'s' if len(chosen) > 1 else ''}"
+            lines.append(json.dumps({"image": name, "prompt": "read", "answer": "".join(map(str, labels[chosen])),
+                                     "kind": kind, "split": split, "scans": chosen.tolist()}))
+            bar.update()
     (folder / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
 
 

@@ -37,6 +37,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
+from machine.terminal import progress
 from run.pictures import Box, box_text
 
 SIZE = 48  # pixels of both sides
@@ -273,12 +274,15 @@ def generate(folder, images=Settings.images, seed=Settings.seed):
     (folder / "images").mkdir(parents=True, exist_ok=True)
     (folder / "captions.jsonl").unlink(missing_ok=True)  # of other images; without it a half is no whole
     lines = []
-    for index in range(images):
-        _, image, questions, split = make(index, seed)
-        name = f"images/{index:05}.png"
-        image.save(folder / name, compress_level=1)
-        for kind, prompt, answer in questions:
-            lines.append(json.dumps({"image": name, "prompt": prompt, "answer": answer, "kind": kind, "split": split}))
+    with progress(images, "images") as bar:
+        for index in range(images):
+            _, image, questions, split = make(index, seed)
+            name = f"images/{index:05}.png"
+            image.save(folder / name, compress_level=1)
+            for kind, prompt, answer in questions:
+                row = {"image": name, "prompt": prompt, "answer": answer, "kind": kind, "split": split}
+                lines.append(json.dumps(row))
+            bar.update()
     (folder / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
 
 
