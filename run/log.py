@@ -46,6 +46,7 @@ class Log:
 
     def open(self, step, world):
         s, path = self.settings, self.out_dir / "log.jsonl"
+        self.out_dir.mkdir(parents=True, exist_ok=True)
         self.record = {"settings": flat_values(asdict(s)), "results": {}, "starts": []}
         self.samples, self.earlier_seconds = {}, 0.0
         if step:
@@ -126,7 +127,8 @@ class Log:
         if "mfu" in row:
             parts.append((6, f"{row['mfu']:.0%} of peak"))
         if left is not None:
-            parts.append((1, f"{left // 60}:{left % 60:02d} left"))
+            hours, minutes = left // 3600, left // 60 % 60
+            parts.append((1, (f"{hours}:{minutes:02d}" if hours else f"{minutes}") + f":{left % 60:02d} left"))
         for name, value in measures(row).items():
             mark = " best" * (better and name == measure)
             parts.append((0 if name == measure else 2, f"{name.replace('_', ' ')} {value:.4f}{mark}"))
@@ -215,6 +217,8 @@ def draw(out_dir):
     try:
         from run import curves
         curves.draw(out_dir)
+    except ImportError:  # shim until it is there
+        pass
     except Exception as error:
         say(f"{out_dir / 'curves.svg'} can't be drawn: {type(error).__name__}: {error}")
 
@@ -269,8 +273,8 @@ def start_wandb(out_dir, settings, name):
         return wandb.init(project=settings.wandb_project, name=settings.wandb_name or None, id=name, resume="allow",
                           config=asdict(settings), dir=str(out_dir))
     except wandb.errors.Error as error:
-        said = str(error).partition("\n")[0]
-        raise UserError(f"--wandb: {said} Log in, or set WANDB_MODE=offline, or leave it out") from None
+        said = str(error).partition("\n")[0].rstrip(".")
+        raise UserError(f"--wandb: {said}; or set WANDB_MODE=offline, or leave --wandb out") from None
 
 
 def facts(settings, step, world):

@@ -168,7 +168,7 @@ def long_run(tmp_path_factory, tiny):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows can't send these signals")
-@pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 75)])
+@pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129), ("SIGUSR1", 75)])
 def test_a_signal_saves_and_the_run_can_be_resumed(tmp_path, tiny, long_run, name, status):
     arguments = as_arguments(tiny, **LONG, out_dir=str(tmp_path / "parts"))
     process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, text=True)
@@ -229,9 +229,9 @@ def test_a_step_that_is_not_sound_stops_the_run_which_can_be_replayed(tmp_path, 
 def test_sound_runs_pass_the_guards_and_float16_may_skip_steps(tmp_path, tiny, trained, monkeypatch):
     found = run(tmp_path, tiny, max_grad_norm=50.0, max_loss_rise=1.0)
     assert curve(found) == curve(rows(trained))
-    guard = guards.Guard(train.Settings(max_grad_norm=5), World(0, 1, CPU), 0, scaled=True, mean=None, where=str)
+    guard = guards.Guard(train.Settings(max_grad_norm=5), World(0, 1, CPU), 0, scaled=True, saved={}, where=str)
     guard.record(torch.tensor(3.0), torch.tensor(math.inf), {})
-    assert guard.read() == {"loss": 3.0, "grad_norm": math.inf}
+    assert guard.read() == {"loss": 3.0, "mean_loss": 3.0, "grad_norm": math.inf}
 
 
 def test_no_number_is_saved_when_a_signal_comes_before_the_next_line_of_the_log(tmp_path, tiny, monkeypatch):
@@ -283,10 +283,15 @@ def test_saving_in_the_background_changes_nothing(tmp_path, tiny, trained):
 def test_the_environment_is_recorded_at_every_start(tmp_path, tiny):
     run(tmp_path, tiny, max_iters=5)
     run(tmp_path, tiny, max_iters=10, resume=True)
-    first, second = json.loads((tmp_path / "run.json").read_text())
+    record = json.loads((tmp_path / "run.json").read_text())
+    first, second = record["starts"]
     assert {"git", "device", "cpus", "host", "command", "started", "python", "torch", "numpy"} <= first.keys()
     assert first["seed"] == 1337 and first["workers"] == 1
     assert [(start["step"], start["end_step"], start["status"]) for start in (first, second)] == [(0, 5, 0), (5, 10, 0)]
+    assert record["settings"]["max_iters"] == 10 and record["settings"]["dataset"] == tiny["dataset"]
+    last = {"val_loss": rows(tmp_path)[-1]["val_loss"]}
+    results = record["results"]
+    assert results.pop("seconds") > 0 and results == {"step": 10, "last": last, "best": {"step": 10, **last}}
 
 
 def test_rates_may_change_in_a_resumed_run_but_not_the_parts_that_have_one(tmp_path, tiny):
@@ -366,7 +371,8 @@ def test_a_resumed_run_keeps_what_was_decided_at_its_start(tmp_path, tiny, monke
     monkeypatch.setattr(device, "has_amx", lambda *_: first != 12)
     resume(tmp_path, f"--max_iters={second}", "--max_minutes=0", "--batch_size=4")
     assert decided.items() <= recorded(tmp_path).items() and len(compiled) == 2 * decided["compile"]
-    assert [start["compile"] for start in json.loads((tmp_path / "run.json").read_text())] == 2 * [decided["compile"]]
+    starts = json.loads((tmp_path / "run.json").read_text())["starts"]
+    assert [start["compile"] for start in starts] == 2 * [decided["compile"]]
 
 
 def test_a_piece_is_a_workers_share_of_the_first_start(capsys):
@@ -399,7 +405,7 @@ def test_lora_trains_two_small_matrices_of_each_layer(tmp_path, tiny, trained):
     """It is loaded, resumed, and merged where another run starts from it."""
     wanted = dict(tiny, init_from=trained, lora_rank=2, max_iters=10, dropout=0.1, sample_tokens=0)
     settings = settings_for("text", **wanted, out_dir=str(tmp_path / "whole"))
-    _, model, _, _ = train.train(settings, {}, World(0, 1, CPU))
+    _, model, *_ = train.train(settings, {}, World(0, 1, CPU))
     before, after = weights(trained, "best"), weights(tmp_path / "whole")
     assert {name for name in after if not torch.equal(after[name], before.get(name, after[name] * 0))} == {
         name for name in after if name.endswith(("lora_a", "lora_b"))} != set()
