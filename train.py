@@ -127,7 +127,7 @@ from machine.device import autocast, keep_freed_memory, peak_flops, pick_compile
 from model import all_blocks
 from optimizer import clip, make_optimizers, set_rates
 from run import checkpoint, resume
-from run.guards import Guard, guarded_outputs, lost_output, require_finite
+from run.guards import Guard, guard_outputs, lost_output, require_finite
 from run.lock import owned
 from run.log import Log, improves, measures, say_where
 from sources.known import ensure, locate
@@ -295,5 +295,6 @@ def main(settings, given):
 
 
 if __name__ == "__main__":
-    with guarded_outputs(), one_line_errors(), distributed.others_explain():
+    guard_outputs()
+    with one_line_errors(), distributed.others_explain():
         main(SETTINGS, GIVEN)

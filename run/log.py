@@ -20,7 +20,7 @@ from configurator import UserError, flat_values, say
 from machine.device import device_name, peak_memory
 from machine.terminal import columns, paint, printable
 from run import checkpoint
-from run.files import one_line, rename, write_json, write_text
+from run.files import rename, write_text
 
 TIME = "%Y-%m-%dT%H:%M:%S%z"
 WIDTH = 100  # columns of a line of the log, at most
@@ -40,9 +40,10 @@ class Log:
         self.file = self.wandb = None
         self.step = self.first_step = self.timed_from = step
         self.n_timed, self.seconds_timed, self.pauses = 0, 0.0, []  # for the time left
+        self.began = time.perf_counter()
         if world.is_main:
             self.open(step, world)
-        self.began = self.looked = self.clock = time.perf_counter()
+        self.began = self.looked = self.clock = time.perf_counter()  # what is above, wandb's start, is no part of a row
 
     def open(self, step, world):
         s, path = self.settings, self.out_dir / "log.jsonl"
@@ -63,7 +64,7 @@ class Log:
             for row in rows:
                 self.note(row, improves(self.task.best, row, self.best_so_far()))
         self.file = open(path, "a", encoding="utf-8", buffering=1)
-        self.write_record(self.earlier_seconds)
+        self.write_record()
 
     def restart(self, step, evaluated=False):
         """Counts the next row's time from here: after an evaluation or a save, which are no part of an update."""
@@ -87,37 +88,38 @@ class Log:
     def write(self, row, better):
         """Adds the row to log.jsonl, wandb and the terminal; with validation measures to run.json too.
 
-        better: they are the best so far. Raises UserError if it can't be written.
+        better: they are the best so far. Raises UserError if a file can't be written.
         """
         if self.file is None:
             return
-        with one_line(self.file.name):
-            self.file.write(json.dumps(row) + "\n")
+        self.keep("log.jsonl", json.dumps(row) + "\n")
         if self.wandb:
             self.wandb.log(row, step=row["step"])
         print(self.line(row, better), flush=True)
-        if self.note(row, better):
+        self.note(row, better)
+        if measures(row):
             self.write_record()
 
     def note(self, row, better):
-        """Takes the row's validation measures into the results; returns them, {} if it has none."""
+        """Takes the row's validation measures, if it has some, into the results."""
         results, found = self.record["results"], measures(row)
-        results["step"] = row["step"]
-        if found:
-            results["last"] = found
-        if found and better:
+        results |= {"step": row["step"]} | ({"last": found} if found else {})
+        if better:
             results["best"] = {"step": row["step"], **found}
-        return found
 
-    def best_so_far(self):
-        return self.record["results"].get("best", {}).get(f"val_{self.task.best[0]}")
+    def write_record(self):
+        self.record["results"]["seconds"] = round(self.earlier_seconds + time.perf_counter() - self.began, 3)
+        self.keep("run.json", json.dumps(self.record, ensure_ascii=False, indent=1) + "\n")
 
-    def write_record(self, seconds=None):
-        """seconds: of all starts; None: until now."""
-        seconds = self.earlier_seconds + time.perf_counter() - self.began if seconds is None else seconds
-        self.record["results"]["seconds"] = round(seconds, 3)
-        with one_line(self.out_dir / "run.json"):
-            write_json(self.out_dir / "run.json", self.record)
+    def keep(self, name, text):
+        """Writes the file anew; log.jsonl it adds to."""
+        try:
+            if name == "log.jsonl":
+                self.file.write(text)
+            else:
+                write_text(self.out_dir / name, text)
+        except OSError as error:
+            raise UserError(f"{self.out_dir / name} can't be written: {error.strerror}") from error
 
     def line(self, row, better):
         """The row as one line: what matters least is left out where the terminal is narrow."""
@@ -172,8 +174,7 @@ class Log:
         """Adds a text to samples.md, in a fence that no text can break."""
         fence = "`" * (1 + max(2, *map(len, re.findall("`*", text))))
         self.samples[heading] = f"## {heading}\n\n{fence}\n{text}\n{fence}\n\n"
-        with one_line(self.out_dir / "samples.md"):
-            write_text(self.out_dir / "samples.md", "".join(self.samples.values()))
+        self.keep("samples.md", "".join(self.samples.values()))
 
     def sync(self):
         """Has the rows so far reach the disk: a checkpoint must not be ahead of its log."""
@@ -252,15 +253,14 @@ def read_record(path):
     """(the starts that a run.json lists, their seconds); of one that is damaged none: it is moved to run.json.old."""
     if not path.exists():
         return [], 0.0
-    try:
+    with suppress(ValueError, TypeError, KeyError, AttributeError):
         found = json.loads(path.read_bytes())
         found = found if isinstance(found, dict) else {"starts": found}  # as it was at first
         starts = [start | {} for start in found["starts"] if start["id"]]
         return starts, float(found.get("results", {}).get("seconds", 0))
-    except (ValueError, TypeError, KeyError, AttributeError):
-        rename(path, f"{path}.old")
-        say(f"{path} was damaged: it is {path}.old now, and a new one begins")
-        return [], 0.0
+    rename(path, f"{path}.old")
+    say(f"{path} was damaged: it is {path}.old now, and a new one begins")
+    return [], 0.0
 
 
 def start_wandb(out_dir, settings, name):
@@ -314,7 +314,8 @@ def say_where(task, model, log, stopped, why):
         measure = f"val_{task.best[0]}"
         print(f"; best {measure.replace('val_', 'validation ')} {best[measure]:.4f} at step {best['step']}", end="")
     command = task.command(s.out_dir) if callable(task.command) else task.command.format(out_dir=folder)  # shim
-    print(f"\nin {s.out_dir}: checkpoints best and last, log.jsonl, run.json, samples.md, curves.svg\n"
+    files = ["log.jsonl", "run.json", *(["samples.md"] if log.samples else []), "curves.svg"]
+    print(f"\nin {s.out_dir}: checkpoints best and last, {', '.join(files)}\n"
           f"try it:      {command}\n"
           f"evaluate it: python evaluate.py --out_dir={folder}", flush=True)
 
