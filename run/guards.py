@@ -164,7 +164,7 @@ class Output:
             work(*arguments)
         except OSError:
             self.lost = True
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # what is left in its buffer goes there, too
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # and so does the rest in its buffer
 
 
 def guard_outputs():

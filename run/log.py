@@ -163,7 +163,7 @@ class Log:
             return
         if self.settings.sample_tokens and not sharded:
             model.eval()
-            text = show(self.task, model, short=True)
+            text = self.task.show(model, short=True)
             model.train()
             if text:
                 print(paint(textwrap.indent(printable(text), "    "), "2"), flush=True)
@@ -205,21 +205,11 @@ def improves(measure, row, best):
     return value is not None and (best is None or better(value, best) != best)
 
 
-def show(task, model, short=False):
-    """task.show. Shim until every task's `show` knows `short`."""
-    from inspect import signature
-    if "short" in signature(task.show).parameters:
-        return task.show(model, short)
-    return task.show(model) if not short else ""
-
-
 def draw(out_dir):
     """Renews curves.svg. No error in a picture may end a run."""
     try:
         from run import curves
         curves.draw(out_dir)
-    except ImportError:  # shim until it is there
-        pass
     except Exception as error:
         say(f"{out_dir / 'curves.svg'} can't be drawn: {type(error).__name__}: {error}")
 
@@ -304,7 +294,7 @@ def say_where(task, model, log, stopped, why):
               f" --out_dir={folder}", file=stream)
         return
     if s.sample_tokens:
-        text = show(task, model)
+        text = task.show(model)
         print(f"\n{printable(text)}\n")
         log.keep_sample(f"step {log.step}, the end", text)
     task.finish()
@@ -313,10 +303,9 @@ def say_where(task, model, log, stopped, why):
     if best := log.record["results"].get("best"):
         measure = f"val_{task.best[0]}"
         print(f"; best {measure.replace('val_', 'validation ')} {best[measure]:.4f} at step {best['step']}", end="")
-    command = task.command(s.out_dir) if callable(task.command) else task.command.format(out_dir=folder)  # shim
     files = ["log.jsonl", "run.json", *(["samples.md"] if log.samples else []), "curves.svg"]
     print(f"\nin {s.out_dir}: checkpoints best and last, {', '.join(files)}\n"
-          f"try it:      {command}\n"
+          f"try it:      {task.command(s.out_dir)}\n"
           f"evaluate it: python evaluate.py --out_dir={folder}", flush=True)
 
 
