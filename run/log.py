@@ -62,7 +62,8 @@ class Log:
             rows = list(rows_until(path, step))
             write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
             for row in rows:
-                self.note(row, improves(self.task.best, row, self.best_so_far()))
+                best = self.record["results"].get("best", {}).get(f"val_{self.task.best[0]}")
+                self.note(row, improves(self.task.best, row, best))
         self.file = open(path, "a", encoding="utf-8", buffering=1)
         self.write_record()
 
