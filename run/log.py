@@ -21,6 +21,7 @@ from machine.device import device_name, peak_memory
 from machine.terminal import columns, paint, printable
 from run import checkpoint
 from run.files import rename, write_text
+from run.guards import REASONS
 
 TIME = "%Y-%m-%dT%H:%M:%S%z"
 WIDTH = 100  # columns of a line of the log, at most
@@ -46,19 +47,21 @@ class Log:
         self.began = self.looked = self.clock = time.perf_counter()  # what is above, wandb's start, is no part of a row
 
     def open(self, step, world):
-        s, path = self.settings, self.out_dir / "log.jsonl"
+        s, path, samples = self.settings, self.out_dir / "log.jsonl", self.out_dir / "samples.md"
         self.out_dir.mkdir(parents=True, exist_ok=True)
         self.record = {"settings": flat_values(asdict(s)), "results": {}, "starts": []}
         self.samples, self.earlier_seconds = {}, 0.0
         if step:
-            self.samples = samples_until(self.out_dir / "samples.md", step)
             self.record["starts"], self.earlier_seconds = read_record(self.out_dir / "run.json")
         self.record["starts"].append(facts(s, step, world))
         if s.wandb:
             self.wandb = start_wandb(self.out_dir, s, self.record["starts"][0]["id"])
         if not step:
             set_aside(self.out_dir)
-        elif path.exists():  # the rows after the checkpoint will be written again
+        if samples.exists():  # what came after the checkpoint will be written again
+            self.samples = samples_until(samples, step)
+            self.keep("samples.md", "".join(self.samples.values()))
+        if path.exists():
             rows = list(rows_until(path, step))
             write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
             for row in rows:
@@ -86,10 +89,11 @@ class Log:
             row["mfu"] = self.flops / seconds / self.peak
         return row
 
-    def write(self, row, better):
-        """Adds the row to log.jsonl, wandb and the terminal; with validation measures to run.json too.
+    def write(self, row, better, model):
+        """Adds the row to log.jsonl, wandb and the terminal; after an evaluation renews the other files too.
 
-        better: they are the best so far. Raises UserError if a file can't be written.
+        better: its validation measures are the best so far. model: writes a short sample then; None: it can't.
+        Raises UserError if a file can't be written.
         """
         if self.file is None:
             return
@@ -100,6 +104,9 @@ class Log:
         self.note(row, better)
         if measures(row):
             self.write_record()
+            if row["step"] < self.settings.max_iters:  # else a long sample follows, and `close` draws
+                self.look(row, model)
+                draw(self.out_dir)
 
     def note(self, row, better):
         """Takes the row's validation measures, if it has some, into the results."""
@@ -158,18 +165,16 @@ class Log:
         evaluations += s.max_iters % s.eval_interval > 0 and step < s.max_iters
         return round(pace * (s.max_iters - step) + pause * evaluations)
 
-    def look(self, row, model, sharded):
-        """After an evaluation: a short sample of the model, and the curves. After the last one `close` draws them."""
-        if self.file is None or row["step"] == self.settings.max_iters:
+    def look(self, row, model):
+        """Shows and keeps a short sample, if one is wanted and the task has one."""
+        if not self.settings.sample_tokens or model is None:
             return
-        if self.settings.sample_tokens and not sharded:
-            model.eval()
-            text = self.task.show(model, short=True)
-            model.train()
-            if text:
-                print(paint(textwrap.indent(printable(text), "    "), "2"), flush=True)
-                self.keep_sample(f"step {row['step']}, loss {row['loss']:.4f}", text)
-        draw(self.out_dir)
+        model.eval()
+        text = self.task.show(model, short=True)
+        model.train()
+        if text:
+            print(paint(textwrap.indent(printable(text), "    "), "2"), flush=True)
+            self.keep_sample(f"step {row['step']}, loss {row['loss']:.4f}", text)
 
     def keep_sample(self, heading, text):
         """Adds a text to samples.md, in a fence that no text can break."""
@@ -187,7 +192,8 @@ class Log:
         if self.file is None:
             return
         self.file.close()
-        self.record["starts"][-1] |= {"ended": time.strftime(TIME), "end_step": self.step, "status": status, "why": why}
+        self.record["starts"][-1] |= {"ended": time.strftime(TIME), "end_step": self.step, "status": status}
+        self.record["starts"][-1]["why"] = why or REASONS.get(status, "")
         self.write_record()
         draw(self.out_dir)
         if self.wandb:
@@ -220,8 +226,7 @@ def draw(out_dir):
 
 def rows_until(path, step):
     """The rows of a log up to a step; a line that a kill cut short is left out, and so is what is no row."""
-    text = path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
-    for line in text.split("\n"):
+    for line in path.read_bytes().split(b"\n"):
         with suppress(ValueError, TypeError, KeyError):
             row = json.loads(line)
             if row["step"] <= step:
@@ -233,7 +238,7 @@ SECTION = re.compile(r"## (step (\d+), [^\n]*)\n\n(`{3,})\n.*?\n\3\n\n", re.DOTA
 
 def samples_until(path, step):
     """{heading: section} of a samples.md up to a step."""
-    text = path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
+    text = path.read_bytes().decode("utf-8", "replace")
     found, end = {}, 0
     while (match := SECTION.match(text, end)) and int(match[2]) <= step:
         found[match[1]], end = match[0], match.end()

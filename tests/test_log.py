@@ -88,7 +88,7 @@ def test_a_picture_that_fails_ends_no_run(tmp_path, monkeypatch, capsys):
     from run import curves
     monkeypatch.setattr(curves, "draw", lambda out_dir: 1 / 0)
     record = make(tmp_path)
-    record.look({**ROW, "step": 1}, None, sharded=True)
+    record.write({**ROW, "step": 1}, False, None)
     record.close(0, "")
     assert "curves.svg can't be drawn: ZeroDivisionError" in capsys.readouterr().err
     assert json.loads((tmp_path / "run.json").read_text())["starts"][0]["status"] == 0
