@@ -60,12 +60,9 @@ def main(settings, sources):
     """Prepares the sources by their kind, and prints a command that trains on them."""
     is_known = len(sources) == 1 and sources[0] in TOKENIZERS and not Path(sources[0]).exists()
     name, recipe = prepare_known_source(settings, sources[0]) if is_known else prepare_own(settings, sources)
-    recipe = [recipe]
-    if os.path.isdir(settings.tokenizer):  # a model's, to go on from
-        recipe = [*["--task=image-text"] * ("vlm" in recipe[0]), f"--init_from={settings.tokenizer}"]
-    elif settings.tokenizer == "gpt2" and recipe == ["config/shakespeare_char.py"]:
-        recipe = ["config/finetune_gpt2.py"]
-    command = ["python", "train.py", *recipe, f"--dataset={name}", f"--out_dir=out/{locate(name).name}"]
+    model = settings.tokenizer if os.path.isdir(settings.tokenizer) else ""  # to go on from
+    start = [*["--task=image-text"] * ("vlm" in recipe), f"--init_from={model}"] if model else [recipe]
+    command = ["python", "train.py", *start, f"--dataset={name}", f"--out_dir=out/{locate(name).name}"]
     print(f"train on it: {shlex.join(command)}")
 
 
@@ -85,26 +82,21 @@ def prepare_known_source(settings, source):
         prepare_documents(settings, documents.hub_source(*CORPORA[source])._replace(column=settings.column), folder)
         return name, "config/gpt2.py"
     name = prepare_known(source, name, settings.tokenizer, settings.val_fraction, settings.image_size)
-    return name, f"config/vlm_{source}.py" if has_images else "config/shakespeare_char.py"
+    return name, f"config/vlm_{source}.py" if has_images else text_recipe(TOKENIZERS.get(name, settings.tokenizer))
 
 
 def prepare_own(settings, sources):
     """(name, recipe) of files and folders, or of a URL."""
     paths, is_url = list(map(Path, sources)), len(sources) == 1 and "://" in sources[0]
-    for path, source in zip(paths, sources):
-        if not is_url and not path.exists():
-            raise UserError(f"{source} is no file, no folder, no URL, and none of {', '.join(TOKENIZERS)}")
-    if len(sources) > 1 and not settings.name:
-        raise UserError(f"{len(sources)} sources make one data set: name it, --name=NEW")
-    if settings.files and not any(path.is_dir() for path in paths):
-        raise UserError(f"files = {settings.files}: chooses among the files of a folder; leave it out")
+    check_sources(settings, sources, is_url)
     captions = images.find_tables(paths[0]) if len(paths) == 1 else []
     found, rows = ([], []) if is_url or captions else texts.find(paths, documents.SUFFIXES, settings.files)
     if not (is_url or captions or found or rows):
         raise UserError(f"{', '.join(sources)}: there are no texts and no documents")
     kind = captions[0].stem.lower() if captions else "documents" if rows else "texts"
     check_kind(settings, kind)
-    name = settings.name or re.sub(r"\W+", "_", Path(os.path.abspath(urlsplit(sources[0]).path)).stem)
+    path = os.path.abspath(urlsplit(sources[0]).path if is_url else sources[0])  # absolute: "." has no name
+    name = settings.name or re.sub(r"\W+", "_", Path(path).stem)
     source = sources[0] if is_url else ", ".join(map(os.path.abspath, sources))
     source = os.fsencode(source).decode("utf-8", "backslashreplace")  # names may be no UTF-8
     folder, how = claim(name, source, "images" if captions else kind), (settings.tokenizer, settings.val_fraction)
@@ -118,7 +110,24 @@ def prepare_own(settings, sources):
         found = [folder / "input.txt"]
         download(source, found[0])
     texts.prepare(found, folder, *how, source, settings.newlines)
-    return name, "config/shakespeare_char.py"
+    return name, text_recipe(settings.tokenizer)
+
+
+def text_recipe(tokenizer):
+    return "config/finetune_gpt2.py" if tokenizer == "gpt2" else "config/shakespeare_char.py"
+
+
+def check_sources(settings, sources, is_url):
+    """Raises UserError for a source that isn't there, and for settings that don't fit what the sources are."""
+    for source in sources:
+        if not is_url and not Path(source).exists():
+            raise UserError(f"{source} is no file, no folder, no URL, and none of {', '.join(TOKENIZERS)}")
+    if is_url and Path(urlsplit(sources[0]).path).suffix.lower() in documents.SUFFIXES:
+        raise UserError(f"{sources[0]}: only texts are fetched; download the documents, and name their file")
+    if len(sources) > 1 and not settings.name:
+        raise UserError(f"{len(sources)} sources make one data set: name it, --name=NEW")
+    if settings.files and not any(map(os.path.isdir, sources)):
+        raise UserError(f"files = {settings.files}: chooses among the files of a folder; leave it out")
 
 
 def prepare_documents(settings, found, folder):

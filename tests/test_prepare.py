@@ -201,6 +201,7 @@ def test_bad_sources_are_named(data, tmp_path, source):
     (tmp_path / "empty").mkdir()
     for sources, message in (([tmp_path / "none.txt"], "none.txt is no file, no folder, no URL, and none of shakes"),
                              ([tmp_path / "empty"], "empty: there are no texts and no documents"),
+                             (["http://x/rows.CSV?a=1"], "only texts are fetched"),
                              (["nothing://x"], "is not a URL that can be fetched|unknown url type")):
         with pytest.raises(UserError, match=message):
             run(*sources)

@@ -94,7 +94,7 @@ def make_picture():
 
 
 def encode(tokenizer, prompt):
-    return tokenizer.encode(f"<bos>{prompt}\n").tolist()
+    return tokenizer.encode_controls(f"<bos>{prompt}\n").tolist()
 
 
 def their_inputs(images, prompts):
