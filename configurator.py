@@ -18,6 +18,7 @@ import functools
 import inspect
 import os
 import re
+import shlex
 import sys
 import types
 import typing
@@ -281,7 +282,8 @@ def check_shape(n_embd, n_head, n_kv_head, dropout):
 def check_run(out_dir):
     """Raises UserError for an out directory that isn't there: before PyTorch is imported to look for a checkpoint."""
     if not os.path.isdir(out_dir):
-        raise UserError(f"there is no checkpoint in {out_dir}: train one first, python train.py --out_dir={out_dir}")
+        raise UserError(f"there is no checkpoint in {out_dir}: train one first, python train.py"
+                        f" {shlex.quote(f'--out_dir={out_dir}')}")
 
 
 def check_idle(settings, why, *names):

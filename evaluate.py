@@ -38,7 +38,7 @@ def check(settings, given):
         check_dataset(settings.dataset)
 
 
-HOW = dict(more=own_settings, check=check, elsewhere=elsewhere(lambda row: row.evaluating))
+HOW = dict(more=own_settings, check=check, elsewhere=elsewhere(lambda row: row.evaluating, trained=True))
 if __name__ == "__main__":  # --help and typos answer before torch is imported
     SETTINGS, _ = from_command_line(Settings, __doc__, usual=TASKS["text"].evaluating, **HOW)
 

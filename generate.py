@@ -20,9 +20,9 @@ def pick_tokens(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     logits: (B, V). top_k: only the k likeliest (0: all). top_p: of these, only the fewest likeliest whose
     probabilities reach p together (Holtzman et al. 2019). Returns (B,).
     """
-    if temperature == 0:
+    if temperature < 1e-30:  # logits / temperature would be infinite
         return logits.argmax(-1)
-    order = None
+    logits, order = logits.float(), None
     if 0 < top_k < logits.size(-1) or top_p < 1:
         logits, order = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # likeliest first
     p = (logits / temperature).softmax(-1)

@@ -22,6 +22,7 @@ from typing import Literal
 
 from configurator import UserError, check_ranges, check_run, from_command_line, one_line_errors
 from tasks import TASKS, elsewhere, find_task
+from tasks.settings import image_files
 
 
 @dataclass(frozen=True)
@@ -50,65 +51,53 @@ def own_settings(values):
 
 def check(settings, given):
     """Raises UserError for a file that isn't there."""
-    if getattr(settings, "image", None) == "":
-        raise UserError("the model is asked about an image: add --image=FILE")
-    for path in filter(None, getattr(settings, "image", "").split(",")):
+    for path in image_files(settings.image) if hasattr(settings, "image") else ():
+        if not path:
+            raise UserError(f"image = {settings.image!r}: names no file, and the model looks at images: --image=FILE")
         if not Path(path).is_file():
             raise UserError(f"image = {path}: there is no such file")
     if settings.prompt.startswith("FILE:") and not Path(settings.prompt.removeprefix("FILE:")).exists():
         raise UserError(f"prompt = {settings.prompt}: there is no such file")
 
 
-HOW = dict(more=own_settings, check=check, elsewhere=elsewhere(lambda row: row.sampling))
+HOW = dict(more=own_settings, check=check, elsewhere=elsewhere(lambda row: row.sampling, trained=True))
 if __name__ == "__main__":  # --help and typos answer before torch is imported
     SETTINGS, _ = from_command_line(Settings, __doc__, usual=TASKS["text"].sampling, **HOW)
 
-import torch
-
-from machine.device import DTYPES, pick_device
-from run import checkpoint
-from tasks.task import load, load_published_task
+from machine.device import pick_device, weights_dtype
+from machine.terminal import printable
+from tasks.task import load
 
 
 def read_prompt(prompt):
     """The text that --prompt stands for."""
     path = 0 if prompt == "-" else prompt.removeprefix("FILE:")  # 0: standard input
-    if path == prompt:
-        return prompt
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        if path == prompt:
+            return prompt.encode().decode()  # the shell may give bytes that are no text
+        with open(path, encoding="utf-8-sig", newline="") as file:
             return file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompt={prompt}: can't be read: {error}") from None
-
-
-def load_model(settings):
-    """(task, model), the weights on the device and in the precision that the settings ask for."""
-    device = pick_device(settings.device)
-    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = torch.bfloat16 if settings.dtype == "auto" and on_gpu else DTYPES.get(settings.dtype, torch.float32)
-    if settings.init_from:
-        return load_published_task(settings.init_from, device, dtype)
-    task, model, _ = load(checkpoint.find_any(settings.out_dir, settings.checkpoint), device)
-    return task, model.to(dtype)
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"--prompt={prompt}: can't be read as UTF-8 text: {error}") from None
 
 
 def main(settings):
-    prompt = read_prompt(settings.prompt)
-    task, model = load_model(settings)
-    requests = [{"text": prompt, "image": path} for path in getattr(settings, "image", "").split(",")
+    prompt, device = read_prompt(settings.prompt), pick_device(settings.device)
+    dtype = weights_dtype(settings.dtype, device)
+    task, model, _ = load(settings.init_from or settings.out_dir, device, dtype, settings.checkpoint)
+    requests = [{"text": prompt, "image": path} for path in image_files(getattr(settings, "image", ""))
                 for _ in range(settings.num_samples)]
     pieces = task.sample(model, requests, settings)
     if len(requests) == 1:
         for _, piece in pieces:
-            print(piece, end="", flush=True)
+            print(printable(piece), end="", flush=True)
         print()
         return
     texts = [""] * len(requests)
     for row, piece in pieces:
         texts[row] += piece
     for text in texts:
-        print(f"{text}\n{'-' * 80}")
+        print(f"{printable(text)}\n{'-' * 80}")
 
 
 if __name__ == "__main__":

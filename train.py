@@ -115,7 +115,7 @@ HOW = dict(more=own_settings, has_accelerator=has_accelerator, base=earlier_sett
 if __name__ == "__main__":  # --help and typos answer before torch is imported
     SETTINGS, GIVEN = from_command_line(Settings, __doc__, **HOW)
 
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -127,7 +127,7 @@ from machine.device import autocast, keep_freed_memory, peak_flops, pick_compile
 from model import all_blocks
 from optimizer import clip, make_optimizers, set_rates
 from run import checkpoint, resume
-from run.guards import Guard, guarded_outputs, lost_output, require_finite
+from run.guards import Guard, guard_outputs, lost_output, require_finite
 from run.lock import owned
 from run.log import Log, improves, measures, say_where
 from sources.known import ensure, locate
@@ -222,11 +222,8 @@ def train(settings, given, world):
                     if better := improves(task.best, row, best):
                         best = row[f"val_{task.best[0]}"]
                 if logging:
-                    log.write(row, better)
-                if evaluating:
-                    log.look(row, model, sharded)
-                saving = evaluating or status or guard.saving
-                if saving and (world.is_main or sharded):
+                    log.write(row, better, None if sharded else model)
+                if (saving := evaluating or status or guard.saving) and (world.is_main or sharded):
                     log.sync()
                     writer.save(["best"] * better + ["last"], model, task.tokenizers,
                                 *snapshot(task, row, best, guard, optimizers, scaler))
@@ -279,8 +276,7 @@ def evaluate(task, model, world, dtype, step):
 def main(settings, given):
     world = distributed.start(settings.device)
     keep_freed_memory()
-    with ExitStack() as life:
-        world.from_main(lambda: life.enter_context(owned(settings.out_dir)))
+    with owned(settings.out_dir) if world.is_main else nullcontext():
         name = world.from_main(lambda: ensure(settings.dataset))
         task, model, log, stopped, why = train(replace(settings, dataset=name), given, world)
         if world.is_main:
@@ -295,5 +291,6 @@ def main(settings, given):
 
 
 if __name__ == "__main__":
-    with guarded_outputs(), one_line_errors(), distributed.others_explain():
+    guard_outputs()
+    with one_line_errors(), distributed.others_explain():
         main(SETTINGS, GIVEN)

@@ -64,6 +64,14 @@ def pick_dtype(name, device):
     return torch.float32, f"the safe choice on {device.type}"
 
 
+def weights_dtype(name, device):
+    """The dtype that a trained model is loaded in; "auto": bfloat16 where a GPU has it, else float32."""
+    if name != "auto":
+        return DTYPES[name]
+    has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_it else torch.float32
+
+
 def has_amx(probe="_is_amx_tile_supported"):
     """Whether this CPU has AMX, or what another of torch.cpu's probes finds."""
     probe = getattr(torch.cpu, probe, None)

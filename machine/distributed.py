@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError
 from machine.device import pick_device
+from machine.terminal import watched
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class World:
         Every rank gets the same number of items, because sharded models must run in lockstep: missing ones are filled
         with the first item, and 0.
         """
-        for i in range(self.rank, -(-len(items) // self.size) * self.size, self.size):
+        for i in watched(range(self.rank, -(-len(items) // self.size) * self.size, self.size), "evaluating"):
             yield (items[i], 1) if i < len(items) else (items[0], 0)
 
     def from_main(self, work):

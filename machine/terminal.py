@@ -39,3 +39,11 @@ def progress(total, what, unit=""):
     quiet = True if os.environ.get("RANK", "0") != "0" else None  # None: where stderr is no terminal
     return tqdm(total=total, desc=what, unit=unit, unit_scale=True, delay=2, disable=quiet, leave=False,
                 dynamic_ncols=True)
+
+
+def watched(items, what):
+    """Yields the items, of which there is a number, and shows `progress` meanwhile."""
+    with progress(len(items), what) as line:
+        for item in items:
+            yield item
+            line.update()

@@ -9,6 +9,7 @@ name in the layout that was published first, or None if it is unused).
 
 import importlib
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from configurator import UserError
 from run.checkpoint import fill, read_config, unfilled
 
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # the latter where there is nothing better; loads without code
 FAMILIES = {"gpt2": "published.gpt2", "paligemma": "published.paligemma"}  # by the model_type in config.json
 GPT2 = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 
@@ -41,6 +43,9 @@ def load(name, device="cpu", dtype=torch.float32, block_size=0, dropout=0.0):
     kind = theirs.get("model_type")
     if kind not in FAMILIES:
         raise UserError(f"{name}: model_type = {kind!r}, but only {' and '.join(FAMILIES)} can be loaded")
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{name} has no tokenizer.json: transformers writes it, in Python:"
+                        f" AutoTokenizer.from_pretrained({str(name)!r}).save_pretrained({str(folder)!r})")
     family = importlib.import_module(FAMILIES[kind])
     try:
         config = family.to_config(theirs, name, block_size, dropout)
@@ -61,13 +66,18 @@ def locate(name):
         return Path(name)
     from huggingface_hub import errors, snapshot_download
     try:
-        patterns = ["config.json", "model*.safetensors", "tokenizer.json"]
-        return Path(snapshot_download(GPT2.get(name, name), allow_patterns=patterns))
+        for weights in WEIGHTS:
+            patterns = ["config.json", weights, "tokenizer.json"]
+            folder = Path(snapshot_download(GPT2.get(name, name), allow_patterns=patterns))
+            if any(folder.glob(weights)):
+                break
+        return folder
     except errors.HFValidationError:
         raise UserError(f"init_from = {name}: no folder of that name, and not a model's name on the hub") from None
     except (OSError, errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"init_from = {name}: could not be downloaded ({reason});"
+        offline = isinstance(error, errors.LocalEntryNotFoundError)
+        reason = "the hub can't be reached" if offline else str(error).strip().partition("\n")[0]
+        raise UserError(f"init_from = {name}: no folder of that name, and it could not be downloaded ({reason});"
                         " with a copy on disk use --init_from=FOLDER") from None
 
 
@@ -77,11 +87,15 @@ def read_weights(folder, model, family, theirs):
     The tensors are views of the files, which are mapped into memory. Raises UserError if a file can't be read.
     """
     stored = {}  # {name in the first layout: (name in the file, tensor)}
-    for path in sorted(folder.glob("model*.safetensors")) or [folder / "model.safetensors"]:
+    found = next(filter(None, (sorted(folder.glob(weights)) for weights in WEIGHTS)), [folder / "model.safetensors"])
+    for path in found:
         try:
-            tensors = load_file(path)
+            safe = path.suffix == ".safetensors"
+            tensors = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path} can't be read: {error}") from None
+        except (RuntimeError, UnpicklingError):
+            raise UserError(f"{path} is damaged, or holds more than tensors") from None
         stored |= {family.first_name(key): (key, tensor) for key, tensor in tensors.items()}
     stored.pop(None, None)
     parameters = model.state_dict()

@@ -22,6 +22,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
@@ -164,8 +165,15 @@ def reason(error):
 # Finding
 
 def is_run(path):
-    """True for the folder of a run that has saved, and for a checkpoint's own folder, whatever its name."""
-    return (Path(path) / "SHA256SUMS").is_file() or bool(candidates(path, "best", "last"))
+    """True for the folder of a run that has saved, and for a checkpoint's own folder."""
+    return is_checkpoint(path) or bool(candidates(path, "best", "last"))
+
+
+def is_checkpoint(folder):
+    """True for a checkpoint's own folder, whatever its name, and even if its SHA256SUMS is gone."""
+    with suppress(UserError):
+        return (Path(folder) / "SHA256SUMS").is_file() or "settings" in read_config(folder)
+    return False
 
 
 def candidates(out_dir, *names):
@@ -203,12 +211,14 @@ def find_any(out_dir, preferred="best"):
 
     Raises UserError if there is no checkpoint, or only damaged ones.
     """
-    if (Path(out_dir) / "SHA256SUMS").is_file():
+    if is_checkpoint(out_dir):
         return Path(out_dir)
     if folder := find(out_dir, *dict.fromkeys((preferred, "best", "last")), sampling=True):
         return folder
+    if (Path(out_dir) / "config.json").exists():
+        raise UserError(f"{out_dir} is a published model, and no run: name it with --init_from")
     raise UserError(f"there is no checkpoint in {out_dir}: train one first, python train.py"
-                    f" config/shakespeare_char.py --out_dir={out_dir}, or name a published model with --init_from")
+                    f" config/shakespeare_char.py {shlex.quote(f'--out_dir={out_dir}')}")
 
 
 def verify(folder, sampling=False):
@@ -218,7 +228,9 @@ def verify(folder, sampling=False):
     """
     path = folder / "SHA256SUMS"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().decode(errors="replace").splitlines()
+        if not all(re.fullmatch(r"[0-9a-f]{64}  \S.*", line) for line in lines):
+            raise ValueError("a line is not a checksum and a file's name")
         sums = {name: value for value, name in (line.split("  ", 1) for line in lines)}
         if "config.json" not in sums:
             raise ValueError("its end is missing")
@@ -251,8 +263,8 @@ def kept(out_dir):
     """In words, what a run that ends here leaves to go on from."""
     for folder in candidates(out_dir, "last"):
         with suppress(UserError):
-            return (f"{folder} holds step {read_config(folder)['step']}: python train.py --resume --out_dir={out_dir}"
-                    " replays what came after")
+            return (f"{folder} holds step {read_config(folder)['step']}: python train.py --resume"
+                    f" {shlex.quote(f'--out_dir={out_dir}')} replays what came after")
     return "nothing was saved yet"
 
 
@@ -263,6 +275,9 @@ class Saved(NamedTuple):
     config: dict  # config.json
     state: dict  # the model's tensors by name, float32
     tokenizers: dict  # by name
+
+    def __repr__(self):
+        return f"<Saved {self.config.get('model_type')} of step {self.config.get('step')}>"
 
 
 def load(folder):

@@ -1,6 +1,5 @@
 """Text and JSON written whole: whoever looks finds the old file or the new one, never half of it."""
 
-import contextlib
 import json
 import os
 from pathlib import Path
@@ -37,12 +36,3 @@ def rename(old, new):
         handle = os.open(Path(new).parent, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
-
-
-@contextlib.contextmanager
-def one_line(path):
-    """Turns an error of the system while `path` is written into a UserError that names it."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path} can't be written: {error.strerror}") from error

@@ -4,7 +4,6 @@ The numbers of an update stay on the device, which is not held up. They are read
 line of the log and before every save. So nothing is saved after an unsound update, and the error names the very step.
 """
 
-import contextlib
 import math
 import os
 import signal
@@ -146,7 +145,7 @@ def require_finite(name, value, step):
 # Outputs that end before the run does: a terminal that was closed, `| head`
 
 class Output:
-    """A text stream that takes all, and notes when it can't be written any more: from then on what comes is dropped."""
+    """A text stream that drops what comes once it can't be written any more, and notes that."""
 
     def __init__(self, stream):
         self.stream, self.lost = stream, False
@@ -156,7 +155,6 @@ class Output:
 
     def write(self, text):
         self.attempt(self.stream.write, text)
-        return len(text)
 
     def flush(self):
         self.attempt(self.stream.flush)
@@ -166,24 +164,14 @@ class Output:
             work(*arguments)
         except OSError:
             self.lost = True
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.stream.fileno())  # where what is left in its buffer goes, too
-            os.close(nowhere)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # and so does the rest in its buffer
 
 
-@contextlib.contextmanager
-def guarded_outputs():
-    """Within it, sys.stdout and sys.stderr raise nothing when they are closed, and `lost_output` tells of it."""
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (stream and Output(stream) for stream in before)
-    try:
-        yield
-    finally:
-        for stream in filter(None, (sys.stdout, sys.stderr)):
-            stream.flush()
-        sys.stdout, sys.stderr = before
+def guard_outputs():
+    """From here on sys.stdout and sys.stderr raise nothing when they are closed; `lost_output` tells of it."""
+    sys.stdout, sys.stderr = (stream and Output(stream) for stream in (sys.stdout, sys.stderr))
 
 
 def lost_output():
     """The exit status of a run whose output was closed, if it was, else 0."""
-    return LOST if any(getattr(stream, "lost", False) for stream in (sys.stdout, sys.stderr)) else 0
+    return LOST * any(getattr(stream, "lost", False) for stream in (sys.stdout, sys.stderr))

@@ -20,7 +20,8 @@ from configurator import UserError, flat_values, say
 from machine.device import device_name, peak_memory
 from machine.terminal import columns, paint, printable
 from run import checkpoint
-from run.files import one_line, rename, write_json, write_text
+from run.files import rename, write_text
+from run.guards import REASONS
 
 TIME = "%Y-%m-%dT%H:%M:%S%z"
 WIDTH = 100  # columns of a line of the log, at most
@@ -40,29 +41,34 @@ class Log:
         self.file = self.wandb = None
         self.step = self.first_step = self.timed_from = step
         self.n_timed, self.seconds_timed, self.pauses = 0, 0.0, []  # for the time left
+        self.began = time.perf_counter()
         if world.is_main:
             self.open(step, world)
-        self.began = self.looked = self.clock = time.perf_counter()
+        self.began = self.looked = self.clock = time.perf_counter()  # what is above, wandb's start, is no part of a row
 
     def open(self, step, world):
-        s, path = self.settings, self.out_dir / "log.jsonl"
+        s, path, samples = self.settings, self.out_dir / "log.jsonl", self.out_dir / "samples.md"
+        self.out_dir.mkdir(parents=True, exist_ok=True)
         self.record = {"settings": flat_values(asdict(s)), "results": {}, "starts": []}
         self.samples, self.earlier_seconds = {}, 0.0
         if step:
-            self.samples = samples_until(self.out_dir / "samples.md", step)
             self.record["starts"], self.earlier_seconds = read_record(self.out_dir / "run.json")
         self.record["starts"].append(facts(s, step, world))
         if s.wandb:
             self.wandb = start_wandb(self.out_dir, s, self.record["starts"][0]["id"])
         if not step:
             set_aside(self.out_dir)
-        elif path.exists():  # the rows after the checkpoint will be written again
+        if samples.exists():  # what came after the checkpoint will be written again
+            self.samples = samples_until(samples, step)
+            self.keep("samples.md", "".join(self.samples.values()))
+        if path.exists():
             rows = list(rows_until(path, step))
             write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
             for row in rows:
-                self.note(row, improves(self.task.best, row, self.best_so_far()))
+                best = self.record["results"].get("best", {}).get(f"val_{self.task.best[0]}")
+                self.note(row, improves(self.task.best, row, best))
         self.file = open(path, "a", encoding="utf-8", buffering=1)
-        self.write_record(self.earlier_seconds)
+        self.write_record()
 
     def restart(self, step, evaluated=False):
         """Counts the next row's time from here: after an evaluation or a save, which are no part of an update."""
@@ -83,40 +89,45 @@ class Log:
             row["mfu"] = self.flops / seconds / self.peak
         return row
 
-    def write(self, row, better):
-        """Adds the row to log.jsonl, wandb and the terminal; with validation measures to run.json too.
+    def write(self, row, better, model):
+        """Adds the row to log.jsonl, wandb and the terminal; after an evaluation renews the other files too.
 
-        better: they are the best so far. Raises UserError if it can't be written.
+        better: its validation measures are the best so far. model: writes a short sample then; None: it can't.
+        Raises UserError if a file can't be written.
         """
         if self.file is None:
             return
-        with one_line(self.file.name):
-            self.file.write(json.dumps(row) + "\n")
+        self.keep("log.jsonl", json.dumps(row) + "\n")
         if self.wandb:
             self.wandb.log(row, step=row["step"])
         print(self.line(row, better), flush=True)
-        if self.note(row, better):
+        self.note(row, better)
+        if measures(row):
             self.write_record()
+            if row["step"] < self.settings.max_iters:  # else a long sample follows, and `close` draws
+                self.look(row, model)
+                draw(self.out_dir)
 
     def note(self, row, better):
-        """Takes the row's validation measures into the results; returns them, {} if it has none."""
+        """Takes the row's validation measures, if it has some, into the results."""
         results, found = self.record["results"], measures(row)
-        results["step"] = row["step"]
-        if found:
-            results["last"] = found
-        if found and better:
+        results |= {"step": row["step"]} | ({"last": found} if found else {})
+        if better:
             results["best"] = {"step": row["step"], **found}
-        return found
 
-    def best_so_far(self):
-        return self.record["results"].get("best", {}).get(f"val_{self.task.best[0]}")
+    def write_record(self):
+        self.record["results"]["seconds"] = round(self.earlier_seconds + time.perf_counter() - self.began, 3)
+        self.keep("run.json", json.dumps(self.record, ensure_ascii=False, indent=1) + "\n")
 
-    def write_record(self, seconds=None):
-        """seconds: of all starts; None: until now."""
-        seconds = self.earlier_seconds + time.perf_counter() - self.began if seconds is None else seconds
-        self.record["results"]["seconds"] = round(seconds, 3)
-        with one_line(self.out_dir / "run.json"):
-            write_json(self.out_dir / "run.json", self.record)
+    def keep(self, name, text):
+        """Writes the file anew; log.jsonl it adds to."""
+        try:
+            if name == "log.jsonl":
+                self.file.write(text)
+            else:
+                write_text(self.out_dir / name, text)
+        except OSError as error:
+            raise UserError(f"{self.out_dir / name} can't be written: {error.strerror}") from error
 
     def line(self, row, better):
         """The row as one line: what matters least is left out where the terminal is narrow."""
@@ -126,7 +137,8 @@ class Log:
         if "mfu" in row:
             parts.append((6, f"{row['mfu']:.0%} of peak"))
         if left is not None:
-            parts.append((1, f"{left // 60}:{left % 60:02d} left"))
+            hours, minutes = left // 3600, left // 60 % 60
+            parts.append((1, (f"{hours}:{minutes:02d}" if hours else f"{minutes}") + f":{left % 60:02d} left"))
         for name, value in measures(row).items():
             mark = " best" * (better and name == measure)
             parts.append((0 if name == measure else 2, f"{name.replace('_', ' ')} {value:.4f}{mark}"))
@@ -153,25 +165,22 @@ class Log:
         evaluations += s.max_iters % s.eval_interval > 0 and step < s.max_iters
         return round(pace * (s.max_iters - step) + pause * evaluations)
 
-    def look(self, row, model, sharded):
-        """After an evaluation: a short sample of the model, and the curves. After the last one `close` draws them."""
-        if self.file is None or row["step"] == self.settings.max_iters:
+    def look(self, row, model):
+        """Shows and keeps a short sample, if one is wanted and the task has one."""
+        if not self.settings.sample_tokens or model is None:
             return
-        if self.settings.sample_tokens and not sharded:
-            model.eval()
-            text = show(self.task, model, short=True)
-            model.train()
-            if text:
-                print(paint(textwrap.indent(printable(text), "    "), "2"), flush=True)
-                self.keep_sample(f"step {row['step']}, loss {row['loss']:.4f}", text)
-        draw(self.out_dir)
+        model.eval()
+        text = self.task.show(model, short=True)
+        model.train()
+        if text:
+            print(paint(textwrap.indent(printable(text), "    "), "2"), flush=True)
+            self.keep_sample(f"step {row['step']}, loss {row['loss']:.4f}", text)
 
     def keep_sample(self, heading, text):
         """Adds a text to samples.md, in a fence that no text can break."""
         fence = "`" * (1 + max(2, *map(len, re.findall("`*", text))))
         self.samples[heading] = f"## {heading}\n\n{fence}\n{text}\n{fence}\n\n"
-        with one_line(self.out_dir / "samples.md"):
-            write_text(self.out_dir / "samples.md", "".join(self.samples.values()))
+        self.keep("samples.md", "".join(self.samples.values()))
 
     def sync(self):
         """Has the rows so far reach the disk: a checkpoint must not be ahead of its log."""
@@ -183,7 +192,8 @@ class Log:
         if self.file is None:
             return
         self.file.close()
-        self.record["starts"][-1] |= {"ended": time.strftime(TIME), "end_step": self.step, "status": status, "why": why}
+        self.record["starts"][-1] |= {"ended": time.strftime(TIME), "end_step": self.step, "status": status}
+        self.record["starts"][-1]["why"] = why or REASONS.get(status, "")
         self.write_record()
         draw(self.out_dir)
         if self.wandb:
@@ -202,14 +212,6 @@ def improves(measure, row, best):
     return value is not None and (best is None or better(value, best) != best)
 
 
-def show(task, model, short=False):
-    """task.show. Shim until every task's `show` knows `short`."""
-    from inspect import signature
-    if "short" in signature(task.show).parameters:
-        return task.show(model, short)
-    return task.show(model) if not short else ""
-
-
 def draw(out_dir):
     """Renews curves.svg. No error in a picture may end a run."""
     try:
@@ -224,8 +226,7 @@ def draw(out_dir):
 
 def rows_until(path, step):
     """The rows of a log up to a step; a line that a kill cut short is left out, and so is what is no row."""
-    text = path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
-    for line in text.split("\n"):
+    for line in path.read_bytes().split(b"\n"):
         with suppress(ValueError, TypeError, KeyError):
             row = json.loads(line)
             if row["step"] <= step:
@@ -237,7 +238,7 @@ SECTION = re.compile(r"## (step (\d+), [^\n]*)\n\n(`{3,})\n.*?\n\3\n\n", re.DOTA
 
 def samples_until(path, step):
     """{heading: section} of a samples.md up to a step."""
-    text = path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
+    text = path.read_bytes().decode("utf-8", "replace")
     found, end = {}, 0
     while (match := SECTION.match(text, end)) and int(match[2]) <= step:
         found[match[1]], end = match[0], match.end()
@@ -248,15 +249,14 @@ def read_record(path):
     """(the starts that a run.json lists, their seconds); of one that is damaged none: it is moved to run.json.old."""
     if not path.exists():
         return [], 0.0
-    try:
+    with suppress(ValueError, TypeError, KeyError, AttributeError):
         found = json.loads(path.read_bytes())
         found = found if isinstance(found, dict) else {"starts": found}  # as it was at first
         starts = [start | {} for start in found["starts"] if start["id"]]
         return starts, float(found.get("results", {}).get("seconds", 0))
-    except (ValueError, TypeError, KeyError, AttributeError):
-        rename(path, f"{path}.old")
-        say(f"{path} was damaged: it is {path}.old now, and a new one begins")
-        return [], 0.0
+    rename(path, f"{path}.old")
+    say(f"{path} was damaged: it is {path}.old now, and a new one begins")
+    return [], 0.0
 
 
 def start_wandb(out_dir, settings, name):
@@ -269,8 +269,8 @@ def start_wandb(out_dir, settings, name):
         return wandb.init(project=settings.wandb_project, name=settings.wandb_name or None, id=name, resume="allow",
                           config=asdict(settings), dir=str(out_dir))
     except wandb.errors.Error as error:
-        said = str(error).partition("\n")[0]
-        raise UserError(f"--wandb: {said} Log in, or set WANDB_MODE=offline, or leave it out") from None
+        said = str(error).partition("\n")[0].rstrip(".")
+        raise UserError(f"--wandb: {said}; or set WANDB_MODE=offline, or leave --wandb out") from None
 
 
 def facts(settings, step, world):
@@ -300,7 +300,7 @@ def say_where(task, model, log, stopped, why):
               f" --out_dir={folder}", file=stream)
         return
     if s.sample_tokens:
-        text = show(task, model)
+        text = task.show(model)
         print(f"\n{printable(text)}\n")
         log.keep_sample(f"step {log.step}, the end", text)
     task.finish()
@@ -309,9 +309,9 @@ def say_where(task, model, log, stopped, why):
     if best := log.record["results"].get("best"):
         measure = f"val_{task.best[0]}"
         print(f"; best {measure.replace('val_', 'validation ')} {best[measure]:.4f} at step {best['step']}", end="")
-    command = task.command(s.out_dir) if callable(task.command) else task.command.format(out_dir=folder)  # shim
-    print(f"\nin {s.out_dir}: checkpoints best and last, log.jsonl, run.json, samples.md, curves.svg\n"
-          f"try it:      {command}\n"
+    files = ["log.jsonl", "run.json", *(["samples.md"] if log.samples else []), "curves.svg"]
+    print(f"\nin {s.out_dir}: checkpoints best and last, {', '.join(files)}\n"
+          f"try it:      {task.command(s.out_dir)}\n"
           f"evaluate it: python evaluate.py --out_dir={folder}", flush=True)
 
 

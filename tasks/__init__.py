@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from configurator import UserError, flat_fields
+from configurator import UserError, flat_fields, joined
 from tasks import settings
 
 
@@ -34,6 +34,11 @@ TASKS = {
 def task_class(name):
     row = TASKS[name]
     return getattr(importlib.import_module(row.module), row.cls)
+
+
+def asked(task, **values):
+    """The settings for sampling of a task with these values, for who asks in Python and not by sample.py."""
+    return joined(settings.Once, TASKS[task].sampling)(**values)
 
 
 def task_of(config, folder):
@@ -61,10 +66,17 @@ def find_task(name):
     return "text"  # a damaged run: what is wrong is said when it is loaded
 
 
-def elsewhere(settings_of):
-    """A function for configurator.parse: which tasks an unknown setting belongs to. settings_of: of a Row."""
+def elsewhere(settings_of, trained=False):
+    """A function for configurator.parse: which tasks an unknown setting belongs to. settings_of: of a Row.
+
+    trained: the command uses a trained model, which decides the task.
+    """
     def place(name):
-        tasks = [f"--task={task}" for task, row in TASKS.items() if name in flat_fields(settings_of(row))]
-        return f"it is for {' and '.join(tasks)} alone" if tasks else ""
+        tasks = [task for task, row in TASKS.items() if name in flat_fields(settings_of(row))]
+        if trained and tasks and TASKS.keys() - tasks == {"text"}:
+            return "this model reads text only"
+        if trained and tasks:
+            return f"it is for models of the task {' and '.join(tasks)} alone"
+        return f"it is for {' and '.join(f'--task={task}' for task in tasks)} alone" if tasks else ""
 
     return place

@@ -6,6 +6,7 @@
 Axes: B batch, T tokens of a caption.
 """
 
+import shlex
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from batches import fixed_rows, read_images, to_device
 from configurator import UserError
 from machine.device import autocast
+from machine.terminal import watched
 from run import pictures
 from run.cost import flops_per_token
 from tasks.image_text import WithImages, pad_left, with_eos
@@ -33,7 +35,6 @@ class ContrastiveTask(WithImages):
     models = {"siglip": (SigLIP, SigLIPConfig)}
     TEXT = ("n_layer", "n_head", "n_embd", "block_size")
     rows_are = "the captions of the training split, counted by image,"
-    command = "python train.py config/vlm_shapes.py --init_vision={out_dir}"
 
     def encode(self, rows):
         """The `Captions` of the rows of kind "caption": the first of each image, so that all images are distinct."""
@@ -84,7 +85,7 @@ class ContrastiveTask(WithImages):
         data, device, losses, images, texts = self.data[split], self.world.device, [], [], []
         most = max(1, limit // (self.n_patches + data.ids.shape[1])) if limit else 0  # rows
         batches = fixed_rows(len(data.images), self.settings.batch_size, most)
-        for rows in batches:
+        for rows in watched(batches, "evaluating"):
             batch = self.gather(data, rows)
             with autocast(device, dtype):
                 losses.append(model(**batch, across_ranks=False).sum().item())
@@ -131,10 +132,18 @@ class ContrastiveTask(WithImages):
             ranked = sorted(zip(shares, captions), reverse=True)
             yield row, f"{request['image']}\n" + "\n".join(f"{share:8.1%}  {text}" for share, text in ranked)
 
-    def show(self, model):
+    def show(self, model, short=False):
+        """The measures; "" for short, as an evaluation has its own."""
+        if short:
+            return ""
         found = self.evaluate(model, "val", self.world, torch.float32)
         found |= self.details(model, "val", self.world, torch.float32, None, found)
         return "\n".join(f"{name:28} {value:.4f}" for name, value in found.items())
+
+    def command(self, out_dir):
+        captions = [row["answer"] for row in self.dataset.rows["val"] if row["kind"] == "caption"]
+        prompt = "|".join(list(dict.fromkeys(captions))[:2])
+        return f"{super().command(out_dir)} --image=FILE {shlex.quote(f'--prompt={prompt}')}"
 
     def cost(self, model):
         text, n_tokens = model.text, self.data["train"].ids.shape[1]

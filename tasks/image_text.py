@@ -8,6 +8,7 @@ Axes: B batch, T tokens of a row, A tokens of the longest answer, N image tokens
 
 import dataclasses
 import functools
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from configurator import UserError
 from generate import generate, pick_tokens, picker
 from lora import merge_lora
 from machine.device import autocast
+from machine.terminal import watched
 from published import paligemma
 from run import checkpoint, pictures
 from run.cost import count_parameters, flops_per_token
@@ -43,13 +45,18 @@ class WithImages(Task):
         self.data = {split: self.encode(self.dataset.rows[split]) for split in ("train", "val")}
 
     def vision_config(self):
-        return ViTConfig(**dataclasses.asdict(self.settings.vision), image_size=self.dataset.image_size)
+        patch, size = self.settings.vision.patch_size, self.dataset.image_size
+        if size % patch:
+            fitting = ", ".join(str(n) for n in range(2, size + 1) if size % n == 0)
+            raise UserError(f"vision.patch_size = {patch}: does not divide the images' {size} pixels; {fitting} do")
+        return ViTConfig(**dataclasses.asdict(self.settings.vision), image_size=size)
 
     def fit(self, model):
         self.n_patches, size = model.config.vision.n_patches, model.config.vision.image_size
         if size != self.dataset.image_size:
             raise UserError(f"the images of {self.dataset.folder} have {self.dataset.image_size} pixels, and the model"
-                            f" sees {size}: prepare them with --image_size={size}")
+                            f" sees {size}: prepare them for it, python prepare.py FOLDER --image_size={size}"
+                            " --name=NEW")
 
     def shape(self, model):
         text = {name: getattr(model.config.text, name) for name in self.TEXT}
@@ -76,7 +83,6 @@ class ImageTextTask(WithImages):
     models = {"paligemma": (PaliGemma, PaliGemmaConfig)}
     TEXT = ("n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "bias")
     rows_are = "the rows of the training split"
-    command = 'python sample.py --out_dir={out_dir} --image=FILE --prompt="caption" --temperature=0'
 
     def encode(self, rows):
         """The `Rows` of a split, or of some of its rows."""
@@ -96,22 +102,27 @@ class ImageTextTask(WithImages):
         model = PaliGemma(PaliGemmaConfig(self.vision_config(), text, s.dropout))
         init_parts(model, generator)
         if s.init_vision:
-            _, siglip, _ = load(checkpoint.find_any(s.init_vision))
-            self.copy_part("init_vision", getattr(siglip, "vision", None), model.vision)
+            self.copy_part("init_vision", "vision", model.vision)
         if s.init_decoder:
-            task, decoder, _ = load(checkpoint.find_any(s.init_decoder))
-            self.copy_part("init_decoder", getattr(decoder, "transformer", None), model.decoder.transformer)
+            task, decoder = self.copy_part("init_decoder", "transformer", model.decoder.transformer)
             self.copy_embeddings(decoder.wte.weight, task.tokenizer, model.decoder.wte.weight)
         return model
 
-    def copy_part(self, setting, theirs, ours):
-        """Fills our part of the model with theirs. Raises UserError unless they have the same shape."""
-        wanted, found = ({name: p.shape for name, p in part.named_parameters()} if part else None
-                         for part in (ours, theirs))
-        if wanted != found:
-            raise UserError(f"{setting} = {getattr(self.settings, setting)}: its model has another shape than this"
-                            " run's: give both the same sizes")
+    def copy_part(self, setting, name, ours):
+        """Fills our part of the model with the part `name` of that run's which the setting names; returns its task and
+        model. Raises UserError unless both have the same parameters."""
+        run = getattr(self.settings, setting)
+        if not checkpoint.is_run(run):
+            raise UserError(f"{setting} = {run}: is not the folder of a run that has saved")
+        task, model, _ = load(run)
+        theirs = getattr(model, name, torch.nn.Module())
+        wanted, found = ({key: tuple(p.shape) for key, p in part.named_parameters()} for part in (ours, theirs))
+        for key in wanted | found:
+            if wanted.get(key) != found.get(key):
+                raise UserError(f"{setting} = {run}: its {type(model).__name__} has another shape than this run's"
+                                f" model: {name}.{key} is {found.get(key, 'absent')}, not {wanted.get(key, 'absent')}")
         ours.load_state_dict(theirs.state_dict())
+        return task, model
 
     @torch.no_grad()
     def copy_embeddings(self, theirs, its_tokenizer, ours):
@@ -188,19 +199,19 @@ class ImageTextTask(WithImages):
         """The model's greedy answers to rows of the data set, as texts. blank: grey instead of every image."""
         longest = max(len(with_eos(self.tokenizer, row["answer"])) for row in rows)
         pick, found = functools.partial(pick_tokens, temperature=0), []
-        for start in range(0, len(rows), batch_size):
+        for start in watched(range(0, len(rows), batch_size), "answering"):
             batch = rows[start:start + batch_size]
             images = read_images(self.dataset.images, [row["image"] for row in batch], self.world.device)
             prompts = [encode_prompt(self.tokenizer, row["prompt"]) for row in batch]
             texts = [Transcript(self.tokenizer) for _ in batch]
             with torch.inference_mode():
                 image = model.encode(images * (not blank))
-            for _ in transcribe(self.write(model, image, prompts, longest, pick), texts):
+            for _ in transcribe(self.steps(model, image, prompts, longest, pick), texts):
                 pass
             found += [str(text).strip() for text in texts]
         return found
 
-    def write(self, model, image, prompts, count, pick):
+    def steps(self, model, image, prompts, count, pick):
         """The steps of `generate` after each prompt, at most `count`. image: (B, N, C); prompts: B lists of ids."""
         tokens, padding = (x.to(image.device) for x in pad_left(prompts))
         N, T, most = image.size(1), tokens.size(1), model.config.block_size
@@ -222,30 +233,36 @@ class ImageTextTask(WithImages):
         with torch.inference_mode():
             image = model.encode(images)[[paths.index(r["image"]) for r in requests]]  # (B, N, C)
         texts = [Transcript(self.tokenizer, sampling.stop) for _ in requests]
-        steps = self.write(model, image, prompts, sampling.max_new_tokens, picker(sampling, device))
+        steps = self.steps(model, image, prompts, sampling.max_new_tokens, picker(sampling, device))
         if len(requests) > 1:
             yield from ((row, f"{request['image']}: ") for row, request in enumerate(requests))
         yield from transcribe(steps, texts)
         if sampling.draw:
-            yield 0, "\n" + draw_boxes(found[0], str(texts[0]), sampling.draw)
+            yield 0, "\n"  # apart, for an error that may come
+            yield 0, draw_boxes(found[0], str(texts[0]), sampling.draw)
         if sampling.attention:
             ids = texts[0].ids or [self.tokenizer.eos]  # an empty answer has its end
             weights = image_attention(model, images, prompts[0], ids)
             names = [self.tokenizer.decode([i]) for i in ids]
-            yield 0, "\n" + save_picture(pictures.draw_attention(found[0], weights, requests[0]["text"], names),
-                                         sampling.attention)
+            yield 0, "\n"
+            yield 0, save_picture(pictures.draw_attention(found[0], weights, requests[0]["text"], names),
+                                  sampling.attention)
 
-    def show(self, model):
-        """Answers to ten questions of the validation split."""
-        rows = self.dataset.rows["val"]
-        rows = [rows[i] for i in range(0, len(rows), max(1, len(rows) // 10))][:10]
+    def show(self, model, short=False):
+        """Answers to ten questions of the validation split. short: to three."""
+        rows, count = self.dataset.rows["val"], 3 if short else 10
+        rows = [rows[i] for i in range(0, len(rows), max(1, len(rows) // count))][:count]
         return "\n".join(f"{row['prompt']} {answer}" + f"  (right: {row['answer']})" * (answer != row["answer"].strip())
                          for row, answer in zip(rows, self.answers(model, rows)))
+
+    def command(self, out_dir):
+        prompt = self.dataset.rows["val"][0]["prompt"]
+        return f"{super().command(out_dir)} --image=FILE {shlex.quote(f'--prompt={prompt}')} --temperature=0"
 
     def finish(self):
         """Writes the run's best model in the published layout, for transformers to load, if the settings say where."""
         if folder := self.settings.publish:
-            task, model, _ = load(checkpoint.find_any(self.settings.out_dir))
+            task, model, _ = load(self.settings.out_dir)
             merge_lora(model)
             paligemma.save(model, task.tokenizer, folder)
             print(f"published in {folder}")
@@ -313,6 +330,9 @@ def draw_boxes(picture, answer, path):
 
 def save_picture(picture, path):
     """Returns what there is to say of it."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {checkpoint.reason(error)}") from None
     return f"wrote {path}"

@@ -120,6 +120,11 @@ def check_sizes(settings):
 # Sampling: beside sample.Settings
 
 @dataclass(frozen=True)
+class Once:  # stands for sample.Settings where a task is asked from Python
+    num_samples: int = 1
+
+
+@dataclass(frozen=True)
 class Writing:
     # the text
     max_new_tokens: int = 500  # length of each sample; about an image at most what the model's positions leave
@@ -135,6 +140,11 @@ class Writing:
             raise UserError(f"top_p = {self.top_p}: must lie above 0 and not above 1")
 
 
+def image_files(named):
+    """The files that --image names: the one of this name, or several, between commas."""
+    return [named] if os.path.isfile(named) else named.split(",")
+
+
 @dataclass(frozen=True)
 class Answering(Writing):
     # the image
@@ -148,7 +158,10 @@ class Answering(Writing):
             path = getattr(self, name)
             if path and not path.lower().endswith((".png", ".jpg", ".jpeg")):
                 raise UserError(f"{name} = {path}: must end in .png or .jpg")
-            if path and (not self.image or "," in self.image or self.num_samples > 1):
+            if os.path.isdir(path):
+                raise UserError(f"{name} = {path}: is a folder; name a file")
+            many = len(image_files(self.image)) > 1 or self.num_samples > 1
+            if path and (not self.image or many):
                 raise UserError(f"{name} = {path}: needs one --image and --num_samples=1")
 
 

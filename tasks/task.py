@@ -1,12 +1,12 @@
 """The contract of a task: it brings data, batches, loss, measures and samples; train.py brings the one loop.
 
-    task, model, config = load("out/best")           any checkpoint of ours, ready to be sampled or evaluated
-    for index, piece in task.sample(model, [{"text": "ROMEO:"}], settings.Writing()): ...
-
-A plain task is a subclass with `models`, `open`, `build`, `pick`, `batch`, `evaluate` and `sample`, in a file.
+    task, model, config = load("out")                any run, checkpoint or published model, ready to be used
+    print(task.write(model, "ROMEO:", max_new_tokens=100))
 """
 
 import dataclasses
+import shlex
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -18,7 +18,7 @@ from machine.digest import code_of
 from published.files import load as load_published
 from run import checkpoint
 from run.cost import count_parameters
-from tasks import TASKS, task_class, task_of
+from tasks import TASKS, asked, task_class, task_of
 
 
 class Task:
@@ -28,11 +28,13 @@ class Task:
     whole = False  # True: each row is scored against all others, so a worker's share of an update is one piece
     models = {}  # model_type: (class, class of its configuration)
     rows_are = "the rows"  # what `where` calls them
-    command = "python sample.py --out_dir={out_dir}"  # which tries what was trained
 
-    def __init__(self, settings, tokenizers=None):
-        """Opens no data. tokenizers: those of a model to go on from, by name; None: the data set's."""
-        self.settings, self.tokenizers = settings, tokenizers
+    def __init__(self, settings, tokenizers=None, source=""):
+        """Opens no data. tokenizers: of the model `source` to go on from, by name; None: the data set's."""
+        self.settings, self.tokenizers, self.source = settings, tokenizers, source
+
+    def __repr__(self):
+        return f"<{type(self).__name__} of {self.source or 'a new model'}>"
 
     @property
     def tokenizer(self):
@@ -82,11 +84,21 @@ class Task:
         requests: [{"text": prompt, "image": path}]. sampling: the task's settings for sampling.
         """
 
-    def show(self, model):
-        """What the end of a run shows: an unconditioned sample."""
+    def write(self, model, text="", image="", **sampling):
+        """What is shown for one prompt, and one picture's file. sampling: settings such as temperature=0."""
+        sampling = asked(self.settings.task, **sampling, **({"image": str(image)} if image else {}))
+        return "".join(piece for _, piece in self.sample(model, [{"text": text, "image": str(image)}], sampling))
+
+    def show(self, model, short=False):
+        """What a run shows at its end: an unconditioned sample. short: of at most 100 tokens, for an evaluation."""
         s = self.settings
-        sampling = build(TASKS[s.task].sampling, {"max_new_tokens": s.sample_tokens, "seed": s.seed})
+        count = min(100, s.sample_tokens) if short else s.sample_tokens
+        sampling = build(TASKS[s.task].sampling, {"max_new_tokens": count, "seed": s.seed})
         return "".join(piece for _, piece in self.sample(model, [{"text": ""}], sampling))
+
+    def command(self, out_dir):
+        """The command that tries what was trained."""
+        return shlex.join(["python", "sample.py", f"--out_dir={out_dir}"])
 
     def finish(self):
         """Called on the main rank after the last save."""
@@ -111,7 +123,10 @@ class Task:
 
     def open_tokenizer(self, folder):
         """Takes the data set's tokenizer, unless the model has one already; returns the data set's."""
-        found = tokenizers.load(folder / "tokenizer.json")
+        found, n_ids = tokenizers.load(folder / "tokenizer.json"), self.dataset.meta.get("vocab_size")
+        if n_ids not in (None, found.vocab_size):
+            raise UserError(f"{folder / 'tokenizer.json'} has {found.vocab_size} tokens, and the data set was made with"
+                            f" {n_ids}: prepare it again")
         if self.tokenizers is None:
             self.tokenizers = {"tokenizer": found}
         return found
@@ -120,24 +135,29 @@ class Task:
 # ----------------------------------------------------------------------------------------------------------------------
 # Where models come from
 
-def load(folder, device="cpu", settings=None, dropout=0.0):
-    """(task, model, config) of a checkpoint: the model in float32 and in eval mode, config as config.json has it.
+def load(name, device="cpu", dtype=torch.float32, which="best", settings=None, dropout=0.0, block_size=0):
+    """(task, model, config) of a run's folder, a checkpoint's, or a published model's; or of a published one's name.
 
-    settings: the task's; None: those of the run. Raises UserError for a damaged or foreign folder.
+    The model is in eval mode; config is what config.json says. which: of a run's checkpoints, best or last. settings:
+    the task's; None: the run's. block_size: fewer positions than a published GPT-2 has (0: all). Raises UserError for a
+    damaged or foreign folder.
     """
+    if not Path(name).is_dir() or (Path(name) / "config.json").exists() and not checkpoint.is_run(name):
+        model, found = load_published(name, device, dtype, block_size, dropout)
+        s = SimpleNamespace(task=next(row for row in TASKS if kind_of(model, task_class(row).models)))
+        return task_class(s.task)(s, found, name), model, {"model": dataclasses.asdict(model.config)}
+    folder = checkpoint.find_any(name, which)
     saved = checkpoint.load(folder)
-    config = saved.config
-    cls = task_class(task_of(config, folder))
+    config, cls = saved.config, task_class(task_of(saved.config, folder))
     if config.get("model_type") not in cls.models:
-        raise UserError(f"{folder} is not a Quill checkpoint (model_type {config.get('model_type')!r}); for a published"
-                        f" model use --init_from={folder}")
-    task = cls(settings or SimpleNamespace(**config["settings"]), saved.tokenizers)
+        raise UserError(f"{folder}: no {cls.__name__} has the model_type {config.get('model_type')!r}")
+    task = cls(settings or SimpleNamespace(**config["settings"]), saved.tokenizers, folder)
     model_cls, config_cls = cls.models[config["model_type"]]
     shape = dict(config["model"])
     lora_rank = config.get("lora_rank", 0) or shape.pop("lora_rank", 0)  # where checkpoints had it at first
     if "dropout" in shape:
         shape["dropout"] = dropout
-    model = checkpoint.unfilled(model_cls, config_cls(**shape), device)
+    model = checkpoint.unfilled(model_cls, config_cls(**shape), device, dtype)
     if lora_rank:
         add_lora(model, lora_rank)
     checkpoint.fill(model, saved.state, folder)
@@ -145,15 +165,6 @@ def load(folder, device="cpu", settings=None, dropout=0.0):
     if changed := [name for name, value in config.get("code", {}).items() if found.get(name, value) != value]:
         say(f"{folder} was trained with other code of {', '.join(sorted(changed))}: it may compute something else")
     return task, model, config
-
-
-def load_published_task(name, device, dtype):
-    """(task, model) of a published model: a folder, a name such as gpt2, or a hub id."""
-    model, found = load_published(name, device, dtype=dtype)
-    for row in TASKS:
-        cls = task_class(row)
-        if kind_of(model, cls.models):
-            return cls(SimpleNamespace(task=row), found), model
 
 
 def start(settings, given, folder, data, world):
@@ -165,14 +176,14 @@ def start(settings, given, folder, data, world):
     s, generator = settings, torch.Generator().manual_seed(settings.seed)
     device = "cpu" if s.shard else world.device  # a rank moves only its part of what is sharded
     if folder:
-        task, model, config = load(folder, device, s, s.dropout)
+        task, model, config = load(folder, device, settings=s, dropout=s.dropout)
         task.open(data, world)
         if config.get("data", task.fingerprint()) != task.fingerprint():
             raise UserError(f"{folder} was trained on other data than the data set {s.dataset} holds now: prepare it as"
-                            f" it was, or start a new run with --init_from={s.out_dir}")
+                            f" it was, or start a new run: {shlex.quote(f'--init_from={s.out_dir}')} --out_dir=NEW")
     elif s.init_from != "scratch":
         model, its_tokenizers = initial(s, device, given.get("block_size", 0))
-        task = task_class(s.task)(s, its_tokenizers)
+        task = task_class(s.task)(s, its_tokenizers, s.init_from)
         task.open(data, world)
     else:
         task = task_class(s.task)(s)
@@ -195,17 +206,13 @@ def start(settings, given, folder, data, world):
 def initial(settings, device, block_size=0):
     """(model, tokenizers) that init_from names: a run's or a checkpoint's folder, or a published model."""
     name, models = settings.init_from, task_class(settings.task).models
-    if checkpoint.is_run(name):
-        task, model, _ = load(checkpoint.find_any(name), device, dropout=settings.dropout)
-        found = task.tokenizers
-        merge_lora(model)
-        model.requires_grad_(True)
-    else:
-        model, found = load_published(name, device, block_size=block_size, dropout=settings.dropout)
+    task, model, _ = load(name, device, dropout=settings.dropout, block_size=block_size)
+    merge_lora(model)
+    model.requires_grad_(True)
     if kind_of(model, models) is None:
         raise UserError(f"init_from = {name}: is a {type(model).__name__}, and --task={settings.task} trains"
                         f" {' or '.join(cls.__name__ for cls, _ in models.values())}")
-    return model, found
+    return model, task.tokenizers
 
 
 def kind_of(model, models):

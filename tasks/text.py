@@ -9,7 +9,9 @@ Axes: B batch, T tokens of a window.
 """
 
 import dataclasses
+import itertools
 import math
+from shlex import quote
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from batches import Dataset, fixed_windows, random_offsets, read_windows
 from configurator import UserError, check_choices, check_idle
 from generate import generate, picker
 from machine.device import autocast
+from machine.terminal import watched
 from model import GPT, GPTConfig, all_blocks, init_weights
 from run.cost import count_parameters, flops_per_token
 from tasks.task import Task, kind_of
@@ -40,8 +43,8 @@ class TextTask(Task):
         self.dataset, self.world = Dataset(folder), world
         found = self.open_tokenizer(folder)
         if not tokenizers.same_vocabulary(self.tokenizer, found):
-            raise UserError(f"the data set {folder} was made with another tokenizer than the model's: prepare it with"
-                            " that one")
+            raise UserError(f"the data set {folder} was made with another tokenizer than the model's: prepare its text"
+                            f" with that, python prepare.py SOURCE {quote(f'--tokenizer={self.source}')} --name=NEW")
 
     def build(self, generator):
         s = self.settings
@@ -96,7 +99,7 @@ class TextTask(Task):
     def details(self, model, split, world, dtype, settings, found):
         """Beside the loss: perplexity, bits per character, and nanoGPT's estimate, the mean loss of random windows."""
         tokens, total = self.dataset.tokens(split, self.block_size), 0.0
-        for i in range(world.rank, settings.random_windows, world.size):
+        for i in watched(range(world.rank, settings.random_windows, world.size), "random windows"):
             offsets = random_offsets(len(tokens), self.block_size, settings.batch_size, settings.seed, i)
             with autocast(world.device, dtype):
                 total += model(**read_windows(tokens, offsets, self.block_size, world.device)).mean().item()
@@ -114,10 +117,11 @@ class TextTask(Task):
             batches.setdefault(request["text"], []).append(index)
         for text, rows in batches.items():
             tokens = torch.from_numpy(prompt_tokens(self.tokenizer, text)).to(device).expand(len(rows), -1)  # (B, T)
-            yield from ((row, text) for row in rows)
             steps = generate(model, tokens, sampling.max_new_tokens, pick, self.tokenizer.eos)
+            first = next(steps)  # what it says on stderr comes before the prompt
+            yield from ((row, text) for row in rows)
             texts = [tokenizers.Transcript(self.tokenizer, sampling.stop) for _ in rows]
-            for i, piece in tokenizers.transcribe(steps, texts):
+            for i, piece in tokenizers.transcribe(itertools.chain([first], steps), texts):
                 yield rows[i], piece
 
     def summary(self, model):

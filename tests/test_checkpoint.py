@@ -75,6 +75,26 @@ def test_which_checkpoint_is_taken(tmp_path):
     assert checkpoint.is_run(tmp_path) and not checkpoint.is_run(tmp_path / "copies")
 
 
+@pytest.mark.parametrize("damage, message", [
+    (lambda path: path.write_text(""), "SHA256SUMS is damaged .its end is missing"),
+    (lambda path: path.write_text("abc"), "SHA256SUMS is damaged .a line is not a checksum and a file's name"),
+    (lambda path: path.write_bytes(bytes(range(256))), "SHA256SUMS is damaged .a line is not a checksum"),
+    (lambda path: path.unlink(), "SHA256SUMS is missing"),
+], ids=["empty", "text", "bytes", "gone"])
+def test_damaged_checksums_are_named(damage, message, tmp_path):
+    with checkpoint.Writer(tmp_path, background=False) as writer:
+        writer.save(["best"], make(1), {"tokenizer": CharTokenizer("abc")}, {"settings": {}, "step": 1}, {})
+    damage(tmp_path / "best" / "SHA256SUMS")
+    for name in (tmp_path / "best", tmp_path):
+        with pytest.raises(UserError, match=message):
+            checkpoint.load(checkpoint.find_any(name))
+
+
+def test_what_is_saved_prints_in_a_line(tmp_path):
+    save(tmp_path, 3)
+    assert repr(checkpoint.load(tmp_path / "last")) == "<Saved gpt of step 3>"
+
+
 def test_a_checkpoint_cannot_run_code(tmp_path):
     class Evil:
         def __reduce__(self):

@@ -88,7 +88,7 @@ def test_a_killed_worker_is_started_again_and_the_curve_is_the_same(tmp_path, ti
     done = torchrun(script, *arguments, f"--out_dir={tmp_path / 'killed'}",
                     options=["--standalone", "--nproc_per_node=2", "--max-restarts=3"])
     assert done.returncode == 0, done.stderr
-    assert [start["step"] for start in json.loads((tmp_path / "killed" / "run.json").read_text())] == [0, 5]
+    assert [start["step"] for start in json.loads((tmp_path / "killed" / "run.json").read_text())["starts"]] == [0, 5]
     undisturbed = torchrun(script, *arguments, f"--out_dir={tmp_path / 'whole'}")
     assert undisturbed.returncode == 0, undisturbed.stderr
     assert [(row["step"], row["loss"]) for row in rows(tmp_path / "killed")] == [

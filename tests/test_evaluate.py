@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,11 @@ import evaluate
 import train
 from batches import Dataset
 from configurator import UserError
+from machine import terminal
 from run import checkpoint
 from sources import texts
 from tasks.task import load
+from tokenizer import CharTokenizer
 
 
 def run(out_dir, **settings):
@@ -59,5 +62,32 @@ def test_bits_per_character_count_characters_not_tokens(trained, dataset, tmp_pa
     assert meta["val_characters"] > 1.5 * meta["val_tokens"]
     bits = found["loss"] * meta["val_tokens"] / math.log(2)
     assert found["bits_per_char"] == pytest.approx(bits / meta["val_characters"])
-    with pytest.raises(UserError, match="was made with another tokenizer"):
+    with pytest.raises(UserError, match="was made with another tokenizer .* prepare.py SOURCE --tokenizer=.*best"):
         run(trained, dataset=str(tmp_path / "bpe"))
+
+
+def test_a_split_is_scored_under_one_line_of_progress(trained, monkeypatch):
+    seen, real = [], terminal.progress
+
+    def progress(total, what, unit=""):
+        line = real(total, what, unit)
+        seen.append((what, total, line))
+        return line
+
+    monkeypatch.setattr(terminal, "progress", progress)
+    run(trained)
+    assert [what for what, _, _ in seen] == ["evaluating", "random windows"] and seen[1][1] == 4
+    assert all(line.disable and line.disable is not None for _, _, line in seen)  # stderr is no terminal here
+
+
+def test_a_tokenizer_that_is_not_the_datas_is_one_line(trained, dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / "data")
+    CharTokenizer("abc").save(tmp_path / "data" / "tokenizer.json")
+    with pytest.raises(UserError, match="tokenizer.json has 3 tokens, and the data set was made with"):
+        run(trained, dataset=str(tmp_path / "data"))
+
+
+def test_a_published_model_is_no_run(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(UserError, match="is a published model, and no run: name it with --init_from"):
+        run(tmp_path)

@@ -57,6 +57,14 @@ def test_samples_follow_the_distribution(temperature, top_k, top_p, expected):
     torch.testing.assert_close(found, expected, atol=4 * 0.5 / n**0.5, rtol=0)  # four standard deviations
 
 
+@pytest.mark.parametrize("temperature", [0, 1e-320, 1e-40, 1e-39, 1e-30, 1e-10])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_temperature_near_zero_takes_the_likeliest(temperature, dtype):
+    logits = 30 * torch.stack([torch.randperm(9, generator=seeded(i)) for i in range(5)]).to(dtype)
+    for more in ({}, {"top_k": 5}, {"top_p": 0.9}):
+        assert torch.equal(pick_tokens(logits, temperature, generator=seeded(), **more), logits.argmax(-1))
+
+
 def test_the_seed_decides_a_sample():
     model, prompt = make_gpt(), torch.zeros(2, 1, dtype=torch.long)
     one, same, other = (written(model, prompt, 30, functools.partial(pick_tokens, generator=seeded(s)))

@@ -1,6 +1,7 @@
 import math
 import os
 import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -8,14 +9,15 @@ import torch
 
 from configurator import UserError
 from machine.distributed import World
-from run.guards import Guard, require_finite
+from run.guards import Guard, guard_outputs, require_finite
 
 CPU = torch.device("cpu")
 
 
-def make(world=None, scaled=False, mean=None, step=0, **settings):
-    settings = SimpleNamespace(**{"max_grad_norm": 0.0, "max_loss_rise": 0.0, "max_minutes": 0.0, **settings})
-    return Guard(settings, world or World(0, 1, CPU), step, scaled, mean, lambda step: f"the rows {step - 1}")
+def make(world=None, scaled=False, saved=None, step=0, **settings):
+    settings = SimpleNamespace(**{"max_grad_norm": 0.0, "max_loss_rise": 0.0, "max_minutes": 0.0, "save_minutes": 0.0,
+                                  **settings})
+    return Guard(settings, world or World(0, 1, CPU), step, scaled, saved or {}, lambda step: f"the rows {step - 1}")
 
 
 def record(guard, *losses, norm=1.0):
@@ -27,10 +29,15 @@ def test_the_last_update_is_returned_and_the_mean_is_kept():
     guard = make()
     assert guard.due(1) and not guard.due(0)
     record(guard, 3.0, 1.0)
-    assert guard.read() == {"loss": 1.0, "grad_norm": 1.0, "hits": 2.0}
+    assert guard.read(logging=False) == {"loss": 1.0, "mean_loss": 2.0, "grad_norm": 1.0, "hits": 2.0}
     assert guard.mean == 2.0 and not guard.due(2)
     record(guard, 5.0, norm=2.0)
-    assert guard.read() == {"loss": 5.0, "grad_norm": 2.0, "hits": 10.0} and guard.mean == 3.0
+    other = make(saved=guard.state, step=2)  # a resumed run's
+    record(other, 5.0, norm=2.0)
+    for each in (guard, other):
+        assert each.read() == {"loss": 5.0, "mean_loss": 3.0, "grad_norm": 2.0, "hits": 10.0} and each.mean == 3.0
+        record(each, 7.0)
+        assert each.read()["mean_loss"] == 7.0  # of the updates since the last row
 
 
 def test_ranks_add_their_shares():
@@ -40,7 +47,7 @@ def test_ranks_add_their_shares():
 
     guard = make(Two(0, 2, CPU))
     record(guard, 1.5, norm=0.5)
-    assert guard.read() == {"loss": 3.0, "grad_norm": 0.5, "hits": 6.0}
+    assert guard.read() == {"loss": 3.0, "mean_loss": 3.0, "grad_norm": 0.5, "hits": 6.0}
 
 
 @pytest.mark.parametrize("loss, norm, settings, message", [
@@ -50,7 +57,7 @@ def test_ranks_add_their_shares():
     (3.5, 1.0, dict(max_loss_rise=1.0), "its running mean is 2.0000, and max_loss_rise = 1.0"),
 ])
 def test_the_first_unsound_update_is_named(loss, norm, settings, message):
-    guard = make(step=10, mean=2.0, **settings)
+    guard = make(step=10, saved={"mean_loss": 2.0}, **settings)
     record(guard, 2.0)
     record(guard, loss, norm=norm)
     record(guard, math.nan)
@@ -66,20 +73,53 @@ def test_float16_may_skip_updates():
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows can't send these signals")
-@pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 75)])
+@pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129), ("SIGUSR1", 75)])
 def test_a_signal_is_noted_and_the_handlers_come_back(name, status):
     number, before = getattr(signal, name), signal.getsignal(getattr(signal, name))
-    for workers, second_ends in ((1, status != 75), (2, False)):
+    for workers, second_ends in ((1, status in (130, 143)), (2, False)):
         with make(World(0, workers, CPU)) as guard:
             assert guard.status == 0
             signal.raise_signal(number)
-            assert guard.status == status
+            assert guard.status == status and guard.reason(status) == name.replace("SIGINT", "Ctrl-C")
             assert (signal.getsignal(number) is before) == second_ends
         assert signal.getsignal(number) is before
 
 
-def test_the_clock_ends_the_run():
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signal")
+def test_a_hangup_that_is_ignored_at_the_start_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with make() as guard:
+            signal.raise_signal(signal.SIGHUP)
+            assert guard.status == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_clock_ends_the_run_and_saves():
     assert make(max_minutes=1e-9).status == 75 and make(max_minutes=60.0).status == 0
+    assert make(max_minutes=1e-9).reason(75) == "--max_minutes=1e-09"
+    found = []
+    for save_minutes in (1e-9, 60.0, 0.0):
+        guard = make(save_minutes=save_minutes)
+        record(guard, 1.0)
+        guard.read()
+        found.append(guard.saving)
+    assert found == [True, False, False]
+
+
+def test_an_output_that_was_closed_is_noted_and_raises_nothing():
+    reader, writer = os.pipe()
+    with open(writer, "w") as stream, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        patch.setattr(sys, "stderr", sys.stderr)
+        guard_outputs()
+        print("one", flush=True)
+        assert os.read(reader, 9) == b"one\n" and make().status == 0
+        os.close(reader)
+        for _ in range(2):
+            print("two", flush=True)
+        assert make().status == 141 and make().reason(141) == "the output was closed"
 
 
 def test_a_validation_loss_that_is_no_number_is_named():

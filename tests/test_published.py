@@ -5,6 +5,8 @@ Published GPT-2s are in test_reference.py.
 
 import dataclasses
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -239,3 +241,28 @@ def test_saved_back_it_has_the_processor_that_transformers_loads(ours, tokenizer
     torch.testing.assert_close(batch.pixel_values[1], pictures.pixels(image, SIZE), atol=1e-6, rtol=0)
     ids = [processor.tokenizer.eos_token_id, processor.tokenizer.bos_token_id, processor.tokenizer.pad_token_id]
     assert ids == [1, 2, 0] and processor.decode(rows[0]) == tokenizer.decode(rows[0])
+
+
+def test_weights_in_a_bin_file_load_without_running_code(folder, ours, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "run"),)
+
+    path = Path(rewritten(folder, tmp_path))
+    torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
+    (path / "model.safetensors").unlink()
+    model, _ = files.load(str(path))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), ours.parameters()))
+    for write in (lambda: torch.save({"a": Evil()}, path / "pytorch_model.bin"),
+                  lambda: (path / "pytorch_model.bin").write_bytes(b"nothing")):
+        write()
+        with pytest.raises(UserError, match="pytorch_model.bin is damaged, or holds more than tensors"):
+            files.load(str(path))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_without_a_tokenizer_says_how_to_get_one(folder, tmp_path):
+    path = Path(rewritten(folder, tmp_path))
+    (path / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="has no tokenizer.json: transformers writes it, .*save_pretrained"):
+        files.load(str(path))

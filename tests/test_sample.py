@@ -1,14 +1,16 @@
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import settings_for
 
 import sample
+import tasks.text
 from configurator import UserError, parse
-from run import checkpoint
 from tasks.task import load
 from tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, Transcript
 
@@ -24,7 +26,7 @@ def test_one_sample_is_streamed_and_equals_the_first_of_many(trained, capsys, mo
     run(trained, prompt="the king", temperature=0.0, num_samples=3)
     many = capsys.readouterr().out.split("\n" + "-" * 80 + "\n")
     assert many == [one, one, one, ""] and one.startswith("the king") and len(one) == len("the king") + 60
-    task, model, _ = load(checkpoint.find_any(trained))
+    task, model, _ = load(trained)
     settings = settings_for("text", "sampling", max_new_tokens=60, temperature=0.0)
     pieces = list(task.sample(model, [{"text": "the king"}, {"text": "the"}, {"text": "the king"}], settings))
     for row in (0, 2):  # requests may differ, and the pieces of each come in order
@@ -43,13 +45,76 @@ def test_only_the_out_directory_is_needed(trained, tmp_path):
     assert done.stdout.startswith("the\n") and done.stdout.count("-" * 80) == 2
 
 
+PYTHON = """
+from tasks.task import load
+
+task, model, config = load("out")          # a run's or a checkpoint's folder, or a published model's, or its name
+print(task.write(model, "the", max_new_tokens=20, temperature=0))
+logits = model(torch.from_numpy(task.tokenizer.encode("the"))[None])  # (1, tokens, vocabulary)
+"""
+
+
+def test_a_trained_model_is_used_in_three_lines(trained, tmp_path, monkeypatch, capsys):
+    """Those of the README, if it has them; with the text that this model knows."""
+    shutil.copytree(trained, tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    readme = (Path(sample.__file__).parent / "README.md").read_text(encoding="utf-8")
+    found = re.search(r"```python\n((?:import torch\n+)?from tasks.task import load.*?)```", readme, re.DOTALL)
+    names = {"torch": torch}
+    exec(found[1].replace("ROMEO:", "the") if found else PYTHON, names)
+    assert capsys.readouterr().out.startswith("the")
+    task, model, logits = (names[name] for name in ("task", "model", "logits"))
+    assert logits.shape == (1, 3, task.tokenizer.vocab_size) and names["config"]["step"] == 40
+    assert repr(task) == f"<TextTask of {Path('out', 'best')}>" and repr(model.config).startswith("GPTConfig(n_layer=2")
+    for name in ("out/best", "out/last", Path("out")):
+        task, model, _ = load(name, which="last")
+        run("out", prompt="the", temperature=0.0)
+        assert task.write(model, "the", temperature=0, max_new_tokens=60) + "\n" == capsys.readouterr().out
+    with pytest.raises(TypeError, match="temprature"):
+        task.write(model, "the", temprature=0)
+
+
+def test_what_is_no_text_is_one_line_and_a_mark_is_no_text(trained, tmp_path, capsys):
+    with pytest.raises(UserError, match="prompt=the caf.: can't be read as UTF-8 text"):
+        run(trained, prompt="the caf\udce9")  # as Python has bytes of the command line that are not UTF-8
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match="latin.txt: can't be read as UTF-8 text"):
+        run(trained, prompt=f"FILE:{tmp_path / 'latin.txt'}")
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfthe")  # as Windows' editors save it
+    run(trained, prompt=f"FILE:{tmp_path / 'marked.txt'}")
+    assert capsys.readouterr().out.startswith("the")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_terminal_gets_no_control_characters(count, trained, capsys, monkeypatch):
+    monkeypatch.setattr(tasks.text.TextTask, "sample", lambda *args: ((i, "\x1b[2Jthe\tking\n") for i in range(count)))
+    run(trained, num_samples=count)
+    assert "\x1b[2Jthe\tking\n" in capsys.readouterr().out  # a file or a pipe gets the text as it is
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    run(trained, num_samples=count)
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown and "\u241b[2Jthe\tking\n" in shown
+
+
+def test_a_notice_does_not_cut_the_prompt(trained, capsys, monkeypatch):
+    real = tasks.text.generate
+
+    def generate(*args):
+        print("NOTICE")
+        yield from real(*args)
+
+    monkeypatch.setattr(tasks.text, "generate", generate)
+    run(trained, prompt="the king")
+    assert capsys.readouterr().out.startswith("NOTICE\nthe king")
+
+
 def test_prompts_come_from_files_and_stdin(trained, tmp_path, capsys, monkeypatch):
     (tmp_path / "p.txt").write_text("lord\n", encoding="utf-8")
     run(trained, prompt=f"FILE:{tmp_path / 'p.txt'}")
     from_file = capsys.readouterr().out
     run(trained, prompt="lord\n")
     assert capsys.readouterr().out == from_file and from_file.startswith("lord\n")
-    with pytest.raises(UserError, match="--prompt=FILE:none.txt: can't be read"):
+    with pytest.raises(UserError, match="--prompt=FILE:none.txt: can't be read as UTF-8 text"):
         run(trained, prompt="FILE:none.txt")
     run(trained)  # without a prompt the sample starts on a new line
     assert len(capsys.readouterr().out) == 61
@@ -126,7 +191,7 @@ def test_a_missing_run_and_an_unknown_model_are_named(tmp_path, monkeypatch, tra
     with pytest.raises(UserError, match="there is no checkpoint in"):
         run(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for name, message in (("gpt2", "init_from = gpt2: could not be downloaded"),
+    for name, message in (("gpt2", "init_from = gpt2: no folder of that name, and it could not be downloaded"),
                           ("./no such", "init_from = ./no such: no folder of that name")):
         with pytest.raises(UserError, match=message):
             parse(sample.Settings, [f"--init_from={name}"], **sample.HOW)
@@ -137,8 +202,9 @@ def test_the_model_decides_which_settings_there_are(trained):
     settings, _ = parse(sample.Settings, [f"--out_dir={trained}", "--top_k=3", "--checkpoint=last"], **sample.HOW)
     assert settings.top_k == 3
     for argument, message in (
-            ("--image=a.png", "unknown setting --image on the command line; it is for --task=contrastive and "
-                              "--task=image-text alone"),
+            ("--image=a.png", "unknown setting --image on the command line; this model reads text only"),
+            ("--draw=a.png", "unknown setting --draw on the command line; it is for models of the task image-text"
+                             " alone"),
             ("--out_dir=none", "there is no checkpoint in none: train one first, python train.py --out_dir=none"),
             ("--prompt=FILE:none.txt", "prompt = FILE:none.txt: there is no such file")):
         with pytest.raises(UserError) as error:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import shutil
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from run import checkpoint
 from run.pictures import pixels, read_image
 from tasks import image_text
 from tasks.image_text import encode_prompt
-from tasks.task import load_published_task
+from tasks.task import load
 from tokenizer import BPETokenizer, Transcript
 from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig, attention_weights, image_attention
 
@@ -50,7 +51,7 @@ def published(tmp_path_factory):
 @pytest.fixture(scope="module")
 def loaded(published):
     """(task, model)."""
-    return load_published_task(str(published), "cpu", torch.float32)
+    return load(published)[:2]
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +147,36 @@ def test_weights_are_loaded_in_the_precision_that_is_asked_for(published, photos
     run(published, image=photos[0], dtype="bfloat16")
     run(published, image=photos[0])
     assert dtypes == [torch.bfloat16, torch.float32] and capsys.readouterr().out.count("\n") == 2
+
+
+def test_a_name_with_a_comma_is_one_picture_and_an_empty_name_is_refused(published, photos, tmp_path, capsys):
+    named = tmp_path / "a,b.png"
+    shutil.copy(photos[0], named)
+    run(published, image=str(named), attention=str(tmp_path / "map.png"))
+    assert capsys.readouterr().out.endswith("map.png\n") and (tmp_path / "map.png").exists()
+    for image, message in ((f"{photos[0]},,{photos[1]}", "names no file, and the model looks at images"),
+                           ("", "names no file, and the model looks at images"), ("c,d.png", "image = c: there is no")):
+        with pytest.raises(UserError, match=message):
+            sample.check(sampling(image=image), {})
+
+
+def test_where_a_picture_can_not_be_written(published, photos, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="map.png: is a folder; name a file"):
+        (tmp_path / "map.png").mkdir()
+        sampling(image=photos[0], attention=str(tmp_path / "map.png"))
+
+    def full(self, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(UserError, match="new.png can't be written: No space left on device"):
+        run(published, image=photos[0], attention=str(tmp_path / "new.png"))
+
+
+def test_in_python_a_picture_is_asked_about(loaded, photos):
+    task, model = loaded
+    assert task.write(model, "caption en", photos[0], max_new_tokens=12, temperature=0) == expected_answer(
+        loaded, photos[0])
 
 
 def test_what_does_not_fit_together_is_one_line(published, photos):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,10 @@ from conftest import settings_for
 from test_train import resume
 
 import evaluate
+import sample
 import tokenizer as tokenizers
 import train
-from configurator import UserError
+from configurator import UserError, parse
 from machine.distributed import World
 from model import predict
 from optimizer import make_optimizers
@@ -28,7 +30,7 @@ from tasks import text as text_task
 from tasks.contrastive import ContrastiveTask
 from tasks.image_text import ImageTextTask
 from tasks.settings import Vision
-from tasks.task import load
+from tasks.task import initial, load
 from tokenizer import BPETokenizer
 from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig, init_parts
 
@@ -156,6 +158,48 @@ def test_greedy_answers_are_those_of_one_row_at_a_time(runs, shapes):
     assert together == [task.answers(model, [row])[0][:len(a)] for row, a in zip(rows, together)]
 
 
+def test_the_command_that_a_run_offers_is_one_for_its_data(runs, shapes, tmp_path, capsys):
+    picture = shapes.parent / "source" / "images" / "00000.png"
+    for folder in runs.values():
+        line = opened(folder / "last", shapes)[0].command(f"{tmp_path}/a b").replace("FILE", str(picture))
+        python, script, *arguments = shlex.split(line)
+        assert (python, script) == ("python", "sample.py") and arguments[0] == f"--out_dir={tmp_path}/a b"
+        arguments[0] = f"--out_dir={folder}"
+        sample.main(parse(sample.Settings, arguments, **sample.HOW)[0])
+        assert capsys.readouterr().out
+    prompts = {row["prompt"] for row in opened(runs["image-text"] / "last", shapes)[0].dataset.rows["val"]}
+    assert arguments[2].removeprefix("--prompt=") in prompts
+
+
+def test_what_is_shown_at_an_evaluation_is_short(runs, shapes, trained):
+    shown = {}
+    for task, folder in runs.items():
+        its_task, model = opened(folder / "last", shapes)
+        shown[task] = [its_task.show(model, short) for short in (False, True)]
+    assert [text.count("\n") for text in shown["image-text"]] == [9, 2]
+    assert "retrieval" in shown["contrastive"][0] and not shown["contrastive"][1]
+    task, model, _ = load(trained)
+    task.settings.sample_tokens = 150
+    assert [len(task.show(model, short)) for short in (False, True)] == [150, 100]
+
+
+def test_a_run_goes_on_from_any_checkpoints_folder(runs, small, trained, tiny):
+    for folder, settings in ((trained, settings_for("text", **tiny)),
+                             *((folder, settings_for(task, **small)) for task, folder in runs.items())):
+        for name in ("", "best", "last"):
+            model, found = initial(dataclasses.replace(settings, init_from=str(Path(folder) / name)), "cpu")
+            expected = checkpoint.load(Path(folder) / (name or "best")).state
+            torch.testing.assert_close(dict(model.state_dict()), expected, atol=0, rtol=0)
+            assert found["tokenizer"].vocab_size
+
+
+def test_a_limit_below_one_row_scores_one_row(runs, shapes):
+    for folder in runs.values():
+        task, model = opened(folder / "last", shapes)
+        one, whole = (task.evaluate(model, "val", ALONE, torch.float32, limit)["loss"] for limit in (1, 0))
+        assert one != whole
+
+
 def test_box_overlap():
     box, half = "<loc0000><loc0000><loc0512><loc0512> cat", "<loc0000><loc0000><loc0512><loc0256> cat"
     assert pictures.box_iou(box, box) == 1 and pictures.box_iou(half, box) == 0.5
@@ -203,7 +247,7 @@ def test_parts_come_from_other_runs_and_can_be_frozen(runs, small, tmp_path, dat
     tokenizer = tokenizers.load(Path(small["dataset"]) / "tokenizer.json")
     i, j = tokenizer.encode("k")[0], its_task.tokenizer.encode("k")[0]
     assert torch.equal(found.decoder.wte.weight[i], decoder.wte.weight[j])
-    with pytest.raises(UserError, match="init_vision = .*: its model has another shape"):
+    with pytest.raises(UserError, match="init_vision = .*: its SigLIP .*: vision.patches.weight is .32.*, not .64"):
         run(tmp_path / "bad", small, "image-text", init_vision=str(runs["contrastive"]),
             vision=Vision(n_layer=1, n_head=2, n_embd=64, patch_size=16))
 
@@ -277,6 +321,10 @@ def test_parts_have_their_own_rates():
 
 @pytest.mark.parametrize("task, changes, message", [
     ("image-text", dict(block_size=8), "block_size = 8: 4 image tokens and rows of up to .* need at least"),
+    ("image-text", dict(vision=Vision(n_layer=1, n_head=2, n_embd=32, patch_size=7)),
+     "vision.patch_size = 7: does not divide the images' 32 pixels; 2, 4, 8, 16, 32 do"),
+    ("image-text", dict(init_vision="nosuch"), "init_vision = nosuch: is not the folder of a run"),
+    ("image-text", dict(init_decoder="nosuch"), "init_decoder = nosuch: is not the folder of a run"),
     ("contrastive", dict(block_size=8), "block_size = 8: the longest caption of .* has"),
     ("contrastive", dict(micro_batch_size=2), "scores each row against all others, so every worker takes one piece"),
     ("contrastive", dict(shard=True), "shard = True: not for --task=contrastive"),

@@ -147,6 +147,59 @@ def test_resuming_gives_the_numbers_of_an_undisturbed_run(tmp_path, tiny, change
         file.write('{"step": 33, "lo')  # a line that the kill cut short
     run(tmp_path / "parts", tiny, **changes, resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert (tmp_path / "whole" / "samples.md").read_text() == (tmp_path / "parts" / "samples.md").read_text()
+
+
+def test_a_save_by_time_between_two_rows_is_as_good_to_go_on_from(tmp_path, tiny, trained, monkeypatch):
+    monkeypatch.setattr(guards, "SECONDS", 1e-9)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "evaluate", lambda *args: 1 / 0 if args[4] == 40 else {"val_loss": 2.0})
+        breaking(patch, lambda loss, norm: raise_interrupt(), at=33)
+        run(tmp_path, tiny, save_minutes=1e-9, eval_interval=40)
+    assert trainer(tmp_path)["step"] == 32 and trainer(tmp_path)["losses"][1] == 2
+    found = run(tmp_path, tiny, save_minutes=0, resume=True)
+    assert curve(found)[-2:] == curve(rows(trained))[-2:]
+    torch.testing.assert_close(weights(tmp_path), weights(trained), atol=0, rtol=0)
+
+
+def raise_interrupt():
+    raise KeyboardInterrupt
+
+
+def test_samples_at_evaluations_change_no_number(tmp_path, tiny, trained):
+    run(tmp_path, tiny, sample_tokens=0)
+    assert_same_run(tmp_path, trained)
+    assert not (tmp_path / "samples.md").exists()
+    headings = re.findall("^## (.*)$", (Path(trained) / "samples.md").read_text(), re.MULTILINE)
+    assert headings == [f"step 20, loss {rows(trained)[4]['loss']:.4f}", "step 40, the end"]
+
+
+def test_a_folder_whose_run_lives_is_left_alone(tmp_path, tiny):
+    run(tmp_path, tiny, max_iters=2, sample_tokens=0)
+    holder = "import sys; from run.lock import owned\nwith owned(sys.argv[1]): print(1, flush=True), sys.stdin.read()"
+    living = subprocess.Popen([sys.executable, "-c", holder, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                              cwd=ROOT)
+    living.stdout.readline()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for start in (lambda: run(tmp_path, tiny), lambda: parse("--resume", f"--out_dir={tmp_path}")):
+        with pytest.raises(UserError, match=f"process {living.pid} on .* has trained there since"):
+            start()
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    living.communicate()
+    run(tmp_path, tiny, max_iters=2, sample_tokens=0)
+    assert (tmp_path / "earlier.1").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other pipes")
+def test_a_run_whose_output_is_closed_saves_and_says_nothing_there(tmp_path, tiny):
+    process = subprocess.Popen(command(*as_arguments(tiny, max_iters=10**6, log_interval=1, out_dir=str(tmp_path))),
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(6):
+        process.stdout.readline()
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait(timeout=60) == 141 and trainer(tmp_path)["step"] >= 2
+    assert re.fullmatch(r"\nstopped at step \d+ \(the output was closed\) and saved; go on with: .*\n", said)
 
 
 def test_pieces_of_any_size_do_not_change_the_curve(tmp_path, tiny, trained):
@@ -168,7 +221,7 @@ def long_run(tmp_path_factory, tiny):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows can't send these signals")
-@pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 75)])
+@pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129), ("SIGUSR1", 75)])
 def test_a_signal_saves_and_the_run_can_be_resumed(tmp_path, tiny, long_run, name, status):
     arguments = as_arguments(tiny, **LONG, out_dir=str(tmp_path / "parts"))
     process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, text=True)
@@ -229,9 +282,9 @@ def test_a_step_that_is_not_sound_stops_the_run_which_can_be_replayed(tmp_path, 
 def test_sound_runs_pass_the_guards_and_float16_may_skip_steps(tmp_path, tiny, trained, monkeypatch):
     found = run(tmp_path, tiny, max_grad_norm=50.0, max_loss_rise=1.0)
     assert curve(found) == curve(rows(trained))
-    guard = guards.Guard(train.Settings(max_grad_norm=5), World(0, 1, CPU), 0, scaled=True, mean=None, where=str)
+    guard = guards.Guard(train.Settings(max_grad_norm=5), World(0, 1, CPU), 0, scaled=True, saved={}, where=str)
     guard.record(torch.tensor(3.0), torch.tensor(math.inf), {})
-    assert guard.read() == {"loss": 3.0, "grad_norm": math.inf}
+    assert guard.read() == {"loss": 3.0, "mean_loss": 3.0, "grad_norm": math.inf}
 
 
 def test_no_number_is_saved_when_a_signal_comes_before_the_next_line_of_the_log(tmp_path, tiny, monkeypatch):
@@ -260,6 +313,15 @@ def test_the_time_limit_saves_and_has_a_status_of_its_own(tmp_path, tiny, traine
     assert_same_run(trained, tmp_path)
 
 
+def test_what_is_for_one_start_is_not_for_the_next(tmp_path, tiny, capsys):
+    with pytest.raises(SystemExit):
+        run(tmp_path, tiny, max_minutes=1e-9, sample_tokens=0)
+    assert "stopped at step 1 (--max_minutes=1e-09) and saved; go on with" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run.json").read_text())["starts"][0]["why"] == "--max_minutes=1e-09"
+    settings, _ = parse("--resume", f"--out_dir={tmp_path}")
+    assert settings.max_minutes == 0 and settings.max_iters == 40
+
+
 def test_auto_starts_and_goes_on(tmp_path, tiny, trained):
     with pytest.raises(SystemExit):
         run(tmp_path, tiny, max_minutes=1e-9, resume="auto")
@@ -283,10 +345,15 @@ def test_saving_in_the_background_changes_nothing(tmp_path, tiny, trained):
 def test_the_environment_is_recorded_at_every_start(tmp_path, tiny):
     run(tmp_path, tiny, max_iters=5)
     run(tmp_path, tiny, max_iters=10, resume=True)
-    first, second = json.loads((tmp_path / "run.json").read_text())
+    record = json.loads((tmp_path / "run.json").read_text())
+    first, second = record["starts"]
     assert {"git", "device", "cpus", "host", "command", "started", "python", "torch", "numpy"} <= first.keys()
     assert first["seed"] == 1337 and first["workers"] == 1
     assert [(start["step"], start["end_step"], start["status"]) for start in (first, second)] == [(0, 5, 0), (5, 10, 0)]
+    assert record["settings"]["max_iters"] == 10 and record["settings"]["dataset"] == tiny["dataset"]
+    last = {"val_loss": rows(tmp_path)[-1]["val_loss"]}
+    results = record["results"]
+    assert results.pop("seconds") > 0 and results == {"step": 10, "last": last, "best": {"step": 10, **last}}
 
 
 def test_rates_may_change_in_a_resumed_run_but_not_the_parts_that_have_one(tmp_path, tiny):
@@ -324,6 +391,9 @@ def test_resume_takes_the_runs_own_settings_and_refuses_what_does_not_fit(tmp_pa
             parse("--resume", f"--out_dir={tmp_path}", f"--{name}={asked}")
     with pytest.raises(UserError, match="nothing to resume in .*nowhere"):
         parse("--resume", f"--out_dir={tmp_path / 'nowhere'}")
+    parse("--resume", f"--out_dir={tmp_path}", "--mlp=", "--positions=", "--n_kv_head=0")  # the model's own
+    with pytest.raises(UserError, match="optimizer = 'muon', but the run in"):  # before what does not fit it
+        parse("--resume", f"--out_dir={tmp_path}", "--optimizer=muon", "--shard")
 
 
 @pytest.mark.parametrize("changes, changed", [
@@ -366,7 +436,8 @@ def test_a_resumed_run_keeps_what_was_decided_at_its_start(tmp_path, tiny, monke
     monkeypatch.setattr(device, "has_amx", lambda *_: first != 12)
     resume(tmp_path, f"--max_iters={second}", "--max_minutes=0", "--batch_size=4")
     assert decided.items() <= recorded(tmp_path).items() and len(compiled) == 2 * decided["compile"]
-    assert [start["compile"] for start in json.loads((tmp_path / "run.json").read_text())] == 2 * [decided["compile"]]
+    starts = json.loads((tmp_path / "run.json").read_text())["starts"]
+    assert [start["compile"] for start in starts] == 2 * [decided["compile"]]
 
 
 def test_a_piece_is_a_workers_share_of_the_first_start(capsys):
@@ -386,8 +457,16 @@ def test_a_finished_run_can_be_resumed_for_more(tmp_path, tiny, capsys):
     run(tmp_path, tiny, max_iters=20, lr_decay_iters=40)
     run(tmp_path, tiny, max_iters=20, lr_decay_iters=40, resume=True)  # nothing to do, and nothing breaks
     assert trainer(tmp_path)["step"] == 20 and len(rows(tmp_path)) == 5
+    said = capsys.readouterr().out
+    assert f"the run in {tmp_path} is finished: it has made its 20 updates" in said and "\n0 updates in" in said
+    with pytest.raises(UserError, match="max_iters = 19: the run in .* has made 20 updates already"):
+        resume(tmp_path, "--max_iters=19")
     run(tmp_path, tiny, max_iters=40, lr_decay_iters=40, resume=True)
     assert rows(tmp_path)[-1]["loss"] == pytest.approx(GOLDEN[40], abs=2e-3)
+    assert "the learning rate jumps" not in capsys.readouterr().out
+    resume(tmp_path, "--max_iters=41", "--lr_decay_iters=80")
+    assert ("jumps from 1.0e-03 to 6.1e-03 at step 40: max_iters = 41 (it was 40), lr_decay_iters = 80 (it was 40)"
+            in capsys.readouterr().out)
 
 
 def test_training_can_start_from_an_earlier_run(tmp_path, tiny, trained):
@@ -399,7 +478,7 @@ def test_lora_trains_two_small_matrices_of_each_layer(tmp_path, tiny, trained):
     """It is loaded, resumed, and merged where another run starts from it."""
     wanted = dict(tiny, init_from=trained, lora_rank=2, max_iters=10, dropout=0.1, sample_tokens=0)
     settings = settings_for("text", **wanted, out_dir=str(tmp_path / "whole"))
-    _, model, _, _ = train.train(settings, {}, World(0, 1, CPU))
+    _, model, *_ = train.train(settings, {}, World(0, 1, CPU))
     before, after = weights(trained, "best"), weights(tmp_path / "whole")
     assert {name for name in after if not torch.equal(after[name], before.get(name, after[name] * 0))} == {
         name for name in after if name.endswith(("lora_a", "lora_b"))} != set()
@@ -423,20 +502,30 @@ def test_a_part_with_the_rate_0_is_frozen_in_a_resumed_run_too(tmp_path, tiny, t
     assert [name for name in after if torch.equal(after[name], before[name])] == ["wte.weight"]
 
 
-def test_wandb_logs_offline(tmp_path, tiny, monkeypatch):
-    pytest.importorskip("wandb")
+def test_wandb_logs_offline_and_without_a_login_nothing_is_moved(tmp_path, tiny, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    run(tmp_path, tiny, max_iters=4, sample_tokens=0)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    for name, value in (("MODE", "online"), ("SILENT", "true"), ("CONFIG_DIR", str(tmp_path / "none"))):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    wandb.teardown()  # it reads the environment once
+    with pytest.raises(UserError, match="--wandb: No API key .*; or set WANDB_MODE=offline, or leave --wandb out"):
+        run(tmp_path, tiny, wandb=True)
+    assert trainer(tmp_path)["step"] == 4 and not (tmp_path / "earlier.1").exists()
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    run(tmp_path, tiny, max_iters=5, wandb=True)
-    assert list(tmp_path.glob("wandb/offline-run-*"))
+    wandb.teardown()
+    found = run(tmp_path, tiny, max_iters=5, wandb=True, sample_tokens=0)
+    assert list(tmp_path.glob("wandb/offline-run-*")) and found[0]["ms"] < 1000
 
 
 @pytest.mark.parametrize("changes, message", [
     (dict(FAST, shard=True), "optimizer = 'muon': not with --shard, for it needs whole matrices"),
-    (dict(FAST, learning_rate=0.0), "nor with --learning_rate=0"),
+    (dict(FAST, learning_rate=0.0, min_lr=0.0), "nor with --learning_rate=0"),
     (dict(shard=True, dtype="float16"), "shard = True: not with --dtype=float16"),
 ])
-def test_parts_that_do_not_go_together_are_refused(changes, message):
+def test_parts_that_do_not_go_together_are_refused(changes, message, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun sets it
     with pytest.raises(UserError, match=message):
         settings_for("text", **changes)
 
@@ -474,7 +563,7 @@ def test_a_short_split_is_named_with_a_block_size_that_fits_both(tmp_path, tiny)
 
 def test_a_file_where_the_out_directory_should_be_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="out_dir = .*file: is a file"):
+    with pytest.raises(UserError, match="out_dir = .*file: (is a file|not a directory); name a folder"):
         settings_for("text", out_dir=str(tmp_path / "file"))
 
 

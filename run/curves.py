@@ -1,0 +1,179 @@
+"""The curves of a run as a picture, curves.svg in its folder; tools/compare.py draws several. Free of torch.
+
+    python -c "from run.curves import draw; draw('out')"      draws it anew
+"""
+
+import json
+import math
+from contextlib import suppress
+from html import escape
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+from configurator import UserError, flat_values
+from run.files import read_json, write_text
+
+WIDTH, LEFT, INNER = 880, 76, 768  # pixels: the picture, where its axes begin, and the longest of them
+COLORS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#06b6d4", "#ca8a04", "#ec4899", "#64748b")
+KNOWN = {"step", "loss", "mean_loss", "val_loss", "lr", "grad_norm", "ms", "seconds", "tokens_per_s", "mfu"}
+STYLE = """<style>
+text { font: 12px system-ui, "Segoe UI", "DejaVu Sans", sans-serif; fill: #57606a }
+.strong { font-weight: 600; fill: #1f2328 } .title { font-size: 17px } .page { fill: #fff; stroke: #d0d7de }
+.grid { stroke: #e4e8ec } @media (prefers-color-scheme: dark) { text { fill: #9198a1 } .strong { fill: #f0f6fc }
+.grid { stroke: #262c36 } .page { fill: #0d1117; stroke: #3d444d } }
+</style>"""
+
+
+class Curve(NamedTuple):
+    points: list  # of (x, y), from low to high x
+    color: str
+    name: str = ""  # in the legend
+    mark: tuple = ()  # a point with a ring around it
+
+
+def read_log(out_dir):
+    """The rows of log.jsonl, each a dict of finite numbers, with "seconds": the time of all updates up to there.
+
+    Lines that are no rows are skipped; of a step that is there twice, the later row counts. [] where there is no log.
+    """
+    rows, text = [], ""
+    with suppress(OSError):
+        text = (Path(out_dir) / "log.jsonl").read_text(encoding="utf-8", errors="replace")
+    for line in text.splitlines():
+        with suppress(ValueError, AttributeError, RecursionError):
+            row = {k: v for k, v in json.loads(line).items() if type(v) in (int, float) and math.isfinite(v)}
+            if row.get("step", 0) >= 1 and "loss" in row:
+                while rows and rows[-1]["step"] >= row["step"]:
+                    rows.pop()
+                step, seconds = (rows[-1]["step"], rows[-1]["seconds"]) if rows else (0, 0.0)
+                rows.append(row | {"seconds": seconds + row.get("ms", 0) / 1000 * (row["step"] - step)})
+    return rows
+
+
+def read_settings(out_dir):
+    """{name: value} of a run's settings, flat; {} if they can't be read."""
+    for name in ("run.json", "last/config.json", "best/config.json"):
+        with suppress(UserError, AttributeError, KeyError, TypeError):  # run.json was a list at first
+            return flat_values(read_json(Path(out_dir) / name)["settings"])
+    return {}
+
+
+def series(rows, name, instead="", x="step"):
+    """[(x, y)] of the rows that have a value of this name, or else of the second one."""
+    return [(row[x], row[name] if name in row else row[instead]) for row in rows if name in row or instead in row]
+
+
+def draw(out_dir):
+    """Writes curves.svg into a run's folder; nothing if its log.jsonl has no rows."""
+    if not (rows := read_log(out_dir)):
+        return
+    how = "mean of each interval" if "mean_loss" in rows[-1] else "last batch of each interval"
+    val = series(rows, "val_loss")
+    best = min(val, key=lambda point: point[1], default=())
+    losses = [Curve(series(rows, "mean_loss", "loss"), COLORS[0], f"training ({how})"),
+              Curve(val, COLORS[1], best and f"validation (best {best[1]:.4f} at step {best[0]:,})", best)]
+    parts = [panel((LEFT, 116, INNER, 300), "Loss in nats", losses, loss_range(losses))]
+    names = [name for name in ("lr", "grad_norm", *sorted(set().union(*rows) - KNOWN)) if series(rows, name)]
+    for i, name in enumerate(names):
+        title = {"lr": "learning rate", "grad_norm": "gradient's norm"}.get(name, name.replace("val_", "validation "))
+        box = (LEFT + i % 2 * (INNER + LEFT) / 2, 510 + i // 2 * 210, (INNER - LEFT) / 2, 120)
+        curve = Curve(series(rows, name), COLORS[(2 + i) % len(COLORS)])
+        parts.append(panel(box, title.replace("_", " ").capitalize(), [curve], logged=name == "grad_norm"))
+    s, height = read_settings(out_dir), 470 + (len(names) + 1) // 2 * 210
+    told = [f"{name} {s[name]}" for name in ("task", "dataset", "n_layer", "n_embd", "optimizer", "seed") if name in s]
+    told.append(f"{rows[-1]['step']:,} updates in {clock(rows[-1]['seconds'])}")
+    write_text(Path(out_dir) / "curves.svg", page(str(out_dir), ", ".join(told), parts, height))
+
+
+def clock(seconds):
+    size, unit = (1, "s") if seconds < 120 else (60, "min") if seconds < 7200 else (3600, "h")
+    return f"{seconds / size:,.{int(size > 60)}f} {unit}"
+
+
+def loss_range(curves, skip=0.1):
+    """(low, high) that show the losses after this share of the updates: the fall before it, rare peaks, and what is far
+    above the first loss may leave the axes."""
+    runs = [curve.points for curve in curves if curve.points]
+    everything = sorted(y for points in runs for _, y in points)
+    late = sorted(y for points in runs for x, y in points if x >= skip * points[-1][0])
+    low, first = everything[0], max(points[0][1] for points in runs)
+    high = min(late[math.ceil(0.99 * (len(late) - 1))], low + max(1.25 * (first - low), 0.5 * abs(low)))
+    return low, everything[-1] if everything[-1] - low < 1.6 * (high - low) else high
+
+
+def ticks(low, high, count, logged=False):
+    """[(value, text)] of about so many round numbers between two numbers, or between two logarithms."""
+    if logged:
+        steps = (1,) if high - low > 2.5 else (1, 3)
+        found = [n * 10.0 ** power for power in range(math.floor(low), math.ceil(high)) for n in steps]
+        return [(math.log10(value), f"{value:,g}") for value in found if low <= math.log10(value) <= high]
+    power = 10.0 ** math.floor(math.log10((high - low) / count))
+    step = next(n * power for n in (1, 2, 5, 10) if n * power * count >= 0.99 * (high - low))
+    digits = max(0, -math.floor(math.log10(step) + 1e-9))
+    values = [n * step for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return [(v, f"{v:,.{digits}f}" if digits < 5 and high < 1e7 else f"{v:.2g}".replace("e-0", "e-")) for v in values]
+
+
+def panel(box, title, curves, limits=None, unit="updates", logged=False):
+    """SVG of curves on their axes. box: left, top, width, height in pixels. limits: (low, high); None: all is shown.
+
+    unit: of x. logged: the axis is logarithmic if the values differ by more than ten times.
+    """
+    (left, top, width, height), points = box, [point for curve in curves for point in curve.points]
+    values, longest = [y for _, y in points], max(x for x, _ in points)
+    logged = logged and 0 < 10 * min(values) < max(values)
+    scale = math.log10 if logged else float
+    low, high = map(scale, limits or (min(values), max(values)))
+    room = 0.07 * (high - low) or abs(low) or 1
+    low, high = low - room, high + room
+
+    def place(x, y):
+        return width * x / longest, height * (high - scale(y)) / (high - low)
+
+    out, x = [label(0, -14, title, "strong")], 8 * len(title) + 16
+    for curve in (curve for curve in curves if curve.name):
+        out.append(f'<path d="M{x} -18h18" stroke="{curve.color}" stroke-width="3"/>' + label(x + 24, -14, curve.name))
+        x += 46 + 6.5 * len(curve.name)
+    for value, words in ticks(low, high, height / 32, logged):
+        y = height * (high - value) / (high - low)
+        out.append(f'<path class="grid" d="M0 {y:.1f}H{width}"/>' + label(-9, y + 4, words, anchor="end"))
+    for value, words in ticks(0, longest, min(width / 90, max(longest, 1))):
+        out.append(label(width * value / longest, height + 18, words, anchor="middle"))
+    out.append(label(width, height + 36, unit, anchor="end"))
+    if above := sum(scale(y) > high for y in values):
+        out.append(label(0, height + 36, f"{above:,} values lie above, up to {max(values):,.4g}"))
+    field = "".join(line(curve, width, longest, place) for curve in curves)  # cut off where it leaves the axes
+    out.append(f'<svg x="-6" width="{width + 12}" height="{height}" viewBox="-6 0 {width + 12} {height}">{field}</svg>')
+    return f'<g transform="translate({left} {top})">' + "\n".join(out) + "</g>"
+
+
+def label(x, y, words, kind="", anchor="start"):
+    """SVG of a text. Characters that XML does not allow become question marks."""
+    words = escape("".join(c if c.isprintable() else "?" for c in words))
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{words}</text>'
+
+
+def line(curve, width, longest, place):
+    """SVG of a curve. Of more points than the width shows: the means of those that fall together, over their range."""
+    crowded, bins = len(curve.points) > width / 2, {}
+    for x, y in curve.points:
+        bins.setdefault(int(x / longest * width / 2) if crowded else x, []).append((x, y))
+    bins = [(fmean(x for x, _ in points), [y for _, y in points]) for points in bins.values()]
+    middle, above, below = ([place(x, pick(ys)) for x, ys in bins] for pick in (fmean, max, min))
+    way, band = (" ".join(f"{x:.1f},{y:.1f}" for x, y in points) for points in (middle, above + below[::-1]))
+    out = f'<polygon fill="{curve.color}" opacity="0.25" points="{band}"/>' if crowded else ""
+    out += f'<polyline fill="none" stroke="{curve.color}" stroke-width="1.8" stroke-linejoin="round" points="{way}"/>'
+    dots = [(*at, f'r="2.5" fill="{curve.color}"') for at in middle if len(middle) <= 40]
+    if curve.mark:
+        dots.append((*place(*curve.mark), 'r="5" fill="none" stroke="#ef4444" stroke-width="2"'))
+    return out + "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" {look}/>' for x, y, look in dots)
+
+
+def page(title, about, parts, height):
+    """The whole picture, an SVG file."""
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}">
+{STYLE}<rect class="page" x="0.5" y="0.5" width="{WIDTH - 1}" height="{height - 1}" rx="8"/>
+{label(24, 36, title, "strong title")}{label(24, 58, about)}
+{"".join(parts)}</svg>
+"""

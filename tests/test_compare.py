@@ -1,0 +1,129 @@
+"""tools/compare.py and tools/versus.py: groups of seeds, and what their differences show."""
+
+import json
+import math
+import random
+
+import pytest
+
+from configurator import UserError
+from tools import compare, paired, versus
+
+
+def make_run(folder, seed, loss, task="text", run_json=True, n=10, ms=10.0, **settings):
+    """A run of n * 10 updates whose validation loss falls to `loss`."""
+    folder.mkdir(parents=True)
+    rows = [{"step": 10 * i, "loss": loss, "ms": ms, "val_loss": loss + (n - i) / 10} for i in range(1, n + 1)]
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"task": task, "seed": seed, "out_dir": str(folder), "learning_rate": 0.1, **settings}
+    if run_json:
+        (folder / "run.json").write_text(json.dumps({"settings": settings, "starts": []}))
+    else:  # as runs were recorded at first
+        (folder / "run.json").write_text("[]")
+        (folder / "last").mkdir()
+        (folder / "last" / "config.json").write_text(json.dumps({"settings": settings}))
+    return folder
+
+
+def test_runs_are_grouped_over_seeds(tmp_path, capsys):
+    for seed, loss in enumerate((2.0, 2.1, 2.2), 1):
+        make_run(tmp_path / f"a{seed}", seed, loss)
+    make_run(tmp_path / "b", 1, 1.5, run_json=False, learning_rate=0.2, vision={"n_layer": 3})
+    make_run(tmp_path / "pairs", 1, 0.1, task="contrastive")
+    (tmp_path / "empty").mkdir()
+    make_run(tmp_path / "damaged", 1, 1.0)
+    (tmp_path / "damaged" / "run.json").write_text("{")
+    folders = sorted(map(str, tmp_path.iterdir()))
+    compare.main([*folders, folders[0]], compare.Settings())
+    out, err = capsys.readouterr()
+    heading, first, second, where = out.splitlines()
+    assert heading.split() == ["learning_rate", "vision.n_layer", "best", "s.d.", "seeds", "last", "updates", "time",
+                               "folder"]
+    assert first.split() == ["0.2", "3", "1.5000", "-", "1", "1.5000", "100", "1", "s", str(tmp_path / "b")]
+    assert second.split()[:8] == ["0.1", "-", "2.1000", "0.1000", "3", "2.1000", "100", "1"]
+    assert where == f"curves: {tmp_path / 'compare.svg'}" and (tmp_path / "compare.svg").exists()
+    assert [line.split(": ")[0] for line in err.splitlines()] == [str(tmp_path / name)
+                                                                  for name in ("damaged", "empty", "pairs")]
+    compare.main(folders[:1], compare.Settings(markdown=True, out=str(tmp_path / "one.svg")))
+    assert capsys.readouterr().out.startswith("| best | last | updates | time | folder |\n| --- |")
+    with pytest.raises(UserError, match="none of these"):
+        compare.main([str(tmp_path / "empty")], compare.Settings())
+
+
+def test_the_t_quantile_is_that_of_the_tables():
+    tables = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 9: 2.2622, 10: 2.2281, 30: 2.0423, 1000: 1.9623}
+    assert {freedom: round(paired.t_quantile(freedom), 4) for freedom in tables} == tables
+
+
+@pytest.mark.slow  # scipy takes seconds to import
+def test_the_t_quantile_is_scipys():
+    stats = pytest.importorskip("scipy.stats")
+    for freedom in (1, 2, 3, 4, 7, 8, 29, 100):
+        assert paired.t_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-9)
+    values = [0.3, -0.1, 0.25, 0.4, 0.1]
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    mean, half = paired.interval(values)
+    assert (mean - half, mean + half) == pytest.approx((low, high))
+
+
+def log(losses, ms):
+    return [{"step": 10 * i, "seconds": 10 * i * ms / 1000, "val_loss": y} for i, y in enumerate(losses, 1)]
+
+
+def test_equal_updates_and_equal_time():
+    a, b = [log([4, 3, 2], 10), log([4.5, 3.5, 2.5], 10)], [log([4, 3, 2.1, 2], 15), log([4.5, 3.5, 2.4, 2], 15)]
+    pairs = paired.at_equal_updates(a, b)
+    assert [pair[:2] for pair in pairs] == [(1, 30), (2, 30)]
+    assert [pair.b - pair.a for pair in pairs] == pytest.approx([0.1, -0.1])
+    pairs = paired.at_equal_time(a, b)  # a ends after 0.3 s, where b has made 20 updates
+    assert [pair.b - pair.a for pair in pairs] == pytest.approx([1.0, 1.0]) and pairs[0].at == pytest.approx(0.3)
+    half_way = paired.at_equal_time([log([4, 3, 2], 10)], [log([4, 3, 2], 12)])[0]
+    assert half_way.b == pytest.approx(2.5)
+    assert paired.at_equal_updates([log([4], 10)], [[]]) == []
+    assert paired.at_equal_time([log([4, 3], 10)], [log([4, 3], 30)]) == []  # b was not evaluated before a's end
+
+
+def test_the_verdict_is_in_words():
+    def said(differences):
+        return paired.verdict([paired.Pair(i, 1, 2.0, 2.0 + one) for i, one in enumerate(differences)])
+
+    assert said([-0.1, -0.12, -0.11]) == "b is better by 0.1100 \u00b1 0.0248"
+    assert said([0.1, 0.12, 0.11]).startswith("a is better")
+    assert said([0.1, -0.12, 0.01]).startswith("no difference is shown: b - a is -0.0033 \u00b1")
+    assert said([0.0, 0.0]).startswith("no difference at all")
+    assert "--seeds" in said([0.1])
+
+
+def test_a_comparison_trains_once_and_keeps_to_its_recipes(tmp_path, monkeypatch, capsys):
+    trained = []
+
+    def train(command, **_):
+        values = dict(text.lstrip("-").split("=") for text in command[2:] if "=" in text)
+        trained.append(values["out_dir"][-7:])
+        rate = float(values.get("learning_rate", 1))
+        noise = random.Random(values["seed"]).random()
+        make_run(tmp_path / values["out_dir"], 1, rate + noise, ms=rate)
+        return Ended()
+
+    class Ended:
+        returncode = 0
+        __enter__ = poll = lambda self: self
+        __exit__ = wait = lambda self, *error: None
+
+    monkeypatch.setattr(versus.subprocess, "Popen", train)
+    out = tmp_path / "out"
+    recipes, shared = ["", "--learning_rate=0.9"], ["--max_iters=100"]
+    versus.main(recipes, shared, versus.Settings(seeds=2, out=str(out)))
+    assert trained == ["a/seed1", "b/seed1", "b/seed2", "a/seed2"]
+    versus.main(recipes, shared, versus.Settings(seeds=3, out=str(out)))
+    assert trained[4:] == ["a/seed3", "b/seed3"] and "b is better by 0.1000 \u00b1 0.0000" in capsys.readouterr().out
+    found = json.loads((out / "versus.json").read_text())
+    assert found["at equal updates"]["b - a"] == pytest.approx(-0.1) and (out / "versus.svg").exists()
+    assert math.isclose(found["at equal time"]["pairs"][0]["at"], 0.09)
+    with pytest.raises(UserError, match="recipe b has another dropout: choose another"):
+        versus.main(["", "--learning_rate=0.9 --dropout=0.1"], shared, versus.Settings(out=str(out)))
+    for given, match in (("--seed=3", "seed: is chosen"), ("--no=1", "unknown setting")):
+        with pytest.raises(UserError, match=match):
+            versus.main(["", given], shared, versus.Settings(out=str(out)))
+    with pytest.raises(UserError, match="1 recipes; name two"):
+        versus.main([""], shared, versus.Settings(out=str(out)))

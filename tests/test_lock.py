@@ -1,0 +1,64 @@
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configurator import UserError
+from run import lock
+
+ROOT = Path(__file__).parents[1]
+HOLDER = """
+import os, sys, time
+from run.lock import owned
+with owned(sys.argv[1]):
+    child = os.fork() if hasattr(os, "fork") else 1
+    if child:
+        print(child, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that has the folder `out`, and a child of its own that outlives it: (process, the child's id)."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path / "out"], stdout=subprocess.PIPE, text=True,
+                               cwd=ROOT)
+    child = int(process.stdout.readline())
+    yield process, child
+    process.kill()
+    process.wait()
+    if child > 1:
+        os.kill(child, 9)
+
+
+def test_a_living_run_keeps_its_folder_and_a_dead_one_does_not(tmp_path, holder):
+    process, child = holder
+    before = (tmp_path / "out" / "run.lock").read_text()
+    with pytest.raises(UserError, match=f"out_dir = .*: process {process.pid} on .* has trained there since 2.*; wait"):
+        with lock.owned(tmp_path / "out"):
+            pass
+    assert (tmp_path / "out" / "run.lock").read_text() == before and os.listdir(tmp_path / "out") == ["run.lock"]
+    process.kill()
+    process.wait()
+    for _ in range(2):  # the child lives, the file is there
+        with lock.owned(tmp_path / "out"):
+            assert f'"pid": {os.getpid()}' in (tmp_path / "out" / "run.lock").read_text()
+
+
+def test_a_file_system_without_locks_is_told_of_and_no_obstacle(tmp_path, monkeypatch, capsys):
+    def fails(file):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock, "lock", fails)
+    with lock.owned(tmp_path):
+        assert "this file system has no locks (No locks available): start no second" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_names_the_setting(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="out_dir = .*file/x: Not a directory; name another folder"):
+        with lock.owned(tmp_path / "file" / "x"):
+            pass

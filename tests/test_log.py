@@ -1,0 +1,94 @@
+import json
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train
+from machine.distributed import World
+from run import log
+from run.log import Log, read_record, rows_until, samples_until
+
+WORLD = World(0, 1, torch.device("cpu"))
+ROW = {"step": 1000, "lr": 1e-3, "loss": 2.5, "mean_loss": 2.6, "grad_norm": 1.0, "ms": 1234.5, "tokens_per_s": 12345.0,
+       "mfu": 0.25, "val_loss": 2.4, "val_exact": 0.5, "val_retrieval_image_to_text": 0.25}
+
+
+def make(out_dir, step=0, **settings):
+    task = SimpleNamespace(settings=train.Settings(**settings), best=("loss", min), cost=lambda model: (1000, 0),
+                           fingerprint=lambda: {"val_tokens": 30_000})
+    return Log(out_dir, task, None, step, None, WORLD)
+
+
+@pytest.mark.parametrize("columns, expected", [
+    (40, ["step 1000/2000", "loss 2.5000", "val loss 2.4000 best"]),
+    (80, ["step 1000/2000", "loss 2.5000", "0:10 left", "val loss 2.4000 best"]),
+    (300, ["step 1000/2000", "loss 2.5000", "1234.5 ms", "0:10 left", "val loss 2.4000 best", "val exact 0.5000"])])
+def test_a_line_fits_and_keeps_what_matters(tmp_path, monkeypatch, columns, expected):
+    monkeypatch.setattr(log, "columns", lambda: columns)
+    monkeypatch.setattr(Log, "seconds_left", lambda self: 10)
+    row = {name: value for name, value in ROW.items() if name != "val_retrieval_image_to_text"}
+    line = make(tmp_path, max_iters=2000).line(row, True)
+    assert line.split(" | ") == expected and len(line) <= max(52, min(columns, 100))
+    assert "best" not in make(tmp_path, max_iters=2000).line(row, False)
+    assert len(make(tmp_path, max_iters=2000).line(ROW, True)) <= max(52, min(columns, 100))
+
+
+@pytest.mark.parametrize("step", [0, 500])
+def test_the_time_left_counts_what_is_to_come_alone(tmp_path, monkeypatch, step):
+    """The first update takes a minute, the others 0.1 s, an evaluation 5 s."""
+    now, found = [0.0], {}
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    record = make(tmp_path, step, max_iters=step + 1000, eval_interval=250)
+    for n in range(step + 1, step + 1001):
+        now[0] += 60 if n == step + 1 else 0.1
+        row = record.row(n)
+        found[n - step] = record.seconds_left(), (1000 - n + step) * 0.1 + (4 - (n - step) // 250) * 5
+        if n % 250 == 0:
+            now[0] += 5
+        if n % 10 == 0:
+            record.restart(n, n % 250 == 0)
+    assert row["ms"] == pytest.approx(100) and found[1][0] is None
+    assert found[10] == (103, pytest.approx(119))  # an evaluation is not known yet: as 30 forward passes
+    assert all(abs(left - right) <= 0.6 for n, (left, right) in found.items() if n > 250)
+
+
+def test_samples_are_kept_and_cut_at_the_checkpoint(tmp_path):
+    texts = {10: "```\n## step 99, fake\n\n```\nx\n```\n\n", 20: "plain\r\x1b[0m", 30: "````` `", 40: ""}
+    record = make(tmp_path)
+    for step, text in texts.items():
+        record.keep_sample(f"step {step}, loss 1.0000", text)
+    path = tmp_path / "samples.md"
+    whole = path.read_bytes()
+    assert b"``````\n````` `\n``````\n" in whole and b"````\n```\n## step 99, fake" in whole
+    assert "".join(samples_until(path, 40).values()).encode() == whole
+    kept = samples_until(path, 25)
+    assert list(kept) == ["step 10, loss 1.0000", "step 20, loss 1.0000"]
+    assert whole.startswith("".join(kept.values()).encode())
+    path.write_bytes(whole[:-5])
+    assert len(samples_until(path, 40)) == 3
+
+
+def test_damaged_records_are_no_obstacle(tmp_path, capsys):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"step": 1}\n[1]\n7\n{"step": "a"}\n\xff\n{"step": 2, "x": 0.1}\n{"step": 3}\n{"step": 2, "l')
+    assert list(rows_until(path, 2)) == [{"step": 1}, {"step": 2, "x": 0.1}]
+    path = tmp_path / "run.json"
+    for text in ("[", "{}", "[1, 2]", '{"starts": 3}', '{"starts": [{"id": "a"}], "results": 3}', "\x00"):
+        path.write_text(text)
+        assert read_record(path) == ([], 0.0) and (tmp_path / "run.json.old").read_text() == text
+    assert "was damaged: it is" in capsys.readouterr().err
+    for text in ('[{"id": "a"}]', '{"starts": [{"id": "a"}], "results": {}}'):
+        path.write_text(text)
+        assert read_record(path) == ([{"id": "a"}], 0.0)
+
+
+def test_a_picture_that_fails_ends_no_run(tmp_path, monkeypatch, capsys):
+    from run import curves
+    monkeypatch.setattr(curves, "draw", lambda out_dir: 1 / 0)
+    record = make(tmp_path)
+    record.write({**ROW, "step": 1}, False, None)
+    record.close(0, "")
+    assert "curves.svg can't be drawn: ZeroDivisionError" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run.json").read_text())["starts"][0]["status"] == 0

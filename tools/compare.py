@@ -1,0 +1,188 @@
+"""Several runs side by side: a table of what differs and how it went, and their curves in one picture.
+
+    python -m tools.compare out/sweep/*
+    python -m tools.compare out/a out/b out/b/earlier.1 --out=ab.svg --markdown
+
+Runs that differ in their seed alone are one line: the mean over the seeds, and how far one run lies from it (s.d., the
+standard deviation). The best comes first. Losses are of the validation split; the time is that of the updates alone,
+without evaluations and saves. What is no run, and what is of another task than most, is named and left out.
+"""
+
+import os
+import statistics
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from configurator import UserError, from_command_line, one_line_errors
+from machine.terminal import printable
+from run import curves
+from run.curves import COLORS, INNER, LEFT, Curve, clock, series
+from run.files import write_text
+
+# Settings that change no number of a run, and the seed.
+APART = ("seed", "out_dir", "resume", "wandb", "wandb_project", "wandb_name", "log_interval", "sample_tokens",
+         "publish", "async_save", "max_minutes", "save_minutes")
+LEGEND = 24  # most lines of the legend
+
+
+@dataclass(frozen=True)
+class Settings:
+    out: str = ""  # the picture; default: compare.svg in the folder that holds all the runs
+    markdown: bool = False  # print the table for a README
+
+
+class Run(NamedTuple):
+    folder: str
+    settings: dict
+    rows: list
+    val: list  # of (step, validation loss)
+
+
+class Group(NamedTuple):
+    settings: dict
+    runs: list
+    best: list  # the best validation loss of each run
+    last: list
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+
+def read_runs(folders):
+    """(the runs of the most common task, a line for each folder that is left out)."""
+    found, left_out = [], []
+    for folder in folders:
+        if folder.endswith(".svg"):  # an earlier picture, where the shell has named all that is there
+            continue
+        rows, settings = curves.read_log(folder), curves.read_settings(folder)
+        if not rows or not settings:
+            what = "log.jsonl with rows" if not rows else "run.json or last/config.json with settings"
+            left_out.append(f"{folder}: left out, for it has no {what}")
+        elif not (val := series(rows, "val_loss")):
+            left_out.append(f"{folder}: left out, for it has not been evaluated yet")
+        else:
+            found.append(Run(str(folder), settings, rows, val))
+    tasks = Counter(run.settings.get("task", "text") for run in found)
+    task = max(tasks, key=tasks.get, default="")
+    for run in found:
+        if (other := run.settings.get("task", "text")) != task:
+            left_out.append(f"{run.folder}: left out, for its task is {other}, and that of the others {task}")
+    return [run for run in found if run.settings.get("task", "text") == task], left_out
+
+
+def group(runs):
+    """Groups of runs whose settings are equal but for the seed; the best mean loss first."""
+    groups = {}
+    for run in runs:
+        recipe = {name: value for name, value in run.settings.items() if name not in APART}
+        groups.setdefault(repr(sorted(recipe.items())), (recipe, []))[1].append(run)
+    found = [Group(recipe, members, [min(loss for _, loss in run.val) for run in members],
+                   [run.val[-1][1] for run in members]) for recipe, members in groups.values()]
+    return sorted(found, key=lambda one: statistics.fmean(one.best))
+
+
+def differing(groups):
+    """The names of the settings whose values are not the same in all groups."""
+    names = dict.fromkeys(name for one in groups for name in one.settings)
+    return [name for name in names if len({repr(one.settings.get(name)) for one in groups}) > 1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Showing
+
+def table(groups):
+    """The lines of a table: a list of texts for each, the heading first."""
+    names, seeds = differing(groups), max(len(one.runs) for one in groups) > 1
+    lines = [[*names, "best", *(("s.d.", "seeds") if seeds else ()), "last", "updates", "time", "folder"]]
+    for one in groups:
+        n = len(one.runs)
+        spread = (f"{statistics.stdev(one.best):.4f}" if n > 1 else "-", str(n))
+        steps, seconds = (statistics.fmean(run.rows[-1][name] for run in one.runs) for name in ("step", "seconds"))
+        lines.append([*(shown(one.settings.get(name, "-")) for name in names), f"{statistics.fmean(one.best):.4f}",
+                      *(spread if seeds else ()), f"{statistics.fmean(one.last):.4f}", f"{steps:,.0f}", clock(seconds),
+                      one.runs[0].folder + (f" and {n - 1} more" if n > 1 else "")])
+    return lines
+
+
+def shown(value):
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def print_table(lines, markdown):
+    """Prints a table in columns, numbers to the right; or as Markdown."""
+    if markdown:
+        print("\n".join(f"| {' | '.join(line)} |" for line in (lines[0], ["---"] * len(lines[0]), *lines[1:])))
+        return
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        cells = [text.rjust(width) for text, width in zip(line[:-1], widths)]
+        print(printable("  ".join([*cells, line[-1]])))
+
+
+def draw_together(named, path, title, about):
+    """Writes one picture of several runs. named: {label: the rows of each of its runs}, which share a colour."""
+    n, top, parts = len(named), 92, []
+    colors = COLORS if n <= len(COLORS) else [f"hsl({330 * i // n}, 65%, 52%)" for i in range(n)]
+    for i, (name, color) in enumerate(zip(list(named)[:LEGEND], colors)):
+        words = f"{name}, and {n - LEGEND} more" if i == LEGEND - 1 and n > LEGEND else name
+        parts += [f'<path d="M{LEFT} {top - 4}h18" stroke="{color}" stroke-width="3"/>',
+                  curves.label(LEFT + 26, top, words)]
+        top += 20
+    runs = [(color, rows) for color, runs in zip(colors, named.values()) for rows in runs][::-1]  # the first on top
+    longest = max(rows[-1]["seconds"] for _, rows in runs)
+    unit, size = ("hours", 3600) if longest > 7200 else ("minutes", 60) if longest > 120 else ("seconds", 1)
+    by_step = [Curve(series(rows, "val_loss"), color) for color, rows in runs]
+    by_time = [Curve([(seconds / size, loss) for seconds, loss in series(rows, "val_loss", x="seconds")], color)
+               for color, rows in runs]
+    training = [Curve(series(rows, "mean_loss", "loss"), color) for color, rows in runs]
+    panels = [("Validation loss in nats", by_step, "updates"),
+              ("Validation loss by the time of the updates", by_time if longest else [], unit),
+              ("Training loss in nats", training, "updates")]
+    for heading, lines, unit in panels:
+        if any(line.points for line in lines):
+            limits = curves.loss_range(lines, skip=0.2)
+            parts.append(curves.panel((LEFT, top + 30, INNER, 260), heading, lines, limits, unit))
+            top += 350
+    write_text(path, curves.page(title, about, parts, top))
+
+
+def names_of(groups):
+    """A name for each group in the legend: what differs in its settings, or its folder."""
+    names = differing(groups)
+    for one in groups:
+        words = ", ".join(f"{name} = {shown(one.settings.get(name, '-'))}" for name in names) or one.runs[0].folder
+        n = len(one.runs)
+        yield f"{words}: {statistics.fmean(one.best):.4f}" + (f", mean of {n} seeds" if n > 1 else "")
+
+
+def place_for(folders):
+    """compare.svg in the folder that holds all the runs, or where this is the root, here."""
+    common = os.path.commonpath([os.path.dirname(os.path.abspath(folder)) for folder in folders])
+    path = "compare.svg" if common == os.path.dirname(common) else os.path.join(common, "compare.svg")
+    return min(path, os.path.relpath(path), key=len)
+
+
+def main(folders, settings):
+    if not folders:
+        raise UserError("name the folders of the runs: python -m tools.compare out/sweep/*")
+    runs, left_out = read_runs(list(dict.fromkeys(map(os.path.normpath, folders))))
+    for line in left_out:
+        print(printable(line, sys.stderr), file=sys.stderr)
+    if not runs:
+        raise UserError("none of these folders holds a run that has been evaluated")
+    groups = group(runs)
+    print_table(table(groups), settings.markdown)
+    path = settings.out or place_for([run.folder for run in runs])
+    named = {name: [run.rows for run in one.runs] for name, one in zip(names_of(groups), groups)}
+    draw_together(named, path, f"{len(runs)} runs", "the best validation loss of each; what differs in their settings")
+    print(f"curves: {path}")
+
+
+if __name__ == "__main__":
+    FOLDERS = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument.startswith("-")]
+    SETTINGS, _ = from_command_line(Settings, __doc__)
+    with one_line_errors():
+        main(FOLDERS, SETTINGS)

@@ -1,0 +1,165 @@
+"""Is recipe b better than recipe a, and how sure is that? Trains both with several seeds, and compares seed by seed.
+
+    python -m tools.versus config/a.py config/b.py --seeds=5
+    python -m tools.versus config/a.py "config/a.py --dropout=0.1" --max_iters=500 --eval_interval=50
+    python -m tools.versus "" " --optimizer=muon" --max_iters=100 --eval_interval=10     train.py's defaults and Muon
+
+A recipe is what stands after `train.py`, in quotes; settings outside of the quotes are for both. The runs of a and b
+take turns, so that a machine that slows down slows both. A comparison that was stopped goes on with the same command;
+with more seeds it trains those that are missing. It leaves the runs, versus.json and versus.svg in --out.
+
+Two runs of the same seed see the same batches. So chance moves both losses alike, and the difference is surer than
+either loss: this is a paired t-test. The 95 % confidence interval holds the true mean difference in 19 of 20
+comparisons, if the differences are about normally distributed.
+
+The validation losses are compared twice. At equal updates: at the last step at which all runs were evaluated. At equal
+time, of the updates alone: when the quicker run of a pair ends. The slower run's loss there lies on the line between
+two of its evaluations, so a low --eval_interval is good. Its learning rate has not fallen to its end by then, which
+counts against it: for a fair race, give the slower recipe the --max_iters that it has time for.
+"""
+
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from configurator import UserError, check_ranges, flat_values, from_command_line, one_line_errors
+
+
+@dataclass(frozen=True)
+class Settings:
+    seeds: int = 5  # runs of each recipe, with the seeds 1, 2, 3 and so on
+    out: str = "out/versus"  # the folder of the comparison
+
+    def __post_init__(self):
+        check_ranges(self, seeds=1)
+
+
+if __name__ == "__main__":  # --help and typos answer before torch is imported
+    OWN = tuple(f"--{name}" for name in Settings.__dataclass_fields__)
+    GIVEN = sys.argv[1:]
+    sys.argv[1:] = [text for text in GIVEN if text.partition("=")[0] in (*OWN, "-h", "--help")]
+    SETTINGS, _ = from_command_line(Settings, __doc__)
+    RECIPES = [text for text in GIVEN if not text.startswith("-")]
+    SHARED = [text for text in GIVEN if text.startswith("-") and text.partition("=")[0] not in OWN]
+
+from dataclasses import asdict
+
+from configurator import parse
+from run.curves import clock, read_log, series
+from run.files import read_json, write_json
+from tools.compare import draw_together
+from tools.paired import at_equal_time, at_equal_updates, interval, verdict
+from train import HOW
+from train import Settings as Training
+
+TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+def settings_of(recipe, shared):
+    """A recipe's settings, flat. Raises UserError for what train.py would refuse, or what this comparison chooses."""
+    settings, given = parse(Training, [*shlex.split(recipe), *shared], more=HOW["more"],
+                            has_accelerator=HOW["has_accelerator"], elsewhere=HOW["elsewhere"])
+    on_line = {text.partition("=")[0].lstrip("-") for text in (*shlex.split(recipe), *shared) if text.startswith("-")}
+    for name in ("seed", "out_dir", "resume"):
+        if name in on_line:
+            raise UserError(f"{name}: is chosen by the comparison; leave it out (--seeds and --out are its settings)")
+    return {name: value for name, value in flat_values(asdict(settings)).items()
+            if name not in ("seed", "out_dir", "resume")}
+
+
+def require_same(earlier, now, out):
+    """Raises UserError where the folder holds the runs of other recipes."""
+    for name in "ab":
+        names = {**earlier[name], **now[name]}
+        if changed := [one for one in names if earlier[name].get(one) != now[name].get(one)]:
+            raise UserError(f"{out} holds a comparison whose recipe {name} has another {', '.join(changed)}: choose"
+                            " another folder by --out")
+
+
+def train(recipe, shared, seed, folder, max_iters):
+    """Trains a run, or goes on with it; not if it has ended. Raises UserError if it fails, SystemExit if stopped."""
+    rows = read_log(folder)
+    if rows and rows[-1]["step"] >= max_iters and "val_loss" in rows[-1]:
+        return
+    command = [sys.executable, str(TRAIN), *shlex.split(recipe), *shared, f"--seed={seed}", f"--out_dir={folder}",
+               "--resume=auto"]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.txt", "a", encoding="utf-8") as file, subprocess.Popen(command, stdout=file) as process:
+        while process.poll() is None:
+            try:
+                process.wait()
+            except KeyboardInterrupt:  # reaches the run too, which saves
+                continue
+    if process.returncode in (75, 130, 143, -2, -15):
+        print("stopped; the same command goes on", file=sys.stderr)
+        raise SystemExit(process.returncode if process.returncode > 0 else 128 - process.returncode)
+    if process.returncode:
+        raise UserError(f"{shlex.join(command[1:])} failed with exit status {process.returncode}: what it said is above"
+                        f" and in {folder}.txt")
+
+
+def train_all(recipes, shared, seeds, out, max_iters):
+    """{name: the rows of its run with each seed}. a and b take turns, and the first of the pair changes."""
+    for seed in range(1, seeds + 1):
+        for name in ("ab" if seed % 2 else "ba"):
+            folder = out / name / f"seed{seed}"
+            print(f"seed {seed} of {seeds}, {name}: ", end="", flush=True)
+            train(recipes[name], shared, seed, folder, max_iters[name])
+            rows = read_log(folder)
+            step, loss = series(rows, "val_loss")[-1]
+            print(f"validation loss {loss:.4f} after {step:,} updates in {clock(rows[-1]['seconds'])}")
+    return {name: [read_log(out / name / f"seed{seed}") for seed in range(1, seeds + 1)] for name in "ab"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Telling
+
+def report(out, recipes, found):
+    """Prints the losses of each seed and what they show."""
+    for name in "ab":
+        print(f"{name}: {recipes[name].strip() or 'the defaults of train.py'}")
+    for where, pairs in found.items():
+        if not pairs:
+            print(f"\nat equal {where}, nothing can be said: a run was not evaluated by then; use a lower"
+                  " --eval_interval and another --out")
+            continue
+        unit = "step" if where == "updates" else "second"
+        print(f"\n{'seed':>4} {unit:>8} {'a':>8} {'b':>8} {'b - a':>9}")
+        for seed, at, a, b in pairs:
+            print(f"{seed:>4} {at if unit == 'step' else round(at, 1):>8} {a:>8.4f} {b:>8.4f} {b - a:>+9.4f}")
+        print(f"at equal {where}, {verdict(pairs)}")
+    print("\nvalidation losses; \u00b1 is the 95 % confidence interval of the mean difference\n"
+          f"in {out}: the runs, versus.json, versus.svg")
+
+
+def main(given, shared, settings):
+    if len(given) != 2:
+        raise UserError(f"{len(given)} recipes; name two, each in quotes if it has settings of its own: python -m"
+                        ' tools.versus config/a.py "config/a.py --dropout=0.1"')
+    recipes, out = dict(zip("ab", given)), Path(settings.out)
+    record = {name: settings_of(recipe, shared) for name, recipe in recipes.items()}
+    if (out / "versus.json").exists():
+        require_same(read_json(out / "versus.json")["settings"], record, out)
+    out.mkdir(parents=True, exist_ok=True)
+    record = {"recipes": recipes, "for both": shared, "settings": record}
+    write_json(out / "versus.json", record)
+    max_iters = {name: record["settings"][name]["max_iters"] for name in "ab"}
+    runs = train_all(recipes, shared, settings.seeds, out, max_iters)
+    found = {"updates": at_equal_updates(runs["a"], runs["b"]), "time": at_equal_time(runs["a"], runs["b"])}
+    for where, pairs in found.items():
+        mean, half = interval([pair.b - pair.a for pair in pairs]) if pairs else (None, None)
+        record[f"at equal {where}"] = {"b - a": mean, "95 %": half, "pairs": [pair._asdict() for pair in pairs]}
+    write_json(out / "versus.json", record)
+    named = {f"{name}: {recipes[name].strip() or 'the defaults'}": runs[name] for name in "ab"}
+    draw_together(named, out / "versus.svg", str(out), f"two recipes, {settings.seeds} seeds each")
+    report(out, recipes, found)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(RECIPES, SHARED, SETTINGS)
