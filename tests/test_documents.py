@@ -24,7 +24,6 @@ import prepare
 import tokenizer as tokenizers
 from batches import Dataset
 from configurator import UserError
-from run.lock import owned
 from sources import documents, known
 
 ROOT = os.path.dirname(prepare.__file__)
@@ -267,9 +266,13 @@ def test_a_start_that_failed_binds_to_nothing(files, in_process, tmp_path):
 
 
 def test_two_processes_do_not_write_to_one_folder(files, in_process, tmp_path):
-    with owned(tmp_path / "out", "name", "prepared a data set"):
-        with pytest.raises(UserError, match="name = .*out: process .* has prepared a data set there since .*--name"):
-            run(files, tmp_path / "out", tokenizer="byte")
+    code = "import sys; from run.lock import owned\nwith owned(sys.argv[1]): print('has it', flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], cwd=ROOT, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE)
+    other.stdout.readline()
+    with pytest.raises(UserError, match="name = .*out: process .* has prepared a data set there since .*--name"):
+        run(files, tmp_path / "out", tokenizer="byte")
+    other.communicate(b"\n")
     run(files, tmp_path / "out", tokenizer="byte")
 
 
