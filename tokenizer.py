@@ -206,7 +206,8 @@ class Transcript:
             return
         self.ids.append(token)
         text = str(self)
-        self.done = text.removesuffix("\ufffd")  # which may be a character that is not complete
+        unsure = min(3, len(text) - len(text.rstrip("\ufffd")))  # bytes of a character that may not be complete
+        self.done = text[:len(text) - unsure]
         if self.done == text:
             self.settled, self.before, self.start = text, self.start, len(self.ids)
         if self.stop and self.stop in self.done:

@@ -6,7 +6,7 @@ from conftest import settings_for
 
 from configurator import UserError
 from model import GPT, GPTConfig, init_weights
-from optimizer import clip, make_optimizers, orthogonalized, set_rates
+from optimizer import clip, freeze, make_optimizers, orthogonalized, set_rates
 
 SETTINGS = settings_for("text", optimizer="muon", learning_rate=3e-3, muon_lr=0.02, weight_decay=0.1)
 
@@ -73,13 +73,16 @@ def test_a_group_is_one_rate_one_decay_and_one_optimizer():
 
 def test_a_part_has_a_rate_of_its_own_and_none_is_frozen():
     model, scale = make_gpt(), SETTINGS.muon_lr / SETTINGS.learning_rate
-    groups = groups_of(model, replace(SETTINGS, rates={"wte": 0.0, "transformer": 0.5}))
+    rates = {"wte": 0.0, "transformer": 0.5}
+    freeze(model, rates)
+    groups = groups_of(model, replace(SETTINGS, rates=rates))
     assert groups.keys() == {("muon", 0.5 * scale, 0.1), ("optimizer", 1, 0.1), ("optimizer", 0.5, 0.0)}
     assert groups["optimizer", 1, 0.1] == {"wpe.weight", "head.weight"} and not model.wte.weight.requires_grad
     with pytest.raises(UserError, match="rates.vision = 1.0: the model has no such part, only wte, wpe, transformer,"):
-        make_optimizers(model, replace(SETTINGS, rates={"vision": 1.0}))
+        freeze(model, {"vision": 1.0})
+    freeze(model, dict.fromkeys(("wte", "wpe", "transformer", "head"), 0.0))
     with pytest.raises(UserError, match="nothing is left to train"):
-        make_optimizers(model, replace(SETTINGS, rates=dict.fromkeys(("wte", "wpe", "transformer", "head"), 0.0)))
+        make_optimizers(model, SETTINGS)
 
 
 def test_a_gradient_is_clipped_to_its_norm():

@@ -22,7 +22,7 @@ import train
 from configurator import UserError, parse
 from machine.distributed import World
 from model import predict
-from optimizer import make_optimizers
+from optimizer import freeze, make_optimizers
 from published import paligemma
 from run import checkpoint, pictures
 from sources import images
@@ -312,6 +312,7 @@ def test_parts_have_their_own_rates():
     model = PaliGemma(PaliGemmaConfig(ViTConfig(n_layer=1, n_head=1, n_embd=8, image_size=8, patch_size=8),
                                       GemmaConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=9)))
     rates = {"vision": 0.0, "projector": 2.0, "decoder": 0.5}
+    freeze(model, rates)
     groups = make_optimizers(model, train.Settings(rates=rates))["optimizer"].param_groups
     scale = {id(p): group["scale"] for group in groups for p in group["params"]}
     found = {name: scale.get(id(p), 0.0) for name, p in model.named_parameters()}

@@ -563,7 +563,7 @@ def test_a_short_split_is_named_with_a_block_size_that_fits_both(tmp_path, tiny)
 
 def test_a_file_where_the_out_directory_should_be_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="out_dir = .*file: (is a file|not a directory); name a folder"):
+    with pytest.raises(UserError, match="out_dir = .*file: is a file, or inside one; name a folder"):
         settings_for("text", out_dir=str(tmp_path / "file"))
 
 
