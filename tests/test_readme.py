@@ -12,7 +12,7 @@ import prepare
 import sample
 import train
 from configurator import parse, read_file
-from tools import bench, scaling
+from tools import bench, compare, scaling, versus
 
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -22,7 +22,9 @@ DOCUMENTED = [path for folder in (ROOT, *FOLDERS[:-2]) for path in folder.glob("
 DOCUMENTED += (ROOT / "config").glob("*/*.py")
 TEXTS = [README, *(path.read_text(encoding="utf-8") for path in ROOT.glob("data/*/README.md")),
          *(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "" for path in DOCUMENTED)]
-COMMAND = (r"(?:python|torchrun(?: --\S+)+) ((?:(?:train|sample|evaluate|prepare)\.py|-m tools\.(?:bench|scaling))\b"
+TOOLS = ("bench", "scaling", "compare", "versus")
+COMMAND = (r"(?:python|torchrun(?: --\S+)+) ((?:(?:train|sample|evaluate|prepare)\.py|-m tools\.(?:" + "|".join(TOOLS) +
+           r"))\b"
            r"(?:\"[^\"\n]*\"|[^|`\"\n])*)")  # a | between quotes belongs to it
 COMMANDS = sorted({re.split("  +", line)[0].strip() for text in TEXTS
                    for line in re.findall(COMMAND, re.sub(r"\\\n\s*", "", text))})
@@ -60,8 +62,14 @@ def test_commands_parse(line, monkeypatch):
     if script == "tools.scaling":
         scaling.read(arguments)
         return
+    if script == "tools.versus":
+        for recipe in arguments[:2]:
+            versus.settings_of(recipe, [text for text in arguments[2:] if not text.startswith(("--seeds=", "--out="))])
+        return
+    if script == "tools.compare":
+        arguments = [argument for argument in arguments if argument.startswith("-")]
     command = {"train.py": train, "sample.py": sample, "evaluate.py": evaluate, "prepare.py": prepare,
-               "tools.bench": bench}[script]
+               "tools.bench": bench, "tools.compare": compare}[script]
     if command in (sample, evaluate):  # the run or the model isn't there
         monkeypatch.setattr(command, "find_task", lambda name: task_of(arguments))
         monkeypatch.setattr(command, "check_run", lambda out_dir: None)
@@ -71,8 +79,8 @@ def test_commands_parse(line, monkeypatch):
 
 def test_the_commands_were_found():
     assert len(COMMANDS) > 40
-    assert {re.split(r"\.py\b|(?<=bench)|(?<=scaling)", line)[0] for line in COMMANDS} == {
-        "train", "sample", "evaluate", "prepare", "-m tools.bench", "-m tools.scaling"}
+    scripts = {re.match(r"-m [\w.]+|\w+", line)[0] for line in COMMANDS}
+    assert scripts == {"train", "sample", "evaluate", "prepare", *(f"-m tools.{name}" for name in TOOLS)}
 
 
 def test_the_file_tree_is_complete():
