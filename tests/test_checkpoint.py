@@ -51,6 +51,17 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["last"]
 
 
+def test_a_file_that_can_not_be_deleted_does_not_end_a_run(tmp_path, monkeypatch):
+    """As NFS keeps what somebody reads; the next save tries again."""
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", lambda path, ignore_errors: None)
+        for step in (1, 2, 3):
+            save(tmp_path, step)
+    assert checkpoint.read_config(checkpoint.find(tmp_path, "last"))["step"] == 3
+    save(tmp_path, 4)
+    assert sorted(os.listdir(tmp_path)) == ["last", "last.old"]
+
+
 def test_tokenizers_are_kept_by_name(tmp_path):
     save(tmp_path, 1, tokenizers={"tokenizer": CharTokenizer("abc"), "tokenizer_target": ByteTokenizer()})
     found = checkpoint.load(tmp_path / "last").tokenizers

@@ -17,6 +17,7 @@ from machine import terminal
 from run import checkpoint
 from sources import texts
 from tasks.task import load
+from tasks.text import TextTask
 from tokenizer import CharTokenizer
 
 
@@ -51,6 +52,24 @@ def test_the_random_window_estimate_is_another_measure_with_its_own_seed(trained
     assert one["loss"] == other["loss"] and one["random_window_loss"] != other["random_window_loss"]
     assert one["random_window_loss"] == pytest.approx(one["loss"], abs=0.05)
     assert run(trained, random_windows=0)["random_window_loss"] is None
+
+
+def test_a_model_that_has_diverged_and_a_folder_that_is_not_ours_are_scored(trained, monkeypatch, capsys):
+    """Its perplexity is more than a number can be; and no evaluation.json can be written."""
+    def refuse(path, value):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(TextTask, "evaluate", lambda *arguments, **named: {"loss": 7165.0})
+    assert run(trained)["perplexity"] is None
+    monkeypatch.setattr(evaluate, "write_json", refuse)
+    run(trained)
+    assert "evaluation.json can't be written: Permission denied" in capsys.readouterr().out
+
+
+def test_the_random_windows_are_the_same_however_many_are_scored_at_once(trained, monkeypatch):
+    whole = run(trained)
+    monkeypatch.setattr("tasks.text.EVAL_TOKENS", 70)
+    assert run(trained) == pytest.approx(whole, rel=1e-6)
 
 
 def test_bits_per_character_count_characters_not_tokens(trained, dataset, tmp_path, text, tiny):
