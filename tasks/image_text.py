@@ -333,6 +333,6 @@ def save_picture(picture, path):
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)
-    except OSError as error:
+    except (OSError, ValueError, OverflowError) as error:  # or a format that holds no picture of this size
         raise UserError(f"{path} can't be written: {checkpoint.reason(error)}") from None
     return f"wrote {path}"

@@ -133,9 +133,9 @@ GOOD = {"image": "a/0.png", "prompt": "caption", "answer": "x"}
 @pytest.mark.parametrize("row, message", [
     (b"{'image': 1}", "is no JSON object: Expecting property name"), (b"[1, 2]", "is no JSON object: 'list'"),
     (b'{"image": "\xff"}', "is no JSON object: 'utf-8' codec"),
-    ({"image": "a/0.png", "prompt": "caption"}, "answer = null: must be text"),
-    ({**GOOD, "image": None}, "image = null: must be text"),
-    ({**GOOD, "answer": 7}, "answer = 7: must be text"), ({**GOOD, "prompt": ["x"]}, r'prompt = \["x"\]: must be text'),
+    ({"image": "a/0.png", "prompt": "caption"}, "answer = None: must be text"),
+    ({**GOOD, "image": None}, "image = None: must be text"),
+    ({**GOOD, "answer": 7}, "answer = 7: must be text"), ({**GOOD, "prompt": ["x"]}, r"prompt = \['x'\]: must be text"),
     ({**GOOD, "kind": 3}, "kind = 3: must be text"), ({**GOOD, "answer": " \n"}, r"answer = ' \\n': is empty"),
     ({**GOOD, "split": "test"}, "split = 'test': must be \"train\" or \"val\""),
     ({**GOOD, "split": "val"}, "line 1: has no split, which other rows have"),
