@@ -226,9 +226,10 @@ def common_tokenizer(source, folder, name, val_fraction):
               "val_fraction": val_fraction, "learned_from": basis}
     if basis and saved.exists() and path.exists() and read_json(path) == recipe:
         return tokenizers.load(saved)
-    tokenizer = tokenizers.build(name, lambda: characters(source, folder),
-                                 lambda: sample(training_texts(source, basis, folder, val_fraction),
-                                                sum(file[1] for file in basis)))
+    everything = (text for _, text, *_ in read(source, watched(source.files, "looking for characters"), folder, 0))
+    training = (text for split, text, *_ in read(source, basis, folder, val_fraction) if split == "train")
+    tokenizer = tokenizers.build(name, lambda: itertools.chain("\n", everything),
+                                 lambda: sample(training, sum(file[1] for file in basis)))
     tokenizer.save(new)
     for old in (path, folder / "meta.json"):  # of what the folder held before
         old.unlink(missing_ok=True)
@@ -242,19 +243,6 @@ def learned_from(files, name):
     limit = math.inf if name == "char" else SAMPLE_BYTES if name.startswith("bpe:") else 0
     before = itertools.accumulate((file[1] for file in files), initial=0)
     return [file for file, size in zip(files, before) if size < limit]
-
-
-def characters(source, folder):
-    """Yields all documents, and the newline that ends each."""
-    yield "\n"
-    for _, text, _, _ in read(source, watched(source.files, "looking for characters"), folder, 0):
-        yield text
-
-
-def training_texts(source, files, folder, val_fraction):
-    for split, text, _, _ in read(source, files, folder, val_fraction):
-        if split == "train":
-            yield text
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -52,13 +52,12 @@ def prepare(path, folder, tokenizer_name="char", val_fraction=0.1, image_size=48
     splits = {split: [row for row in rows if row["split"] == split] for split in ("train", "val")}
     special = (*CONTROLS, *LOCATIONS, *SEGMENTS)
     name = f"bpe:{256 + len(special)}" if tokenizer_name in ("char", "byte") else tokenizer_name  # no room for merges
-    if not name.startswith("bpe:") and not tokenizers.find(name):
-        raise UserError(f"tokenizer = {name}: must be char or byte (both a token per byte), or bpe:SIZE, for images, or"
-                        " a model's folder")
     texts = [f"{row['prompt']}\n{row['answer']}" for row in splits["train"]]
-    tokenizer = tokenizers.build(name, None, lambda: texts, special)
-    if tokenizer.kind != "bpe" or None in map(tokenizer.bpe.token_to_id, ("<bos>", "<eos>")):
-        raise UserError(f"tokenizer = {name}: lacks <bos> and <eos>: for images take that of a model that sees")
+    is_bpe = name.startswith("bpe:") or tokenizers.find(name)
+    tokenizer = tokenizers.build(name, None, lambda: texts, special) if is_bpe else None
+    if not is_bpe or tokenizer.kind != "bpe" or None in map(tokenizer.bpe.token_to_id, ("<bos>", "<eos>")):
+        raise UserError(f"tokenizer = {name}: must for images be char or byte (both a token per byte), or bpe:SIZE, or"
+                        " that of a model that sees, with <bos> and <eos>")
     with writing(folder):
         tokenizer.save(folder / "tokenizer.json.new")
         count = write_rows(path, rows, image_size, folder)

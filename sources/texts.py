@@ -21,22 +21,20 @@ import numpy as np
 
 import tokenizer as tokenizers
 from configurator import USERS_ERRORS, UserError
-from machine.terminal import progress
+from machine.terminal import progress, watched
 from run.files import write_json
 from run.lock import owned
 
 CHUNK = 1 << 22  # characters of text held at a time
 SAMPLE = 20_000_000  # characters that a BPE learns from, at most
 SAMPLE_PIECE = 1 << 16  # characters of that which come from one place, at least, unless a text is shorter
-LARGEST = 5  # files whose shares of a data set are said
+LARGEST = 5  # files whose shares of the characters are said
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Which files are texts
 
 FIRST_BYTES = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16",
-               b"\x1f\x8b": "gzip", b"BZh9": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"%PDF-": "PDF",
-               b"PK\x03\x04": "zip (as .docx, .xlsx and .epub are)", b"{\\rtf": "RTF", b"SQLite format 3": "SQLite",
-               b"\x89PNG": "a picture", b"GIF8": "a picture", b"\xff\xd8\xff": "a picture"}
+               b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"%PDF-": "PDF", b"{\\rtf": "RTF"}
 ABOUT = ("README", "LICENSE", "LICENCE", "COPYING", "NOTICE")  # texts that may lie beside documents
 MOST_NAMED = 10  # of the files that were left out
 
@@ -47,25 +45,23 @@ def find(paths, document_suffixes, pattern=""):
     pattern: which files of a folder count, as in "*.py"; empty: all. Prints what was taken, and what was left out.
     Raises UserError where there are texts and documents.
     """
-    taken, left_out = [], []
+    texts, documents, left_out = [], [], []
     for path in paths:
-        if not path.is_dir():
-            taken.append(path)
-            continue
-        for file in files_in(path, pattern or "*"):
-            is_table = file.suffix.lower() in document_suffixes and file.exists() and not file.is_dir()
-            why = "" if is_table else why_no_text(file)
-            (left_out if why else taken).append(why or file)
-    documents = [file for file in taken if file.suffix.lower() in document_suffixes]
-    if documents:
-        left_out += [f"{file} is about the documents" for file in taken if file.name.upper().startswith(ABOUT)]
-        taken = [file for file in taken if not file.name.upper().startswith(ABOUT)]
-    texts = [file for file in taken if file not in documents]
+        for file in files_in(path, pattern or "*") if path.is_dir() else [path]:
+            if file.suffix.lower() in document_suffixes and file.exists() and not file.is_dir():
+                documents.append(file)
+            elif why := file != path and why_no_text(file):
+                left_out.append(why)
+            else:
+                texts.append(file)
+    if documents:  # what lies beside them and is about them
+        left_out += [f"{file} is no document" for file in texts if file.name.upper().startswith(ABOUT)]
+        texts = [file for file in texts if not file.name.upper().startswith(ABOUT)]
     if documents and texts:
         raise UserError(f"there are documents ({documents[0]}) and texts ({texts[0]}): say which files of a folder"
                         f" count, such as --files=\"*{documents[0].suffix}\" or --files=\"*{texts[0].suffix}\"")
-    if paths != taken:
-        say_what_counts(taken, left_out)
+    if paths != texts + documents:
+        say_what_counts(texts + documents, left_out)
     return texts, documents
 
 
@@ -107,12 +103,15 @@ def why_no_text(path):
 def check_start(path, start):
     """Raises UserError if a file that starts with these bytes is no text of UTF-8."""
     kind = next((kind for first, kind in FIRST_BYTES.items() if start.startswith(first)), "")
-    kind = kind or "JSON" * (path.suffix.lower() in (".json", ".ipynb")) or "binary" * (b"\0" in start)
-    remedy = {"JSON": "write a row on each line, as .jsonl", "a picture": "pictures need a captions.jsonl"}.get(kind)
+    remedy = "take the text out of it first"
     if kind.startswith("UTF"):
         remedy = f"iconv -f {kind} -t UTF-8 {shlex.quote(str(path))} > NEW.txt"
+    elif b"\0" in start:
+        kind = kind or "binary"
+    elif path.suffix.lower() in (".json", ".ipynb"):
+        kind, remedy = "JSON", "write a row on each line, as .jsonl"
     if kind:
-        raise UserError(f"{path} is {kind}, and no text of UTF-8: {remedy or 'take the text out of it first'}")
+        raise UserError(f"{path} is {kind}, and no text of UTF-8: {remedy}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -152,12 +151,13 @@ class Page(HTMLParser):
         self.close()
         self.text = re.sub(r"( ?\n)+( (?! ))?", "\n", "".join(self.parts)).strip() + "\n"
 
-    def handle_starttag(self, tag, attrs, count=1):
-        self.open[tag] += count
+    def handle_starttag(self, tag, attrs):
+        self.open[tag] += 1
         self.parts.append(" " if tag in ("td", "th") else "" if tag in self.INLINE else "\n")
 
     def handle_endtag(self, tag):
-        self.handle_starttag(tag, (), -1 if self.open[tag] else 0)
+        self.handle_starttag(tag, ())
+        self.open[tag] = max(0, self.open[tag] - 2)
 
     def handle_data(self, data):
         if not any(self.open[tag] for tag in self.HIDDEN):
@@ -224,13 +224,15 @@ def sample(texts, total):
 def prepare(paths, folder, tokenizer_name, val_fraction=0.1, source="", newlines="one"):
     """Writes the data set of the files' text into `folder`, and returns its meta. Raises UserError for a bad text."""
     source, keep = str(source or paths[0]), newlines == "keep"
-    counts = count_characters(paths, keep)
+    counts = [sum(map(len, read_file(path, keep))) for path in watched(paths, "counting characters")]
     cuts = [int(count * (1 - val_fraction)) for count in counts]
     parts = {"train": [(path, 0, cut) for path, cut in zip(paths, cuts)], "val": list(zip(paths, cuts, counts))}
     total, n_train = sum(counts), sum(cuts)
     if n_train < 2 or total - n_train < 2:
         raise UserError(f"{source} has {total} characters: too few to split for training and validation")
-    print(f"for validation: the last {100 * val_fraction:.3g} % of {in_shares(paths, counts)}", flush=True)
+    largest = sorted(zip(counts, paths), reverse=True)[:LARGEST]
+    shares = ", ".join(f"{path.name} {100 * count / total:.2g} %" for count, path in largest)
+    print(f"for validation: the last {100 * val_fraction:.3g} % of each file; the largest shares: {shares}", flush=True)
     tokenizer = tokenizers.build(tokenizer_name,
                                  lambda: shown(read(parts["train"] + parts["val"], keep), total, "characters"),
                                  lambda: sample(whole_words(read(parts["train"], keep)), n_train))
@@ -247,27 +249,6 @@ def prepare(paths, folder, tokenizer_name, val_fraction=0.1, source="", newlines
         meta["sha256"] = digest.hexdigest()
         tokenizer.save(folder / "tokenizer.json.new")
         return finish(folder, ("train.bin", "val.bin", "tokenizer.json"), meta)
-
-
-def count_characters(paths, keep):
-    """How many characters each file has."""
-    counts = []
-    with progress(sum(path.stat().st_size for path in paths), "counting", "B") as bar:
-        for path in paths:
-            counts.append(0)
-            for text in read_file(path, keep):
-                counts[-1] += len(text)
-                bar.update(len(text.encode("utf-8")))
-    return counts
-
-
-def in_shares(paths, counts):
-    """The files in words, with the shares that the largest have of all characters."""
-    if len(paths) == 1:
-        return str(paths[0])
-    largest = sorted(zip(counts, paths), key=lambda row: -row[0])[:LARGEST]
-    shares = ", ".join(f"{path.name} {100 * count / sum(counts):.2g} %" for count, path in largest)
-    return f"each of {len(paths):,} files; the largest shares of both splits: {shares}"
 
 
 @contextlib.contextmanager

@@ -94,7 +94,7 @@ def test_the_tail_of_each_file_is_for_validation(data, tmp_path, capsys, monkeyp
     train, val, _ = contents(data / "plays")
     assert train == "a" * 27 + "\n" + "b" * 9 + "\n" + "d" * 144 and val == "aaa\n" + "\n" + "d" * 16
     said = capsys.readouterr().out
-    assert "the last 10 % of each of 3 files" in said and "d 80 %, a.TXT 15 %, c.py 5 %" in said
+    assert "the last 10 % of each file; the largest" in said and "d 80 %, a.TXT 15 %, c.py 5 %" in said
     assert "taken: 1 .txt, 1 .py, 1 no suffix" in said
     run(folder / "d", folder / "b", name="two")
     assert contents(data / "two")[0] == "d" * 144 + "\n" + "b" * 9
@@ -135,7 +135,7 @@ def test_texts_beside_documents_are_said_or_refused(data, tmp_path, capsys):
     assert contents(data / "both")[2]["characters"] == 54
     (folder / "b.txt").unlink()
     run(folder, tokenizer="byte", name="documents", processes=1)
-    assert "README.md is about the documents" in capsys.readouterr().out
+    assert "README.md is no document" in capsys.readouterr().out
     assert json.loads((data / "documents" / "meta.json").read_text())["documents"] == 100
 
 
