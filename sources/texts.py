@@ -153,11 +153,14 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.open[tag] += 1
-        self.parts.append(" " if tag in ("td", "th") else "" if tag in self.INLINE else "\n")
+        self.parts.append(self.gap(tag))
 
     def handle_endtag(self, tag):
-        self.handle_starttag(tag, ())
-        self.open[tag] = max(0, self.open[tag] - 2)
+        self.open[tag] = max(0, self.open[tag] - 1)
+        self.parts.append(self.gap(tag))
+
+    def gap(self, tag):
+        return " " if tag in ("td", "th") else "" if tag in self.INLINE else "\n"
 
     def handle_data(self, data):
         if not any(self.open[tag] for tag in self.HIDDEN):
@@ -231,7 +234,7 @@ def prepare(paths, folder, tokenizer_name, val_fraction=0.1, source="", newlines
     if n_train < 2 or total - n_train < 2:
         raise UserError(f"{source} has {total} characters: too few to split for training and validation")
     largest = sorted(zip(counts, paths), reverse=True)[:LARGEST]
-    shares = ", ".join(f"{path.name} {100 * count / total:.2g} %" for count, path in largest)
+    shares = ", ".join(f"{path.name} {100 * count / total:.0f} %" for count, path in largest)
     print(f"for validation: the last {100 * val_fraction:.3g} % of each file; the largest shares: {shares}", flush=True)
     tokenizer = tokenizers.build(tokenizer_name,
                                  lambda: shown(read(parts["train"] + parts["val"], keep), total, "characters"),

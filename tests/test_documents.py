@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.parse
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 
@@ -391,26 +392,26 @@ def hub(corpus, tmp_path):
         server.shutdown()
 
 
-def test_files_come_from_the_hub_and_go_when_they_are_done(hub, corpus, tmp_path):
+def test_files_come_from_the_hub_and_go_when_they_are_done(hub, corpus, in_process, tmp_path, monkeypatch):
     address, asked = hub
+    template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    for name, value in (("ENDPOINT", address), ("HUGGINGFACE_CO_URL_TEMPLATE", template), ("HF_HUB_OFFLINE", False),
+                        ("HF_HUB_DISABLE_XET", True)):
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
 
     def prepare_web(max_files):
-        found = subprocess.run([sys.executable, "-c", SCRIPT, "fineweb", str(tmp_path / "web"), "byte", "1", max_files],
-                               cwd=ROOT, env={**os.environ, "HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1",
-                                              "HF_HUB_OFFLINE": "0"},
-                               capture_output=True, text=True)
-        assert found.returncode == 0, found.stderr
+        prepare.main(prepare.Settings(name=str(tmp_path / "web"), tokenizer="byte", max_files=max_files), ["fineweb"])
         return json.loads((tmp_path / "web" / "meta.json").read_text())
 
-    assert prepare_web("1")["documents"] == 301
+    assert prepare_web(1)["documents"] == 301
     for finished in (tmp_path / "web").glob("shard_*.json"):
         finished.unlink()
-    meta, commit = prepare_web("0"), known.CORPORA["fineweb"][2]
+    meta, commit = prepare_web(0), known.CORPORA["fineweb"][2]
     assert meta["source"] == "HuggingFaceFW/fineweb" and meta["revision"] == commit and meta["documents"] == 311
     assert all(f"/{commit}/" in path for path, _ in asked if "fineweb" in path)
     second = [there for path, there in asked if path.endswith("1.parquet")]
     assert second and not any("0.parquet" in there for there in second)  # the first was gone before the next came
     assert not (tmp_path / "web" / "download").exists()
-    local = run(corpus[0] / "a", tmp_path / "local", tokenizer="byte", processes=1)
+    local = run(corpus[0] / "a", tmp_path / "local", tokenizer="byte")
     ids = np.concatenate([np.fromfile(path, np.uint16) for path in sorted((tmp_path / "web").glob("train_*.bin"))])
     assert np.array_equal(ids, local.splits["train"][0:len(ids)])

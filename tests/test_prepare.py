@@ -3,6 +3,7 @@ import functools
 import hashlib
 import http.server
 import json
+import os
 import threading
 
 import numpy as np
@@ -260,8 +261,9 @@ def test_a_full_disk_leaves_nothing_behind(data, source, monkeypatch):
     assert [path.name for path in (data / "hamlet").iterdir()] == ["run.lock"]
 
 
-def test_another_models_tokenizer_and_the_command_that_goes_on(data, tmp_path, source, capsys):
-    run(source, name=str(tmp_path / "a set"))
+def test_another_models_tokenizer_and_the_command_that_goes_on(data, tmp_path, source, capsys, monkeypatch):
+    monkeypatch.setenv("HOME" if os.name != "nt" else "USERPROFILE", str(tmp_path))
+    run("~/hamlet.txt", name=str(tmp_path / "a set"))
     assert "'--dataset=" in (said := capsys.readouterr().out) and "'--out_dir=out/a set'" in said
     (tmp_path / "a run" / "best").mkdir(parents=True)
     tokenizers.CharTokenizer("\n abcdefghijklmnopqrstuvwxyz").save(tmp_path / "a run" / "best" / "tokenizer.json")
