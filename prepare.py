@@ -92,7 +92,7 @@ def prepare_own(settings, sources):
     check_sources(settings, sources, is_url)
     paths = list(map(Path, sources))
     tables = images.find_tables(paths[0]) if len(paths) == 1 else []
-    found, rows = ([], []) if is_url or tables else texts.find(paths, documents.SUFFIXES, settings.files)
+    found, rows = ([], []) if is_url or tables else texts.find(paths, documents.READERS, settings.files)
     if not (is_url or tables or found or rows):
         raise UserError(f"{', '.join(sources)}: there are no texts and no documents")
     check_kind(settings, tables[0].stem.lower() if tables else "documents" if rows else "texts")
@@ -123,7 +123,7 @@ def check_sources(settings, sources, is_url):
     for source in sources:
         if not is_url and not Path(source).exists():
             raise UserError(f"{source} is no file, no folder, no URL, and none of {', '.join(TOKENIZERS)}")
-    if is_url and Path(urlsplit(sources[0]).path).suffix.lower() in documents.SUFFIXES:
+    if is_url and Path(urlsplit(sources[0]).path).suffix.lower() in documents.READERS:
         raise UserError(f"{sources[0]}: only texts are fetched; download the documents, and name their file")
     if len(sources) > 1 and not settings.name:
         raise UserError(f"{len(sources)} sources make one data set: name it, --name=NEW")

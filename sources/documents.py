@@ -37,7 +37,6 @@ from machine.terminal import progress, watched
 from run.files import read_json, rename, write_json
 from sources.texts import check_start, finish, id_type, put_in_place, sample, stored, writing
 
-SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
 SHARD_BYTES = 1 << 26  # smaller neighbours share a shard
 ROWS = 256  # documents of a parquet file held at a time
 SAMPLE_BYTES = 1 << 30  # a BPE learns from the first files that hold so much
@@ -211,7 +210,7 @@ def read_parquet(path, column):
         raise UserError(f"{path} is no whole parquet file ({error}): fetch it again") from None
 
 
-READERS = dict(zip(SUFFIXES, (read_parquet, read_jsonl, read_table, read_table)))
+READERS = {".parquet": read_parquet, ".jsonl": read_jsonl, ".csv": read_table, ".tsv": read_table}  # by suffix
 
 
 # ----------------------------------------------------------------------------------------------------------------------

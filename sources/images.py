@@ -53,10 +53,9 @@ def prepare(path, folder, tokenizer_name="char", val_fraction=0.1, image_size=48
     special = (*CONTROLS, *LOCATIONS, *SEGMENTS)
     name = f"bpe:{256 + len(special)}" if tokenizer_name in ("char", "byte") else tokenizer_name  # no room for merges
     texts = [f"{row['prompt']}\n{row['answer']}" for row in splits["train"]]
-    is_bpe = name.startswith("bpe:") or tokenizers.find(name)
-    tokenizer = tokenizers.build(name, None, lambda: texts, special) if is_bpe else None
-    if not is_bpe or tokenizer.kind != "bpe" or None in map(tokenizer.bpe.token_to_id, ("<bos>", "<eos>")):
-        raise UserError(f"tokenizer = {name}: must for images be char or byte (both a token per byte), or bpe:SIZE, or"
+    tokenizer = tokenizers.build(name, None, lambda: texts, special)
+    if tokenizer.kind != "bpe" or None in map(tokenizer.bpe.token_to_id, ("<bos>", "<eos>")):
+        raise UserError(f"tokenizer = {name}: must for images be char or byte (both a token per byte), bpe:SIZE, or"
                         " that of a model that sees, with <bos> and <eos>")
     with writing(folder):
         tokenizer.save(folder / "tokenizer.json.new")
@@ -75,7 +74,7 @@ def prepare(path, folder, tokenizer_name="char", val_fraction=0.1, image_size=48
 
 def find_tables(path):
     """The captions.jsonl of a folder of images, in any case, or Hugging Face's metadata; [] if there is neither."""
-    files = sorted(file for file in path.glob("*") if file.is_file()) if path.is_dir() else []
+    files = sorted(file for file in path.glob("*") if file.is_file())
     tables = [file for file in files if file.name.lower() == "captions.jsonl"]
     if not tables:
         files += sorted(file for file in path.glob("*/metadata.*") if file.parent.name.lower() in SPLITS)

@@ -236,8 +236,9 @@ def test_bad_folders_are_named(folder, tmp_path):
         with pytest.raises(UserError, match=message):
             images.prepare(folder, tmp_path / "out")
     write_rows(folder, whole)
-    with pytest.raises(UserError, match="tokenizer = gpt2: must for images be char or byte"):
-        images.prepare(folder, tmp_path / "out", "gpt2", 0.5)
+    tokenizers.CharTokenizer("abc").save(tmp_path / "char.json")
+    with pytest.raises(UserError, match="char.json: must for images be char or byte .*, bpe:SIZE, or that of a model"):
+        images.prepare(folder, tmp_path / "out", str(tmp_path / "char.json"), 0.5)
     with pytest.raises(UserError, match="bpe:300: 256 bytes and the special tokens need at least bpe:1412"):
         images.prepare(folder, tmp_path / "out", "bpe:300")
     with pytest.raises(UserError, match="image_size = 0: must be at least 1"):
@@ -374,7 +375,7 @@ def test_a_scan_is_on_one_side_only():
 
 
 def test_numbers_are_made_of_the_scans_of_their_split(tmp_path):
-    digits["generate"](tmp_path, images=300, seed=1)
+    digits["generate"](tmp_path, images=100, seed=1)
     rows, (_, labels) = read_rows(tmp_path), digits["load_scans"]()
     splits = digits["split_scans"](labels)
     for index, row in enumerate(rows):
