@@ -122,10 +122,10 @@ def fixed_windows(n_tokens, block_size, batch_size, limit=0):
     if limit and n_tokens - 1 > limit:
         keep = max(1, limit // block_size)
         offsets = offsets[np.arange(keep) * len(offsets) // keep]
-    tail = (n_tokens - 1) % block_size
-    whole = offsets[:-1] if tail and offsets[-1] + block_size > n_tokens - 1 else offsets
+    lengths = np.minimum(block_size, n_tokens - 1 - offsets)
+    whole = offsets[lengths == block_size]
     batches = [(whole[i:i + batch_size], block_size) for i in range(0, len(whole), batch_size)]
-    return batches + ([(offsets[-1:], tail)] if len(whole) < len(offsets) else [])
+    return batches + [(offsets[-1:], int(lengths[-1]))] * (len(whole) < len(offsets))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -58,6 +58,7 @@ ONLY = {  # the settings that some kinds of sources alone have
 
 def main(settings, sources):
     """Prepares the sources by their kind, and prints a command that trains on them."""
+    sources = list(map(os.path.expanduser, sources))
     is_known = len(sources) == 1 and sources[0] in TOKENIZERS and not Path(sources[0]).exists()
     name, recipe = prepare_known_source(settings, sources[0]) if is_known else prepare_own(settings, sources)
     model = settings.tokenizer if os.path.isdir(settings.tokenizer) else ""  # to go on from
@@ -78,7 +79,7 @@ def prepare_known_source(settings, source):
                 raise UserError(f"{source} is a data set with {key} = {value}: add --name=NEW for another one")
         settings = replace(settings, **own)
     if is_corpus:
-        folder = locate(name) if name == source else claim(name, CORPORA[source][0], "documents")
+        folder = locate(name) if name == source else claim(name, CORPORA[source][0])
         prepare_documents(settings, documents.hub_source(*CORPORA[source])._replace(column=settings.column), folder)
         return name, "config/gpt2.py"
     name = prepare_known(source, name, settings.tokenizer, settings.val_fraction, settings.image_size)
@@ -87,24 +88,24 @@ def prepare_known_source(settings, source):
 
 def prepare_own(settings, sources):
     """(name, recipe) of files and folders, or of a URL."""
-    paths, is_url = list(map(Path, sources)), len(sources) == 1 and "://" in sources[0]
+    is_url = len(sources) == 1 and "://" in sources[0]
     check_sources(settings, sources, is_url)
-    captions = images.find_tables(paths[0]) if len(paths) == 1 else []
-    found, rows = ([], []) if is_url or captions else texts.find(paths, documents.SUFFIXES, settings.files)
-    if not (is_url or captions or found or rows):
+    paths = list(map(Path, sources))
+    tables = images.find_tables(paths[0]) if len(paths) == 1 else []
+    found, rows = ([], []) if is_url or tables else texts.find(paths, documents.READERS, settings.files)
+    if not (is_url or tables or found or rows):
         raise UserError(f"{', '.join(sources)}: there are no texts and no documents")
-    kind = captions[0].stem.lower() if captions else "documents" if rows else "texts"
-    check_kind(settings, kind)
+    check_kind(settings, tables[0].stem.lower() if tables else "documents" if rows else "texts")
     path = os.path.abspath(urlsplit(sources[0]).path if is_url else sources[0])  # absolute: "." has no name
     name = settings.name or re.sub(r"\W+", "_", Path(path).stem)
     source = sources[0] if is_url else ", ".join(map(os.path.abspath, sources))
     source = os.fsencode(source).decode("utf-8", "backslashreplace")  # names may be no UTF-8
-    folder, how = claim(name, source, "images" if captions else kind), (settings.tokenizer, settings.val_fraction)
-    if captions:
+    folder, how = claim(name, source), (settings.tokenizer, settings.val_fraction)
+    if tables:
         images.prepare(paths[0], folder, *how, settings.image_size, source, settings.column)
         return name, "config/vlm_shapes.py"
     if rows:
-        prepare_documents(settings, documents.folder_source(rows, settings.column, paths), folder)
+        prepare_documents(settings, documents.local_source(source, rows, settings.column), folder)
         return name, "config/gpt2.py"
     if is_url:
         found = [folder / "input.txt"]
@@ -122,7 +123,7 @@ def check_sources(settings, sources, is_url):
     for source in sources:
         if not is_url and not Path(source).exists():
             raise UserError(f"{source} is no file, no folder, no URL, and none of {', '.join(TOKENIZERS)}")
-    if is_url and Path(urlsplit(sources[0]).path).suffix.lower() in documents.SUFFIXES:
+    if is_url and Path(urlsplit(sources[0]).path).suffix.lower() in documents.READERS:
         raise UserError(f"{sources[0]}: only texts are fetched; download the documents, and name their file")
     if len(sources) > 1 and not settings.name:
         raise UserError(f"{len(sources)} sources make one data set: name it, --name=NEW")

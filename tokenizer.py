@@ -6,6 +6,7 @@
 A control token that is written in a text, such as <|endoftext|>, is text like any other.
 """
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -157,7 +158,7 @@ def build(name, texts, train_texts, special=("<|endoftext|>",)):
     Or one that exists, by its file, or by the folder of a run, of a checkpoint, or of a published model.
     """
     if name == "char":
-        return CharTokenizer(sorted(set().union(*map(set, texts()))))
+        return CharTokenizer(sorted(set(itertools.chain.from_iterable(texts()))))
     if name in ("byte", "gpt2"):
         return KINDS[name]()
     kind, _, size = name.partition(":")

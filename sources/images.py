@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 from pathlib import PurePath
 
 import numpy as np
@@ -25,10 +26,9 @@ import numpy as np
 import tokenizer as tokenizers
 from configurator import UserError
 from machine.terminal import progress
-from run.lock import owned
 from run.pictures import LOCATIONS, SEGMENTS, read_image
 from sources.documents import READERS, pick
-from sources.texts import new_files, put_in_place
+from sources.texts import finish, writing
 
 CONTROLS = ("<pad>", "<eos>", "<bos>", "<image>")  # in PaliGemma's order
 FILES = ("images.bin", "train.jsonl", "val.jsonl", "tokenizer.json")
@@ -47,19 +47,17 @@ def prepare(path, folder, tokenizer_name="char", val_fraction=0.1, image_size=48
         raise UserError(f"{path} has neither a captions.jsonl nor a metadata.jsonl")
     rows = [row for table in tables for row in read_rows(table, path, column)]
     if tables[0].stem.lower() == "metadata":
-        rows = settle_folders(rows)
+        rows = name_splits(rows)
     split_images(rows, val_fraction, tables[0])
     splits = {split: [row for row in rows if row["split"] == split] for split in ("train", "val")}
     special = (*CONTROLS, *LOCATIONS, *SEGMENTS)
     name = f"bpe:{256 + len(special)}" if tokenizer_name in ("char", "byte") else tokenizer_name  # no room for merges
-    if not name.startswith("bpe:") and not tokenizers.find(name):
-        raise UserError(f"tokenizer = {name}: must be char or byte (both a token per byte), or bpe:SIZE, for images, or"
-                        " a model's folder")
     texts = [f"{row['prompt']}\n{row['answer']}" for row in splits["train"]]
     tokenizer = tokenizers.build(name, None, lambda: texts, special)
     if tokenizer.kind != "bpe" or None in map(tokenizer.bpe.token_to_id, ("<bos>", "<eos>")):
-        raise UserError(f"tokenizer = {name}: lacks <bos> and <eos>: for images take that of a model that sees")
-    with owned(folder, "name", "prepared a data set"), new_files(folder, *FILES):
+        raise UserError(f"tokenizer = {name}: must for images be char or byte (both a token per byte), bpe:SIZE, or"
+                        " that of a model that sees, with <bos> and <eos>")
+    with writing(folder):
         tokenizer.save(folder / "tokenizer.json.new")
         count = write_rows(path, rows, image_size, folder)
         meta = {"kind": "image-text", "source": str(source or path), "images": count, "image_size": image_size,
@@ -71,13 +69,12 @@ def prepare(path, folder, tokenizer_name="char", val_fraction=0.1, image_size=48
         for name in FILES[:3]:
             digest.update(np.memmap(folder / f"{name}.new", mode="r"))
         meta["sha256"] = digest.hexdigest()
-        put_in_place(folder, FILES, meta)
-        return meta
+        return finish(folder, FILES, meta)
 
 
 def find_tables(path):
     """The captions.jsonl of a folder of images, in any case, or Hugging Face's metadata; [] if there is neither."""
-    files = sorted(file for file in path.glob("*") if file.is_file()) if path.is_dir() else []
+    files = sorted(file for file in path.glob("*") if file.is_file())
     tables = [file for file in files if file.name.lower() == "captions.jsonl"]
     if not tables:
         files += sorted(file for file in path.glob("*/metadata.*") if file.parent.name.lower() in SPLITS)
@@ -89,18 +86,13 @@ def find_tables(path):
 def read_rows(table, folder, column):
     """Yields the rows of a table: image (a normal path in the folder), prompt, answer, kind, split ("" if none), where.
     """
-    is_foreign = table.stem.lower() == "metadata"
-    for where, row, _ in READERS[table.suffix.lower()](table, column):
-        if is_foreign:
+    for where, row in READERS[table.suffix.lower()](table, column):
+        if table.stem.lower() == "metadata":
             row = from_metadata(row, table.parent.relative_to(folder), column, where)
         try:
-            row = check_row(row, folder)
+            yield {**check_row(row, folder), "where": where}
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        if is_foreign:
-            folders = row["image"].lower().split(os.sep)[:-1]
-            row["split"] = next((SPLITS[name] for name in folders if name in SPLITS), "")
-        yield {**row, "where": where}
 
 
 def from_metadata(row, folder, column, where):
@@ -112,41 +104,45 @@ def from_metadata(row, folder, column, where):
         column = "caption"
     image = row[names[0]]
     image = os.path.normpath(os.path.join(folder, image)) if isinstance(image, str) else image
-    return {"image": image, "prompt": "caption", "answer": pick(row, column, where), "kind": "caption"}
+    return {"image": image, "prompt": "caption", "answer": pick(row, column, where)}
 
 
-def settle_folders(rows):
-    """The rows of folders with Hugging Face's names, for train and val alone: test stands in for val, or is left out.
-    """
-    found = {row["split"] for row in rows}
-    if "val" in found and "test" in found:
-        rows = [row for row in rows if row["split"] != "test"]
+def name_splits(rows):
+    """The rows with the splits that Hugging Face's names of folders say. test stands in for val, or is left out."""
+    folders = [row["image"].lower().split(os.sep)[:-1] for row in rows]
+    splits = [next((SPLITS[name] for name in names if name in SPLITS), "") for names in folders]
+    found = set(splits)
+    if len(found) == 1:  # no split at all: the last images are for validation
+        return rows
+    if {"val", "test"} <= found:
         print("the images of test/ are left out: they are no validation", flush=True)
-    elif "test" in found and "train" in found:
+        return [{**row, "split": split} for row, split in zip(rows, splits) if split != "test"]
+    if {"train", "test"} <= found:
         print("the images of test/ are for validation", flush=True)
-    one = len(found) == 1  # no split at all: the last images are for validation
-    return [{**row, "split": "" if one else "val" if row["split"] == "test" else row["split"]} for row in rows]
+    return [{**row, "split": split.replace("test", "val")} for row, split in zip(rows, splits)]
 
 
 def check_row(row, folder):
     """The row with all of its fields. Raises UserError that says what is wrong with it."""
-    row = {"split": "", **{name: value for name, value in row.items() if value is not None}}
-    row.setdefault("kind", (str(row.get("prompt")).split() or ["none"])[0])
-    row = {name: row.get(name) for name in ("image", "prompt", "answer", "kind", "split")}
-    for name, value in row.items():
+    for name in ("image", "prompt", "answer", "kind", "split"):
+        value = row.get(name)
+        if value is None and name in ("kind", "split"):
+            continue
         if not isinstance(value, str):
-            raise UserError(f"{name} = {json.dumps(value):.60}: must be text, in double quotes")
+            raise UserError(f"{name} = {reprlib.repr(value)}: must be text, in double quotes")
         if found := re.search("|".join((*CONTROLS, "[\ud800-\udfff]")), value):  # or half of a surrogate pair
             raise UserError(f"{name} = {value!r}: leave out {found[0]!r}")
-    if not row["answer"].strip():
-        raise UserError(f"answer = {row['answer']!r}: is empty, so there is nothing to learn; remove the row")
-    if row["split"] not in ("train", "val", ""):
-        raise UserError(f"split = {row['split']!r}: must be \"train\" or \"val\", or be left out of all rows")
+    prompt, answer, split = row["prompt"], row["answer"], row.get("split") or ""
+    if not answer.strip():
+        raise UserError(f"answer = {answer!r}: is empty, so there is nothing to learn; remove the row")
+    if split not in ("train", "val", ""):
+        raise UserError(f"split = {split!r}: must be \"train\" or \"val\", or be left out of all rows")
     image = os.path.normpath(row["image"])
     outside = PurePath(image).anchor or PurePath(image).parts[:1] == ("..",)
     if outside or not os.path.isfile(folder / image):
         raise UserError(f"image = {row['image']!r}: there is no such file in {folder}; add it or remove the row")
-    return {**row, "image": image}
+    kind = row.get("kind") or (prompt.split() or ["none"])[0]
+    return {"image": image, "prompt": prompt, "answer": answer, "kind": kind, "split": split}
 
 
 def split_images(rows, val_fraction, path):

@@ -48,27 +48,26 @@ def locate(dataset):
     return Path(dataset).expanduser() if "/" in dataset or os.sep in dataset else DATA / dataset
 
 
-def claim(dataset, source, kind):
-    """The folder of a data set that is prepared from `source`. Raises UserError if it belongs to another one.
-
-    kind: texts, images or documents. Whether documents are of the same source is sources/documents.py's question.
-    """
+def claim(dataset, source):
+    """The folder of a data set that is prepared from `source`. Raises UserError if something else is in it."""
     folder = locate(dataset)
     if not dataset or DATA.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"name = {dataset!r}: {folder} is a place for several data sets: name this one, --name=NEW")
     if folder.resolve().parent == DATA.resolve() and folder.resolve().name in TOKENIZERS:
         raise UserError(f"name = {dataset}: is a known data set's: choose another name, --name=NEW")
-    is_unfinished, meta = (folder / "recipe.json").exists(), {}
-    if not is_unfinished and not (folder / "meta.json").exists():
-        return folder
-    with contextlib.suppress(UserError, TypeError, ValueError):  # it is damaged
-        meta = dict(read_json(folder / "meta.json"))
-    found = "documents" if is_unfinished or "shards" in meta else "images" if "kind" in meta else "texts"
-    if found != kind or kind != "documents" and os.path.abspath(meta.get("source", "")) != os.path.abspath(source):
-        raise UserError(f"{folder} holds other {found}, of {meta.get('source') or 'an unknown source'}: delete it, or"
-                        " choose another name, --name=NEW")
-    if kind != "documents":
-        print(f"{folder} has this source's data set, which is replaced", flush=True)
+    names = {path.name for path in folder.glob("*")} - {"README.md", "input.txt"}
+    for name in ("meta.json", "recipe.json"):  # the latter: of documents that are not finished
+        if name in names:
+            found = ""
+            with contextlib.suppress(UserError, TypeError, ValueError):  # it is damaged
+                found = dict(read_json(folder / name)).get("source")
+            if found != source:
+                raise UserError(f"{folder} holds another data set, of {found or 'an unknown source'}: delete it, or"
+                                " choose another name, --name=NEW")
+            print(f"{folder} has a data set of this source, which is renewed", flush=True)
+            return folder
+    if names and "run.lock" not in names or "run.json" in names:  # without run.json the lock is a killed prepare.py's
+        raise UserError(f"name = {dataset}: {folder} holds files that are no data set: choose another name, --name=NEW")
     return folder
 
 
@@ -99,7 +98,7 @@ def prepare_known(name, target, tokenizer, val_fraction=0.1, image_size=48):
         from sources import images  # imports numpy
         raw, script = DATA / name / "source", f"data/{name}/generate.py"
         if target != name:
-            claim(target, script, "images")
+            claim(target, script)
         with owned(raw, "dataset", "made images"):
             print(f"generating {raw}", flush=True)
             runpy.run_path(str(ROOT / script))["generate"](raw)
@@ -117,7 +116,7 @@ def prepare_known(name, target, tokenizer, val_fraction=0.1, image_size=48):
               f" {DATA / name / 'input.txt'} yourself.\n{bar}\n", flush=True)
         return ensure(BUILT_IN)
     if target != name:
-        claim(target, origin, "texts")
+        claim(target, origin)
     texts.prepare([path], locate(target), tokenizer, val_fraction, origin)
     return target
 
@@ -142,19 +141,19 @@ def known_text(name):
 
 def download(url, path):
     """Fetches `url` into `path`, whole or not at all. Raises Offline if nothing answers within CONNECT_SECONDS."""
-    from sources.texts import new_files
+    from sources.texts import writing
     print(f"downloading {url}", flush=True)
     try:
         with ThreadPool(1) as pool:  # a name look-up has no time-out of its own
             stream = pool.apply_async(urlopen, (url, None, CONNECT_SECONDS)).get(CONNECT_SECONDS + 1)
-        with new_files(path.parent, name := path.name):
-            size = getattr(stream, "length", None)  # bytes that are promised and have not come
-            with stream, open(path.with_name(f"{name}.new"), "wb") as file, progress(size, name, "B") as bar:
+        new, size = path.with_name(f"{path.name}.new"), getattr(stream, "length", None)
+        with writing(path.parent):
+            with stream, open(new, "wb") as file, progress(size, path.name, "B") as bar:
                 while piece := stream.read(1 << 16):
                     bar.update(file.write(piece))
-            if getattr(stream, "length", 0):
+            if getattr(stream, "length", 0):  # bytes that are promised and have not come
                 raise ConnectionError("the download broke off")
-            os.replace(path.with_name(f"{name}.new"), path)
+            os.replace(new, path)
     except HTTPError as error:
         raise UserError(f"{url}: the server answered {error.code} {error.reason}") from None
     except UserError:

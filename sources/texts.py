@@ -16,29 +16,26 @@ import os
 import re
 import shlex
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 
 import tokenizer as tokenizers
 from configurator import USERS_ERRORS, UserError
-from machine.terminal import progress
+from machine.terminal import progress, watched
 from run.files import write_json
 from run.lock import owned
 
 CHUNK = 1 << 22  # characters of text held at a time
 SAMPLE = 20_000_000  # characters that a BPE learns from, at most
-LARGEST = 5  # files whose shares of a data set are said
-SAMPLE_PIECE = 1 << 16  # characters of that which come from one place, at least, unless a file is shorter
+SAMPLE_PIECE = 1 << 16  # characters of that which come from one place, at least, unless a text is shorter
+LARGEST = 5  # files whose shares of the characters are said
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Which files are texts
 
 FIRST_BYTES = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16",
-               b"\x1f\x8b": "gzip", b"BZh9": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"%PDF-": "PDF",
-               b"PK\x03\x04": "zip (as .docx, .xlsx and .epub are)", b"{\\rtf": "RTF", b"SQLite format 3": "SQLite",
-               b"\x89PNG": "a picture", b"GIF8": "a picture", b"\xff\xd8\xff": "a picture"}
-ZEROS = {(0, 1, 0, 1): "UTF-16LE", (1, 0, 1, 0): "UTF-16BE", (0, 1, 1, 1): "UTF-32LE", (1, 1, 1, 0): "UTF-32BE"}
+               b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"%PDF-": "PDF", b"{\\rtf": "RTF"}
+ABOUT = ("README", "LICENSE", "LICENCE", "COPYING", "NOTICE")  # texts that may lie beside documents
 MOST_NAMED = 10  # of the files that were left out
 
 
@@ -50,55 +47,52 @@ def find(paths, document_suffixes, pattern=""):
     """
     texts, documents, left_out = [], [], []
     for path in paths:
-        for file in files_in(path, pattern, left_out) if path.is_dir() else [path]:
+        for file in files_in(path, pattern or "*") if path.is_dir() else [path]:
             if file.suffix.lower() in document_suffixes and file.exists() and not file.is_dir():
                 documents.append(file)
             elif why := file != path and why_no_text(file):
                 left_out.append(why)
             else:
                 texts.append(file)
-    if documents:
-        left_out += [f"{file} is a text, and the others are documents" for file in texts if is_beside(file)]
-        texts = [file for file in texts if not is_beside(file)]
+    if documents:  # what lies beside them and is about them
+        left_out += [f"{file} is no document" for file in texts if file.name.upper().startswith(ABOUT)]
+        texts = [file for file in texts if not file.name.upper().startswith(ABOUT)]
     if documents and texts:
         raise UserError(f"there are documents ({documents[0]}) and texts ({texts[0]}): say which files of a folder"
                         f" count, such as --files=\"*{documents[0].suffix}\" or --files=\"*{texts[0].suffix}\"")
-    if paths != (taken := texts + documents):
-        suffixes = collections.Counter(file.suffix.lower() or "no suffix" for file in taken)
-        print(f"taken: {', '.join(f'{n:,} {suffix}' for suffix, n in suffixes.most_common()) or 'nothing'}")
+    if paths != texts + documents:
+        say_what_counts(texts + documents, left_out)
+    return texts, documents
+
+
+def say_what_counts(taken, left_out):
+    suffixes = collections.Counter(file.suffix.lower() or "no suffix" for file in taken)
+    print(f"taken: {', '.join(f'{n:,} {suffix}' for suffix, n in suffixes.most_common()) or 'nothing'}")
     for why in left_out[:MOST_NAMED]:
         print(f"left out: {why}")
     if len(left_out) > MOST_NAMED:
         print(f"left out: {len(left_out) - MOST_NAMED:,} more")
-    return texts, documents
 
 
-def is_beside(file):
-    return file.name.upper().startswith(("README", "LICENSE", "LICENCE", "COPYING", "NOTICE"))
+def files_in(folder, pattern):
+    """Yields in order what lies in the folder and below, matches the pattern, and is neither hidden nor a folder.
 
-
-def files_in(folder, pattern, left_out):
-    """The files in the folder and below, in order, that match the pattern and are not hidden.
-
-    Why a folder can't be listed is added to left_out.
+    Links to folders, and folders that can't be read, are among them: the caller says why they are left out.
     """
-    def failed(error):
-        left_out.append(f"{error.filename} can't be read: {error.strerror}")
-
-    found = []
-    for place, folders, names in os.walk(folder, onerror=failed):
-        folders[:] = [name for name in folders if name[0] != "."]
-        links = [name for name in folders if os.path.islink(os.path.join(place, name))]  # which os.walk does not follow
-        found += [Path(place, name) for name in names + links if name[0] != "."]
-    names = {path: path.relative_to(folder).as_posix() if "/" in pattern else path.name for path in found}
-    return sorted(path for path in found if fnmatch.fnmatchcase(names[path].lower(), (pattern or "*").lower()))
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder)
+        name = inside.as_posix() if "/" in pattern else path.name
+        is_open = path.is_dir() and not path.is_symlink() and os.access(path, os.R_OK)
+        is_hidden = any(part.startswith(".") for part in inside.parts)
+        if not is_open and not is_hidden and fnmatch.fnmatchcase(name.lower(), pattern.lower()):
+            yield path
 
 
 def why_no_text(path):
     """Why the file is no text of UTF-8; "" if it is one."""
     try:
         if not path.is_file():
-            return f"{path} is {'a link to a folder' if path.is_dir() else 'no regular file, or a link to nothing'}"
+            return f"{path} is no file that can be read, or a link to a folder"
         for _ in read_file(path):
             pass
     except (UserError, OSError) as error:
@@ -108,14 +102,16 @@ def why_no_text(path):
 
 def check_start(path, start):
     """Raises UserError if a file that starts with these bytes is no text of UTF-8."""
-    often = tuple(int(start[i::4].count(0) > len(start) / 8) for i in range(4))  # zeros, at each fourth byte
-    kind = next((kind for first, kind in FIRST_BYTES.items() if start.startswith(first)), ZEROS.get(often))
-    kind = kind or "JSON" * (path.suffix.lower() in (".json", ".ipynb")) or "binary" * (b"\0" in start)
-    remedy = {"JSON": "write a row on each line, as .jsonl", "a picture": "pictures need a captions.jsonl"}.get(kind)
+    kind = next((kind for first, kind in FIRST_BYTES.items() if start.startswith(first)), "")
+    remedy = "take the text out of it first"
     if kind.startswith("UTF"):
         remedy = f"iconv -f {kind} -t UTF-8 {shlex.quote(str(path))} > NEW.txt"
+    elif b"\0" in start:
+        kind = kind or "binary"
+    elif path.suffix.lower() in (".json", ".ipynb"):
+        kind, remedy = "JSON", "write a row on each line, as .jsonl"
     if kind:
-        raise UserError(f"{path} is {kind}, and no text of UTF-8: {remedy or 'take the text out of it first'}")
+        raise UserError(f"{path} is {kind}, and no text of UTF-8: {remedy}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -155,12 +151,16 @@ class Page(HTMLParser):
         self.close()
         self.text = re.sub(r"( ?\n)+( (?! ))?", "\n", "".join(self.parts)).strip() + "\n"
 
-    def handle_starttag(self, tag, attrs, count=1):
-        self.open[tag] += count
-        self.parts.append(" " if tag in ("td", "th") else "" if tag in self.INLINE else "\n")
+    def handle_starttag(self, tag, attrs):
+        self.open[tag] += 1
+        self.parts.append(self.gap(tag))
 
     def handle_endtag(self, tag):
-        self.handle_starttag(tag, (), -1 if self.open[tag] else 0)
+        self.open[tag] = max(0, self.open[tag] - 1)
+        self.parts.append(self.gap(tag))
+
+    def gap(self, tag):
+        return " " if tag in ("td", "th") else "" if tag in self.INLINE else "\n"
 
     def handle_data(self, data):
         if not any(self.open[tag] for tag in self.HIDDEN):
@@ -205,15 +205,20 @@ def whole_words(texts):
 
 
 def sample(texts, total):
-    """Of texts of `total` characters what a BPE learns from: all, or SAMPLE characters that are spread over them."""
-    share, due = min(1, SAMPLE / total), 0
-    if share < 1:
-        print(f"the tokenizer learns from {SAMPLE:,} of {total:,} training characters, from all parts", flush=True)
+    """Yields what a BPE learns from: of texts of about `total` characters all, or SAMPLE that are spread over them."""
+    due, seen, given = 0, 0, 0
     for text in texts:
-        due += share * len(text)
+        seen += len(text)
+        due += len(text) * min(1, SAMPLE / total)
         if due >= min(len(text), SAMPLE_PIECE):
-            yield text[:int(due)]
-            due -= min(len(text), int(due))
+            piece = text[:int(due)]
+            yield piece
+            due -= len(piece)
+            given += len(piece)
+        if given >= SAMPLE:
+            break
+    if given < seen:
+        print(f"the tokenizer learns from {given:,} characters that are spread over {seen:,}", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -222,21 +227,22 @@ def sample(texts, total):
 def prepare(paths, folder, tokenizer_name, val_fraction=0.1, source="", newlines="one"):
     """Writes the data set of the files' text into `folder`, and returns its meta. Raises UserError for a bad text."""
     source, keep = str(source or paths[0]), newlines == "keep"
-    counts = count_characters(paths, keep)
+    counts = [sum(map(len, read_file(path, keep))) for path in watched(paths, "counting characters")]
     cuts = [int(count * (1 - val_fraction)) for count in counts]
     parts = {"train": [(path, 0, cut) for path, cut in zip(paths, cuts)], "val": list(zip(paths, cuts, counts))}
     total, n_train = sum(counts), sum(cuts)
     if n_train < 2 or total - n_train < 2:
         raise UserError(f"{source} has {total} characters: too few to split for training and validation")
-    print(f"for validation: the last {100 * val_fraction:.3g} % of {in_shares(paths, counts)}", flush=True)
+    largest = sorted(zip(counts, paths), reverse=True)[:LARGEST]
+    shares = ", ".join(f"{path.name} {100 * count / total:.0f} %" for count, path in largest)
+    print(f"for validation: the last {100 * val_fraction:.3g} % of each file; the largest shares: {shares}", flush=True)
     tokenizer = tokenizers.build(tokenizer_name,
                                  lambda: shown(read(parts["train"] + parts["val"], keep), total, "characters"),
                                  lambda: sample(whole_words(read(parts["train"], keep)), n_train))
     meta = {"source": source, "sha256": "", "characters": 0, "bytes": 0,
             "tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "dtype": id_type(tokenizer)}
     digest = hashlib.sha256()
-    names = ("train.bin", "val.bin", "tokenizer.json")
-    with owned(folder, "name", "prepared a data set"), new_files(folder, *names):
+    with writing(folder):
         for split, count in (("train", n_train), ("val", total - n_train)):
             text = shown(read(parts[split], keep), count, f"tokens for {split}")
             characters, n_bytes, n_tokens = write_tokens(folder / f"{split}.bin.new", text, tokenizer, digest)
@@ -245,46 +251,25 @@ def prepare(paths, folder, tokenizer_name, val_fraction=0.1, source="", newlines
             meta[f"{split}_characters"], meta[f"{split}_tokens"] = characters, n_tokens
         meta["sha256"] = digest.hexdigest()
         tokenizer.save(folder / "tokenizer.json.new")
-        put_in_place(folder, names, meta)
-    return meta
-
-
-def count_characters(paths, keep):
-    """How many characters each file has."""
-    counts = []
-    with progress(sum(path.stat().st_size for path in paths), "counting", "B") as bar:
-        for path in paths:
-            counts.append(0)
-            for text in read_file(path, keep):
-                counts[-1] += len(text)
-                bar.update(len(text.encode("utf-8")))
-    return counts
-
-
-def in_shares(paths, counts):
-    """The files in words, with the shares that the largest have of all characters."""
-    if len(paths) == 1:
-        return str(paths[0])
-    largest = sorted(zip(counts, paths), key=lambda row: -row[0])[:LARGEST]
-    shares = ", ".join(f"{path.name} {100 * count / sum(counts):.2g} %" for count, path in largest)
-    return f"each of {len(paths):,} files; the largest shares of both splits: {shares}"
+        return finish(folder, ("train.bin", "val.bin", "tokenizer.json"), meta)
 
 
 @contextlib.contextmanager
-def new_files(folder, *names):
-    """Makes the folder. Removes each NAME.new in it should what is inside fail; a full disk is a UserError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        if error.errno not in USERS_ERRORS:
-            raise
-        what = error.filename or f"{folder} can't be written"
-        raise UserError(f"{what}: {error.strerror}") from None
-    finally:
-        for name in names:
-            with contextlib.suppress(OSError):
-                (folder / f"{name}.new").unlink()
+def writing(folder):
+    """Makes the folder and holds it, as no other process can meanwhile. At the end removes every .new in it.
+
+    Raises UserError for a full disk.
+    """
+    with owned(folder, "name", "prepared a data set"):
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in USERS_ERRORS:
+                raise
+            raise UserError(f"{error.filename or folder} can't be written: {error.strerror}") from None
+        finally:
+            for path in folder.glob("*.new"):
+                path.unlink(missing_ok=True)
 
 
 def write_tokens(path, texts, tokenizer, digest):
@@ -310,13 +295,19 @@ def id_type(tokenizer):
     return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
 
 
-def put_in_place(folder, names, meta, last="meta.json"):
-    """Renames each NAME.new of the folder to NAME; then writes and prints meta: without it they are not a data set."""
-    (folder / last).unlink(missing_ok=True)
+def put_in_place(folder, names, record_path, record):
+    """Renames each NAME.new of the folder to NAME; then writes the record, without which they are not there."""
+    record_path.unlink(missing_ok=True)
     for name in names:
         with open(folder / f"{name}.new", "rb+") as file:
             os.fsync(file.fileno())
         os.replace(folder / f"{name}.new", folder / name)
-    write_json(folder / last, meta)
+    write_json(record_path, record)
+
+
+def finish(folder, names, meta):
+    """Makes a data set of each NAME.new, and prints and returns its meta."""
+    put_in_place(folder, names, folder / "meta.json", meta)
     numbers = [f"{name} = {value:,}" for name, value in meta.items() if isinstance(value, int)]
-    print(f"{folder / last}: {', '.join(numbers)}", flush=True)
+    print(f"{folder / 'meta.json'}: {', '.join(numbers)}", flush=True)
+    return meta

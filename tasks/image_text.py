@@ -333,6 +333,7 @@ def save_picture(picture, path):
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)
-    except OSError as error:
-        raise UserError(f"{path} can't be written: {checkpoint.reason(error)}") from None
+    except (OSError, ValueError, OverflowError) as error:  # of the disk; without a number: of the format
+        size = "" if getattr(error, "errno", None) else f"; a .png holds its {picture.width} x {picture.height} pixels"
+        raise UserError(f"{path} can't be written: {checkpoint.reason(error)}{size}") from None
     return f"wrote {path}"

@@ -5,7 +5,6 @@ import http.server
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import threading
 import time
 import urllib.parse
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 
@@ -43,7 +43,6 @@ def a_shard_per_file(monkeypatch):
 @pytest.fixture
 def in_process(monkeypatch):
     """Shards are written without processes, which take a second to start."""
-    monkeypatch.setattr(documents, "count_bytes", lambda n: None)
     monkeypatch.setattr(documents, "in_processes", lambda _, jobs: [documents.write_shard(*job) for job in jobs])
 
 
@@ -79,9 +78,9 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe:300"])
-def test_each_document_is_there_once_and_in_order(corpus, tmp_path, tokenizer):
+def test_each_document_is_there_once_and_in_order(corpus, in_process, tmp_path, tokenizer):
     source, texts = corpus
-    data = run(source, tmp_path / "out", tokenizer=tokenizer, processes=2)
+    data = run(source, tmp_path / "out", tokenizer=tokenizer)
     tokenizer = tokenizers.load(tmp_path / "out" / "tokenizer.json")
     end = "\n\n" if tokenizer.eos is None else "<|endoftext|>"
     for split in ("train", "val"):
@@ -94,10 +93,11 @@ def test_each_document_is_there_once_and_in_order(corpus, tmp_path, tokenizer):
     assert data.meta["documents"] == len(texts) and data.meta["bytes"] == sum(len(t.encode()) for t in texts)
 
 
-def test_processes_and_grouping_change_nothing(corpus, tmp_path, monkeypatch):
+def test_processes_and_grouping_change_nothing(corpus, tmp_path, monkeypatch, request):
     source, _ = corpus
     many = run(source, tmp_path / "many", tokenizer="bpe:300", processes=3)
-    run(source, tmp_path / "one", tokenizer="bpe:300", processes=1)
+    request.getfixturevalue("in_process")
+    run(source, tmp_path / "one", tokenizer="bpe:300")
     assert same(tmp_path / "many", tmp_path / "one")
     monkeypatch.setattr(documents, "SHARD_BYTES", 1 << 20)
     one = run(source, tmp_path / "single", tokenizer="bpe:300")
@@ -105,25 +105,21 @@ def test_processes_and_grouping_change_nothing(corpus, tmp_path, monkeypatch):
     assert np.array_equal(one.splits["train"], many.splits["train"][0:len(one.splits["train"])])
 
 
-def test_a_finished_shard_is_kept_and_a_missing_one_written(corpus, tmp_path, capsys):
+def test_a_finished_shard_is_kept_and_a_missing_one_written(corpus, in_process, tmp_path, capsys):
     source, _ = corpus
     for folder in ("whole", "again"):
-        run(source, tmp_path / folder, tokenizer="byte", processes=1)
+        run(source, tmp_path / folder, tokenizer="byte")
     kept = (tmp_path / "again" / "train_00000.bin").stat().st_mtime_ns
     (tmp_path / "again" / "shard_00001.json").unlink()
     (tmp_path / "again" / "train_00001.bin").write_bytes(b"torn")
     capsys.readouterr()
-    run(source, tmp_path / "again", tokenizer="byte", processes=1)
-    assert "3 shards, 1 to write" in capsys.readouterr().out
+    run(source, tmp_path / "again", tokenizer="byte")
+    assert "3 shards, 1 to write (0 anew)" in capsys.readouterr().out
     assert same(tmp_path / "whole", tmp_path / "again")
     assert (tmp_path / "again" / "train_00000.bin").stat().st_mtime_ns == kept
-    for settings, message in ((dict(tokenizer="bpe:300"), "holds another data set .tokenizer = 'byte'"),
-                              (dict(tokenizer="byte", val_fraction=0.2), "another data set .val_fraction = 0.1")):
-        with pytest.raises(UserError, match=message):
-            run(source, tmp_path / "again", **settings)
     (tmp_path / "hamlet.txt").write_text("To be, or not to be. " * 9, encoding="utf-8")
     run(tmp_path / "hamlet.txt", tmp_path / "text")
-    with pytest.raises(UserError, match="holds other texts, of .*hamlet.txt: delete it"):
+    with pytest.raises(UserError, match="holds another data set, of .*hamlet.txt: delete it"):
         run(source, tmp_path / "text", tokenizer="byte")
 
 
@@ -202,13 +198,12 @@ def swap(folder):
     (folder / "spare").rename(folder / "b.jsonl")
 
 
-CHANGES = {  # what: how many shards are written anew with the tokenizer byte
-    "the same size": (lambda folder: rewrite(folder / "b.jsonl", "98.", "97."), 1),
-    "as before": (lambda folder: os.utime(folder / "b.jsonl", (1, 1)), 0),
-    "longer": (lambda folder: rewrite(folder / "c.jsonl", "night", "knight"), 1),
-    "one less": (lambda folder: (folder / "c.jsonl").unlink(), 0),
-    "one more": (lambda folder: rewrite_as(folder / "c.jsonl", folder / "d.jsonl", "fool", "wise"), 1),
-    "other names": (swap, 2),
+CHANGES = {  # what: how many shards are written anew with the tokenizer byte, how many for the first time
+    "the same size": (lambda folder: rewrite(folder / "b.jsonl", "98.", "97."), 1, 0),
+    "longer": (lambda folder: rewrite(folder / "c.jsonl", "night", "knight"), 1, 0),
+    "one less": (lambda folder: (folder / "a.jsonl").unlink(), 2, 0),
+    "one more": (lambda folder: rewrite_as(folder / "c.jsonl", folder / "d.jsonl", "fool", "wise"), 0, 1),
+    "other names": (swap, 2, 0),
 }
 
 
@@ -216,53 +211,59 @@ def rewrite_as(path, other, old, new):
     other.write_text(path.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
 
 
-@pytest.mark.parametrize("tokenizer", ["byte", "bpe:300", "char"])
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change, tokenizer", [*((change, "byte") for change in CHANGES), ("the same size", "bpe:300"),
+                                               ("one more", "bpe:300"), ("other names", "bpe:300"), ("longer", "char")])
 def test_whatever_changes_the_result_is_that_of_a_first_start(files, in_process, tmp_path, capsys, tokenizer, change):
     run(files, tmp_path / "again", tokenizer=tokenizer)
-    edit, count = CHANGES[change]
+    edit, anew, more = CHANGES[change]
     edit(files)
     capsys.readouterr()
     run(files, tmp_path / "again", tokenizer=tokenizer)
     said = capsys.readouterr().out
     run(files, tmp_path / "fresh", tokenizer=tokenizer)
+    for left in tmp_path.glob("again/*_00002.*") if change == "one less" else ():
+        left.unlink()
     assert same(tmp_path / "again", tmp_path / "fresh")
-    assert f", {count} to write" in said or tokenizer != "byte"
-    assert ("1 of them had other content" in said) == (change in ("the same size", "longer")) or tokenizer != "byte"
-    assert ("all shards are written anew" in said) == (tokenizer == "bpe:300" and change not in ("as before",
-                                                                                                 "other names"))
+    assert f", {anew + more} to write ({anew} anew)" in said or tokenizer != "byte"
+    assert "to write (3 anew)" in said or (tokenizer, change) not in (("bpe:300", "the same size"),
+                                                                      ("bpe:300", "one more"))
 
 
-def test_fewer_files_leave_no_shards_behind(files, in_process, tmp_path, capsys):
-    run(files, tmp_path / "again", tokenizer="byte")
-    run(files, tmp_path / "again", tokenizer="byte", max_files=1)
-    assert "removed 2 shards" in capsys.readouterr().out
-    run(files, tmp_path / "fresh", tokenizer="byte", max_files=1)
-    assert same(tmp_path / "again", tmp_path / "fresh")
-    for name, content in (("shard_00000.json", b"{"), ("train_00000.bin", b""), ("shard_00000.json", b"{}")):
-        (tmp_path / "again" / name).write_bytes(content)
-        run(files, tmp_path / "again", tokenizer="byte", max_files=1)
-        assert same(tmp_path / "again", tmp_path / "fresh")
-
-
-def test_another_corpus_is_refused_and_one_that_moved_is_known(files, in_process, tmp_path, capsys):
-    run(files, tmp_path / "out", tokenizer="bpe:300")
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "z.jsonl").write_text("".join(f'{{"text": "быстрая лиса {i}"}}\n' for i in range(60)))
-    with pytest.raises(UserError, match="holds another data set .source = '.*source'.: delete it, or choose another"):
-        run(tmp_path / "other", tmp_path / "out", tokenizer="bpe:300")
-    shutil.copytree(files, tmp_path / "moved", copy_function=shutil.copyfile)
+def test_fewer_files_now_and_all_of_them_later(files, in_process, tmp_path, capsys):
+    whole = run(files, tmp_path / "out", tokenizer="byte").meta
+    fewer = run(files, tmp_path / "out", tokenizer="byte", max_files=1).meta
+    assert fewer["documents"] == 60 and fewer["shards"]["train"] == whole["shards"]["train"][:1]
     capsys.readouterr()
-    run(tmp_path / "moved", tmp_path / "out", tokenizer="bpe:300")
+    assert run(files, tmp_path / "out", tokenizer="byte").meta == whole
     assert "3 shards, 0 to write" in capsys.readouterr().out
+    run(files, tmp_path / "fresh", tokenizer="byte")
+    for name, content in (("shard_00000.json", b"{"), ("train_00000.bin", b""), ("shard_00000.json", b"{}")):
+        (tmp_path / "out" / name).write_bytes(content)
+        run(files, tmp_path / "out", tokenizer="byte")
+        assert same(tmp_path / "out", tmp_path / "fresh")
 
 
-def test_a_start_that_failed_binds_to_nothing(files, in_process, tmp_path):
+def test_another_setting_makes_it_anew_and_a_wrong_one_loses_no_shard(files, in_process, tmp_path, capsys):
     with pytest.raises(UserError, match="a.jsonl, line 1: no column is named body, only text, other: .*--column=NAME"):
         run(files, tmp_path / "out", tokenizer="byte", column="body")
-    run(files, tmp_path / "out", tokenizer="byte", column="other")
-    with pytest.raises(UserError, match="holds another data set .column = 'other'."):
-        run(files, tmp_path / "out", tokenizer="byte")
+    run(files, tmp_path / "out", tokenizer="bpe:300", column="other", val_fraction=0.3)
+    run(files, tmp_path / "out", tokenizer="byte")
+    run(files, tmp_path / "fresh", tokenizer="byte")
+    assert same(tmp_path / "out", tmp_path / "fresh")
+    with pytest.raises(UserError, match="no column is named body"):
+        run(files, tmp_path / "out", tokenizer="byte", column="body")
+    capsys.readouterr()
+    run(files, tmp_path / "out", tokenizer="byte")
+    assert "3 shards, 0 to write" in capsys.readouterr().out and same(tmp_path / "out", tmp_path / "fresh")
+
+
+def test_another_corpus_is_refused(files, in_process, tmp_path):
+    with pytest.raises(UserError, match="no column is named body"):
+        run(files, tmp_path / "out", tokenizer="byte", column="body")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "z.jsonl").write_text('{"text": "fox"}\n' * 60)
+    with pytest.raises(UserError, match="holds another data set, of .*source: delete it, or choose another name"):
+        run(tmp_path / "other", tmp_path / "out", tokenizer="byte")
 
 
 def test_two_processes_do_not_write_to_one_folder(files, in_process, tmp_path):
@@ -310,14 +311,11 @@ def write_rows(path, texts):
 def test_rows_come_from_a_column_of_any_table(name, in_process, tmp_path):
     texts = make_documents(80, 5) + ['a "quoted", one\nin two\tlines', "x" * 200_000]
     write_rows(tmp_path / name, texts)
-    data, read = run(tmp_path / name, tmp_path / "out", column="body"), []
+    data = run(tmp_path / name, tmp_path / "out", column="body")
     tokenizer = tokenizers.load(tmp_path / "out" / "tokenizer.json")
     assert tokenizer.kind == "char" and set(tokenizer.characters) == set("".join(texts)) | {"\n"}
     found = [tokenizer.decode(data.splits[split][0:len(data.splits[split])].tolist()) for split in ("train", "val")]
     assert sorted("".join(found)) == sorted("".join(text + "\n\n" for text in texts)) and texts[-2] in "".join(found)
-    source = documents.folder_source([tmp_path / name], "body")
-    assert len(list(documents.read(source, source.files, None, 0.1, read.append))) == len(texts)
-    assert sum(read) == (tmp_path / name).stat().st_size and len(read) > 80  # what the line of progress is told
 
 
 def test_what_cannot_be_used_is_named(in_process, tmp_path, monkeypatch):
@@ -340,6 +338,9 @@ def test_what_cannot_be_used_is_named(in_process, tmp_path, monkeypatch):
     check("a.jsonl, line 2: no column is named text, only txt", a_jsonl=b'{"text": "x"}\n{"txt": "y"}')
     check("a.jsonl, line 1: .* is no text of whole characters", a_jsonl=b'{"text": "x \\ud800"}')
     check("a.jsonl, line 1: is no JSON object: 'list'; write one per line", a_jsonl=b'["text"]')
+    check("a.csv: several columns are named b: rename", a_csv=b"text,b,b,,\na,b,c,,")
+    for depth in (500, 200_000):
+        check("line 1: .*(is no text of whole|recursion)", a_jsonl=b'{"text": %s}' % (b"[" * depth + b"]" * depth))
     check("a.csv, line 2: has 3 fields, and the first line names 2: put double quotes", a_csv=b"text,b\na,b,c")
     check("a.csv, after line 2: is no table in UTF-8: unexpected end", a_csv=b'text,b\n"a,b')
     check("a.csv, after line 0: is no table in UTF-8: .* byte 0xff", a_csv=b"text,b\n\xff,c")
@@ -391,26 +392,26 @@ def hub(corpus, tmp_path):
         server.shutdown()
 
 
-def test_files_come_from_the_hub_and_go_when_they_are_done(hub, corpus, tmp_path):
+def test_files_come_from_the_hub_and_go_when_they_are_done(hub, corpus, in_process, tmp_path, monkeypatch):
     address, asked = hub
+    template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    for name, value in (("ENDPOINT", address), ("HUGGINGFACE_CO_URL_TEMPLATE", template), ("HF_HUB_OFFLINE", False),
+                        ("HF_HUB_DISABLE_XET", True)):
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
 
     def prepare_web(max_files):
-        found = subprocess.run([sys.executable, "-c", SCRIPT, "fineweb", str(tmp_path / "web"), "byte", "1", max_files],
-                               cwd=ROOT, env={**os.environ, "HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1",
-                                              "HF_HUB_OFFLINE": "0"},
-                               capture_output=True, text=True)
-        assert found.returncode == 0, found.stderr
+        prepare.main(prepare.Settings(name=str(tmp_path / "web"), tokenizer="byte", max_files=max_files), ["fineweb"])
         return json.loads((tmp_path / "web" / "meta.json").read_text())
 
-    assert prepare_web("1")["documents"] == 301
+    assert prepare_web(1)["documents"] == 301
     for finished in (tmp_path / "web").glob("shard_*.json"):
         finished.unlink()
-    meta, commit = prepare_web("0"), known.CORPORA["fineweb"][2]
+    meta, commit = prepare_web(0), known.CORPORA["fineweb"][2]
     assert meta["source"] == "HuggingFaceFW/fineweb" and meta["revision"] == commit and meta["documents"] == 311
     assert all(f"/{commit}/" in path for path, _ in asked if "fineweb" in path)
     second = [there for path, there in asked if path.endswith("1.parquet")]
     assert second and not any("0.parquet" in there for there in second)  # the first was gone before the next came
     assert not (tmp_path / "web" / "download").exists()
-    local = run(corpus[0] / "a", tmp_path / "local", tokenizer="byte", processes=1)
+    local = run(corpus[0] / "a", tmp_path / "local", tokenizer="byte")
     ids = np.concatenate([np.fromfile(path, np.uint16) for path in sorted((tmp_path / "web").glob("train_*.bin"))])
     assert np.array_equal(ids, local.splits["train"][0:len(ids)])

@@ -133,9 +133,9 @@ GOOD = {"image": "a/0.png", "prompt": "caption", "answer": "x"}
 @pytest.mark.parametrize("row, message", [
     (b"{'image': 1}", "is no JSON object: Expecting property name"), (b"[1, 2]", "is no JSON object: 'list'"),
     (b'{"image": "\xff"}', "is no JSON object: 'utf-8' codec"),
-    ({"image": "a/0.png", "prompt": "caption"}, "answer = null: must be text"),
-    ({**GOOD, "image": None}, "image = null: must be text"),
-    ({**GOOD, "answer": 7}, "answer = 7: must be text"), ({**GOOD, "prompt": ["x"]}, r'prompt = \["x"\]: must be text'),
+    ({"image": "a/0.png", "prompt": "caption"}, "answer = None: must be text"),
+    ({**GOOD, "image": None}, "image = None: must be text"),
+    ({**GOOD, "answer": 7}, "answer = 7: must be text"), ({**GOOD, "prompt": ["x"]}, r"prompt = \['x'\]: must be text"),
     ({**GOOD, "kind": 3}, "kind = 3: must be text"), ({**GOOD, "answer": " \n"}, r"answer = ' \\n': is empty"),
     ({**GOOD, "split": "test"}, "split = 'test': must be \"train\" or \"val\""),
     ({**GOOD, "split": "val"}, "line 1: has no split, which other rows have"),
@@ -236,8 +236,9 @@ def test_bad_folders_are_named(folder, tmp_path):
         with pytest.raises(UserError, match=message):
             images.prepare(folder, tmp_path / "out")
     write_rows(folder, whole)
-    with pytest.raises(UserError, match="tokenizer = gpt2: must be char or byte .*, or bpe:SIZE, for images"):
-        images.prepare(folder, tmp_path / "out", "gpt2", 0.5)
+    tokenizers.CharTokenizer("abc").save(tmp_path / "char.json")
+    with pytest.raises(UserError, match="char.json: must for images be char or byte .*, bpe:SIZE, or that of a model"):
+        images.prepare(folder, tmp_path / "out", str(tmp_path / "char.json"), 0.5)
     with pytest.raises(UserError, match="bpe:300: 256 bytes and the special tokens need at least bpe:1412"):
         images.prepare(folder, tmp_path / "out", "bpe:300")
     with pytest.raises(UserError, match="image_size = 0: must be at least 1"):
@@ -374,7 +375,7 @@ def test_a_scan_is_on_one_side_only():
 
 
 def test_numbers_are_made_of_the_scans_of_their_split(tmp_path):
-    digits["generate"](tmp_path, images=300, seed=1)
+    digits["generate"](tmp_path, images=100, seed=1)
     rows, (_, labels) = read_rows(tmp_path), digits["load_scans"]()
     splits = digits["split_scans"](labels)
     for index, row in enumerate(rows):

@@ -173,6 +173,12 @@ def test_where_a_picture_can_not_be_written(published, photos, tmp_path, monkeyp
         run(published, image=photos[0], attention=str(tmp_path / "new.png"))
 
 
+def test_a_picture_that_its_format_does_not_hold_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="x.jpg can't be written: .*; a .png holds its 1 x 65501 pixels"):
+        image_text.save_picture(Image.new("L", (1, 65_501)), tmp_path / "x.jpg")
+    assert "wrote" in image_text.save_picture(Image.new("L", (1, 65_501)), tmp_path / "x.png")
+
+
 def test_in_python_a_picture_is_asked_about(loaded, photos):
     task, model = loaded
     assert task.write(model, "caption en", photos[0], max_new_tokens=12, temperature=0) == expected_answer(

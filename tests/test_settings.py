@@ -5,7 +5,6 @@ A setting without an entry in the tables below fails the test: say there what it
 """
 
 import json
-import multiprocessing
 import os
 import runpy
 import shutil
@@ -349,7 +348,6 @@ def prepare_run(settings, out):
 
     def in_processes(processes, jobs):
         found.append(processes)
-        documents.write_shard.counter = multiprocessing.Value("q")
         for job in jobs:
             documents.write_shard(*job)
 
