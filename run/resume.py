@@ -9,7 +9,7 @@ from optimizer import learning_rate
 from run import checkpoint
 from run.files import rename
 from run.lock import owned
-from run.log import MOVING
+from run.record import MOVING
 
 KEPT = ("task", "dataset", "init_from", "optimizer", "lora_rank")  # beside the task's own settings but these:
 FREE = ("publish",)
