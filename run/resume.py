@@ -13,6 +13,7 @@ from run.record import MOVING
 
 KEPT = ("task", "dataset", "init_from", "optimizer", "lora_rank")  # beside the task's own settings but these:
 FREE = ("publish",)
+OWN = {"mlp": "", "positions": "", "n_kv_head": 0}  # values that stand for the model's own
 RATE = ("max_iters", "lr_decay_iters", "lr_schedule", "learning_rate", "min_lr", "warmup_iters")  # what makes the rate
 
 
@@ -60,23 +61,28 @@ def refuse_changes(saved, given, own, stand_in):
 
     own: the class of the task's settings. stand_in: the data set that an absent one may have been replaced by.
     """
-    out_dir = given.get("out_dir", "out")
-    for name in (*KEPT, *(name for name in flat_fields(own) if name not in FREE)):
-        value, asked = saved.get(name, given.get(name)), given.get(name)
-        own_value = {"mlp": "", "positions": "", "n_kv_head": 0}.get(name) == asked  # the model's own
-        if own_value:
+    out_dir, kept = given.get("out_dir", "out"), {*KEPT, *flat_fields(own)} - {*FREE}
+    for name in [name for name in given if name in kept and name in saved]:
+        value, asked = saved[name], given[name]
+        if OWN.get(name) == asked:
             asked = saved["n_head"] if name == "n_kv_head" and value else value
-        if name in given and asked != value and value != stand_in:
+        if asked != value and value != stand_in:
             raise UserError(f"{name} = {asked!r}, but the run in {out_dir} has {value!r}: drop it to resume, or"
                             f" start a new run with --init_from={out_dir}")
 
 
 def notes(folder, settings):
-    """Lines on what is special about going on from the checkpoint `folder` with these settings.
+    """Lines on what is special about the run: about its rate, and about going on from the checkpoint `folder`, or None.
 
-    Raises UserError if they end before it.
+    Raises UserError if the settings end before the checkpoint.
     """
-    config, s = checkpoint.read_config(folder), settings
+    s = settings
+    if s.warmup_iters >= s.max_iters:
+        yield (f"warmup_iters = {s.warmup_iters}: the learning rate rises to the end, for max_iters = {s.max_iters}; a"
+               f" smaller one, such as --warmup_iters={s.max_iters // 10}, lets it reach its peak")
+    if not folder:
+        return
+    config = checkpoint.read_config(folder)
     step = config["step"]
     if s.max_iters < step:
         raise UserError(f"max_iters = {s.max_iters}: the run in {s.out_dir} has made {step} updates already; name more,"
