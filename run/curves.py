@@ -51,9 +51,8 @@ def read_log(out_dir):
 
 def read_settings(out_dir):
     """{name: value} of a run's settings, flat; {} if they can't be read."""
-    for name in ("run.json", "last/config.json", "best/config.json"):
-        with suppress(UserError, AttributeError, KeyError, TypeError):  # run.json was a list at first
-            return flat_values(read_json(Path(out_dir) / name)["settings"])
+    with suppress(UserError, AttributeError, KeyError, TypeError):
+        return flat_values(read_json(Path(out_dir) / "run.json")["settings"])
     return {}
 
 

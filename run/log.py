@@ -167,8 +167,10 @@ class Log:
     def keep_sample(self, heading, text):
         """Adds a text to samples.md, in a fence that no text can break."""
         fence = "`" * (1 + max(2, *map(len, re.findall("`*", text))))
-        self.samples[heading] = f"## {heading}\n\n{fence}\n{text}\n{fence}\n\n"
-        self.keep("samples.md", "".join(self.samples.values()))
+        section = f"## {heading}\n\n{fence}\n{text}\n{fence}\n\n"
+        if section not in self.samples:  # a finished run that is resumed
+            self.keep("samples.md", self.samples + section)
+            self.samples += section
 
     def sync(self):
         """Has the rows so far reach the disk: a checkpoint must not be ahead of its log."""

@@ -22,7 +22,6 @@ TIME = "%Y-%m-%dT%H:%M:%S%z"
 MOVING = "earlier.new"  # while this folder is there, the other files of the run are still to be moved into it
 OURS = [name + suffix for suffix in ("", ".new", ".old") for name in (
     "last", "best", "log.jsonl", "run.json", "samples.md", "curves.svg", "evaluation.json")]
-SECTION = re.compile(r"## (step (\d+), [^\n]*)\n\n(`{3,})\n.*?\n\3\n\n", re.DOTALL)  # of samples.md
 
 
 def set_aside(out_dir):
@@ -48,12 +47,10 @@ def rows_until(path, step):
 
 
 def samples_until(path, step):
-    """{heading: section} of a samples.md up to a step."""
+    """The text of a samples.md up to its first heading of a later step."""
     text = path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
-    found, end = {}, 0
-    while (match := SECTION.match(text, end)) and int(match[2]) <= step:
-        found[match[1]], end = match[0], match.end()
-    return found
+    headings = re.finditer(r"^## step (\d+), ", text, re.MULTILINE)
+    return next((text[:found.start()] for found in headings if int(found[1]) > step), text)
 
 
 def read_record(path):

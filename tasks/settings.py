@@ -25,9 +25,6 @@ def check_training(settings):
     for name in ("beta1", "beta2", "dropout"):
         if getattr(settings, name) >= 1:
             raise UserError(f"{name} = {getattr(settings, name)}: must be below 1")
-    if settings.micro_batch_size > settings.batch_size:
-        raise UserError(f"micro_batch_size = {settings.micro_batch_size}: is above batch_size = {settings.batch_size};"
-                        " lower it, or leave it out")
     if settings.shard and settings.dtype == "float16":
         raise UserError("shard = True: not with --dtype=float16")
     if settings.optimizer == "adamw":
