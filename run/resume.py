@@ -1,6 +1,5 @@
 """How a run is taken up again: from which checkpoint, with which settings."""
 
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +7,6 @@ from configurator import UserError, flat_fields, flat_values
 from optimizer import learning_rate
 from run import checkpoint
 from run.files import rename
-from run.lock import owned
 from run.record import MOVING
 
 KEPT = ("task", "dataset", "init_from", "optimizer", "lora_rank")  # beside the task's own settings but these:
@@ -44,11 +42,8 @@ def pick_up(out_dir, resume):
 def earlier_settings(out_dir, resume):
     """The settings of the run that is to be resumed, from its first intact checkpoint; {} if it is to start.
 
-    max_minutes is left out: it is for one start. Raises UserError if the run lives.
+    max_minutes is left out: it is for one start.
     """
-    if os.environ.get("RANK", "0") == "0":
-        with owned(out_dir):
-            pass
     if not to_resume(out_dir, resume):
         return {}
     saved = flat_values(checkpoint.read_config(checkpoint.find(out_dir, "last"))["settings"])

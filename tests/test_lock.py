@@ -10,6 +10,7 @@ import pytest
 
 from configurator import UserError
 from run import files, lock
+from sources import known
 
 ROOT = Path(__file__).parents[1]
 HOLDER = """
@@ -48,6 +49,18 @@ def test_a_living_run_keeps_its_folder_and_a_dead_one_does_not(tmp_path, holder)
         with lock.owned(tmp_path / "out", wait=wait):
             assert process.wait() is not None
             assert f'"pid": {os.getpid()}' in (tmp_path / "out" / "run.lock").read_text()
+
+
+def test_a_known_data_set_that_another_run_prepares_is_waited_for(tmp_path, holder, monkeypatch):
+    def end():
+        (tmp_path / "out" / "digits").mkdir()
+        (tmp_path / "out" / "digits" / "meta.json").touch()
+        holder[0].kill()
+
+    monkeypatch.setattr(known, "DATA", tmp_path / "out")
+    monkeypatch.setattr(known, "prepare_known", None)
+    threading.Timer(0.2, end).start()
+    assert known.ensure("digits") == "digits"
 
 
 def test_a_file_system_without_locks_is_told_of_and_no_obstacle(tmp_path, monkeypatch, capsys):

@@ -182,7 +182,7 @@ def test_a_folder_whose_run_lives_is_left_alone(tmp_path, tiny):
                               cwd=ROOT)
     living.stdout.readline()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    for start in (lambda: run(tmp_path, tiny), lambda: parse("--resume", f"--out_dir={tmp_path}")):
+    for start in (lambda: run(tmp_path, tiny), lambda: resume(tmp_path)):
         with pytest.raises(UserError, match=f"process {living.pid} on .* has trained there since"):
             start()
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
