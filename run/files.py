@@ -7,7 +7,7 @@ from pathlib import Path
 
 from configurator import UserError
 
-NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)  # of folders: some network and shared file systems
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)  # where folders can't be synced: CIFS, some FUSE
 
 
 def read_json(path):

@@ -34,7 +34,7 @@ def owned(folder, setting="out_dir", did="trained", wait=False):
             if not wait:
                 raise UserError(f"{setting} = {folder}: {owner(path, did)}; wait for its end, or name another"
                                 f" --{setting}")
-            say(f"waiting: {owner(path, did)}")
+            say(f"{folder}: {owner(path, did)}; waiting for its end")
             time.sleep(0.5)
         file.truncate(0)
         json.dump({"pid": os.getpid(), "host": platform.node(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}, file)

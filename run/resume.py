@@ -11,7 +11,7 @@ from run.record import MOVING
 
 KEPT = ("task", "dataset", "init_from", "optimizer", "lora_rank")  # beside the task's own settings but these:
 FREE = ("publish",)
-OWN = {"mlp": "", "positions": "", "n_kv_head": 0}  # values that stand for the model's own
+OWN = {"mlp": "", "positions": ""}  # values that stand for the model's own
 RATE = ("max_iters", "lr_decay_iters", "lr_schedule", "learning_rate", "min_lr", "warmup_iters")  # what makes the rate
 
 
@@ -57,11 +57,9 @@ def refuse_changes(saved, given, own, stand_in):
     own: the class of the task's settings. stand_in: the data set that an absent one may have been replaced by.
     """
     out_dir, kept = given.get("out_dir", "out"), {*KEPT, *flat_fields(own)} - {*FREE}
-    for name in [name for name in given if name in kept and name in saved]:
-        value, asked = saved[name], given[name]
-        if OWN.get(name) == asked:
-            asked = saved["n_head"] if name == "n_kv_head" and value else value
-        if asked != value and value != stand_in:
+    for name, asked in given.items():
+        value = saved.get(name, asked)
+        if name in kept and asked not in (value, OWN.get(name)) and value != stand_in:
             raise UserError(f"{name} = {asked!r}, but the run in {out_dir} has {value!r}: drop it to resume, or"
                             f" start a new run with --init_from={out_dir}")
 
