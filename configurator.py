@@ -3,12 +3,12 @@
     python train.py config/a.py config/b.py --batch_size=32 --out_dir=x
 
 Files and overrides are read from left to right: later wins. A config file is plain Python assignments, run in a
-namespace of its own; names that start with an underscore, modules and functions are ignored, statements that look like
-a setting and set nothing are refused. Text from the command line is parsed by the field's declared type, never guessed;
-a bare `--flag` sets a bool to True; ~ is the home folder where a path begins, in files too. A file may carry
-`on_cpu = dict(...)`: where there is no accelerator, these values win over those of all files, and the command line over
-both. A field that is a dataclass is a dict in a file, `vision = dict(n_layer=2)`, and dotted on the command line,
-`--vision.n_layer=2`; so is a field that is a dict of names that the settings can't know, `--rates.head=0.1`.
+namespace of its own; modules, functions, classes and names that start with an underscore are ignored, statements that
+look like a setting and set nothing are refused. Text from the command line is parsed by the field's declared type,
+never guessed; a bare `--flag` sets a bool to True; ~ is the home folder where a path begins, in files too. A file may
+carry `on_cpu = dict(...)`: where there is no accelerator, these values win over those of all files, and the command
+line over both. A field that is a dataclass is a dict in a file, `vision = dict(n_layer=2)`, and dotted on the command
+line, `--vision.n_layer=2`; so is a field that is a dict of names that the settings can't know, `--rates.head=0.1`.
 """
 
 import ast
@@ -19,6 +19,7 @@ import errno
 import functools
 import inspect
 import math
+import numbers
 import os
 import re
 import shlex
@@ -29,14 +30,13 @@ import types
 import typing
 from pathlib import Path
 
-# Old names of settings and recipes, and what they are called now.
-RENAMED = {"gradient_accumulation_steps": "micro_batch_size (the rows in memory at a time)", "architecture": "model",
-           "config/gpt2_124m.py": "config/gpt2.py", **{f"config/gpt2_{size}.py": f"config/gpt2.py config/gpt2/{size}.py"
-                                                       for size in ("350m", "774m", "1.5b")}}
+# What other programs and earlier versions call a setting.
+RENAMED = {"gradient_accumulation_steps": "micro_batch_size (the rows in memory at a time)", "architecture": "model"}
 # Errors of a file that is open already, which the system therefore does not name: the disk is full, broken, or gone.
 USERS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENODEV, errno.ESTALE)
 OUT_OF_MEMORY = "OutOfMemoryError|MemoryError|allocate memory|not enough memory|calculation overflowed|array is too big"
 FREE_TEXT = ("prompt", "stop")  # settings that are no path, whatever they begin with
+PYTHON = "a config is Python: write max_iters = 100 and the like"
 WORDS = {True: ("true", "yes", "on", "1"), False: ("false", "no", "off", "0")}
 
 
@@ -113,7 +113,8 @@ def from_command_line(cls, doc, usual=None, **how):
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller
             setattr(sys, name, open(os.devnull, "w"))
-        getattr(sys, name).reconfigure(encoding="utf-8", errors="replace")  # Windows' consoles may have another
+        with contextlib.suppress(AttributeError):  # a notebook's has no encoding
+            getattr(sys, name).reconfigure(encoding="utf-8", errors="replace")  # Windows' consoles may have another
     argv = [arg for arg in sys.argv[1:] if arg not in ("--help", "-h")]
     with one_line_errors():
         if len(argv) == len(sys.argv) - 1:
@@ -182,8 +183,6 @@ def read_file(path):
     try:
         source = Path(path).read_text(encoding="utf-8-sig")  # Windows' editors put a mark at the start
     except (OSError, UnicodeDecodeError) as error:
-        if new := RENAMED.get(Path(path).as_posix()):
-            raise UserError(f"{path} has a new name: {new}") from None
         raise UserError(f"can't read the config file {path!r}: {getattr(error, 'strerror', error)}"
                         " (settings are written --name=value)") from None
     namespace = {"__file__": path, "__name__": "config"}
@@ -196,7 +195,7 @@ def read_file(path):
     except (Exception, SystemExit) as error:
         frame = error.__traceback__.tb_next
         line = getattr(error, "lineno", None) or (frame.tb_lineno if frame else 1)
-        hint = "; a config is Python: write max_iters = 100 and the like" if isinstance(error, SyntaxError) else ""
+        hint = f"; {PYTHON}" if isinstance(error, SyntaxError) else ""
         raise UserError(f"{path}, line {line}: {type(error).__name__}: {getattr(error, 'msg', error)}{hint}") from None
     on_cpu = namespace.pop("on_cpu", {})
     if not isinstance(on_cpu, dict):
@@ -212,14 +211,10 @@ def read_file(path):
 def refuse_idle(path, tree):
     """Raises UserError for a statement that may be meant as a setting and sets none, as YAML, JSON and a == b are."""
     for node in ast.walk(tree):
-        value, write = getattr(node, "value", None), "max_iters = 100 and the like"
-        idle = isinstance(node, ast.Expr) and (ast.unparse(value).startswith("dict(") or not isinstance(
-            value, (ast.Call, ast.Constant, ast.Await, ast.Yield, ast.YieldFrom)))
-        if isinstance(node, ast.AnnAssign) and not value:
-            idle, write = True, f"{ast.unparse(node.target)} = {ast.unparse(node.annotation)}"
-        if idle:
+        idle = isinstance(node, ast.Expr) and not isinstance(node.value, (ast.Call, ast.Constant))
+        if idle or isinstance(node, ast.AnnAssign) and not node.value:
             shown = ast.unparse(node).partition("\n")[0]
-            raise UserError(f"{path}, line {node.lineno}: {shown:.60} sets nothing; a config is Python: write {write}")
+            raise UserError(f"{path}, line {node.lineno}: {shown:.60} sets nothing; {PYTHON}")
 
 
 def widened(cls, layers, more=None, base=None):
@@ -286,18 +281,21 @@ def typed(layers, fields, elsewhere=None, strict=True):
         name = layer.name if layer.name in fields else re.sub(r"\..*", ".*", layer.name)
         if name in fields:
             yield layer._replace(value=convert(layer, *fields[name]))
-        elif strict and not isinstance(layer.value, (types.ModuleType, types.FunctionType, types.BuiltinFunctionType)):
+        elif strict and not callable(layer.value) and not isinstance(layer.value, types.ModuleType):
             dashes, where = ("", f"in {layer.origin}") if layer.origin else ("--", "on the command line")
-            near = difflib.get_close_matches(layer.name, fields, n=1, cutoff=0.5)
-            hint = f"did you mean {dashes}{near[0]}?" if near else "--help lists all settings"
-            if inner := [field.rpartition(".")[2] for field in fields if field.startswith(f"{layer.name}.")]:
-                hint = f"write --{layer.name}.NAME=VALUE" if dashes else f"write {layer.name} = dict(NAME=VALUE)"
-                hint += f", where NAME is one of {', '.join(inner)}" if inner != ["*"] else ""
-            if layer.name in RENAMED:
-                hint = f"it is {dashes}{RENAMED[layer.name]} now"
-            elif elsewhere:
-                hint = elsewhere(layer.name) or hint
+            hint = elsewhere and elsewhere(layer.name) or advice(layer.name, fields, dashes)
             raise UserError(f"unknown setting {dashes}{layer.name} {where}; {hint}")
+
+
+def advice(name, fields, dashes):
+    """What may be meant by a name that is no setting. dashes: those that a setting is written with where it stands."""
+    if name in RENAMED:
+        return f"it is {dashes}{RENAMED[name]} now"
+    if inner := [field.rpartition(".")[2] for field in fields if field.startswith(f"{name}.")]:
+        how = f"write --{name}.NAME=VALUE" if dashes else f"write {name} = dict(NAME=VALUE)"
+        return how + f", where NAME is one of {', '.join(inner)}" * (inner != ["*"])
+    near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
+    return f"did you mean {dashes}{near[0]}?" if near else "--help lists all settings"
 
 
 def convert(layer, kind, default):
@@ -314,6 +312,8 @@ def convert(layer, kind, default):
 def read_value(layer, kind):
     """A value from a file as it is, if it has the declared type or is an int for a float; text read as that type."""
     name, value = layer.name, layer.value
+    if isinstance(value, numbers.Number) and hasattr(value, "item"):
+        value = value.item()  # numpy's
     choices = typing.get_args(kind) or ((True, False) if kind is bool else ())
     what = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}.get(kind)
     what = what or "one of " + ", ".join(map(str, choices))
@@ -375,17 +375,6 @@ def check_shape(n_embd, n_head, n_kv_head, dropout):
         raise UserError(f"dropout = {dropout}: must be below 1")
 
 
-def check_folder(name, path):
-    """Raises UserError for a path that can be no folder, before the work that it is to hold."""
-    try:
-        os.stat(os.path.join(path, "x"))
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        why = "is a file, or inside one" if isinstance(error, NotADirectoryError) else error.strerror
-        raise UserError(f"{name} = {path}: {why}; name a folder") from None
-
-
 def check_run(out_dir):
     """Raises UserError for an out directory that isn't there: before PyTorch is imported to look for a checkpoint."""
     if not os.path.isdir(out_dir):
@@ -405,7 +394,7 @@ def help_text(cls, doc):
     """The script's docstring and every setting with its default and its comment in the source."""
     title = "settings (--name=value; config files are Python assignments of the same names):"
     width = max(40, shutil.get_terminal_size((120, 24)).columns)
-    doc = re.sub(r"(?<=\S)\n(?=\S)", " ", doc.strip())  # a paragraph is a line, until it is folded
+    doc = re.sub(r"(?<=\S)\n(?=\S)", " ", (doc or "").strip())  # a paragraph is a line, until it is folded
     lines = "\n".join([doc, "", title, *help_lines(cls)]).split("\n")
     return "\n".join(folded(line, width) for line in lines)
 

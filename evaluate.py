@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from configurator import check_run, from_command_line, one_line_errors
+from sources.known import check_dataset, ensure, locate
 from tasks import TASKS, elsewhere, find_task
 
 
@@ -34,7 +35,6 @@ def own_settings(values):
 def check(settings, given):
     """Raises UserError for a data set that isn't there."""
     if settings.dataset:
-        from sources.known import check_dataset
         check_dataset(settings.dataset)
 
 
@@ -46,7 +46,6 @@ from machine import distributed
 from machine.device import pick_dtype
 from run import checkpoint
 from run.files import write_json
-from sources.known import ensure, locate
 from tasks.task import load
 
 

@@ -207,8 +207,7 @@ class Transcript:
             return
         self.ids.append(token)
         text = str(self)
-        unsure = min(3, len(text) - len(text.rstrip("\ufffd")))  # bytes of a character that may not be complete
-        self.done = text[:len(text) - unsure]
+        self.done = text.rstrip("\ufffd")  # which may be the bytes of a character that is not complete
         if self.done == text:
             self.settled, self.before, self.start = text, self.start, len(self.ids)
         if self.stop and self.stop in self.done:

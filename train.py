@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from configurator import UserError, differences, from_command_line, one_line_errors
+from sources.known import BUILT_IN, check_dataset, ensure, locate
 from tasks import TASKS, elsewhere
 from tasks.settings import check_training
 
@@ -100,18 +101,11 @@ def earlier_settings(given):
 def refuse(saved, given):
     """Raises UserError for a setting that a resumed run, which saved those, can't change."""
     from run import resume
-    from sources.known import BUILT_IN
     resume.refuse_changes(saved, given, own_settings(saved), BUILT_IN)
 
 
-def check(settings, given):
-    """Raises UserError for an unknown data set."""
-    from sources.known import check_dataset
-    check_dataset(settings.dataset)
-
-
-HOW = dict(more=own_settings, has_accelerator=has_accelerator, base=earlier_settings, refuse=refuse, check=check,
-           elsewhere=elsewhere(lambda row: row.training))
+HOW = dict(more=own_settings, has_accelerator=has_accelerator, base=earlier_settings, refuse=refuse,
+           check=lambda settings, given: check_dataset(settings.dataset), elsewhere=elsewhere(lambda row: row.training))
 if __name__ == "__main__":  # --help and typos answer before torch is imported
     SETTINGS, GIVEN = from_command_line(Settings, __doc__, **HOW)
 
@@ -130,7 +124,6 @@ from run import checkpoint, resume
 from run.guards import Guard, guard_outputs, lost_output, require_finite
 from run.lock import owned
 from run.log import Log, improves, measures, say_where
-from sources.known import ensure, locate
 from tasks.task import load, start
 
 
@@ -180,7 +173,7 @@ def train(settings, given, world):
 
     # The task, its data and its model.
     folder = world.from_main(lambda: resume.pick_up(out_dir, settings.resume))
-    notes = list(resume.notes(folder, settings)) if folder else []
+    notes = list(resume.notes(folder, settings))
     task, model = start(settings, given, folder, locate(settings.dataset), world)
     state = checkpoint.load_trainer(folder) if folder else {"step": 0, "best": None}
     step, best, status = state["step"], state["best"], 0

@@ -37,13 +37,12 @@ def pick_device(name="auto"):
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else
                             "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
+    with contextlib.suppress(RuntimeError, AssertionError, ImportError):
         device = torch.device(name)
         torch.empty(1, device=device)
-        assert device.type in ("cuda", "mps") or name == "cpu"  # what else PyTorch knows is untried
-    except (RuntimeError, AssertionError, ImportError):
-        raise UserError(f"device = {name}: this machine has no such device; use --device=auto or cpu") from None
-    return device
+        if device.type in ("cuda", "mps") or name == "cpu":  # what else PyTorch knows is untried
+            return device
+    raise UserError(f"device = {name}: this machine has no such device; use --device=auto or cpu")
 
 
 def pick_dtype(name, device):

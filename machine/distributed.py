@@ -155,25 +155,28 @@ def store_of_this_start(store, rank, size):
 
 
 def start(device_name="auto"):
-    """Joins the process group when torchrun started this process; a world of one otherwise.
+    """Joins the process group when torchrun started this process as one of several; a world of one otherwise.
 
-    Raises UserError when there are more workers on a machine than GPUs.
+    Raises UserError when there are more workers on a machine than GPUs, and when the environment is incomplete.
     """
-    if "WORLD_SIZE" not in os.environ:
-        return World(0, 1, pick_device(device_name))
-    device = pick_device(device_name)
+    device, size = pick_device(device_name), int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        return World(0, 1, device)
+    if missing := [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UserError(f"WORLD_SIZE = {size}, without {' and '.join(missing)}: start the workers with torchrun, or"
+                        " unset WORLD_SIZE")
     if device.index is not None:
         raise UserError(f"device = {device}: torchrun gives each worker a GPU of its own; use --device=cuda")
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     if device.type == "cuda":
-        local_rank = int(os.environ["LOCAL_RANK"])
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"worker {local_rank} has no GPU: this machine has {torch.cuda.device_count()};"
                             " lower --nproc_per_node or use --device=cpu")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    how = dict(rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+    store = None
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-        how["store"] = store_of_this_start(store, *how.values())
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **how)
-    return World(dist.get_rank(), dist.get_world_size(), device)
+        store = store_of_this_start(store, rank, size)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=size, store=store)
+    return World(rank, size, device)

@@ -35,15 +35,13 @@ class Curve(NamedTuple):
 def read_log(out_dir):
     """The rows of log.jsonl, each a dict of finite numbers, with "seconds": the time of all updates up to there.
 
-    Lines that are no rows are skipped; of a step that is there twice, the later row counts. [] where there is no log.
+    Lines that are no rows are skipped. [] where there is no log.
     """
     rows, path = [], Path(out_dir) / "log.jsonl"
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         with suppress(ValueError, AttributeError, RecursionError):
             row = {k: v for k, v in json.loads(line).items() if type(v) in (int, float) and math.isfinite(v)}
             if row.get("step", 0) >= 1 and "loss" in row:
-                while rows and rows[-1]["step"] >= row["step"]:
-                    rows.pop()
                 step, seconds = (rows[-1]["step"], rows[-1]["seconds"]) if rows else (0, 0.0)
                 rows.append(row | {"seconds": seconds + row.get("ms", 0) / 1000 * (row["step"] - step)})
     return rows
@@ -51,9 +49,8 @@ def read_log(out_dir):
 
 def read_settings(out_dir):
     """{name: value} of a run's settings, flat; {} if they can't be read."""
-    for name in ("run.json", "last/config.json", "best/config.json"):
-        with suppress(UserError, AttributeError, KeyError, TypeError):  # run.json was a list at first
-            return flat_values(read_json(Path(out_dir) / name)["settings"])
+    with suppress(UserError, AttributeError, KeyError, TypeError):
+        return flat_values(read_json(Path(out_dir) / "run.json")["settings"])
     return {}
 
 

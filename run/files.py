@@ -1,10 +1,13 @@
 """Text and JSON written whole: whoever looks finds the old file or the new one, never half of it."""
 
+import errno
 import json
 import os
 from pathlib import Path
 
 from configurator import UserError
+
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)  # where folders can't be synced: CIFS, some FUSE
 
 
 def read_json(path):
@@ -15,8 +18,14 @@ def read_json(path):
         raise UserError(f"{path} can't be read: {error}") from None
 
 
+def to_json(value, indent=None):
+    """The value as JSON and a line's end. Infinity and NaN, which JSON lacks, become null."""
+    plain = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    return json.dumps(plain, ensure_ascii=False, allow_nan=False, indent=indent) + "\n"
+
+
 def write_json(path, value):
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+    write_text(path, to_json(value, indent=1))
 
 
 def write_text(path, text):
@@ -30,9 +39,15 @@ def write_text(path, text):
 
 
 def rename(old, new):
-    """Has the new name of a file or folder reach the disk, except on Windows, which has no way to ask for that."""
+    """Has the new name of a file or folder reach the disk, where the system has a way to ask for that."""
     os.replace(old, new)
-    if os.name != "nt":
-        handle = os.open(Path(new).parent, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+    if os.name == "nt":
+        return
+    folder = os.open(Path(new).parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
+    finally:
+        os.close(folder)

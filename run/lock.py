@@ -17,10 +17,10 @@ HELD = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)  # another process has the lo
 
 
 @contextlib.contextmanager
-def owned(folder, setting="out_dir", did="trained"):
+def owned(folder, setting="out_dir", did="trained", wait=False):
     """Holds the folder, which is made if it isn't there. Raises UserError if another living process has it.
 
-    setting: what names the folder. did: what its owner has done there.
+    setting: what names the folder. did: what its owner has done there. wait: for its end, instead.
     Where the file system has no locks, one line says so, and the run goes on.
     """
     path = Path(folder) / "run.lock"
@@ -30,18 +30,28 @@ def owned(folder, setting="out_dir", did="trained"):
     except OSError as error:
         raise UserError(f"{setting} = {folder}: {error.strerror}; name another folder") from None
     with file:
-        try:
-            lock(file)
-        except OSError as error:
-            if error.errno in HELD:
+        while held(file):
+            if not wait:
                 raise UserError(f"{setting} = {folder}: {owner(path, did)}; wait for its end, or name another"
-                                f" --{setting}") from None
-            say(f"{path}: this file system has no locks ({error.strerror}): start no second one in {folder}")
+                                f" --{setting}")
+            say(f"{folder}: {owner(path, did)}; waiting for its end")
+            time.sleep(0.5)
         file.truncate(0)
         json.dump({"pid": os.getpid(), "host": platform.node(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}, file)
         with contextlib.suppress(OSError):  # a full disk; the run's own files will say so
             file.flush()
         yield
+
+
+def held(file):
+    """Whether another process has the lock of an open file; else this one takes it, if the file system has locks."""
+    try:
+        lock(file)
+    except OSError as error:
+        if error.errno in HELD:
+            return True
+        say(f"{file.name}: this file system has no locks ({error.strerror}): start no second one in this folder")
+    return False
 
 
 def lock(file):

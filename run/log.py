@@ -1,29 +1,21 @@
-"""A run's record: log.jsonl, run.json, samples.md, curves.svg, the terminal, and Weights & Biases if wanted."""
+"""What a run tells: log.jsonl, run.json, samples.md, curves.svg, the terminal, and Weights & Biases if wanted."""
 
-import itertools
-import json
 import os
-import platform
 import re
 import shlex
-import subprocess
 import sys
 import textwrap
 import time
-from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
-
-import torch
 
 from configurator import UserError, flat_values, say
-from machine.device import device_name, peak_memory
+from machine.device import peak_memory
 from machine.terminal import columns, paint, printable
-from run import checkpoint
-from run.files import rename, write_text
+from run import curves
+from run.files import to_json, write_text
 from run.guards import REASONS
+from run.record import TIME, facts, read_record, rows_until, samples_until, set_aside
 
-TIME = "%Y-%m-%dT%H:%M:%S%z"
 WIDTH = 100  # columns of a line of the log, at most
 
 
@@ -47,26 +39,22 @@ class Log:
         self.began = self.looked = self.clock = time.perf_counter()  # what is above, wandb's start, is no part of a row
 
     def open(self, step, world):
-        s, path, samples = self.settings, self.out_dir / "log.jsonl", self.out_dir / "samples.md"
+        """Takes what the run left in its folder up to `step`, and starts to write there."""
+        s, path = self.settings, self.out_dir / "log.jsonl"
         self.out_dir.mkdir(parents=True, exist_ok=True)
-        self.record = {"settings": flat_values(asdict(s)), "results": {}, "starts": []}
-        self.samples, self.earlier_seconds = {}, 0.0
-        if step:
-            self.record["starts"], self.earlier_seconds = read_record(self.out_dir / "run.json")
-        self.record["starts"].append(facts(s, step, world))
+        starts, self.earlier_seconds = read_record(self.out_dir / "run.json") if step else ([], 0.0)
+        starts.append(facts(s, step, world))
+        self.record = {"settings": flat_values(asdict(s)), "results": {}, "starts": starts}
         if s.wandb:
-            self.wandb = start_wandb(self.out_dir, s, self.record["starts"][0]["id"])
+            self.wandb = start_wandb(self.out_dir, s, starts[0]["id"])
         if not step:
             set_aside(self.out_dir)
-        if samples.exists():  # what came after the checkpoint will be written again
-            self.samples = samples_until(samples, step)
-            self.keep("samples.md", "".join(self.samples.values()))
-        if path.exists():
-            rows = list(rows_until(path, step))
-            write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-            for row in rows:
-                best = self.record["results"].get("best", {}).get(f"val_{self.task.best[0]}")
-                self.note(row, improves(self.task.best, row, best))
+        self.samples = samples_until(self.out_dir / "samples.md", step)
+        rows = list(rows_until(path, step))  # what came after the checkpoint will be written again
+        write_text(path, "".join(map(to_json, rows)))
+        for row in rows:
+            best = self.record["results"].get("best", {}).get(f"val_{self.task.best[0]}")
+            self.note(row, improves(self.task.best, row, best))
         self.file = open(path, "a", encoding="utf-8", buffering=1)
         self.write_record()
 
@@ -97,7 +85,7 @@ class Log:
         """
         if self.file is None:
             return
-        self.keep("log.jsonl", json.dumps(row) + "\n")
+        self.keep("log.jsonl", to_json(row))
         if self.wandb:
             self.wandb.log(row, step=row["step"])
         print(self.line(row, better), flush=True)
@@ -117,7 +105,7 @@ class Log:
 
     def write_record(self):
         self.record["results"]["seconds"] = round(self.earlier_seconds + time.perf_counter() - self.began, 3)
-        self.keep("run.json", json.dumps(self.record, ensure_ascii=False, indent=1) + "\n")
+        self.keep("run.json", to_json(self.record, indent=1))
 
     def keep(self, name, text):
         """Writes the file anew; log.jsonl it adds to."""
@@ -179,8 +167,10 @@ class Log:
     def keep_sample(self, heading, text):
         """Adds a text to samples.md, in a fence that no text can break."""
         fence = "`" * (1 + max(2, *map(len, re.findall("`*", text))))
-        self.samples[heading] = f"## {heading}\n\n{fence}\n{text}\n{fence}\n\n"
-        self.keep("samples.md", "".join(self.samples.values()))
+        section = f"## {heading}\n\n{fence}\n{text}\n{fence}\n\n"
+        if section not in self.samples:  # a finished run that is resumed
+            self.keep("samples.md", self.samples + section)
+            self.samples += section
 
     def sync(self):
         """Has the rows so far reach the disk: a checkpoint must not be ahead of its log."""
@@ -215,80 +205,23 @@ def improves(measure, row, best):
 def draw(out_dir):
     """Renews curves.svg. No error in a picture may end a run."""
     try:
-        from run import curves
         curves.draw(out_dir)
     except Exception as error:
         say(f"{out_dir / 'curves.svg'} can't be drawn: {type(error).__name__}: {error}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What earlier starts left
-
-def rows_until(path, step):
-    """The rows of a log up to a step; a line that a kill cut short is left out, and so is what is no row."""
-    for line in path.read_bytes().split(b"\n"):
-        with suppress(ValueError, TypeError, KeyError):
-            row = json.loads(line)
-            if row["step"] <= step:
-                yield row
-
-
-SECTION = re.compile(r"## (step (\d+), [^\n]*)\n\n(`{3,})\n.*?\n\3\n\n", re.DOTALL)
-
-
-def samples_until(path, step):
-    """{heading: section} of a samples.md up to a step."""
-    text = path.read_bytes().decode("utf-8", "replace")
-    found, end = {}, 0
-    while (match := SECTION.match(text, end)) and int(match[2]) <= step:
-        found[match[1]], end = match[0], match.end()
-    return found
-
-
-def read_record(path):
-    """(the starts that a run.json lists, their seconds); of one that is damaged none: it is moved to run.json.old."""
-    if not path.exists():
-        return [], 0.0
-    with suppress(ValueError, TypeError, KeyError, AttributeError):
-        found = json.loads(path.read_bytes())
-        found = found if isinstance(found, dict) else {"starts": found}  # as it was at first
-        starts = [start | {} for start in found["starts"] if start["id"]]
-        return starts, float(found.get("results", {}).get("seconds", 0))
-    rename(path, f"{path}.old")
-    say(f"{path} was damaged: it is {path}.old now, and a new one begins")
-    return [], 0.0
-
-
 def start_wandb(out_dir, settings, name):
     """wandb's run of this id. A resumed run has the id of its first start, so that it goes on in the same charts."""
     try:
-        import wandb
-    except ImportError:
+        from wandb import errors, init
+    except ImportError:  # not there, or a folder of its logs stands in for it
         raise UserError("--wandb needs a package: pip install wandb") from None
     try:
-        return wandb.init(project=settings.wandb_project, name=settings.wandb_name or None, id=name, resume="allow",
-                          config=asdict(settings), dir=str(out_dir))
-    except wandb.errors.Error as error:
+        return init(project=settings.wandb_project, name=settings.wandb_name or None, id=name, resume="allow",
+                    config=asdict(settings), dir=str(out_dir))
+    except errors.Error as error:
         said = str(error).partition("\n")[0].rstrip(".")
         raise UserError(f"--wandb: {said}; or set WANDB_MODE=offline, or leave --wandb out") from None
-
-
-def facts(settings, step, world):
-    """What a start of the run runs on: versions, code, machine, command."""
-    return {
-        "id": os.urandom(4).hex(), "started": time.strftime(TIME), "step": step, "dtype": settings.dtype,
-        "compile": settings.compile, "seed": settings.seed, "command": [sys.executable, *sys.argv], "git": git_state(),
-        "device": device_name(world.device), "workers": world.size, "host": platform.node(), "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(), "cuda": torch.version.cuda, **checkpoint.versions()}
-
-
-def git_state():
-    """The commit of this code, with "-dirty" if files differ from it; None if this is no git checkout."""
-    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def say_where(task, model, log, stopped, why):
@@ -313,21 +246,3 @@ def say_where(task, model, log, stopped, why):
     print(f"\nin {s.out_dir}: checkpoints best and last, {', '.join(files)}\n"
           f"try it:      {task.command(s.out_dir)}\n"
           f"evaluate it: python evaluate.py --out_dir={folder}", flush=True)
-
-
-MOVING = "earlier.new"  # while this folder is there, the other files of the run are still to be moved into it
-OURS = [name + suffix for suffix in ("", ".new", ".old") for name in (
-    "last", "best", "log.jsonl", "run.json", "samples.md", "curves.svg", "evaluation.json")]
-
-
-def set_aside(out_dir):
-    """Moves an earlier run's files in out_dir into the first free folder earlier.N; goes on with a move cut short."""
-    moving = out_dir / MOVING
-    found = [path for name in OURS if (path := out_dir / name).exists()]
-    if found or moving.exists():
-        moving.mkdir(exist_ok=True)
-        for path in found:
-            os.rename(path, moving / path.name)
-        aside = next(path for n in itertools.count(1) if not (path := out_dir / f"earlier.{n}").exists())
-        os.rename(moving, aside)
-        print(f"{out_dir} held an earlier run: it is in {aside} now")

@@ -1,6 +1,5 @@
 """How a run is taken up again: from which checkpoint, with which settings."""
 
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,11 +7,11 @@ from configurator import UserError, flat_fields, flat_values
 from optimizer import learning_rate
 from run import checkpoint
 from run.files import rename
-from run.lock import owned
-from run.log import MOVING
+from run.record import MOVING
 
 KEPT = ("task", "dataset", "init_from", "optimizer", "lora_rank")  # beside the task's own settings but these:
 FREE = ("publish",)
+OWN = {"mlp": "", "positions": ""}  # values that stand for the model's own
 RATE = ("max_iters", "lr_decay_iters", "lr_schedule", "learning_rate", "min_lr", "warmup_iters")  # what makes the rate
 
 
@@ -43,11 +42,8 @@ def pick_up(out_dir, resume):
 def earlier_settings(out_dir, resume):
     """The settings of the run that is to be resumed, from its first intact checkpoint; {} if it is to start.
 
-    max_minutes is left out: it is for one start. Raises UserError if the run lives.
+    max_minutes is left out: it is for one start.
     """
-    if os.environ.get("RANK", "0") == "0":
-        with owned(out_dir):
-            pass
     if not to_resume(out_dir, resume):
         return {}
     saved = flat_values(checkpoint.read_config(checkpoint.find(out_dir, "last"))["settings"])
@@ -60,23 +56,26 @@ def refuse_changes(saved, given, own, stand_in):
 
     own: the class of the task's settings. stand_in: the data set that an absent one may have been replaced by.
     """
-    out_dir = given.get("out_dir", "out")
-    for name in (*KEPT, *(name for name in flat_fields(own) if name not in FREE)):
-        value, asked = saved.get(name, given.get(name)), given.get(name)
-        own_value = {"mlp": "", "positions": "", "n_kv_head": 0}.get(name) == asked  # the model's own
-        if own_value:
-            asked = saved["n_head"] if name == "n_kv_head" and value else value
-        if name in given and asked != value and value != stand_in:
+    out_dir, kept = given.get("out_dir", "out"), {*KEPT, *flat_fields(own)} - {*FREE}
+    for name, asked in given.items():
+        value = saved.get(name, asked)
+        if name in kept and asked not in (value, OWN.get(name)) and value != stand_in:
             raise UserError(f"{name} = {asked!r}, but the run in {out_dir} has {value!r}: drop it to resume, or"
                             f" start a new run with --init_from={out_dir}")
 
 
 def notes(folder, settings):
-    """Lines on what is special about going on from the checkpoint `folder` with these settings.
+    """Lines on what is special about the run: about its rate, and about going on from the checkpoint `folder`, or None.
 
-    Raises UserError if they end before it.
+    Raises UserError if the settings end before the checkpoint.
     """
-    config, s = checkpoint.read_config(folder), settings
+    s = settings
+    if s.warmup_iters >= s.max_iters:
+        yield (f"warmup_iters = {s.warmup_iters}: the learning rate rises to the end, for max_iters = {s.max_iters}; a"
+               f" smaller one, such as --warmup_iters={s.max_iters // 10}, lets it reach its peak")
+    if not folder:
+        return
+    config = checkpoint.read_config(folder)
     step = config["step"]
     if s.max_iters < step:
         raise UserError(f"max_iters = {s.max_iters}: the run in {s.out_dir} has made {step} updates already; name more,"

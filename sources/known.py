@@ -19,6 +19,7 @@ from urllib.request import urlopen
 from configurator import UserError
 from machine.terminal import progress
 from run.files import read_json
+from run.lock import owned
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data"
@@ -86,15 +87,16 @@ def check_dataset(dataset):
 def ensure(dataset):
     """The name of a data set that is ready: `dataset`, prepared if it is a known one, or what stands in for it."""
     check_dataset(dataset)
-    if (locate(dataset) / "meta.json").exists():
+    meta = locate(dataset) / "meta.json"
+    if meta.exists():
         return dataset
-    return prepare_known(dataset, dataset, TOKENIZERS[dataset])
+    with owned(DATA, "dataset", "prepared data", wait=True):  # two runs may start at once
+        return dataset if meta.exists() else prepare_known(dataset, dataset, TOKENIZERS[dataset])
 
 
 def prepare_known(name, target, tokenizer, val_fraction=0.1, image_size=48):
     """Prepares a known data set, no corpus, as `target`, or without a network the built-in text; returns its name."""
     if name in GENERATED:
-        from run.lock import owned
         from sources import images  # imports numpy
         raw, script = DATA / name / "source", f"data/{name}/generate.py"
         if target != name:
@@ -114,7 +116,8 @@ def prepare_known(name, target, tokenizer, val_fraction=0.1, image_size=48):
         print(f"\n{bar}\nNO NETWORK: {error}\nUsing Python's language reference as data set {BUILT_IN!r} instead, whose"
               f" losses can't be compared.\nWhen you are online, run again; or put the text at"
               f" {DATA / name / 'input.txt'} yourself.\n{bar}\n", flush=True)
-        return ensure(BUILT_IN)
+        is_ready = (locate(BUILT_IN) / "meta.json").exists()
+        return BUILT_IN if is_ready else prepare_known(BUILT_IN, BUILT_IN, TOKENIZERS[BUILT_IN])
     if target != name:
         claim(target, origin)
     texts.prepare([path], locate(target), tokenizer, val_fraction, origin)

@@ -155,12 +155,11 @@ def load(name, device="cpu", dtype=torch.float32, which="best", settings=None, d
     task = cls(settings or SimpleNamespace(**config["settings"]), saved.tokenizers, folder)
     model_cls, config_cls = cls.models[config["model_type"]]
     shape = dict(config["model"])
-    lora_rank = config.get("lora_rank", 0) or shape.pop("lora_rank", 0)  # where checkpoints had it at first
     if "dropout" in shape:
         shape["dropout"] = dropout
     model = checkpoint.unfilled(model_cls, config_cls(**shape), device, dtype)
-    if lora_rank:
-        add_lora(model, lora_rank)
+    if rank := config.get("lora_rank"):
+        add_lora(model, rank)
     checkpoint.fill(model, saved.state, folder)
     found = code_of(model)
     if changed := [name for name, value in config.get("code", {}).items() if found.get(name, value) != value]:

@@ -10,25 +10,20 @@ from configurator import UserError
 from tools import compare, paired, versus
 
 
-def make_run(folder, seed, loss, task="text", run_json=True, n=10, ms=10.0, **settings):
+def make_run(folder, seed, loss, task="text", n=10, ms=10.0, **settings):
     """A run of n * 10 updates whose validation loss falls to `loss`."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [{"step": 10 * i, "loss": loss, "ms": ms, "val_loss": loss + (n - i) / 10} for i in range(1, n + 1)]
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"task": task, "seed": seed, "out_dir": str(folder), "learning_rate": 0.1, **settings}
-    if run_json:
-        (folder / "run.json").write_text(json.dumps({"settings": settings, "starts": []}))
-    else:  # as runs were recorded at first
-        (folder / "run.json").write_text("[]")
-        (folder / "last").mkdir()
-        (folder / "last" / "config.json").write_text(json.dumps({"settings": settings}))
+    (folder / "run.json").write_text(json.dumps({"settings": settings, "starts": []}))
     return folder
 
 
 def test_runs_are_grouped_over_seeds(tmp_path, capsys):
     for seed, loss in enumerate((2.0, 2.1, 2.2), 1):
         make_run(tmp_path / f"a{seed}", seed, loss)
-    make_run(tmp_path / "b", 1, 1.5, run_json=False, learning_rate=0.2, vision={"n_layer": 3})
+    make_run(tmp_path / "b", 1, 1.5, learning_rate=0.2, vision={"n_layer": 3})
     make_run(tmp_path / "pairs", 1, 0.1, task="contrastive")
     (tmp_path / "empty").mkdir()
     make_run(tmp_path / "damaged", 1, 1.0)

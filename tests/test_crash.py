@@ -23,7 +23,7 @@ from test_train import ROOT, as_arguments, assert_same_run, command, curve, rows
 
 import train
 from configurator import UserError
-from run import checkpoint, log, resume
+from run import checkpoint, record, resume
 from tokenizer import CharTokenizer
 
 TOKENIZERS = {"tokenizer": CharTokenizer("abc")}
@@ -124,21 +124,21 @@ def test_a_kill_inside_the_first_save_leaves_nothing_or_all(tmp_path, no_fsync):
 
 def test_a_kill_while_a_run_is_set_aside_neither_loses_nor_mixes_it(tmp_path, no_fsync):
     (tmp_path / "before").mkdir()
-    for name in log.OURS:
+    for name in record.OURS:
         (tmp_path / "before" / name).write_text(name)
-    for fatal, out_dir in every_fault(log.set_aside, base=tmp_path,
+    for fatal, out_dir in every_fault(record.set_aside, base=tmp_path,
                                       prepare=lambda out_dir: shutil.copytree(tmp_path / "before", out_dir)):
         if fatal > 1:
             assert not resume.to_resume(out_dir, "auto")  # a rest of the run is none
-        log.set_aside(out_dir)
-        assert os.listdir(out_dir) == ["earlier.1"] and sorted(os.listdir(out_dir / "earlier.1")) == sorted(log.OURS)
+        record.set_aside(out_dir)
+        assert os.listdir(out_dir) == ["earlier.1"] and sorted(os.listdir(out_dir / "earlier.1")) == sorted(record.OURS)
 
 
 @pytest.mark.slow
 def test_a_kill_at_any_operation_on_files_of_a_whole_run(tmp_path, tiny, monkeypatch, no_fsync):
     """Beside an earlier run in its folder, with --resume=auto after every kill, to the same numbers."""
     monkeypatch.setattr(train, "peak_flops", lambda *args: None)
-    monkeypatch.setattr(log, "git_state", lambda: None)
+    monkeypatch.setattr(record, "git_state", lambda: None)
     small = dict(tiny, max_iters=6, eval_interval=3, log_interval=1, n_layer=1, sample_tokens=0, resume="auto")
     run(tmp_path / "whole", small)
     earlier = tmp_path / "earlier"

@@ -35,6 +35,7 @@ def points(root, number=0):
 def test_a_picture_shows_the_log(tmp_path):
     words, root = picture(tmp_path, rows_of(40))
     assert str(tmp_path) in words and "400 updates" in words
+    assert curves.read_log(tmp_path)[-1]["seconds"] == pytest.approx(4.0)  # 400 updates of 10 ms
     assert "validation (best 2.2000 at step 300)" in words and "training (mean of each interval)" in words
     assert {"0", "100", "400", "updates", "Learning rate", "Gradient's norm"} <= set(words)
     (x, y), (x_last, y_last) = points(root, 1)[5], points(root, 1)[-1]  # of the validation: the best one, the last one
@@ -59,14 +60,6 @@ def test_a_log_of_any_kind_is_drawn(tmp_path):
     odd = tmp_path / "a & <b>\x1b"
     odd.mkdir()
     assert str(odd).replace("\x1b", "?") in picture(odd, rows)[0]
-
-
-def test_a_resumed_run_is_one_curve(tmp_path):
-    rows = rows_of(20)
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:15] + rows[12:]))
-    found = curves.read_log(tmp_path)
-    assert [row["step"] for row in found] == [row["step"] for row in rows]
-    assert found[-1]["seconds"] == pytest.approx(2.0)  # 200 updates of 10 ms: those that were done again count once
 
 
 def test_thinning_keeps_the_extremes(tmp_path):

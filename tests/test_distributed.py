@@ -17,8 +17,8 @@ from test_tasks import KINDS, shapes, small  # noqa: F401
 from test_train import FAST, as_arguments, rows, run, trainer, weights
 
 import train
-from configurator import differences
-from machine.distributed import store_of_this_start
+from configurator import UserError, differences
+from machine.distributed import start, store_of_this_start
 
 ROOT = Path(train.__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -53,6 +53,17 @@ def accidental(folder, what):
     path = folder / "accidental.py"
     path.write_text(ACCIDENTAL.format(root=str(ROOT), accident=str(folder / "accident"), what=what))
     return path
+
+
+def test_an_environment_that_is_incomplete_is_named_unless_it_has_one_worker(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert start("cpu").size == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="WORLD_SIZE = 2, without LOCAL_RANK and MASTER_ADDR and MASTER_PORT: start"):
+        start("cpu")
 
 
 HUNDREDS = dict(max_iters=200, eval_interval=50, log_interval=10, learning_rate=3e-3)

@@ -1,13 +1,16 @@
 import errno
 import os
+import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from configurator import UserError
-from run import lock
+from run import files, lock
+from sources import known
 
 ROOT = Path(__file__).parents[1]
 HOLDER = """
@@ -41,11 +44,23 @@ def test_a_living_run_keeps_its_folder_and_a_dead_one_does_not(tmp_path, holder)
         with lock.owned(tmp_path / "out"):
             pass
     assert (tmp_path / "out" / "run.lock").read_text() == before and os.listdir(tmp_path / "out") == ["run.lock"]
-    process.kill()
-    process.wait()
-    for _ in range(2):  # the child lives, the file is there
-        with lock.owned(tmp_path / "out"):
+    threading.Timer(0.2, process.kill).start()
+    for wait in (True, False):  # the child lives, the file is there
+        with lock.owned(tmp_path / "out", wait=wait):
+            assert process.wait() is not None
             assert f'"pid": {os.getpid()}' in (tmp_path / "out" / "run.lock").read_text()
+
+
+def test_a_known_data_set_that_another_run_prepares_is_waited_for(tmp_path, holder, monkeypatch):
+    def end():
+        (tmp_path / "out" / "digits").mkdir()
+        (tmp_path / "out" / "digits" / "meta.json").touch()
+        holder[0].kill()
+
+    monkeypatch.setattr(known, "DATA", tmp_path / "out")
+    monkeypatch.setattr(known, "prepare_known", None)
+    threading.Timer(0.2, end).start()
+    assert known.ensure("digits") == "digits"
 
 
 def test_a_file_system_without_locks_is_told_of_and_no_obstacle(tmp_path, monkeypatch, capsys):
@@ -62,3 +77,17 @@ def test_a_folder_that_cannot_be_made_names_the_setting(tmp_path):
     with pytest.raises(UserError, match="out_dir = .*file/x: Not a directory; name another folder"):
         with lock.owned(tmp_path / "file" / "x"):
             pass
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows can't ask for it")
+def test_a_file_system_that_cannot_sync_a_folder_is_no_obstacle_but_a_broken_disk_is(tmp_path, monkeypatch):
+    def fails(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    number = errno.EINVAL
+    files.write_text(tmp_path / "a", "x")
+    number = errno.EIO
+    with pytest.raises(OSError, match="Input/output"):
+        files.write_text(tmp_path / "a", "x")

@@ -1,4 +1,5 @@
 import json
+import math
 import time
 from types import SimpleNamespace
 
@@ -7,8 +8,9 @@ import torch
 
 import train
 from machine.distributed import World
-from run import log
-from run.log import Log, read_record, rows_until, samples_until
+from run import curves, log
+from run.log import Log
+from run.record import read_record, rows_until, samples_until
 
 WORLD = World(0, 1, torch.device("cpu"))
 ROW = {"step": 1000, "lr": 1e-3, "loss": 2.5, "mean_loss": 2.6, "grad_norm": 1.0, "ms": 1234.5, "tokens_per_s": 12345.0,
@@ -55,19 +57,17 @@ def test_the_time_left_counts_what_is_to_come_alone(tmp_path, monkeypatch, step)
 
 
 def test_samples_are_kept_and_cut_at_the_checkpoint(tmp_path):
-    texts = {10: "```\n## step 99, fake\n\n```\nx\n```\n\n", 20: "plain\r\x1b[0m", 30: "````` `", 40: ""}
+    texts = {10: "```\n## a heading\n\n```\nx\n```\n\n", 20: "plain\r\x1b[0m", 30: "````` `", 40: ""}
     record = make(tmp_path)
     for step, text in texts.items():
         record.keep_sample(f"step {step}, loss 1.0000", text)
     path = tmp_path / "samples.md"
     whole = path.read_bytes()
-    assert b"``````\n````` `\n``````\n" in whole and b"````\n```\n## step 99, fake" in whole
-    assert "".join(samples_until(path, 40).values()).encode() == whole
-    kept = samples_until(path, 25)
-    assert list(kept) == ["step 10, loss 1.0000", "step 20, loss 1.0000"]
-    assert whole.startswith("".join(kept.values()).encode())
-    path.write_bytes(whole[:-5])
-    assert len(samples_until(path, 40)) == 3
+    assert b"``````\n````` `\n``````\n" in whole and b"````\n```\n## a heading" in whole
+    assert samples_until(path, 40).encode() == whole
+    assert samples_until(path, 25).encode() == whole[:whole.index(b"## step 30")]
+    record.keep_sample("step 40, loss 1.0000", "")  # again
+    assert path.read_bytes() == whole
 
 
 def test_damaged_records_are_no_obstacle(tmp_path, capsys):
@@ -75,20 +75,20 @@ def test_damaged_records_are_no_obstacle(tmp_path, capsys):
     path.write_bytes(b'{"step": 1}\n[1]\n7\n{"step": "a"}\n\xff\n{"step": 2, "x": 0.1}\n{"step": 3}\n{"step": 2, "l')
     assert list(rows_until(path, 2)) == [{"step": 1}, {"step": 2, "x": 0.1}]
     path = tmp_path / "run.json"
-    for text in ("[", "{}", "[1, 2]", '{"starts": 3}', '{"starts": [{"id": "a"}], "results": 3}', "\x00"):
+    for text in ("[", "{}", "[1, 2]", '{"starts": 3}', '{"starts": [{"id": "a"}], "results": {}}', "\x00"):
         path.write_text(text)
         assert read_record(path) == ([], 0.0) and (tmp_path / "run.json.old").read_text() == text
     assert "was damaged: it is" in capsys.readouterr().err
-    for text in ('[{"id": "a"}]', '{"starts": [{"id": "a"}], "results": {}}'):
-        path.write_text(text)
-        assert read_record(path) == ([{"id": "a"}], 0.0)
+    path.write_text('{"starts": [{"id": "a"}], "results": {"seconds": 3}}')
+    assert read_record(path) == ([{"id": "a"}], 3.0)
 
 
-def test_a_picture_that_fails_ends_no_run(tmp_path, monkeypatch, capsys):
-    from run import curves
+def test_neither_a_number_that_is_none_nor_a_picture_that_fails_ends_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(curves, "draw", lambda out_dir: 1 / 0)
     record = make(tmp_path)
-    record.write({**ROW, "step": 1}, False, None)
+    record.write({**ROW, "step": 1, "grad_norm": math.inf}, False, None)
     record.close(0, "")
+    assert '"grad_norm": null' in (tmp_path / "log.jsonl").read_text()  # JSON has no infinity
+    assert curves.read_log(tmp_path)[0]["val_loss"] == 2.4
     assert "curves.svg can't be drawn: ZeroDivisionError" in capsys.readouterr().err
     assert json.loads((tmp_path / "run.json").read_text())["starts"][0]["status"] == 0

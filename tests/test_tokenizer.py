@@ -4,7 +4,7 @@ import tiktoken
 
 import tokenizer as tokenizers
 from configurator import UserError
-from tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, GPT2Tokenizer
+from tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, GPT2Tokenizer, Transcript
 
 FOREIGN = "naïve Σ 你好 🙂\r\n\ttab"
 
@@ -73,6 +73,19 @@ def test_control_tokens_in_a_text_are_text(text):
         assert tokenizer.decode(ids) == written and len(ids) > 10 and tokenizer.eos not in ids
     assert bpe.encode_controls(written).tolist() == [*bpe.encode("a"), 1, *bpe.encode("b"), 0]
     assert np.array_equal(bpe.encode(written), ids)  # whatever was called before
+
+
+def test_streamed_bytes_are_the_decoded_text_in_the_end_and_nothing_is_taken_back():
+    """Broken characters and U+FFFD itself among them."""
+    rng, tokenizer = np.random.default_rng(0), ByteTokenizer()
+    for _ in range(2000):
+        ids = rng.choice(list("😀éA\ufffd€".encode() + b"\xff"), size=rng.integers(1, 24)).tolist()
+        text, shown = Transcript(tokenizer), ""
+        for i in ids:
+            text.append(i)
+            shown += text.news()
+            assert tokenizer.decode(ids).startswith(shown)
+        assert shown + text.news(final=True) == tokenizer.decode(ids) == str(text)
 
 
 def test_a_tokenizer_is_found_in_a_models_folder(tmp_path):

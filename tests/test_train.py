@@ -9,7 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from machine import device
 from machine.distributed import World
 from optimizer import learning_rate, make_optimizers
 from run import checkpoint, guards
+from run.log import start_wandb
 from tasks.task import initial, load
 from tasks.text import TextTask
 
@@ -126,7 +127,7 @@ FAST = dict(optimizer="muon", positions="rotary", mlp="relu2", tied=False, bigra
 
 
 @pytest.mark.parametrize("changes", [  # few tokens in bfloat16, for CPUs without AMX are slow at it
-    {}, dict(dropout=0.2, micro_batch_size=3),
+    dict(dropout=0.2, micro_batch_size=3),
     dict(FAST, dropout=0.2, dtype="bfloat16", n_layer=1, batch_size=2)])
 def test_resuming_gives_the_numbers_of_an_undisturbed_run(tmp_path, tiny, changes, monkeypatch):
     run(tmp_path / "whole", tiny, **changes)
@@ -181,7 +182,7 @@ def test_a_folder_whose_run_lives_is_left_alone(tmp_path, tiny):
                               cwd=ROOT)
     living.stdout.readline()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    for start in (lambda: run(tmp_path, tiny), lambda: parse("--resume", f"--out_dir={tmp_path}")):
+    for start in (lambda: run(tmp_path, tiny), lambda: resume(tmp_path)):
         with pytest.raises(UserError, match=f"process {living.pid} on .* has trained there since"):
             start()
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
@@ -261,8 +262,6 @@ def breaking(monkeypatch, change, at=27):
 
 @pytest.mark.parametrize("change, settings, message", [
     (lambda loss, norm: (loss * math.nan, norm), {}, "the loss is nan .* at step 27: try a lower --learning_rate"),
-    (lambda loss, norm: (loss, norm / 0), {}, "norm inf at step 27: try a lower --learning_rate"),
-    (lambda loss, norm: (loss, norm * 0 + 99), dict(max_grad_norm=50.0), "norm 99.0000 at step 27: max_grad_norm = 50"),
     (lambda loss, norm: (loss + 2, norm), dict(max_loss_rise=1.0), "at step 27: its running mean is .*_rise = 1.0"),
 ])
 def test_a_step_that_is_not_sound_stops_the_run_which_can_be_replayed(tmp_path, tiny, monkeypatch, change, settings,
@@ -277,14 +276,6 @@ def test_a_step_that_is_not_sound_stops_the_run_which_can_be_replayed(tmp_path, 
     with pytest.raises(UserError) as again:
         run(tmp_path, tiny, **settings, resume=True, log_interval=1)
     assert str(again.value) == str(error.value) and rows(tmp_path)[-1]["step"] == 26
-
-
-def test_sound_runs_pass_the_guards_and_float16_may_skip_steps(tmp_path, tiny, trained, monkeypatch):
-    found = run(tmp_path, tiny, max_grad_norm=50.0, max_loss_rise=1.0)
-    assert curve(found) == curve(rows(trained))
-    guard = guards.Guard(train.Settings(max_grad_norm=5), World(0, 1, CPU), 0, scaled=True, saved={}, where=str)
-    guard.record(torch.tensor(3.0), torch.tensor(math.inf), {})
-    assert guard.read() == {"loss": 3.0, "mean_loss": 3.0, "grad_norm": math.inf}
 
 
 def test_no_number_is_saved_when_a_signal_comes_before_the_next_line_of_the_log(tmp_path, tiny, monkeypatch):
@@ -308,18 +299,13 @@ def test_the_time_limit_saves_and_has_a_status_of_its_own(tmp_path, tiny, traine
     with pytest.raises(SystemExit) as stopped:
         run(tmp_path, tiny, max_minutes=1e-9, log_interval=1000)
     assert stopped.value.code == 75 and trainer(tmp_path)["step"] == 1
-    assert f"go on with: python train.py --resume --out_dir={tmp_path}" in capsys.readouterr().out
-    run(tmp_path, tiny, max_minutes=0, resume=True)
-    assert_same_run(trained, tmp_path)
-
-
-def test_what_is_for_one_start_is_not_for_the_next(tmp_path, tiny, capsys):
-    with pytest.raises(SystemExit):
-        run(tmp_path, tiny, max_minutes=1e-9, sample_tokens=0)
-    assert "stopped at step 1 (--max_minutes=1e-09) and saved; go on with" in capsys.readouterr().out
+    assert ("stopped at step 1 (--max_minutes=1e-09) and saved; go on with: python train.py --resume"
+            f" --out_dir={tmp_path}") in capsys.readouterr().out
     assert json.loads((tmp_path / "run.json").read_text())["starts"][0]["why"] == "--max_minutes=1e-09"
     settings, _ = parse("--resume", f"--out_dir={tmp_path}")
-    assert settings.max_minutes == 0 and settings.max_iters == 40
+    assert settings.max_minutes == 0 and settings.max_iters == 40  # the limit is for one start
+    run(tmp_path, tiny, max_minutes=0, resume=True)
+    assert_same_run(trained, tmp_path)
 
 
 def test_auto_starts_and_goes_on(tmp_path, tiny, trained):
@@ -334,8 +320,8 @@ def test_auto_starts_and_goes_on(tmp_path, tiny, trained):
     assert saved["n_embd"] == 32 and saved["max_iters"] == 40
 
 
-def test_saving_in_the_background_changes_nothing(tmp_path, tiny, trained):
-    run(tmp_path, tiny, async_save=False)
+def test_neither_guards_nor_saving_in_the_background_change_a_sound_run(tmp_path, tiny, trained):
+    run(tmp_path, tiny, async_save=False, max_grad_norm=50.0, max_loss_rise=1.0)
     assert_same_run(trained, tmp_path)
     for name in ("best", "last"):
         one, other = ((Path(folder) / name / "model.safetensors").read_bytes() for folder in (tmp_path, trained))
@@ -469,9 +455,11 @@ def test_a_finished_run_can_be_resumed_for_more(tmp_path, tiny, capsys):
             in capsys.readouterr().out)
 
 
-def test_training_can_start_from_an_earlier_run(tmp_path, tiny, trained):
+def test_training_can_start_from_an_earlier_run(tmp_path, tiny, trained, capsys):
     found = run(tmp_path, tiny, init_from=trained, max_iters=1)
     assert found[0]["loss"] < 2.5 < GOLDEN[1]
+    assert ("warmup_iters = 5: the learning rate rises to the end, for max_iters = 1; a smaller one, such as"
+            " --warmup_iters=0, lets it reach its peak") in capsys.readouterr().out
 
 
 def test_lora_trains_two_small_matrices_of_each_layer(tmp_path, tiny, trained):
@@ -504,6 +492,9 @@ def test_a_part_with_the_rate_0_is_frozen_in_a_resumed_run_too(tmp_path, tiny, t
 
 def test_wandb_logs_offline_and_without_a_login_nothing_is_moved(tmp_path, tiny, monkeypatch):
     wandb = pytest.importorskip("wandb")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="--wandb needs a package: pip install wandb"):
+        patch.setitem(sys.modules, "wandb", ModuleType("wandb"))  # as a folder of that name is
+        start_wandb(tmp_path, train.Settings(), "name")
     run(tmp_path, tiny, max_iters=4, sample_tokens=0)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     for name, value in (("MODE", "online"), ("SILENT", "true"), ("CONFIG_DIR", str(tmp_path / "none"))):
@@ -559,12 +550,6 @@ def test_a_short_split_is_named_with_a_block_size_that_fits_both(tmp_path, tiny)
     with pytest.raises(UserError, match=r"the train split of .* a smaller --val_fraction .*--block_size=\d+") as error:
         run(tmp_path, tiny, block_size=10**6)
     run(tmp_path, tiny, block_size=int(str(error.value).rpartition("=")[2]), max_iters=1, batch_size=2)
-
-
-def test_a_file_where_the_out_directory_should_be_is_named(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="out_dir = .*file: is a file, or inside one; name a folder"):
-        settings_for("text", out_dir=str(tmp_path / "file"))
 
 
 @pytest.mark.parametrize("line, message", [

@@ -58,7 +58,7 @@ def read_runs(folders):
             continue
         rows, settings = curves.read_log(folder), curves.read_settings(folder)
         if not rows or not settings:
-            what = "log.jsonl with rows" if not rows else "run.json or last/config.json with settings"
+            what = "log.jsonl with rows" if not rows else "run.json with settings"
             left_out.append(f"{folder}: left out, for it has no {what}")
         elif not (val := series(rows, "val_loss")):
             left_out.append(f"{folder}: left out, for it has not been evaluated yet")

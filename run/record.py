@@ -1,0 +1,84 @@
+"""What a start of a run finds in its folder, and what it notes about itself: code, versions, machine, command."""
+
+import itertools
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from configurator import say
+from machine.device import device_name
+from run import checkpoint
+from run.files import rename
+
+TIME = "%Y-%m-%dT%H:%M:%S%z"
+MOVING = "earlier.new"  # while this folder is there, the other files of the run are still to be moved into it
+OURS = [name + suffix for suffix in ("", ".new", ".old") for name in (
+    "last", "best", "log.jsonl", "run.json", "samples.md", "curves.svg", "evaluation.json")]
+
+
+def set_aside(out_dir):
+    """Moves an earlier run's files in out_dir into the first free folder earlier.N; goes on with a move cut short."""
+    moving = out_dir / MOVING
+    found = [path for name in OURS if (path := out_dir / name).exists()]
+    if found or moving.exists():
+        moving.mkdir(exist_ok=True)
+        for path in found:
+            os.rename(path, moving / path.name)
+        aside = next(path for n in itertools.count(1) if not (path := out_dir / f"earlier.{n}").exists())
+        os.rename(moving, aside)
+        print(f"{out_dir} held an earlier run: it is in {aside} now")
+
+
+def rows_until(path, step):
+    """The rows of a log.jsonl up to a step. What is no row is left out, such as a line that a kill cut short."""
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        with suppress(ValueError, TypeError, KeyError):
+            row = json.loads(line)
+            if row["step"] <= step:
+                yield row
+
+
+def samples_until(path, step):
+    """The text of a samples.md up to its first heading of a later step."""
+    text = path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
+    headings = re.finditer(r"^## step (\d+), ", text, re.MULTILINE)
+    return next((text[:found.start()] for found in headings if int(found[1]) > step), text)
+
+
+def read_record(path):
+    """(the starts that a run.json lists, their seconds); of one that is damaged none: it is moved to run.json.old."""
+    if not path.exists():
+        return [], 0.0
+    with suppress(ValueError, TypeError, KeyError):
+        found = json.loads(path.read_bytes())
+        starts = [start | {} for start in found["starts"] if start["id"]]
+        return starts, float(found["results"]["seconds"])
+    rename(path, f"{path}.old")
+    say(f"{path} was damaged: it is {path}.old now, and a new one begins")
+    return [], 0.0
+
+
+def facts(settings, step, world):
+    """What a start of the run runs on: versions, code, machine, command."""
+    return {
+        "id": os.urandom(4).hex(), "started": time.strftime(TIME), "step": step, "dtype": settings.dtype,
+        "compile": settings.compile, "seed": settings.seed, "command": [sys.executable, *sys.argv], "git": git_state(),
+        "device": device_name(world.device), "workers": world.size, "host": platform.node(), "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(), "cuda": torch.version.cuda, **checkpoint.versions()}
+
+
+def git_state():
+    """The commit of this code, with "-dirty" if files differ from it; None if this is no git checkout."""
+    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
