@@ -383,11 +383,13 @@ def check_run(out_dir):
 
 
 def check_idle(settings, why, *names):
-    """Raises UserError for the first named field that is not at its default: `why` says when it would do something."""
-    for name in names:
-        default = type(settings).__dataclass_fields__[name].default
-        if (value := getattr(settings, name)) != default:
-            raise UserError(f"{name} = {value!r}: {why}; leave it out, or write {name} = {default!r}")
+    """Raises UserError for named fields that are not at their defaults: `why` says when they would do something."""
+    defaults = {name: type(settings).__dataclass_fields__[name].default for name in names}
+    idle = {name: default for name, default in defaults.items() if getattr(settings, name) != default}
+    if idle:
+        values = ", ".join(f"{name} = {getattr(settings, name)!r}" for name in idle)
+        instead = " ".join(f"--{name}={default}" for name, default in idle.items())
+        raise UserError(f"{values}: {why}; leave it out, or write {instead}")
 
 
 def help_text(cls, doc):

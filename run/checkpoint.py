@@ -159,6 +159,8 @@ def seal(folder, config):
             os.fsync(file.fileno())
     sums["config.json"] = hashlib.sha256(text.encode()).hexdigest()  # the last line: it shows that none is missing
     write_text(folder / "SHA256SUMS", "".join(f"{value}  {name}\n" for name, value in sums.items()))
+    for name in sums.keys() - {"config.json"}:  # safetensors writes what nobody else may read
+        os.chmod(folder / name, (folder / "SHA256SUMS").stat().st_mode)
     write_text(folder / "config.json", text)
 
 

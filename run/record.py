@@ -20,7 +20,7 @@ from run.files import rename
 
 TIME = "%Y-%m-%dT%H:%M:%S%z"
 MOVING = "earlier.new"  # while this folder is there, the other files of the run are still to be moved into it
-OURS = [name + suffix for suffix in ("", ".new", ".old") for name in (
+OURS = [name + suffix for suffix in ("", ".new", ".old", ".damaged") for name in (
     "last", "best", "log.jsonl", "run.json", "samples.md", "curves.svg", "evaluation.json")]
 
 

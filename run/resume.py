@@ -36,7 +36,11 @@ def pick_up(out_dir, resume):
         final, new = out_dir / name, out_dir / f"{name}.new"
         if (new / "config.json").is_file() and not final.exists():
             rename(new, final)
-    return checkpoint.find(out_dir, "last")
+    found, last = checkpoint.find(out_dir, "last"), out_dir / "last"
+    if found != last and last.exists():  # it is damaged, and the next save would keep it in the place of the one found
+        checkpoint.clear(out_dir / "last.damaged")
+        rename(last, out_dir / "last.damaged")
+    return found
 
 
 def earlier_settings(out_dir, resume):
@@ -83,6 +87,7 @@ def notes(folder, settings):
     if s.max_iters == step:
         yield f"the run in {s.out_dir} is finished: it has made its {step} updates; a larger --max_iters adds some"
         return
+    yield f"going on from step {step}, with {folder}"
     old = SimpleNamespace(**{**vars(s), **config["settings"]})
     before, now = learning_rate(step, old), learning_rate(step, s)
     if abs(now - before) > 0.01 * before:

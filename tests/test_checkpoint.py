@@ -49,6 +49,7 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert checkpoint.load_trainer(tmp_path / "last") == {"step": 3}
     assert checkpoint.load(tmp_path / "last").tokenizers["tokenizer"].decode([0, 2]) == "ac"
     assert sorted(os.listdir(tmp_path)) == ["last"]
+    assert len({path.stat().st_mode for path in (tmp_path / "last").iterdir()}) == 1  # whoever may read one reads all
 
 
 def test_a_file_that_can_not_be_deleted_does_not_end_a_run(tmp_path, monkeypatch):

@@ -250,8 +250,11 @@ def test_a_run_with_a_damaged_last_goes_on_from_the_one_before_to_the_same_numbe
     run(tmp_path, tiny, max_iters=40, eval_interval=10)
     shutil.rmtree(tmp_path / "best")
     flip(tmp_path / "last" / "trainer.pt")
-    found = run(tmp_path, tiny, eval_interval=20, resume="auto")
+    found = run(tmp_path, tiny, eval_interval=40, resume="auto")
     assert f"{tmp_path / 'last' / 'trainer.pt'} is damaged" in capfd.readouterr().err
+    checkpoint.verify(tmp_path / "last.old")  # not the damaged one, which has a name of its own
+    with pytest.raises(UserError, match="trainer.pt is damaged"):
+        checkpoint.verify(tmp_path / "last.damaged")
     assert curve(found)[-2:] == curve(rows(trained))[-2:]
     torch.testing.assert_close(weights(tmp_path), weights(trained), atol=0, rtol=0)
 

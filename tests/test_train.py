@@ -522,7 +522,7 @@ def test_parts_that_do_not_go_together_are_refused(changes, message, monkeypatch
 
 
 @pytest.mark.parametrize("line, message", [
-    ("--muon_lr=0.1", "muon_lr = 0.1: is for --optimizer=muon; leave it out, or write muon_lr = 0.02"),
+    ("--muon_lr=0.1", "muon_lr = 0.1: is for --optimizer=muon; leave it out, or write --muon_lr=0.02"),
     ("--lora_rank=2", "lora_rank = 2: is for fine-tuning with --init_from"),
     ("--init_from=gpt2 --zero_init", "zero_init = True: is for a model that starts from scratch"),
     ("--task=image-text --init_from=x --init_vision=y", "init_vision = 'y': is for a model that starts from scratch"),
