@@ -33,23 +33,23 @@ class Curve(NamedTuple):
 
 
 def read_log(out_dir):
-    """The rows of log.jsonl, each a dict of finite numbers, with "seconds": the time of all updates up to there.
+    """The rows of log.jsonl, each a dict of numbers below 1e100, with "seconds": the time of all updates up to there.
 
     Lines that are no rows are skipped. [] where there is no log.
     """
     rows, path = [], Path(out_dir) / "log.jsonl"
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         with suppress(ValueError, AttributeError, RecursionError):
-            row = {k: v for k, v in json.loads(line).items() if type(v) in (int, float) and math.isfinite(v)}
+            row = {k: v for k, v in json.loads(line).items() if type(v) in (int, float) and abs(v) < 1e100}
             if row.get("step", 0) >= 1 and "loss" in row:
                 step, seconds = (rows[-1]["step"], rows[-1]["seconds"]) if rows else (0, 0.0)
-                rows.append(row | {"seconds": seconds + row.get("ms", 0) / 1000 * (row["step"] - step)})
+                rows.append(row | {"seconds": seconds + max(0, row.get("ms", 0) / 1000 * (row["step"] - step))})
     return rows
 
 
 def read_settings(out_dir):
     """{name: value} of a run's settings, flat; {} if they can't be read."""
-    with suppress(UserError, AttributeError, KeyError, TypeError):
+    with suppress(UserError, AttributeError, KeyError, TypeError, RecursionError):
         return flat_values(read_json(Path(out_dir) / "run.json")["settings"])
     return {}
 

@@ -20,6 +20,12 @@ def make_run(folder, seed, loss, task="text", n=10, ms=10.0, **settings):
     return folder
 
 
+def mark(folder, data, code="1"):
+    """Writes which data and code the checkpoint of a run names."""
+    (folder / "last").mkdir(exist_ok=True)
+    (folder / "last" / "config.json").write_text(json.dumps({"data": {"sha256": data}, "code": {"model.GPT": code}}))
+
+
 def test_runs_are_grouped_over_seeds(tmp_path, capsys):
     for seed, loss in enumerate((2.0, 2.1, 2.2), 1):
         make_run(tmp_path / f"a{seed}", seed, loss)
@@ -43,6 +49,34 @@ def test_runs_are_grouped_over_seeds(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("| best | last | updates | time | folder |\n| --- |")
     with pytest.raises(UserError, match="none of these"):
         compare.main([str(tmp_path / "empty")], compare.Settings())
+
+
+def test_runs_of_other_data_or_code_are_no_seeds_of_one_recipe(tmp_path, capsys):
+    runs = [make_run(tmp_path / f"r{seed}", seed, 2 + seed / 10) for seed in range(1, 5)]
+    for run, marks in zip(runs, (("x", "1"), ("x", "1"), ("y", "1"), ("x", "2"))):
+        mark(run, *marks)
+    compare.main(list(map(str, runs)), compare.Settings())
+    heading, *lines = capsys.readouterr().out.splitlines()[:-1]
+    assert heading.split()[:5] == ["data", "code", "best", "s.d.", "seeds"]
+    assert [line.split()[4] for line in lines] == ["2", "1", "1"]
+    make_run(runs[2], 3, 2.3, dataset="other")  # tells the data apart
+    compare.main(list(map(str, runs[:3])), compare.Settings())
+    assert capsys.readouterr().out.split()[:2] == ["dataset", "best"]
+
+
+def test_odd_records_and_names_make_a_table(tmp_path, capsys):
+    a, b = make_run(tmp_path / "a", 1, 2.0, note="x|y\nz"), make_run(tmp_path / "b", 1, 3.0)
+    odd, deep = make_run(tmp_path / "odd", 1, 1.0, task=["x"]), make_run(tmp_path / "deep", 1, 1.0)
+    (deep / "run.json").write_text('{"settings":' + '{"a":' * 3000 + "1" + "}" * 3001)
+    mark(a, {})
+    (a / "last" / "config.json").write_text("[]")
+    compare.main(list(map(str, (a, b, odd, deep))), compare.Settings(markdown=True))
+    out, err = capsys.readouterr()
+    assert out.splitlines()[2].startswith(r"| x\|y z | 2.0000 |") and len(out.splitlines()) == 5
+    assert "its task is ['x']" in err and "deep: left out" in err
+    for path in (tmp_path, tmp_path / "none" / "x.svg"):
+        with pytest.raises(UserError, match="out = "):
+            compare.Settings(out=str(path))
 
 
 def test_the_t_quantile_is_that_of_the_tables():
@@ -90,14 +124,14 @@ def test_the_verdict_is_in_words():
 
 
 def test_a_comparison_trains_once_and_keeps_to_its_recipes(tmp_path, monkeypatch, capsys):
-    trained = []
+    trained, data = [], ["x"]
 
     def train(command, **_):
         values = dict(text.lstrip("-").split("=") for text in command[2:] if "=" in text)
         trained.append(values["out_dir"][-7:])
         rate = float(values.get("learning_rate", 1))
         noise = random.Random(values["seed"]).random()
-        make_run(tmp_path / values["out_dir"], 1, rate + noise, ms=rate)
+        mark(make_run(tmp_path / values["out_dir"], 1, rate + noise, ms=rate), data[-1])
         return Ended()
 
     class Ended:
@@ -117,8 +151,16 @@ def test_a_comparison_trains_once_and_keeps_to_its_recipes(tmp_path, monkeypatch
     assert math.isclose(found["at equal time"]["pairs"][0]["at"], 0.09)
     with pytest.raises(UserError, match="recipe b has another dropout: choose another"):
         versus.main(["", "--learning_rate=0.9 --dropout=0.1"], shared, versus.Settings(out=str(out)))
-    for given, match in (("--seed=3", "seed: is chosen"), ("--no=1", "unknown setting")):
+    for given, match in (("--seed=3", "seed: is chosen"), ("--no=1", "unknown setting"), ("x '", "no closing quot"),
+                         (" --help", "within a recipe")):
         with pytest.raises(UserError, match=match):
             versus.main(["", given], shared, versus.Settings(out=str(out)))
     with pytest.raises(UserError, match="1 recipes; name two"):
         versus.main([""], shared, versus.Settings(out=str(out)))
+    data.append("y")
+    with pytest.raises(UserError, match="seed4 was trained with other data than .*seed1"):
+        versus.main(recipes, shared, versus.Settings(seeds=4, out=str(out)))
+    for text in ("{}", "[]", "{", '{"settings": {"a": 1}}', "[" * 100_000):
+        (out / "versus.json").write_text(text)
+        with pytest.raises(UserError, match="does not say what it compares"):
+            versus.main(recipes, shared, versus.Settings(out=str(out)))

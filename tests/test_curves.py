@@ -49,6 +49,11 @@ def test_a_log_of_any_kind_is_drawn(tmp_path):
     rows = rows_of(3)
     garbage = '[1]\n"x"\nnull\n{"step": 5}\n{"step": "9", "loss": 1}\n{"step": 40, "loss": NaN}\ncut {"st'
     assert "30 updates" in picture(tmp_path, rows, garbage)[0]
+    no_numbers = [{"step": 31, "loss": 10**400}, {"step": 32, "loss": 2.0, "val_loss": 1e308},
+                  {"step": 33, "loss": 2.0, "val_loss": -1e308, "ms": -1e9}, {"step": 9, "loss": 2.0, "ms": 50}]
+    assert "9 updates" in picture(tmp_path, rows + no_numbers)[0]
+    seconds = [row["seconds"] for row in curves.read_log(tmp_path)]
+    assert len(seconds) == 6 and seconds == sorted(seconds)
     assert not [word for word in picture(tmp_path, rows_of(1))[0] if "nan" in word or "inf" in word]
     without = [{name: value for name, value in row.items() if name != "mean_loss"} for row in rows]
     assert "training (last batch of each interval)" in picture(tmp_path, without)[0]

@@ -6,3 +6,15 @@
     python -m tools.versus      two recipes, seed by seed: which is better, and how sure that is
     sbatch tools/slurm.sh ...   a run on the nodes of a cluster, queued again until it has finished
 """
+
+import shlex
+
+from configurator import UserError
+
+
+def shell_words(line):
+    """The words of a command line. Raises UserError for a quote that nothing closes."""
+    try:
+        return shlex.split(line)
+    except ValueError as error:
+        raise UserError(f"{line!r} is no command line: {str(error).lower()}") from None

@@ -13,6 +13,7 @@ import os
 from dataclasses import dataclass
 
 from configurator import UserError, check_ranges, from_command_line, one_line_errors
+from tools import shell_words
 
 SECTIONS = ("peak", "start", "train", "sample", "vlm", "against")
 
@@ -41,10 +42,14 @@ class Settings:
                     raise UserError(f"{name} = {word}: must be some of {', '.join(known)}, with commas between")
         if not all(word.isdecimal() and int(word) for word in self.batches.split(",")):
             raise UserError(f"batches = {self.batches}: must be whole numbers above 0, with commas between")
+        if os.path.isdir(self.out):
+            raise UserError(f"out = {self.out}: is a folder; name a file")
         if not os.path.isdir(os.path.dirname(self.out) or "."):
             raise UserError(f"out = {self.out}: there is no folder {os.path.dirname(self.out)}")
         if bool(self.against) != bool(self.ours):
             raise UserError("--against and --ours are two command lines that do the same work: give both or neither")
+        for line in (self.against, self.ours):
+            shell_words(line)  # raises what is wrong with it
 
 
 SHAPES = {  # of config/shakespeare_char.py, without and with a GPU; batch size and dropout of the training step
@@ -348,7 +353,7 @@ def measure_against(table):
     """Two command lines in turns, each with the most memory that it held."""
     if table.settings.against:
         lines = {"ours": table.settings.ours, "theirs": table.settings.against}
-        for who, row in table.compare("against", {who: command(shlex.split(line), ".") for who, line in lines.items()},
+        for who, row in table.compare("against", {who: command(shell_words(line), ".") for who, line in lines.items()},
                                       "s").items():
             row["command"] = lines[who]
 

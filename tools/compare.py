@@ -4,26 +4,33 @@
     python -m tools.compare out/a out/b out/b/earlier.1 --out=ab.svg --markdown
 
 Runs that differ in their seed alone are one line: the mean over the seeds, and how far one run lies from it (s.d., the
-standard deviation). The best comes first. Losses are of the validation split; the time is that of the updates alone,
-without evaluations and saves. What is no run, and what is of another task than most, is named and left out.
+standard deviation). Runs of other data, or of other code of the model, are another line. The best comes first. Losses
+are of the validation split; the time is that of the updates alone, without evaluations and saves. What is no run, and
+what is of another task than most, is named and left out.
 """
 
+import hashlib
+import json
 import os
+import re
 import statistics
 import sys
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from configurator import UserError, from_command_line, one_line_errors
 from machine.terminal import printable
 from run import curves
 from run.curves import COLORS, INNER, LEFT, Curve, series
-from run.files import write_text
+from run.files import read_json, write_text
 
 # Settings that change no number of a run, and the seed.
 APART = ("seed", "out_dir", "resume", "wandb", "wandb_project", "wandb_name", "log_interval", "sample_tokens",
          "publish", "async_save", "max_minutes", "save_minutes")
+MARKS = ("data", "code")  # stand among a run's settings too: see `marks_of`
 LEGEND = 24  # most lines of the legend
 
 
@@ -32,10 +39,17 @@ class Settings:
     out: str = ""  # the picture; default: compare.svg in the folder that holds all the runs
     markdown: bool = False  # print the table for a README
 
+    def __post_init__(self):
+        if os.path.isdir(self.out):
+            raise UserError(f"out = {self.out}: is a folder; name a file, {os.path.join(self.out, 'compare.svg')}")
+        if not os.path.isdir(os.path.dirname(self.out) or "."):
+            raise UserError(f"out = {self.out}: there is no folder {os.path.dirname(self.out)}")
+
 
 class Run(NamedTuple):
     folder: str
-    settings: dict
+    task: str
+    settings: dict  # and the run's marks
     rows: list
     val: list  # of (step, validation loss)
 
@@ -63,17 +77,30 @@ def read_runs(folders):
         elif not (val := series(rows, "val_loss")):
             left_out.append(f"{folder}: left out, for it has not been evaluated yet")
         else:
-            found.append(Run(str(folder), settings, rows, val))
-    tasks = Counter(run.settings.get("task", "text") for run in found)
+            task = str(settings.get("task", "text"))
+            found.append(Run(str(folder), task, settings | marks_of(folder), rows, val))
+    tasks = Counter(run.task for run in found)
     task = max(tasks, key=tasks.get, default="")
     for run in found:
-        if (other := run.settings.get("task", "text")) != task:
-            left_out.append(f"{run.folder}: left out, for its task is {other}, and that of the others {task}")
-    return [run for run in found if run.settings.get("task", "text") == task], left_out
+        if run.task != task:
+            left_out.append(f"{run.folder}: left out, for its task is {run.task}, and that of the others {task}")
+    return [run for run in found if run.task == task], left_out
+
+
+def marks_of(folder):
+    """{"data": ..., "code": ...}: digests of the data set and of the model's code that a run's checkpoint tells of.
+
+    What the checkpoint does not tell, or what can't be read, is left out.
+    """
+    with suppress(UserError, AttributeError, RecursionError):
+        found = {name: read_json(Path(folder) / "last" / "config.json").get(name) for name in MARKS}
+        return {name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+                for name, value in found.items() if value}
+    return {}
 
 
 def group(runs):
-    """Groups of runs whose settings are equal but for the seed; the best mean loss first."""
+    """Groups of runs whose settings and marks are equal but for the seed; the best mean loss first."""
     groups = {}
     for run in runs:
         recipe = {name: value for name, value in run.settings.items() if name not in APART}
@@ -84,9 +111,13 @@ def group(runs):
 
 
 def differing(groups):
-    """The names of the settings whose values are not the same in all groups."""
-    names = dict.fromkeys(name for one in groups for name in one.settings)
-    return [name for name in names if len({repr(one.settings.get(name)) for one in groups}) > 1]
+    """The names of the settings whose values are not the same in all groups; and of the marks, if these leave doubt."""
+    def values(*names):
+        return {repr([one.settings.get(name) for name in names]) for one in groups}
+
+    names = [name for name in dict.fromkeys(name for one in groups for name in one.settings) if len(values(name)) > 1]
+    plain = [name for name in names if name not in MARKS]
+    return plain if len(values(*plain)) == len(groups) else names
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -118,13 +149,15 @@ def clock(seconds):
 
 def print_table(lines, markdown):
     """Prints a table in columns, numbers to the right; or as Markdown."""
+    lines = [[printable(re.sub(r"\s", " ", text)) for text in line] for line in lines]
     if markdown:
+        lines = [[text.replace("|", r"\|") for text in line] for line in lines]
         print("\n".join(f"| {' | '.join(line)} |" for line in (lines[0], ["---"] * len(lines[0]), *lines[1:])))
         return
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         cells = [text.rjust(width) for text, width in zip(line[:-1], widths)]
-        print(printable("  ".join([*cells, line[-1]])))
+        print("  ".join([*cells, line[-1]]))
 
 
 def draw_together(named, path, title, about):
@@ -183,7 +216,7 @@ def main(folders, settings):
     path = settings.out or place_for([run.folder for run in runs])
     named = {name: [run.rows for run in one.runs] for name, one in zip(names_of(groups), groups)}
     draw_together(named, path, f"{len(runs)} runs", "the best validation loss of each; what differs in their settings")
-    print(f"curves: {path}")
+    print(printable(f"curves: {path}"))
 
 
 if __name__ == "__main__":

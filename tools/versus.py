@@ -49,7 +49,8 @@ from dataclasses import asdict
 from configurator import parse
 from run.curves import read_log, series
 from run.files import read_json, write_json
-from tools.compare import clock, draw_together
+from tools import shell_words
+from tools.compare import MARKS, clock, draw_together, marks_of
 from tools.paired import at_equal_time, at_equal_updates, interval, verdict
 from train import HOW
 from train import Settings as Training
@@ -62,9 +63,12 @@ TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 def settings_of(recipe, shared):
     """A recipe's settings, flat. Raises UserError for what train.py would refuse, or what this comparison chooses."""
-    settings, given = parse(Training, [*shlex.split(recipe), *shared], more=HOW["more"],
-                            has_accelerator=HOW["has_accelerator"], elsewhere=HOW["elsewhere"])
-    on_line = {text.partition("=")[0].lstrip("-") for text in (*shlex.split(recipe), *shared) if text.startswith("-")}
+    words = [*shell_words(recipe), *shared]
+    on_line = {text.partition("=")[0].lstrip("-") for text in words if text.startswith("-")}
+    if on_line & {"help", "h"}:
+        raise UserError("--help within a recipe: python train.py --help lists what a recipe may set")
+    settings, given = parse(Training, words, more=HOW["more"], has_accelerator=HOW["has_accelerator"],
+                            elsewhere=HOW["elsewhere"])
     for name in ("seed", "out_dir", "resume"):
         if name in on_line:
             raise UserError(f"{name}: is chosen by the comparison; leave it out (--seeds and --out are its settings)")
@@ -72,22 +76,34 @@ def settings_of(recipe, shared):
             if name not in ("seed", "out_dir", "resume")}
 
 
-def require_same(earlier, now, out):
-    """Raises UserError where the folder holds the runs of other recipes."""
+def require_same(path, now):
+    """Raises UserError where the folder holds the runs of other recipes, or a versus.json that does not say which."""
+    try:
+        earlier = {name: dict(read_json(path)["settings"][name]) for name in "ab"}
+    except (LookupError, TypeError, ValueError, RecursionError):
+        raise UserError(f"{path} does not say what it compares: choose another folder by --out, or delete it if the"
+                        " runs beside it are of these recipes") from None
     for name in "ab":
         names = {**earlier[name], **now[name]}
         if changed := [one for one in names if earlier[name].get(one) != now[name].get(one)]:
-            raise UserError(f"{out} holds a comparison whose recipe {name} has another {', '.join(changed)}: choose"
-                            " another folder by --out")
+            raise UserError(f"{path.parent} holds a comparison whose recipe {name} has another {', '.join(changed)}:"
+                            " choose another folder by --out")
 
 
-def train(recipe, shared, seed, folder, max_iters):
+def require_same_origin(folder, first):
+    """Raises UserError where a run was trained on other data, or by other code, than the first one of its recipe."""
+    now, then = marks_of(folder), marks_of(first)
+    if changed := [name for name in MARKS if now.get(name) != then.get(name)]:
+        raise UserError(f"{folder} was trained with other {' and other '.join(changed)} than {first}: delete it and put"
+                        " back what was changed, or choose another folder by --out")
+
+
+def train(words, seed, folder, max_iters):
     """Trains a run, or goes on with it; not if it has ended. Raises UserError if it fails, SystemExit if stopped."""
     rows = read_log(folder)
     if rows and rows[-1]["step"] >= max_iters and "val_loss" in rows[-1]:
         return
-    command = [sys.executable, str(TRAIN), *shlex.split(recipe), *shared, f"--seed={seed}", f"--out_dir={folder}",
-               "--resume=auto"]
+    command = [sys.executable, str(TRAIN), *words, f"--seed={seed}", f"--out_dir={folder}", "--resume=auto"]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "output.txt", "a", encoding="utf-8") as file, subprocess.Popen(command, stdout=file) as process:
         while process.poll() is None:
@@ -103,13 +119,14 @@ def train(recipe, shared, seed, folder, max_iters):
                         f" and in {folder / 'output.txt'}")
 
 
-def train_all(recipes, shared, seeds, out, max_iters):
+def train_all(words, seeds, out, max_iters):
     """{name: the rows of its run with each seed}. a and b take turns, and the first of the pair changes."""
     for seed in range(1, seeds + 1):
         for name in ("ab" if seed % 2 else "ba"):
             folder = out / name / f"seed{seed}"
             print(f"seed {seed} of {seeds}, {name}: ", end="", flush=True)
-            train(recipes[name], shared, seed, folder, max_iters[name])
+            train(words[name], seed, folder, max_iters[name])
+            require_same_origin(folder, out / name / "seed1")
             rows = read_log(folder)
             step, loss = series(rows, "val_loss")[-1]
             print(f"validation loss {loss:.4f} after {step:,} updates in {clock(rows[-1]['seconds'])}")
@@ -142,14 +159,15 @@ def main(given, shared, settings):
         raise UserError(f"{len(given)} recipes; name two, each in quotes if it has settings of its own: python -m"
                         ' tools.versus config/shakespeare_char.py "config/shakespeare_char.py --dropout=0.1"')
     recipes, out = dict(zip("ab", given)), Path(settings.out)
+    words = {name: [*shell_words(recipe), *shared] for name, recipe in recipes.items()}
     record = {name: settings_of(recipe, shared) for name, recipe in recipes.items()}
     if (out / "versus.json").exists():
-        require_same(read_json(out / "versus.json")["settings"], record, out)
+        require_same(out / "versus.json", record)
     out.mkdir(parents=True, exist_ok=True)
     record = {"recipes": recipes, "for both": shared, "settings": record}
     write_json(out / "versus.json", record)
     max_iters = {name: record["settings"][name]["max_iters"] for name in "ab"}
-    runs = train_all(recipes, shared, settings.seeds, out, max_iters)
+    runs = train_all(words, settings.seeds, out, max_iters)
     found = {"updates": at_equal_updates(runs["a"], runs["b"]), "time": at_equal_time(runs["a"], runs["b"])}
     for where, pairs in found.items():
         mean, half = interval([pair.b - pair.a for pair in pairs]) if pairs else (None, None)
