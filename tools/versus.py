@@ -18,6 +18,7 @@ two of its evaluations, so a low --eval_interval is good. Its learning rate has 
 counts against it: for a fair race, give the slower recipe the --max_iters that it has time for.
 """
 
+import os
 import shlex
 import subprocess
 import sys
@@ -156,8 +157,8 @@ def report(out, recipes, found):
 
 def main(given, shared, settings):
     if len(given) != 2:
-        raise UserError(f"{len(given)} recipes; name two, each in quotes if it has settings of its own: python -m"
-                        ' tools.versus config/shakespeare_char.py "config/shakespeare_char.py --dropout=0.1"')
+        raise UserError(f"{len(given)} recipes; name two, in quotes if they have settings of their own, and with a blank"
+                        ' first if they have nothing else: python -m tools.versus "" " --optimizer=muon"')
     recipes, out = dict(zip("ab", given)), Path(settings.out)
     words = {name: [*shell_words(recipe), *shared] for name, recipe in recipes.items()}
     record = {name: settings_of(recipe, shared) for name, recipe in recipes.items()}
@@ -173,8 +174,11 @@ def main(given, shared, settings):
         mean, half = interval([pair.b - pair.a for pair in pairs]) if pairs else (None, None)
         record[f"at equal {where}"] = {"b - a": mean, "95 %": half, "pairs": [pair._asdict() for pair in pairs]}
     write_json(out / "versus.json", record)
-    named = {f"{name}: {recipes[name].strip() or 'the defaults'}": runs[name] for name in "ab"}
-    draw_together(named, out / "versus.svg", str(out), f"two recipes, {settings.seeds} seeds each")
+    words = {name: recipes[name].split() for name in "ab"}
+    n = len(os.path.commonprefix(list(words.values())))  # what both begin with is said once
+    named = {f"{name}: {' '.join(words[name][n:]) or 'nothing more'}": runs[name] for name in "ab"}
+    both = " ".join(words["a"][:n]) or "the defaults"
+    draw_together(named, out / "versus.svg", str(out), f"two recipes, {settings.seeds} seeds each: {both}, and")
     report(out, recipes, found)
 
 
