@@ -176,9 +176,10 @@ def main(given, shared, settings):
     write_json(out / "versus.json", record)
     words = {name: recipes[name].split() for name in "ab"}
     n = len(os.path.commonprefix(list(words.values())))  # what both begin with is said once
-    named = {f"{name}: {' '.join(words[name][n:]) or 'nothing more'}": runs[name] for name in "ab"}
-    both = " ".join(words["a"][:n]) or "the defaults"
-    draw_together(named, out / "versus.svg", str(out), f"two recipes, {settings.seeds} seeds each: {both}, and")
+    bare = "nothing more" if n else "the defaults"
+    named = {f"{name}: {' '.join(words[name][n:]) or bare}": runs[name] for name in "ab"}
+    about = f"two recipes, {settings.seeds} seeds each" + f": {' '.join(words['a'][:n])}, and" * (n > 0)
+    draw_together(named, out / "versus.svg", str(out), about)
     report(out, recipes, found)
 
 
