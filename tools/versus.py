@@ -157,7 +157,7 @@ def report(out, recipes, found):
 
 def main(given, shared, settings):
     if len(given) != 2:
-        raise UserError(f"{len(given)} recipes; name two, in quotes if they have settings of their own, and with a blank"
+        raise UserError(f"{len(given)} recipes; name two, in quotes if they have settings of their own, with a blank"
                         ' first if they have nothing else: python -m tools.versus "" " --optimizer=muon"')
     recipes, out = dict(zip("ab", given)), Path(settings.out)
     words = {name: [*shell_words(recipe), *shared] for name, recipe in recipes.items()}
