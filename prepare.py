@@ -47,6 +47,7 @@ if __name__ == "__main__":  # --help and typos answer before the slow imports
     sys.argv[1:] = [arg for arg in sys.argv[1:] if arg.startswith("-")] or ([] if SOURCES else ["--help"])
     SETTINGS, _ = from_command_line(Settings, __doc__)
 
+from machine.terminal import printable
 from sources import documents, images, texts
 from sources.known import CORPORA, GENERATED, TOKENIZERS, claim, download, locate, prepare_known
 
@@ -64,7 +65,7 @@ def main(settings, sources):
     model = settings.tokenizer if os.path.isdir(settings.tokenizer) else ""  # to go on from
     start = [*["--task=image-text"] * ("vlm" in recipe), f"--init_from={model}"] if model else [recipe]
     command = ["python", "train.py", *start, f"--dataset={name}", f"--out_dir=out/{locate(name).name}"]
-    print(f"train on it: {shlex.join(command)}")
+    print(printable(f"train on it: {shlex.join(command)}"))
 
 
 def prepare_known_source(settings, source):
@@ -121,8 +122,8 @@ def text_recipe(tokenizer):
 def check_sources(settings, sources, is_url):
     """Raises UserError for a source that isn't there, and for settings that don't fit what the sources are."""
     for source in sources:
-        if not is_url and not Path(source).exists():
-            raise UserError(f"{source} is no file, no folder, no URL, and none of {', '.join(TOKENIZERS)}")
+        if not is_url and not os.path.isfile(source) and not os.path.isdir(source):
+            raise UserError(f"{source} is no file on disk, no folder, no URL, and none of {', '.join(TOKENIZERS)}")
     if is_url and Path(urlsplit(sources[0]).path).suffix.lower() in documents.READERS:
         raise UserError(f"{sources[0]}: only texts are fetched; download the documents, and name their file")
     if len(sources) > 1 and not settings.name:

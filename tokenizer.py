@@ -100,8 +100,10 @@ class BPETokenizer(Tokenizer):
     kind = "bpe"
 
     def __init__(self, bpe):
-        self.bpe = bpe
-        self.vocab_size = bpe.get_vocab_size()
+        self.bpe, self.known = bpe, set()  # characters that have tokens
+        bpe.no_truncation()
+        bpe.no_padding()
+        self.vocab_size = max(bpe.get_vocab().values()) + 1  # there may be holes among the ids
         ends = map(bpe.token_to_id, ("<|endoftext|>", "<eos>", "</s>"))
         self.eos = next((token for token in ends if token is not None), None)
 
@@ -123,12 +125,25 @@ class BPETokenizer(Tokenizer):
         return cls(tokenizers.Tokenizer.from_str(bpe.to_str()))
 
     def encode(self, text):
-        self.bpe.encode_special_tokens = True  # as the text that they are
-        return np.array(self.bpe.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+        """Raises UserError that names a character without a token, which the library would leave out."""
+        ids, characters = self.encode_controls(text, False), set(text)
+        if lost := sorted(filter(self.drops, characters - self.known)):
+            raise UserError(f"the tokenizer has no token for {lost[0]!r}: leave it out, or choose another tokenizer")
+        self.known |= characters
+        return ids
 
-    def encode_controls(self, text):
-        self.bpe.encode_special_tokens = False
-        return np.array(self.bpe.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+    def encode_controls(self, text, controls=True):
+        self.bpe.encode_special_tokens = not controls  # as the text that they are
+        try:
+            return np.array(self.bpe.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+        except Exception as error:  # the library raises nothing more specific
+            raise UserError(f"the tokenizer can't encode {text!r:.60}: {error}") from None
+
+    def drops(self, character):
+        """Whether a BPE leaves the character out, and not its normalizer. Other models raise an error instead."""
+        text, is_bpe = character * 3, type(self.bpe.model).__name__ == "BPE"  # three: a word's start, inside and end
+        meant = self.bpe.normalizer.normalize_str(text) if self.bpe.normalizer else text
+        return is_bpe and meant.strip() and not self.bpe.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids):
         return self.bpe.decode(list(map(int, ids)), skip_special_tokens=False)

@@ -21,6 +21,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import reprlib
 import shutil
 import signal
@@ -35,7 +36,7 @@ import tokenizer as tokenizers
 from configurator import UserError
 from machine.terminal import progress, watched
 from run.files import read_json, rename, write_json
-from sources.texts import check_start, finish, id_type, put_in_place, sample, stored, writing
+from sources.texts import check_start, finish, id_type, put_in_place, sample, stamp, stored, writing
 
 SHARD_BYTES = 1 << 26  # smaller neighbours share a shard
 ROWS = 256  # documents of a parquet file held at a time
@@ -56,6 +57,7 @@ def prepare(source, folder, tokenizer_name, val_fraction=0.1, processes=0):
         totals = {key: sum(record[key] for record in found) for key in COUNTS}
         for split in ("train", "val"):
             if totals[f"{split}_tokens"] < 2:
+                (folder / "recipe.json").unlink()  # so that another source may have the folder
                 raise UserError(f"none of {totals['documents']:,} documents is for {split}: use more, or another share")
         digest = hashlib.sha256("".join(record["sha256"] for record in found).encode()).hexdigest()
         meta = {"source": source.location, "revision": source.revision, "sha256": digest, "tokenizer": tokenizer.kind,
@@ -99,13 +101,10 @@ class Source(NamedTuple):
 
 
 def local_source(location, paths, column="text"):
-    return Source(location, "", tuple([os.path.abspath(path), *stamp(path)] for path in paths), column)
-
-
-def stamp(path):
-    """[bytes, when the file changed in nanoseconds]: on Unix a date that was set back (cp -p) does not deceive it."""
-    status = os.stat(path)
-    return [status.st_size, max(status.st_mtime_ns, status.st_ctime_ns)]
+    names = list(map(os.path.abspath, paths))
+    if foreign := [name for name in names if re.search("[\ud800-\udfff]", name)]:
+        raise UserError(f"{foreign[0]!r}: this name is not UTF-8: rename the file or its folder")
+    return Source(location, "", tuple([name, *stamp(name)] for name in names), column)
 
 
 def hub_source(name, under, revision):
@@ -182,7 +181,7 @@ def read_table(path, column=""):
         rows = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True,
                           delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
         try:
-            names = next(rows, [])
+            names = [name.strip() for name in next(filter(None, rows), [])]
             if doubles := {name for name in names if name and names.count(name) > 1}:
                 raise UserError(f"{path}: several columns are named {', '.join(doubles)}: rename all but one")
             for row in rows:

@@ -10,8 +10,8 @@ The folder holds images, and a captions.jsonl with a row for each question:
 A row may also name its kind (evaluation reports each kind by itself; default: the prompt's first word) and its split,
 "train" or "val". Where no row names a split, the last 10 % of the images are for validation.
 
-Or Hugging Face's layout: a metadata.jsonl or .csv, with a `file_name` and a `text` (or `caption`, or --column=NAME) for
-each image, in the folder or in each of train/, validation/ and test/. Every prompt then is "caption".
+Or Hugging Face's layout: a metadata.jsonl, .csv or .tsv, with a `file_name` and a `text` (or `caption`, or
+--column=NAME) for each image, in the folder or in each of train/, validation/, test/. Every prompt then is "caption".
 """
 
 import hashlib
@@ -32,6 +32,7 @@ from sources.texts import finish, writing
 
 CONTROLS = ("<pad>", "<eos>", "<bos>", "<image>")  # in PaliGemma's order
 FILES = ("images.bin", "train.jsonl", "val.jsonl", "tokenizer.json")
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 SPLITS = {"train": "train", "training": "train", "validation": "val", "valid": "val", "val": "val", "dev": "val",
           "test": "test", "testing": "test", "eval": "test", "evaluation": "test"}  # by the names of folders
 
@@ -45,19 +46,19 @@ def prepare(path, folder, tokenizer_name="char", val_fraction=0.1, image_size=48
     tables = find_tables(path)
     if not tables:
         raise UserError(f"{path} has neither a captions.jsonl nor a metadata.jsonl")
-    rows = [row for table in tables for row in read_rows(table, path, column)]
-    if tables[0].stem.lower() == "metadata":
-        rows = name_splits(rows)
-    split_images(rows, val_fraction, tables[0])
-    splits = {split: [row for row in rows if row["split"] == split] for split in ("train", "val")}
-    special = (*CONTROLS, *LOCATIONS, *SEGMENTS)
-    name = f"bpe:{256 + len(special)}" if tokenizer_name in ("char", "byte") else tokenizer_name  # no room for merges
-    texts = [f"{row['prompt']}\n{row['answer']}" for row in splits["train"]]
-    tokenizer = tokenizers.build(name, None, lambda: texts, special)
-    if tokenizer.kind != "bpe" or None in map(tokenizer.bpe.token_to_id, ("<bos>", "<eos>")):
-        raise UserError(f"tokenizer = {name}: must for images be char or byte (both a token per byte), bpe:SIZE, or"
-                        " that of a model that sees, with <bos> and <eos>")
     with writing(folder):
+        rows = [row for table in tables for row in read_rows(table, path, column)]
+        if tables[0].stem.lower() == "metadata":
+            rows = name_splits(rows)
+        split_images(rows, val_fraction, tables[0])
+        splits = {split: [row for row in rows if row["split"] == split] for split in ("train", "val")}
+        special = (*CONTROLS, *LOCATIONS, *SEGMENTS)
+        name = f"bpe:{256 + len(special)}" if tokenizer_name in ("char", "byte") else tokenizer_name  # no merges
+        texts = [f"{row['prompt']}\n{row['answer']}" for row in splits["train"]]
+        tokenizer = tokenizers.build(name, None, lambda: texts, special)
+        if tokenizer.kind != "bpe" or None in map(tokenizer.bpe.token_to_id, ("<bos>", "<eos>")):
+            raise UserError(f"tokenizer = {name}: must for images be char or byte (both a token per byte), bpe:SIZE, or"
+                            " that of a model that sees, with <bos> and <eos>")
         tokenizer.save(folder / "tokenizer.json.new")
         count = write_rows(path, rows, image_size, folder)
         meta = {"kind": "image-text", "source": str(source or path), "images": count, "image_size": image_size,
@@ -73,13 +74,13 @@ def prepare(path, folder, tokenizer_name="char", val_fraction=0.1, image_size=48
 
 
 def find_tables(path):
-    """The captions.jsonl of a folder of images, in any case, or Hugging Face's metadata; [] if there is neither."""
+    """The captions.jsonl of a folder of images, in any case, or Hugging Face's metadata beside images; or []."""
     files = sorted(file for file in path.glob("*") if file.is_file())
     tables = [file for file in files if file.name.lower() == "captions.jsonl"]
     if not tables:
         files += sorted(file for file in path.glob("*/metadata.*") if file.parent.name.lower() in SPLITS)
-        tables = [file for file in files if file.name.lower() in ("metadata.jsonl", "metadata.csv")
-                  and b"file_name" in file.open("rb").readline()]
+        tables = [file for file in files if file.name.lower() in ("metadata.jsonl", "metadata.csv", "metadata.tsv")
+                  and any(other.suffix.lower() in PICTURES for other in file.parent.rglob("*"))]
     return tables
 
 

@@ -17,7 +17,7 @@ from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 from configurator import UserError
-from machine.terminal import progress
+from machine.terminal import printable, progress
 from run.files import read_json
 from run.lock import owned
 
@@ -65,7 +65,7 @@ def claim(dataset, source):
             if found != source:
                 raise UserError(f"{folder} holds another data set, of {found or 'an unknown source'}: delete it, or"
                                 " choose another name, --name=NEW")
-            print(f"{folder} has a data set of this source, which is renewed", flush=True)
+            print(printable(f"{folder} has a data set of this source, which is renewed"), flush=True)
             return folder
     if names and "run.lock" not in names or "run.json" in names:  # without run.json the lock is a killed prepare.py's
         raise UserError(f"name = {dataset}: {folder} holds files that are no data set: choose another name, --name=NEW")

@@ -21,7 +21,7 @@ import numpy as np
 
 import tokenizer as tokenizers
 from configurator import USERS_ERRORS, UserError
-from machine.terminal import progress, watched
+from machine.terminal import printable, progress, watched
 from run.files import write_json
 from run.lock import owned
 
@@ -48,7 +48,7 @@ def find(paths, document_suffixes, pattern=""):
     texts, documents, left_out = [], [], []
     for path in paths:
         for file in files_in(path, pattern or "*") if path.is_dir() else [path]:
-            if file.suffix.lower() in document_suffixes and file.exists() and not file.is_dir():
+            if file.suffix.lower() in document_suffixes and file.is_file():
                 documents.append(file)
             elif why := file != path and why_no_text(file):
                 left_out.append(why)
@@ -67,9 +67,9 @@ def find(paths, document_suffixes, pattern=""):
 
 def say_what_counts(taken, left_out):
     suffixes = collections.Counter(file.suffix.lower() or "no suffix" for file in taken)
-    print(f"taken: {', '.join(f'{n:,} {suffix}' for suffix, n in suffixes.most_common()) or 'nothing'}")
+    print(printable(f"taken: {', '.join(f'{n:,} {suffix}' for suffix, n in suffixes.most_common()) or 'nothing'}"))
     for why in left_out[:MOST_NAMED]:
-        print(f"left out: {why}")
+        print(printable(f"left out: {why}"))
     if len(left_out) > MOST_NAMED:
         print(f"left out: {len(left_out) - MOST_NAMED:,} more")
 
@@ -112,6 +112,12 @@ def check_start(path, start):
         kind, remedy = "JSON", "write a row on each line, as .jsonl"
     if kind:
         raise UserError(f"{path} is {kind}, and no text of UTF-8: {remedy}")
+
+
+def stamp(path):
+    """[bytes, when the file changed in nanoseconds]: on Unix a date that was set back (cp -p) does not deceive it."""
+    status = os.stat(path)
+    return [status.st_size, max(status.st_mtime_ns, status.st_ctime_ns)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -227,28 +233,31 @@ def sample(texts, total):
 def prepare(paths, folder, tokenizer_name, val_fraction=0.1, source="", newlines="one"):
     """Writes the data set of the files' text into `folder`, and returns its meta. Raises UserError for a bad text."""
     source, keep = str(source or paths[0]), newlines == "keep"
-    counts = [sum(map(len, read_file(path, keep))) for path in watched(paths, "counting characters")]
-    cuts = [int(count * (1 - val_fraction)) for count in counts]
-    parts = {"train": [(path, 0, cut) for path, cut in zip(paths, cuts)], "val": list(zip(paths, cuts, counts))}
-    total, n_train = sum(counts), sum(cuts)
-    if n_train < 2 or total - n_train < 2:
-        raise UserError(f"{source} has {total} characters: too few to split for training and validation")
-    largest = sorted(zip(counts, paths), reverse=True)[:LARGEST]
-    shares = ", ".join(f"{path.name} {100 * count / total:.0f} %" for count, path in largest)
-    print(f"for validation: the last {100 * val_fraction:.3g} % of each file; the largest shares: {shares}", flush=True)
-    tokenizer = tokenizers.build(tokenizer_name,
-                                 lambda: shown(read(parts["train"] + parts["val"], keep), total, "characters"),
-                                 lambda: sample(whole_words(read(parts["train"], keep)), n_train))
-    meta = {"source": source, "sha256": "", "characters": 0, "bytes": 0,
-            "tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "dtype": id_type(tokenizer)}
-    digest = hashlib.sha256()
     with writing(folder):
+        stamps = list(map(stamp, paths))
+        counts = [sum(map(len, read_file(path, keep))) for path in watched(paths, "counting characters")]
+        cuts = [int(count * (1 - val_fraction)) for count in counts]
+        parts = {"train": [(path, 0, cut) for path, cut in zip(paths, cuts)], "val": list(zip(paths, cuts, counts))}
+        total, n_train = sum(counts), sum(cuts)
+        if n_train < 2 or total - n_train < 2:
+            raise UserError(f"{source} has {total} characters: too few to split for training and validation")
+        largest = sorted(zip(counts, paths), reverse=True)[:LARGEST]
+        shares = printable(", ".join(f"{path.name} {100 * count / total:.0f} %" for count, path in largest))
+        print(f"for validation: the last {100 * val_fraction:.3g} % of each file; the largest: {shares}", flush=True)
+        tokenizer = tokenizers.build(tokenizer_name,
+                                     lambda: shown(read(parts["train"] + parts["val"], keep), total, "characters"),
+                                     lambda: sample(whole_words(read(parts["train"], keep)), n_train))
+        meta = {"source": source, "sha256": "", "characters": 0, "bytes": 0,
+                "tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "dtype": id_type(tokenizer)}
+        digest = hashlib.sha256()
         for split, count in (("train", n_train), ("val", total - n_train)):
             text = shown(read(parts[split], keep), count, f"tokens for {split}")
             characters, n_bytes, n_tokens = write_tokens(folder / f"{split}.bin.new", text, tokenizer, digest)
             meta["characters"] += characters
             meta["bytes"] += n_bytes
             meta[f"{split}_characters"], meta[f"{split}_tokens"] = characters, n_tokens
+        if stamps != list(map(stamp, paths)):
+            raise UserError(f"{source} was changed while it was read: run again")
         meta["sha256"] = digest.hexdigest()
         tokenizer.save(folder / "tokenizer.json.new")
         return finish(folder, ("train.bin", "val.bin", "tokenizer.json"), meta)
@@ -309,5 +318,5 @@ def finish(folder, names, meta):
     """Makes a data set of each NAME.new, and prints and returns its meta."""
     put_in_place(folder, names, folder / "meta.json", meta)
     numbers = [f"{name} = {value:,}" for name, value in meta.items() if isinstance(value, int)]
-    print(f"{folder / 'meta.json'}: {', '.join(numbers)}", flush=True)
+    print(printable(f"{folder / 'meta.json'}: {', '.join(numbers)}"), flush=True)
     return meta

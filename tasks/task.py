@@ -65,8 +65,7 @@ class Task:
         return len(rows)
 
     def batch(self, rows, generator):
-        """(the model's arguments by name, the weight of each target): tensors on the device. Masks and crops are drawn
-        from the generator."""
+        """(the model's arguments by name, each target's weight), on the device. The generator draws masks and crops."""
 
     def loss(self, model, arguments, weights):
         """(the weighted sum of the nats of all targets, {name: another such sum, for the log})."""
@@ -87,6 +86,8 @@ class Task:
 
     def write(self, model, text="", image="", **sampling):
         """What is shown for one prompt, and one picture's file. sampling: settings such as temperature=0."""
+        if sampling.get("num_samples", 1) != 1:
+            raise UserError(f"num_samples = {sampling['num_samples']}: write gives one; call it with other seeds")
         sampling = TASKS[self.settings.task].sampling(**sampling, **({"image": str(image)} if image else {}))
         return "".join(piece for _, piece in self.sample(model, [{"text": text, "image": str(image)}], sampling))
 
@@ -139,10 +140,11 @@ class Task:
 def load(name, device="cpu", dtype=torch.float32, which="best", settings=None, dropout=0.0, block_size=0):
     """(task, model, config) of a run's folder, a checkpoint's, or a published model's; or of a published one's name.
 
-    The model is in eval mode; config is what config.json says. which: of a run's checkpoints, best or last. settings:
-    the task's; None: the run's. block_size: fewer positions than a published GPT-2 has (0: all). Raises UserError for a
-    damaged or foreign folder.
+    The model is in eval mode; config is config.json's. which: of a run's checkpoints, best or last. settings: None: the
+    run's. block_size: fewer positions than a published GPT-2 has (0: all). Raises UserError for a bad folder.
     """
+    if which not in ("best", "last"):
+        raise UserError(f"which = {which}: must be best or last")
     if not Path(name).is_dir() or (Path(name) / "config.json").exists() and not checkpoint.is_run(name):
         model, found = load_published(name, device, dtype, block_size, dropout)
         s = SimpleNamespace(task=next(row for row in TASKS if kind_of(model, task_class(row).models)))
@@ -154,9 +156,7 @@ def load(name, device="cpu", dtype=torch.float32, which="best", settings=None, d
         raise UserError(f"{folder}: no {cls.__name__} has the model_type {config.get('model_type')!r}")
     task = cls(settings or SimpleNamespace(**config["settings"]), saved.tokenizers, folder)
     model_cls, config_cls = cls.models[config["model_type"]]
-    shape = dict(config["model"])
-    if "dropout" in shape:
-        shape["dropout"] = dropout
+    shape = {key: dropout if key == "dropout" else value for key, value in config["model"].items()}
     model = checkpoint.unfilled(model_cls, config_cls(**shape), device, dtype)
     if rank := config.get("lora_rank"):
         add_lora(model, rank)

@@ -148,10 +148,11 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path):
 @pytest.mark.parametrize("number, status", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)] if os.name != "nt"
                          else [])
 def test_processes_end_with_the_one_that_started_them(tmp_path, number, status):
-    (tmp_path / "source").mkdir()
-    for name in ("0.jsonl", "1.jsonl"):
-        os.mkfifo(tmp_path / "source" / name)  # reading it waits for ever
-    command = [sys.executable, "prepare.py", str(tmp_path / "source"), "--tokenizer=byte", f"--name={tmp_path / 'out'}"]
+    os.mkfifo(tmp_path / "0.jsonl")  # reading it waits for ever
+    script = ("import sys, pathlib\nfrom configurator import one_line_errors\nfrom sources import documents\n"
+              "path, out = map(pathlib.Path, sys.argv[1:])\nwith one_line_errors():"
+              " documents.prepare(documents.local_source('', [path]), out, 'byte')")
+    command = [sys.executable, "-c", script, str(tmp_path / "0.jsonl"), str(tmp_path / "out")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     while process.poll() is None and not list(tmp_path.glob("out/*.bin.new")):
         time.sleep(0.01)
@@ -346,7 +347,10 @@ def test_what_cannot_be_used_is_named(in_process, tmp_path, monkeypatch):
     check("a.csv, after line 0: is no table in UTF-8: .* byte 0xff", a_csv=b"text,b\n\xff,c")
     check("a.jsonl is UTF-16, .*: iconv", a_jsonl='{"text": "x"}'.encode("utf-16"))
     check("no column is named text, only a, b: name the one", a_tsv=b"a\tb\nc\td")
+    check("no column is named text, only a, b: name the one", a_csv=b"\n\na, b \nc,d")
     check("none of 1 documents is for", a_jsonl=b'{"text": "x"}')
+    with pytest.raises(UserError, match=r"'.*caf.udce9.jsonl': this name is not UTF-8: rename"):
+        documents.local_source("", [tmp_path / "caf\udce9.jsonl"])
     check("there are documents .*a.parquet. and texts .*b.txt.: say which", a_parquet=good, b_txt=b"words")
     with pytest.raises(UserError, match="make it first with python prepare.py openwebtext"):
         known.ensure("openwebtext")

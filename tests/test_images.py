@@ -222,8 +222,16 @@ def test_captions_are_found_in_any_case(folder, tmp_path):
     (folder / "captions.jsonl").rename(folder / "Captions.JSONL")
     assert [path.name for path in images.find_tables(folder)] == ["Captions.JSONL"]
     assert images.prepare(folder, tmp_path / "out")["train_rows"] == 36
-    (folder / "Captions.JSONL").rename(folder / "metadata.jsonl")  # of documents: names no files
-    assert images.find_tables(folder) == []
+    (folder / "Captions.JSONL").rename(folder / "metadata.jsonl")
+    with pytest.raises(UserError, match="line 1: 0 columns name a file, among image, prompt, answer"):
+        images.prepare(folder, tmp_path / "out")
+    for content, message in ((b"", "has 0 images"), ("{}".encode("utf-16"), "is UTF-16"), (b"[\n{}]", "line 1: is no")):
+        (folder / "metadata.jsonl").write_bytes(content)
+        with pytest.raises(UserError, match=f"metadata.jsonl.*{message}"):
+            images.prepare(folder, tmp_path / "out")
+    for path in folder.rglob("*.png"):
+        path.unlink()
+    assert images.find_tables(folder) == []  # of documents: there are no images
 
 
 def test_bad_folders_are_named(folder, tmp_path):

@@ -138,6 +138,10 @@ def test_texts_beside_documents_are_said_or_refused(data, tmp_path, capsys):
     run(folder, tokenizer="byte", name="documents", processes=1)
     assert "README.md is no document" in capsys.readouterr().out
     assert json.loads((data / "documents" / "meta.json").read_text())["documents"] == 100
+    (tmp_path / "few.jsonl").write_text('{"text": "x"}')
+    with pytest.raises(UserError, match="none of 1 documents is for .*: use more"):
+        run(tmp_path / "few.jsonl", tokenizer="byte", name="more", processes=1)
+    run(folder, tokenizer="byte", name="more", processes=1)
 
 
 def test_of_html_what_it_shows(data, tmp_path):
@@ -200,7 +204,7 @@ def test_bad_text_is_named(data, tmp_path, content, message, monkeypatch):
 
 def test_bad_sources_are_named(data, tmp_path, source):
     (tmp_path / "empty").mkdir()
-    for sources, message in (([tmp_path / "none.txt"], "none.txt is no file, no folder, no URL, and none of shakes"),
+    for sources, message in (([tmp_path / "none.txt"], "none.txt is no file on disk, no folder, no URL, and none of"),
                              ([tmp_path / "empty"], "empty: there are no texts and no documents"),
                              (["http://x/rows.CSV?a=1"], "only texts are fetched"),
                              (["nothing://x"], "is not a URL that can be fetched|unknown url type")):
@@ -249,6 +253,28 @@ def test_a_data_set_is_replaced_by_its_own_source_alone(data, tmp_path, source, 
     make_files(other / "docs", a_md="words\n" * 9)
     run(".")  # named after the folder
     assert (data / "docs" / "meta.json").exists()
+
+
+def test_a_text_that_changes_meanwhile_is_refused(data, source, monkeypatch):
+    def cut(name, *arguments):
+        assert (data / "hamlet" / "run.lock").exists()  # nobody else may write there meanwhile
+        source.write_bytes(source.read_bytes()[:100])
+        return tokenizers.ByteTokenizer()
+
+    monkeypatch.setattr(tokenizers, "build", cut)
+    with pytest.raises(UserError, match="hamlet.txt was changed while it was read: run again"):
+        run(source, tokenizer="byte")
+    assert [path.name for path in (data / "hamlet").iterdir()] == ["run.lock"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a file that can be waited for")
+def test_no_pipe_is_waited_for(data, tmp_path, capsys):
+    folder = make_files(tmp_path / "mixed", a_txt="words\n" * 9)
+    os.mkfifo(folder / "b.jsonl")
+    run(folder)
+    assert "b.jsonl is no file that can be read" in capsys.readouterr().out
+    with pytest.raises(UserError, match="b.jsonl is no file on disk"):
+        run(folder / "b.jsonl", name="pipe")
 
 
 def test_a_full_disk_leaves_nothing_behind(data, source, monkeypatch):

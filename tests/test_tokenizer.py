@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import tiktoken
@@ -119,6 +121,27 @@ def test_gpt2_is_tiktokens_and_a_missing_network_is_named(monkeypatch, tmp_path)
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
     with pytest.raises(UserError, match="could not download its merges"):
         GPT2Tokenizer()
+
+
+def test_a_published_bpe_loses_no_text(tmp_path):
+    def load(normalizer=None, model=None, **more):
+        model = model or {"type": "BPE", "vocab": {"a": 0, "b": 7}, "merges": []}
+        saved = {"version": "1.0", "added_tokens": [], "normalizer": normalizer, "model": model, **more}
+        (tmp_path / "t.json").write_text(json.dumps(saved))
+        return tokenizers.load(tmp_path / "t.json")
+
+    cut = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    fill = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_id": 0, "pad_type_id": 0, "pad_token": "a"}
+    bpe = load(truncation=cut, padding=fill)
+    assert bpe.encode("abbbb").tolist() == [0, 7, 7, 7, 7] and bpe.encode("b").tolist() == [7] and bpe.vocab_size == 8
+    with pytest.raises(UserError, match="no token for 'c'"):
+        bpe.encode("abc")
+    assert load({"type": "Lowercase"}).encode("A b").tolist() == [0, 7]
+    assert load({"type": "Replace", "pattern": {"String": "c"}, "content": ""}).encode("abc").tolist() == [0, 7]
+    words = load(model={"type": "WordLevel", "vocab": {"the": 0}, "unk_token": "[UNK]"})
+    assert words.encode("the").tolist() == [0]
+    with pytest.raises(UserError, match="can't encode 'who.*Missing"):
+        words.encode("who")
 
 
 def test_a_file_that_is_no_tokenizer_is_named(tmp_path):
