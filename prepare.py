@@ -1,7 +1,7 @@
 """Raw material into a data set to train on: data/<name>/{train.bin, val.bin, tokenizer.json, meta.json}.
 
     python prepare.py my.txt                            a file; also a folder of texts of any suffix, or a URL
-    python prepare.py src/ a.md --name=mine             several; --files="*.py": of folders only these files
+    python prepare.py src/ a.md --name=mine             several; --files="*.py,*.md" or "!*.csv": of folders only these
     python prepare.py my.txt --tokenizer=bpe:4096       char (default), byte, gpt2, or a BPE trained on the text
     python prepare.py my.txt --tokenizer=out            the tokenizer of a model, to go on from it or to score it
     python prepare.py shakespeare_char                  a known data set (train.py does this by itself)
@@ -28,7 +28,7 @@ from configurator import UserError, check_idle, check_ranges, from_command_line,
 class Settings:
     tokenizer: str = "char"  # char, byte, gpt2, bpe:SIZE; or a tokenizer.json, a run's or a published model's folder
     name: str = ""  # the data set's name, or a folder's path; default: from the source
-    files: str = ""  # which files of a folder count, such as "*.py"; default: all that can be read
+    files: str = ""  # which files of a folder count, such as "*.py,*.md" or "!*.csv"; default: all that can be read
     val_fraction: float = 0.1  # share of each file's characters or of the images, at the end, or of the documents
     newlines: Literal["one", "keep"] = "one"  # of texts: Windows' line ends become one newline, or stay
     image_size: int = 48  # pixels of both sides that images are resized to
@@ -51,6 +51,7 @@ from machine.terminal import printable
 from sources import documents, images, texts
 from sources.known import CORPORA, GENERATED, TOKENIZERS, claim, download, locate, prepare_known
 
+GPT2_TOKENS = 100_000_000  # from which on a GPT-2 from scratch is worth its while
 ONLY = {  # the settings that some kinds of sources alone have
     "texts": ("newlines", "files"), "documents": ("column", "processes", "max_files", "files"),
     "captions": ("image_size",), "metadata": ("image_size", "column"),
@@ -81,8 +82,8 @@ def prepare_known_source(settings, source):
         settings = replace(settings, **own)
     if is_corpus:
         folder = locate(name) if name == source else claim(name, CORPORA[source][0])
-        prepare_documents(settings, documents.hub_source(*CORPORA[source])._replace(column=settings.column), folder)
-        return name, "config/gpt2.py"
+        found = documents.hub_source(*CORPORA[source])._replace(column=settings.column)
+        return name, prepare_documents(settings, found, folder)
     name = prepare_known(source, name, settings.tokenizer, settings.val_fraction, settings.image_size)
     return name, f"config/vlm_{source}.py" if has_images else text_recipe(TOKENIZERS.get(name, settings.tokenizer))
 
@@ -95,7 +96,9 @@ def prepare_own(settings, sources):
     tables = images.find_tables(paths[0]) if len(paths) == 1 else []
     found, rows = ([], []) if is_url or tables else texts.find(paths, documents.READERS, settings.files)
     if not (is_url or tables or found or rows):
-        raise UserError(f"{', '.join(sources)}: there are no texts and no documents")
+        which = f" that match --files={settings.files}" * bool(settings.files)
+        raise UserError(f"{', '.join(sources)}: there are no texts and no documents{which}; pictures need a"
+                        " captions.jsonl, see sources/images.py")
     check_kind(settings, tables[0].stem.lower() if tables else "documents" if rows else "texts")
     path = os.path.abspath(urlsplit(sources[0]).path if is_url else sources[0])  # absolute: "." has no name
     name = settings.name or re.sub(r"\W+", "_", Path(path).stem)
@@ -106,8 +109,7 @@ def prepare_own(settings, sources):
         images.prepare(paths[0], folder, *how, settings.image_size, source, settings.column)
         return name, "config/vlm_shapes.py"
     if rows:
-        prepare_documents(settings, documents.local_source(source, rows, settings.column), folder)
-        return name, "config/gpt2.py"
+        return name, prepare_documents(settings, documents.local_source(source, rows, settings.column), folder)
     if is_url:
         found = [folder / "input.txt"]
         download(source, found[0])
@@ -133,8 +135,10 @@ def check_sources(settings, sources, is_url):
 
 
 def prepare_documents(settings, found, folder):
+    """Prepares the files that the settings choose; returns a recipe that fits what there is."""
     found = found._replace(files=found.files[:settings.max_files or None])
-    documents.prepare(found, folder, settings.tokenizer, settings.val_fraction, settings.processes)
+    meta = documents.prepare(found, folder, settings.tokenizer, settings.val_fraction, settings.processes)
+    return "config/gpt2.py" if meta["train_tokens"] > GPT2_TOKENS else text_recipe(settings.tokenizer)
 
 
 def check_kind(settings, kind):

@@ -4,10 +4,11 @@
     python prepare.py posts.csv --column=body              in another column
     python prepare.py fineweb --max_files=1                the first 0.7 billion tokens; without it later, the rest
 
-Each document is followed by the tokenizer's end-of-text token (two line breaks where it has none). It is for validation
-if its hash says so: doubles stay on one side. A shard is finished when its .json is there, which says what it was made
-from: after a kill the same command goes on, and a shard is written anew where its files, the tokenizer or a setting
-are others. The bytes are those of a first start, with any number of processes.
+Each document is followed by the tokenizer's end-of-text token; where it has none by a line break, after a document of
+several lines by two. It is for validation if its hash says so: doubles stay on one side. A shard is finished when its
+.json is there, which says what it was made from: after a kill the same command goes on, and a shard is written anew
+where its files, the tokenizer or a setting are others. The bytes are those of a first start, with any number of
+processes.
 """
 
 import codecs
@@ -59,6 +60,7 @@ def prepare(source, folder, tokenizer_name, val_fraction=0.1, processes=0):
             if totals[f"{split}_tokens"] < 2:
                 (folder / "recipe.json").unlink()  # so that another source may have the folder
                 raise UserError(f"none of {totals['documents']:,} documents is for {split}: use more, or another share")
+        print(f"for validation: {totals['val_tokens']:,} tokens, of documents chosen by their hashes")
         digest = hashlib.sha256("".join(record["sha256"] for record in found).encode()).hexdigest()
         meta = {"source": source.location, "revision": source.revision, "sha256": digest, "tokenizer": tokenizer.kind,
                 "vocab_size": tokenizer.vocab_size, "dtype": id_type(tokenizer), **totals,
@@ -74,7 +76,7 @@ def write_missing(source, shards, folder, val_fraction, processes):
             if not is_finished(folder, number, files, how)]
     processes = min(processes or os.cpu_count(), len(jobs))
     anew = sum(record_path(folder, number).exists() for number, *_ in jobs)
-    print(f"{len(shards):,} shards, {len(jobs):,} to write ({anew:,} anew), by {processes} processes", flush=True)
+    print(f"shards: {len(shards):,}, to write: {len(jobs):,} (anew: {anew:,}); processes: {processes}", flush=True)
     if jobs:
         (folder / "meta.json").unlink(missing_ok=True)
         in_processes(processes, jobs)
@@ -309,11 +311,11 @@ def write_shard(number, source, made_from, folder):
     made_from: {"files": the shard's, "how": the settings}, which the .json begins with.
     """
     tokenizer = tokenizers.load(folder / "tokenizer.json")
-    end = tokenizer.encode("\n\n") if tokenizer.eos is None else np.array([tokenizer.eos])
     files, val_fraction = made_from["files"], made_from["how"]["val_fraction"]
     record, digest, names = {**made_from, **dict.fromkeys(COUNTS, 0)}, hashlib.sha256(), bin_names(number)
     with open(folder / f"{names[0]}.new", "wb") as train, open(folder / f"{names[1]}.new", "wb") as val:
         for split, text, content, document in read(source, files, folder, val_fraction):
+            end = tokenizer.encode("\n\n" if "\n" in text else "\n") if tokenizer.eos is None else [tokenizer.eos]
             ids = np.concatenate((tokenizer.encode(text), end))
             (train if split == "train" else val).write(stored(ids, tokenizer).tobytes())
             digest.update(document)

@@ -42,12 +42,12 @@ MOST_NAMED = 10  # of the files that were left out
 def find(paths, document_suffixes, pattern=""):
     """(texts, files of documents) that are named, or lie in the folders among the paths; one of the two is empty.
 
-    pattern: which files of a folder count, as in "*.py"; empty: all. Prints what was taken, and what was left out.
-    Raises UserError where there are texts and documents.
+    pattern: which files of a folder count, as in "*.py,*.md" or "!*.csv"; empty: all. Prints what was taken, and what
+    was left out. Raises UserError where there are texts and documents.
     """
     texts, documents, left_out = [], [], []
     for path in paths:
-        for file in files_in(path, pattern or "*") if path.is_dir() else [path]:
+        for file in files_in(path, pattern) if path.is_dir() else [path]:
             if file.suffix.lower() in document_suffixes and file.is_file():
                 documents.append(file)
             elif why := file != path and why_no_text(file):
@@ -58,8 +58,9 @@ def find(paths, document_suffixes, pattern=""):
         left_out += [f"{file} is no document" for file in texts if file.name.upper().startswith(ABOUT)]
         texts = [file for file in texts if not file.name.upper().startswith(ABOUT)]
     if documents and texts:
-        raise UserError(f"there are documents ({documents[0]}) and texts ({texts[0]}): say which files of a folder"
-                        f" count, such as --files=\"*{documents[0].suffix}\" or --files=\"*{texts[0].suffix}\"")
+        suffix = documents[0].suffix
+        raise UserError(f"there are documents ({len(documents):,}, such as {documents[0]}) and texts ({len(texts):,},"
+                        f" such as {texts[0]}): take either, --files=\"*{suffix}\" or --files=\"!*{suffix}\"")
     if paths != texts + documents:
         say_what_counts(texts + documents, left_out)
     return texts, documents
@@ -75,17 +76,26 @@ def say_what_counts(taken, left_out):
 
 
 def files_in(folder, pattern):
-    """Yields in order what lies in the folder and below, matches the pattern, and is neither hidden nor a folder.
+    """Yields in order what lies in the folder and below, is wanted by the pattern, and is neither hidden nor a folder.
 
     Links to folders, and folders that can't be read, are among them: the caller says why they are left out.
     """
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
-        name = inside.as_posix() if "/" in pattern else path.name
         is_open = path.is_dir() and not path.is_symlink() and os.access(path, os.R_OK)
         is_hidden = any(part.startswith(".") for part in inside.parts)
-        if not is_open and not is_hidden and fnmatch.fnmatchcase(name.lower(), pattern.lower()):
+        if not is_open and not is_hidden and wanted(inside, pattern):
             yield path
+
+
+def wanted(path, pattern):
+    """Whether a path in a folder matches one of the patterns, between commas, and none of those that begin with !."""
+    def matches(one):
+        return fnmatch.fnmatchcase(path.as_posix().lower() if "/" in one else path.name.lower(), one.lower())
+
+    given = pattern.split(",") if pattern else []
+    chosen = [one for one in given if not one.startswith("!")] or ["*"]
+    return any(map(matches, chosen)) and not any(matches(one[1:]) for one in given if one.startswith("!"))
 
 
 def why_no_text(path):

@@ -130,9 +130,9 @@ def test_what_is_left_out_of_a_folder_is_said(data, tmp_path, capsys):
 def test_texts_beside_documents_are_said_or_refused(data, tmp_path, capsys):
     rows = "\n".join(json.dumps({"text": f"document {i}"}) for i in range(100))
     folder = make_files(tmp_path / "both", a_JSONL=rows, README_md="about", b_txt="words\n" * 9)
-    with pytest.raises(UserError, match="documents .*a.JSONL. and texts .*b.txt.: .*--files=.*JSONL. or --files=.*txt"):
+    with pytest.raises(UserError, match="documents .*a.JSONL. and texts .*b.txt.: .*=.*JSONL. or --files=.!.*JSONL"):
         run(folder)
-    run(folder, files="*.txt")
+    run(folder, files="!*.jsonl,*.txt")
     assert contents(data / "both")[2]["characters"] == 54
     (folder / "b.txt").unlink()
     run(folder, tokenizer="byte", name="documents", processes=1)
