@@ -29,7 +29,7 @@ def owned(folder, setting="out_dir", did="trained", wait=False):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+", encoding="utf-8")
     except OSError as error:
-        there = f"its {path.name} can't be used, delete it, or " if os.path.lexists(path) else ""
+        there = f"its {path.name} is no file, delete it, or " * (os.path.lexists(path) and not path.is_file())
         raise UserError(f"{setting} = {folder}: {error.strerror or error}; {there}name another folder") from None
     with file:
         while held(file):

@@ -81,7 +81,7 @@ def test_a_folder_that_cannot_be_made_names_the_setting(tmp_path):
 
 def test_a_lock_that_is_no_file_is_named(tmp_path):
     (tmp_path / "run.lock").mkdir()
-    with pytest.raises(UserError, match="its run.lock can't be used, delete it, or name another folder"):
+    with pytest.raises(UserError, match="its run.lock is no file, delete it, or name another folder"):
         with lock.owned(tmp_path):
             pass
 
