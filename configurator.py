@@ -110,6 +110,8 @@ def from_command_line(cls, doc, usual=None, **how):
 
     usual: the dataclass that --help shows beside cls where there is no run to decide it.
     """
+    # Ctrl-C outside `one_line_errors`, while slow modules are imported, ends quietly too.
+    sys.excepthook = lambda kind, *rest: sys.exit(130) if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller
             setattr(sys, name, open(os.devnull, "w"))
@@ -200,9 +202,12 @@ def read_file(path):
     on_cpu = namespace.pop("on_cpu", {})
     if not isinstance(on_cpu, dict):
         raise UserError(f"{path}: on_cpu must be a dict(name=value, ...), not {on_cpu!r}")
-    layers = [Layer(name, value, origin, values is on_cpu)
-              for origin, values in ((path, namespace), (f"{path}, on_cpu", on_cpu))
-              for name, value in flat_values(values).items() if not name.startswith("_")]
+    try:
+        layers = [Layer(name, value, origin, values is on_cpu)
+                  for origin, values in ((path, namespace), (f"{path}, on_cpu", on_cpu))
+                  for name, value in flat_values(values).items() if not name.startswith("_")]
+    except RecursionError:
+        raise UserError(f"{path}: a dict holds itself") from None
     if not layers:
         say(f"{path} sets nothing")
     return layers
@@ -211,7 +216,7 @@ def read_file(path):
 def refuse_idle(path, tree):
     """Raises UserError for a statement that may be meant as a setting and sets none, as YAML, JSON and a == b are."""
     for node in ast.walk(tree):
-        idle = isinstance(node, ast.Expr) and not isinstance(node.value, (ast.Call, ast.Constant))
+        idle = isinstance(node, ast.Expr) and not isinstance(node.value, (ast.Call, ast.Constant, ast.NamedExpr))
         if idle or isinstance(node, ast.AnnAssign) and not node.value:
             shown = ast.unparse(node).partition("\n")[0]
             raise UserError(f"{path}, line {node.lineno}: {shown:.60} sets nothing; {PYTHON}")
@@ -256,7 +261,7 @@ def flat_values(values):
     flat = {}
     for name, value in values.items():
         inner = flat_values(value) if isinstance(value, dict) else {}
-        flat |= {f"{name}.{key}": item for key, item in inner.items()} or {name: value}
+        flat |= {f"{name}.{key}": item for key, item in inner.items()} or {str(name): value}
     return flat
 
 
@@ -295,7 +300,8 @@ def advice(name, fields, dashes):
         how = f"write --{name}.NAME=VALUE" if dashes else f"write {name} = dict(NAME=VALUE)"
         return how + f", where NAME is one of {', '.join(inner)}" * (inner != ["*"])
     near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
-    return f"did you mean {dashes}{near[0]}?" if near else "--help lists all settings"
+    own = "" if dashes else "; begin a name of your own with an underscore"
+    return f"did you mean {dashes}{near[0]}?" if near else f"--help lists all settings{own}"
 
 
 def convert(layer, kind, default):
@@ -306,6 +312,8 @@ def convert(layer, kind, default):
         raise UserError(f"{shown}: must be a number")
     if kind is str and default and not value:
         raise UserError(f"{shown}: must not be empty; leave it out, or write {default}")
+    if kind is str and "\0" in value:
+        raise UserError(f"{shown}: must not hold a null character")
     return with_home(value, "^FILE:" if layer.name in FREE_TEXT else "^|,") if kind is str else value
 
 

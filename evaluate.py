@@ -32,13 +32,8 @@ def own_settings(values):
     return TASKS[find_task(values["out_dir"])].evaluating
 
 
-def check(settings, given):
-    """Raises UserError for a data set that isn't there."""
-    if settings.dataset:
-        check_dataset(settings.dataset)
-
-
-HOW = dict(more=own_settings, check=check, elsewhere=elsewhere(lambda row: row.evaluating, trained=True))
+HOW = dict(more=own_settings, check=lambda settings, given: settings.dataset and check_dataset(settings.dataset),
+           elsewhere=elsewhere(lambda row: row.evaluating, trained=True))
 if __name__ == "__main__":  # --help and typos answer before torch is imported
     SETTINGS, _ = from_command_line(Settings, __doc__, usual=TASKS["text"].evaluating, **HOW)
 

@@ -168,7 +168,7 @@ def update(task, wrapped, optimizers, scaler, step, world, dtype):
 
 
 def train(settings, given, world):
-    """The run: set up, then one loop. Returns (the task, the model, the log, the exit status or 0, why)."""
+    """The run: set up, then one loop. Returns (the task, the model, the log, the exit status or 0, the guard)."""
     out_dir, device = Path(settings.out_dir), world.device
 
     # The task, its data and its model.
@@ -200,7 +200,7 @@ def train(settings, given, world):
 
     model.train()
     guard = Guard(s, world, step, scaler.is_enabled(), state, lambda n: task.where(task.pick(n - 1)))
-    with guard, checkpoint.Writer(out_dir, s.async_save, sharded) as writer:
+    with log, guard, checkpoint.Writer(out_dir, s.async_save, sharded) as writer:
         while step < s.max_iters and not status:
             lr = set_rates(optimizers, step + 1, s)
             guard.record(*update(task, wrapped, optimizers, scaler, step, world, dtype))  # stays on the device
@@ -224,7 +224,7 @@ def train(settings, given, world):
                 if logging or saving:
                     log.restart(step, evaluating)
                 writer.raise_pending()
-    return task, model, log, status, guard.reason(status)
+    return task, model, log, status, guard
 
 
 def snapshot(task, row, best, guard, optimizers, scaler):
@@ -271,13 +271,13 @@ def main(settings, given):
     keep_freed_memory()
     with owned(settings.out_dir) if world.is_main else nullcontext():
         name = world.from_main(lambda: ensure(settings.dataset))
-        task, model, log, stopped, why = train(replace(settings, dataset=name), given, world)
-        if world.is_main:
-            if settings.shard and world.size > 1:
-                model = load(checkpoint.find(settings.out_dir, "last"), world.device)[1]
-            say_where(task, model.eval(), log, stopped, why)
-        stopped = stopped or lost_output()
-        log.close(stopped, why)
+        task, model, log, stopped, guard = train(replace(settings, dataset=name), given, world)
+        with log, guard:
+            if world.is_main:
+                if settings.shard and world.size > 1:
+                    model = load(checkpoint.find(settings.out_dir, "last"), world.device)[1]
+                say_where(task, model.eval(), log, stopped, guard.reason(stopped))
+            log.close(stopped := stopped or guard.signalled or lost_output(), guard.reason(stopped))
     world.close()
     if stopped:
         raise SystemExit(stopped)

@@ -39,7 +39,7 @@ from torch.utils._pytree import tree_map_only
 import tokenizer as tokenizers
 from configurator import UserError, say
 from machine.device import synchronize
-from run import shards
+from run import lock, shards
 from run.files import read_json, rename, to_json, write_text
 
 
@@ -80,6 +80,7 @@ class Writer(AbstractContextManager):
             synchronize(next(model.parameters()).device)
 
         def work():
+            lock.require_owned(self.out_dir)
             for name in names:
                 write(self.out_dir, name, state, tokenizers, config, trainer if name == "last" else None, self.group)
 
@@ -100,6 +101,7 @@ class Writer(AbstractContextManager):
         finally:
             self.pool.shutdown()
         if isinstance(error, UserError):
+            lock.require_owned(self.out_dir)
             raise UserError(f"{error}; {kept(self.out_dir)}") from error
 
 

@@ -14,7 +14,7 @@ def read_json(path):
     """Raises UserError if the file can't be read or is no JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} can't be read: {error}") from None
 
 

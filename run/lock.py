@@ -13,6 +13,7 @@ from pathlib import Path
 
 from configurator import UserError, say
 
+OWNED = {}  # the run.lock of each folder that this process owns, by its path; closed: it owns it no more
 HELD = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)  # another process has the lock
 
 
@@ -28,7 +29,8 @@ def owned(folder, setting="out_dir", did="trained", wait=False):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{setting} = {folder}: {error.strerror}; name another folder") from None
+        there = f"its {path.name} is no file, delete it, or " * (os.path.lexists(path) and not path.is_file())
+        raise UserError(f"{setting} = {folder}: {error.strerror or error}; {there}name another folder") from None
     with file:
         while held(file):
             if not wait:
@@ -37,10 +39,20 @@ def owned(folder, setting="out_dir", did="trained", wait=False):
             say(f"{folder}: {owner(path, did)}; waiting for its end")
             time.sleep(0.5)
         file.truncate(0)
-        json.dump({"pid": os.getpid(), "host": platform.node(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}, file)
+        about = {"pid": os.getpid(), "host": platform.node(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
         with contextlib.suppress(OSError):  # a full disk; the run's own files will say so
-            file.flush()
+            os.write(file.fileno(), json.dumps(about).encode())  # past the buffer, which would fail again at its end
+        OWNED[path] = file
         yield
+
+
+def require_owned(folder):
+    """Raises UserError if the folder, owned here, was moved or deleted since: another run may have its name now."""
+    file = OWNED.get(path := Path(folder) / "run.lock")
+    with contextlib.suppress(FileNotFoundError):
+        if not file or file.closed or os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            return
+    raise UserError(f"out_dir = {folder} was moved or deleted while the run lived")
 
 
 def held(file):

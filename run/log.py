@@ -6,20 +6,22 @@ import shlex
 import sys
 import textwrap
 import time
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
 
-from configurator import UserError, flat_values, say
+from configurator import UserError, flat_values, say, users_fault
 from machine.device import peak_memory
 from machine.terminal import columns, paint, printable
 from run import curves
 from run.files import to_json, write_text
 from run.guards import REASONS
+from run.lock import require_owned
 from run.record import TIME, facts, read_record, rows_until, samples_until, set_aside
 
 WIDTH = 100  # columns of a line of the log, at most
 
 
-class Log:
+class Log(AbstractContextManager):
     """Writes what the run leaves beside its checkpoints, and what it shows. Silent on all but the main rank.
 
     step: of the checkpoint that the run goes on from; 0: it starts, and an earlier run in out_dir is moved away.
@@ -42,9 +44,10 @@ class Log:
         """Takes what the run left in its folder up to `step`, and starts to write there."""
         s, path = self.settings, self.out_dir / "log.jsonl"
         self.out_dir.mkdir(parents=True, exist_ok=True)
-        starts, self.earlier_seconds = read_record(self.out_dir / "run.json") if step else ([], 0.0)
+        starts, self.earlier_seconds, best = read_record(self.out_dir / "run.json") if step else ([], 0.0, {})
         starts.append(facts(s, step, world))
-        self.record = {"settings": flat_values(asdict(s)), "results": {}, "starts": starts}
+        results = {"best": best} if best.get("step", step + 1) <= step else {}  # even if the log is lost
+        self.record = {"settings": flat_values(asdict(s)), "results": results, "starts": starts}
         if s.wandb:
             self.wandb = start_wandb(self.out_dir, s, starts[0]["id"])
         if not step:
@@ -109,6 +112,7 @@ class Log:
 
     def keep(self, name, text):
         """Writes the file anew; log.jsonl it adds to."""
+        require_owned(self.out_dir)
         try:
             if name == "log.jsonl":
                 self.file.write(text)
@@ -189,6 +193,13 @@ class Log:
         if self.wandb:
             self.wandb.finish()
 
+    def __exit__(self, kind, error, traceback):
+        """Notes an error as the end of this start."""
+        if error and self.file and not self.file.closed:
+            line = users_fault(error)
+            with suppress(OSError, UserError):  # that error is the one to show
+                self.close(130 if kind is KeyboardInterrupt else 2 if line else 1, line or kind.__name__)
+
 
 def measures(row):
     """The validation measures of a row, by name."""
@@ -199,7 +210,7 @@ def improves(measure, row, best):
     """Whether the row's measure, as Task.best has it, is better than `best`; None: there was none before."""
     name, better = measure
     value = row.get(f"val_{name}")
-    return value is not None and (best is None or better(value, best) != best)
+    return isinstance(value, (int, float)) and (best is None or better(value, best) != best)
 
 
 def draw(out_dir):
@@ -226,7 +237,8 @@ def start_wandb(out_dir, settings, name):
 
 def say_where(task, model, log, stopped, why):
     """The end of a run: a sample, where everything lies, what to run next."""
-    s, folder = task.settings, shlex.quote(task.settings.out_dir)
+    s, out_dir = task.settings, printable(task.settings.out_dir)
+    folder = shlex.quote(out_dir)
     if stopped:
         stream = sys.stderr if getattr(sys.stdout, "lost", False) else sys.stdout
         print(f"\nstopped at step {log.step} ({why}) and saved; go on with: python train.py --resume"
@@ -243,6 +255,6 @@ def say_where(task, model, log, stopped, why):
         measure = f"val_{task.best[0]}"
         print(f"; best {measure.replace('val_', 'validation ')} {best[measure]:.4f} at step {best['step']}", end="")
     files = ["log.jsonl", "run.json", *(["samples.md"] if log.samples else []), "curves.svg"]
-    print(f"\nin {s.out_dir}: checkpoints best and last, {', '.join(files)}\n"
-          f"try it:      {task.command(s.out_dir)}\n"
+    print(f"\nin {out_dir}: checkpoints best and last, {', '.join(files)}\n"
+          f"try it:      {task.command(out_dir)}\n"
           f"evaluate it: python evaluate.py --out_dir={folder}", flush=True)

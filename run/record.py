@@ -40,7 +40,7 @@ def set_aside(out_dir):
 def rows_until(path, step):
     """The rows of a log.jsonl up to a step. What is no row is left out, such as a line that a kill cut short."""
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
-        with suppress(ValueError, TypeError, KeyError):
+        with suppress(ValueError, TypeError, KeyError, RecursionError):
             row = json.loads(line)
             if row["step"] <= step:
                 yield row
@@ -54,16 +54,17 @@ def samples_until(path, step):
 
 
 def read_record(path):
-    """(the starts that a run.json lists, their seconds); of one that is damaged none: it is moved to run.json.old."""
+    """(the starts that a run.json lists, their seconds, the best results); a damaged one becomes run.json.old."""
     if not path.exists():
-        return [], 0.0
-    with suppress(ValueError, TypeError, KeyError):
+        return [], 0.0, {}
+    with suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
         found = json.loads(path.read_bytes())
         starts = [start | {} for start in found["starts"] if start["id"]]
-        return starts, float(found["results"]["seconds"])
+        best = {name: value + 0 for name, value in found["results"].get("best", {}).items()}  # numbers, each of them
+        return starts, float(found["results"]["seconds"]), best
     rename(path, f"{path}.old")
     say(f"{path} was damaged: it is {path}.old now, and a new one begins")
-    return [], 0.0
+    return [], 0.0, {}
 
 
 def facts(settings, step, world):

@@ -87,6 +87,10 @@ def test_bad_arguments_say_what_and_how(argument, message):
     ("learning_rate = 10**400", "learning_rate in {path}: must be below 2^63"),
     ("batch_size = 10**5000", "batch_size in {path}: must be below 2^63"),
     ("learning_rate = float('nan')", "learning_rate = nan in {path}: must be a number"),
+    ("on_cpu = {1: 2}", "unknown setting 1 in {path}, on_cpu; --help lists all settings; begin a name of your own with"
+     " an underscore"),
+    ("a = {}; a['b'] = a", "{path}: a dict holds itself"),
+    ("out_dir = 'a\\0b'", "out_dir = 'a\\x00b' in {path}: must not hold a null character"),
     ("out_dir = ''", "out_dir = '' in {path}: must not be empty; leave it out, or write out"),
 ])
 def test_bad_files_say_what_and_where(tmp_path, source, message):
@@ -130,6 +134,7 @@ learning_rate = np.float64(sqrt(4))
 out_dir: str = "~/x"
 if half(8) == 4:
     print("read")
+(learning_rate := 2)
 """
     s = settings(write(tmp_path / "c.py", source))
     assert (s.batch_size, s.learning_rate, s.out_dir) == (3, 2.0, str(Path.home() / "x"))

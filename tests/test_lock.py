@@ -79,6 +79,28 @@ def test_a_folder_that_cannot_be_made_names_the_setting(tmp_path):
             pass
 
 
+def test_a_lock_that_is_no_file_is_named(tmp_path):
+    (tmp_path / "run.lock").mkdir()
+    with pytest.raises(UserError, match="its run.lock is no file, delete it, or name another folder"):
+        with lock.owned(tmp_path):
+            pass
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows moves no open file")
+def test_a_folder_that_is_moved_or_deleted_is_not_written_to_any_more(tmp_path):
+    folder = tmp_path / "out"
+    with lock.owned(folder):
+        lock.require_owned(folder)
+        folder.rename(tmp_path / "moved")
+        with pytest.raises(UserError, match="out_dir = .*out was moved or deleted while the run lived"):
+            lock.require_owned(folder)
+        folder.mkdir()
+        (folder / "run.lock").touch()  # another run's
+        with pytest.raises(UserError, match="was moved or deleted"):
+            lock.require_owned(folder)
+    lock.require_owned(folder)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows can't ask for it")
 def test_a_file_system_that_cannot_sync_a_folder_is_no_obstacle_but_a_broken_disk_is(tmp_path, monkeypatch):
     def fails(handle):

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import train
+from configurator import UserError
 from machine.distributed import World
 from run import curves, log
-from run.log import Log
+from run.log import Log, measures
 from run.record import read_record, rows_until, samples_until
 
 WORLD = World(0, 1, torch.device("cpu"))
@@ -75,12 +76,33 @@ def test_damaged_records_are_no_obstacle(tmp_path, capsys):
     path.write_bytes(b'{"step": 1}\n[1]\n7\n{"step": "a"}\n\xff\n{"step": 2, "x": 0.1}\n{"step": 3}\n{"step": 2, "l')
     assert list(rows_until(path, 2)) == [{"step": 1}, {"step": 2, "x": 0.1}]
     path = tmp_path / "run.json"
-    for text in ("[", "{}", "[1, 2]", '{"starts": 3}', '{"starts": [{"id": "a"}], "results": {}}', "\x00"):
+    for text in ("[", "{}", "[1, 2]", '{"starts": 3}', '{"starts": [{"id": "a"}], "results": {}}', "\x00",
+                 "[" * 100_000, '{"starts": [{"id": "a"}], "results": {"seconds": 3, "best": {"val_loss": "abc"}}}'):
         path.write_text(text)
-        assert read_record(path) == ([], 0.0) and (tmp_path / "run.json.old").read_text() == text
+        assert read_record(path) == ([], 0.0, {}) and (tmp_path / "run.json.old").read_text() == text
     assert "was damaged: it is" in capsys.readouterr().err
     path.write_text('{"starts": [{"id": "a"}], "results": {"seconds": 3}}')
-    assert read_record(path) == ([{"id": "a"}], 3.0)
+    assert read_record(path) == ([{"id": "a"}], 3.0, {})
+
+
+def test_the_best_result_outlives_a_lost_log_and_rows_that_hold_text(tmp_path):
+    record = make(tmp_path)
+    record.write({**ROW, "step": 5, "val_loss": 2.0}, True, None)
+    record.write({**ROW, "step": 10, "val_loss": 1.0}, True, None)
+    record.close(0, "")
+    (tmp_path / "log.jsonl").write_text('{"step": 7, "val_loss": "abc"}\n')
+    assert make(tmp_path, step=10).record["results"]["best"] == {"step": 10, **measures(ROW), "val_loss": 1.0}
+    assert "best" not in make(tmp_path, step=9).record["results"]  # it came after the checkpoint
+
+
+@pytest.mark.parametrize("error, status, why", [(UserError("too large"), 2, "too large"), (KeyError(1), 1, "KeyError"),
+                                                (KeyboardInterrupt(), 130, "KeyboardInterrupt")])
+def test_an_error_is_noted_as_the_end(tmp_path, error, status, why):
+    with pytest.raises(type(error)):
+        with make(tmp_path):
+            raise error
+    start = json.loads((tmp_path / "run.json").read_text())["starts"][0]
+    assert (start["status"], start["why"], start["end_step"]) == (status, why, 0)
 
 
 def test_neither_a_number_that_is_none_nor_a_picture_that_fails_ends_a_run(tmp_path, monkeypatch, capsys):

@@ -289,6 +289,27 @@ def test_no_number_is_saved_when_a_signal_comes_before_the_next_line_of_the_log(
     assert trainer(tmp_path)["step"] == 20
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows can't send these signals")
+def test_a_signal_in_the_last_sample_is_noted_as_the_end(tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(TextTask, "show", lambda *args: signal.raise_signal(signal.SIGTERM) or "text")
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, tiny, max_iters=5, sample_tokens=5)
+    end = json.loads((tmp_path / "run.json").read_text())["starts"][0]
+    assert stopped.value.code == end["status"] == 143 and end["why"] == "SIGTERM" and trainer(tmp_path)["step"] == 5
+
+
+def test_a_folder_that_was_moved_is_left_alone(tmp_path, tiny, monkeypatch):
+    def change(loss, norm):
+        if (tmp_path / "out").exists():
+            (tmp_path / "out").rename(tmp_path / "moved")
+        return loss, norm
+
+    breaking(monkeypatch, change)
+    with pytest.raises(UserError, match="out was moved or deleted while the run lived$"):
+        run(tmp_path / "out", tiny)
+    assert not (tmp_path / "out").exists() and trainer(tmp_path / "moved")["step"] == 20
+
+
 def test_a_validation_loss_that_is_no_number_stops_too(tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(TextTask, "evaluate", lambda *args: {"loss": math.nan})
     with pytest.raises(UserError, match="val_loss is nan at step 20: .*; nothing was saved yet"):
