@@ -41,7 +41,8 @@ def read(arguments):
     Raises UserError unless the formulas below are of this model.
     """
     settings, _ = parse(Settings, arguments, more=HOW["more"], elsewhere=HOW["elsewhere"])
-    check_idle(settings, "the formulas are of the classic GPT with AdamW alone", *CLASSIC)
+    set_here = [name for name in CLASSIC if hasattr(settings, name)]
+    check_idle(settings, "the formulas are of the classic GPT with AdamW alone", *set_here)
     cls, config_cls = MODELS[settings.model]
     shape = {name: getattr(settings, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "bias")}
     with torch.device("meta"):
