@@ -139,7 +139,7 @@ def check_publish(folder):
 
 def check_model(settings):
     """Raises UserError where the settings name two models, or a checkpoint that isn't there."""
-    if not hasattr(settings, "out_dir"):  # those of the end of a run, whose model is at hand
+    if not hasattr(settings, "checkpoint"):  # those of the end of a run, whose model is at hand
         return
     if getattr(settings, "init_from", ""):
         check_idle(settings, "is of a run, and --init_from names a model without one", "out_dir", "checkpoint")
