@@ -256,10 +256,19 @@ ONLY = {
 PART = {"text": "wte", "contrastive": "text", "image-text": "decoder"}  # that --rates gets
 
 
+READ_BY_TASKS = ("batch_size", "micro_batch_size", "dropout", "lora_rank", "rates.*", "eval_tokens", "sample_tokens",
+                 "init_from", "recompute", "shard", "dataset", "split", "prompt")
+
+
 def settings_of(command, kind):
-    """(task, setting) of all that a command has, those of tasks with images marked as slow."""
-    return [pytest.param(task, name, marks=[pytest.mark.slow] * (task != "text"))
-            for task, row in TASKS.items() for name in flat_fields(joined(command.Settings, getattr(row, kind)))]
+    """(task, setting) of all that a command has; of tasks with images, marked as slow, of what a task itself reads."""
+    for task, row in TASKS.items():
+        own = {*flat_fields(getattr(row, kind)), *READ_BY_TASKS}
+        for name in flat_fields(joined(command.Settings, getattr(row, kind))):
+            if task == "text":
+                yield task, name
+            elif name in own:
+                yield pytest.param(task, name, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("task, name", settings_of(train, "training"))
