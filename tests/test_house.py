@@ -18,7 +18,7 @@ FLOORS = [
     {"published", "sources"},
     {"tasks"},
     {"train", "sample", "evaluate", "prepare"},
-    {"tools", "bench", "scaling"},  # the latter two are old names
+    {"tools"},
 ]
 APART = {"published", "sources"}  # of one floor, and yet neither knows the other
 

@@ -1,6 +1,7 @@
-"""The README, the docstrings and the recipes are right: every command parses, every file that they name is there."""
+"""Pages, docstrings, recipes and figures.json are right: every command parses, every file that they name is there."""
 
 import ast
+import json
 import re
 import shlex
 from pathlib import Path
@@ -12,17 +13,21 @@ import prepare
 import sample
 import train
 from configurator import parse, read_file
-from tools import bench, compare, scaling, versus
+from tools import bench, compare, figures, scaling, versus
 
 ROOT = Path(train.__file__).parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, *PAGES = ((ROOT / f"{name}.md").read_text(encoding="utf-8") for name in ("README", "EXPERIMENTS", "CONTRIBUTING"))
+FIGURES = [entry for entry in json.loads((ROOT / "figures.json").read_text(encoding="utf-8"))["figures"].values()
+           if entry["command"]]
 FOLDERS = sorted(path.parent for path in ROOT.glob("*/__init__.py")) + [ROOT / "config", ROOT / "data", ROOT / "tests"]
 RECIPES = sorted((ROOT / "config").rglob("*.py"))
 DOCUMENTED = [path for folder in (ROOT, *FOLDERS[:-2]) for path in folder.glob("*.py") if path.stem != "configurator"]
 DOCUMENTED += (ROOT / "config").glob("*/*.py")
-TEXTS = [README, *(path.read_text(encoding="utf-8") for path in ROOT.glob("data/*/README.md")),
-         *(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "" for path in DOCUMENTED)]
-TOOLS = ("bench", "scaling", "compare", "versus")
+TEXTS = [README, *PAGES, *(path.read_text(encoding="utf-8") for path in ROOT.glob("data/*/README.md")),
+         *(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "" for path in DOCUMENTED),
+         *(figures.filled(entry, row, 1, "out/figure").replace("&&", "\n") for entry in FIGURES
+           for row in entry["rows"].values())]
+TOOLS = ("bench", "scaling", "compare", "versus", "figures")
 COMMAND = (r"(?:python|torchrun(?: --\S+)+) ((?:(?:train|sample|evaluate|prepare)\.py|-m tools\.(?:" + "|".join(TOOLS) +
            r"))\b"
            r"(?:\"[^\"\n]*\"|[^|`\"\n])*)")  # a | between quotes belongs to it
@@ -66,10 +71,10 @@ def test_commands_parse(line, monkeypatch):
         for recipe in arguments[:2]:
             versus.settings_of(recipe, [text for text in arguments[2:] if not text.startswith(("--seeds=", "--out="))])
         return
-    if script == "tools.compare":
+    if script in ("tools.compare", "tools.figures"):
         arguments = [argument for argument in arguments if argument.startswith("-")]
     command = {"train.py": train, "sample.py": sample, "evaluate.py": evaluate, "prepare.py": prepare,
-               "tools.bench": bench, "tools.compare": compare}[script]
+               "tools.bench": bench, "tools.compare": compare, "tools.figures": figures}[script]
     if command in (sample, evaluate):  # the run or the model isn't there
         monkeypatch.setattr(command, "find_task", lambda name: task_of(arguments))
         monkeypatch.setattr(command, "check_run", lambda out_dir: None)
@@ -81,6 +86,10 @@ def test_the_commands_were_found():
     assert len(COMMANDS) > 40
     scripts = {re.match(r"-m [\w.]+|\w+", line)[0] for line in COMMANDS}
     assert scripts == {"train", "sample", "evaluate", "prepare", *(f"-m tools.{name}" for name in TOOLS)}
+
+
+def test_the_readme_is_a_newcomers_page():
+    assert len(README.splitlines()) <= 200  # 300 when all models are in
 
 
 def test_the_file_tree_is_complete():

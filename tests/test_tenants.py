@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 TOY_TASK = '''
 """Whether the bits of a number sum to an odd one: a task in one file."""
@@ -113,8 +113,8 @@ def lives(house, *settings):
 
 
 @pytest.mark.slow
-def test_a_bigram_model_is_a_class_and_a_row_as_the_readme_shows_them(house, dataset):
-    blocks = re.findall(r"```python\n(.*?)```", README.split("**A model**")[1].split("**A task**")[0], re.DOTALL)
+def test_a_bigram_model_is_a_class_and_a_row_as_contributing_shows_them(house, dataset):
+    blocks = re.findall(r"```python\n(.*?)```", CONTRIBUTING.split("**A model**")[1].split("**A task**")[0], re.DOTALL)
     model, row = blocks[:2]
     (house / "bigram.py").write_text(model)
     lines = row.strip().splitlines()
