@@ -355,7 +355,7 @@ def test_what_cannot_be_used_is_named(in_process, tmp_path, monkeypatch):
     check("there are documents .*a.parquet. and texts .*b.txt.: take either", a_parquet=good, b_txt=b"words")
     with pytest.raises(UserError, match="make it first with python prepare.py openwebtext"):
         known.ensure("openwebtext")
-    with pytest.raises(UserError, match="fineweb is a data set with tokenizer = gpt2: add --name=NEW"):
+    with pytest.raises(UserError, match="fineweb always has tokenizer = gpt2: add --name=NEW"):
         prepare.main(prepare.Settings(tokenizer="byte"), ["fineweb"])
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     check("parquet files need pyarrow: pip install pyarrow", a_parquet=good)

@@ -423,7 +423,7 @@ def test_known_by_name(name, tmp_path, monkeypatch):
     data = ImageTextDataset(tmp_path / name)
     assert (data.meta["train_images"], data.meta["val_images"], data.image_size) == (36, 4, 48)
     assert data.meta["source"] == f"data/{name}/generate.py" and str(tmp_path) not in json.dumps(data.meta)
-    with pytest.raises(UserError, match=f"{name} is a data set with image_size = 48: add --name=NEW"):
+    with pytest.raises(UserError, match=f"{name} always has image_size = 48: add --name=NEW"):
         prepare.main(prepare.Settings(image_size=32), [name])
     prepare.main(prepare.Settings(image_size=32, name="other"), [name])
     assert ImageTextDataset(tmp_path / "other").image_size == 32
