@@ -84,8 +84,8 @@ class GPT2Tokenizer(Tokenizer):
         try:
             self.bpe = tiktoken.get_encoding("gpt2")
         except OSError as error:  # requests' errors are OSErrors
-            raise UserError(f"the gpt2 tokenizer could not download its merges ({type(error).__name__}): go online"
-                            " once, or use --tokenizer=bpe:4096") from None
+            raise UserError(f"the gpt2 tokenizer could not download its merges ({type(error).__name__}): go"
+                            " online once, or use --tokenizer=bpe:4096") from None
         self.eos = self.bpe.eot_token
 
     def encode(self, text):
@@ -109,10 +109,7 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts, vocab_size, special=("<|endoftext|>",)):
-        """Returns a BPE with vocab_size tokens, learned from an iterable of strings. special: tokens with ids 0, 1, ...
-
-        Raises UserError if vocab_size is too small for the 256 bytes and `special`, or too large for the texts.
-        """
+        """Learns a BPE of vocab_size tokens from an iterable of strings. special: control tokens, with ids 0, 1, ..."""
         import tokenizers
         least = 256 + len(special)
         if vocab_size < least:

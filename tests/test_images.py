@@ -131,8 +131,8 @@ GOOD = {"image": "a/0.png", "prompt": "caption", "answer": "x"}
 
 
 @pytest.mark.parametrize("row, message", [
-    (b"{'image': 1}", "is no JSON object: Expecting property name"), (b"[1, 2]", "is no JSON object: 'list'"),
-    (b'{"image": "\xff"}', "is no JSON object: 'utf-8' codec"),
+    (b"{'image': 1}", "is not a JSON object: Expecting property name"), (b"[1, 2]", "is not a JSON object: 'list'"),
+    (b'{"image": "\xff"}', "is not a JSON object: 'utf-8' codec"),
     ({"image": "a/0.png", "prompt": "caption"}, "answer = None: must be text"),
     ({**GOOD, "image": None}, "image = None: must be text"),
     ({**GOOD, "answer": 7}, "answer = 7: must be text"), ({**GOOD, "prompt": ["x"]}, r"prompt = \['x'\]: must be text"),

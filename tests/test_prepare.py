@@ -113,8 +113,8 @@ def test_files_left_out_of_a_folder_are_listed_with_the_reason(data, tmp_path, c
     assert contents(data / "mixed")[2]["characters"] == 9 * 6 + 9 * 5
     said = capsys.readouterr().out
     for name, reason in (("note.pdf", "PDF"), ("x.json", "JSON"), ("l.txt", "not UTF-8: byte 0xe9"),
-                         ("z.bin", "binary"), ("w.txt", "binary"), ("dead.jsonl", "no file that can be read"),
-                         ("link", "no file that can be read, or a link to a folder")):
+                         ("z.bin", "binary"), ("w.txt", "binary"), ("dead.jsonl", "not a readable file"),
+                         ("link", "not a readable file, or is a link to a folder")):
         assert f"left out: {folder / name} is {reason}" in said
     assert "hidden" not in "".join(contents(data / "mixed")[:2])
     for i in range(20):
@@ -136,10 +136,10 @@ def test_texts_beside_documents_are_left_out_or_refused(data, tmp_path, capsys):
     assert contents(data / "both")[2]["characters"] == 54
     (folder / "b.txt").unlink()
     run(folder, tokenizer="byte", name="documents", processes=1)
-    assert "README.md is no document" in capsys.readouterr().out
+    assert "README.md is not a document" in capsys.readouterr().out
     assert json.loads((data / "documents" / "meta.json").read_text())["documents"] == 100
     (tmp_path / "few.jsonl").write_text('{"text": "x"}')
-    with pytest.raises(UserError, match="none of 1 documents is for .*: use more"):
+    with pytest.raises(UserError, match="none of 1 documents is for .*: add documents"):
         run(tmp_path / "few.jsonl", tokenizer="byte", name="more", processes=1)
     run(folder, tokenizer="byte", name="more", processes=1)
 
@@ -222,7 +222,7 @@ def test_bad_sources_and_settings_give_the_reason(data, tmp_path, source):
 def test_only_its_own_source_replaces_a_data_set(data, tmp_path, source, capsys, monkeypatch):
     run(source)
     run(source, val_fraction=0.5)
-    assert "has a data set of this source, which is renewed" in capsys.readouterr().out
+    assert "already has a data set of this source: updating it" in capsys.readouterr().out
     before = (data / "hamlet" / "train.bin").read_bytes()
     other = make_files(tmp_path / "other", hamlet_txt="A country road. A tree. Evening.\n" * 9,
                        docs__a_jsonl='{"text": "x"}\n' * 99, images__captions_jsonl="")
@@ -237,15 +237,15 @@ def test_only_its_own_source_replaces_a_data_set(data, tmp_path, source, capsys,
     for name, inside in (("photos", "1.jpg"), ("run", "run.lock")):
         make_files(tmp_path / name, run_json="{}")
         (tmp_path / name / inside).touch()
-        with pytest.raises(UserError, match=f"name = .*{name}: .* holds files that are no data set: choose another"):
+        with pytest.raises(UserError, match=f"name = .*{name}: .* holds unrelated files: choose another"):
             run(source, name=str(tmp_path / name))
         assert len(list((tmp_path / name).iterdir())) == 2
     monkeypatch.chdir(tmp_path)
     for name in (".", "..", "./", "data/", "../"):
-        with pytest.raises(UserError, match="is a place for several data sets"):
+        with pytest.raises(UserError, match="holds all data sets: choose another name"):
             run(source, name=name)
     for name in ("shakespeare_char", str(data / "fineweb"), "data/shapes"):
-        with pytest.raises(UserError, match="is a known data set's: choose another name"):
+        with pytest.raises(UserError, match="belongs to a known data set: choose another name"):
             run(source, name=name)
     assert [path.name for path in data.iterdir()] == ["hamlet"]
     monkeypatch.chdir(other / "docs")
@@ -272,7 +272,7 @@ def test_a_named_pipe_is_left_out_without_waiting(data, tmp_path, capsys):
     folder = make_files(tmp_path / "mixed", a_txt="words\n" * 9)
     os.mkfifo(folder / "b.jsonl")
     run(folder)
-    assert "b.jsonl is no file that can be read" in capsys.readouterr().out
+    assert "b.jsonl is not a readable file" in capsys.readouterr().out
     with pytest.raises(UserError, match="b.jsonl is not a file, a folder"):
         run(folder / "b.jsonl", name="pipe")
 
