@@ -283,7 +283,7 @@ def build(cls, values):
 def typed(layers, fields, elsewhere=None, strict=True):
     """Yields the layers, converted. fields: from `flat_fields`. Unknown names are skipped, or if strict a UserError."""
     for layer in layers:
-        name = layer.name if layer.name in fields else re.sub(r"\..*", ".*", layer.name)
+        name = layer.name if layer.name in fields else re.sub(r"\..*", ".*", layer.name)  # rates.head is in rates.*
         if name in fields:
             yield layer._replace(value=convert(layer, *fields[name]))
         elif strict and not callable(layer.value) and not isinstance(layer.value, types.ModuleType):
@@ -299,9 +299,9 @@ def advice(name, fields, dashes):
     if inner := [field.rpartition(".")[2] for field in fields if field.startswith(f"{name}.")]:
         names = "" if inner == ["*"] else f", where NAME is one of {', '.join(inner)}"
         return (f"write --{name}.NAME=VALUE" if dashes else f"write {name} = dict(NAME=VALUE)") + names
-    near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
-    own = "" if dashes else "; begin a name of your own with an underscore"
-    return f"did you mean {dashes}{near[0]}?" if near else f"--help lists all settings{own}"
+    if near := difflib.get_close_matches(name, fields, n=1, cutoff=0.5):
+        return f"did you mean {dashes}{near[0]}?"
+    return "--help lists all settings" + ("" if dashes else "; begin a name of your own with an underscore")
 
 
 def convert(layer, kind, default):

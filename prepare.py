@@ -30,11 +30,11 @@ class Settings:
     name: str = ""  # the data set's name under data/, or the path of a folder; default: the source's name
     files: str = ""  # which files of a folder to use, such as "*.py,*.md" or "!*.csv"; default: all that can be read
     val_fraction: float = 0.1  # share for validation: the end of each text, the last images, or documents by hash
-    newlines: Literal["one", "keep"] = "one"  # line ends of texts: one turns Windows' into \n, keep leaves them
+    newlines: Literal["one", "keep"] = "one"  # line ends of texts: "one" makes Windows' \r\n a \n, "keep" leaves them
     image_size: int = 48  # width and height in pixels that images are resized to
     column: str = "text"  # the column of a table that holds the documents, or the captions of images
     processes: int = 0  # processes that tokenize documents in parallel; 0: one per CPU core
-    max_files: int = 0  # the number of files of documents to use, from the first on; 0: all
+    max_files: int = 0  # use only so many files of documents, from the first on; 0: all
 
     def __post_init__(self):
         check_ranges(self, image_size=1, processes=0, max_files=0)
@@ -51,8 +51,8 @@ from machine.terminal import printable
 from sources import documents, images, texts
 from sources.known import CORPORA, GENERATED, TOKENIZERS, claim, download, locate, prepare_known
 
-GPT2_TOKENS = 100_000_000  # with more tokens than this, training a GPT-2 from scratch is worthwhile
-SETTINGS_OF = {  # for each kind of source, the settings that not every kind has
+GPT2_TOKENS = 100_000_000  # training tokens above which a GPT-2 from scratch is worthwhile
+SETTINGS_OF = {  # for each kind of source, its settings that some other kinds lack
     "texts": ("newlines", "files"), "documents": ("column", "processes", "max_files", "files"),
     "captions": ("image_size",), "metadata": ("image_size", "column"),
     "a known text": (), "a known corpus": ("column", "processes", "max_files"), "known images": ("image_size",)}

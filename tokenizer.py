@@ -3,7 +3,7 @@
     python prepare.py my.txt --tokenizer=char|byte|gpt2|bpe:4096
     python prepare.py my.txt --tokenizer=out            the tokenizer of a trained model, from the model's folder
 
-A control token such as <|endoftext|> is encoded as ordinary text where a text contains it (but see encode_controls).
+A control token in a text, such as <|endoftext|>, is encoded as ordinary text, except by `encode_controls`.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from configurator import UserError
 from machine.terminal import progress
 
 MOST_TOKENS = 1 << 20  # the largest vocab_size of a BPE: the library reserves memory for all tokens before training
-LONGEST_WORD = 256  # characters: longer words are cut for BPE training, which would take minutes or hours over them
+LONGEST_WORD = 256  # characters: longer words are cut for BPE training, which would take very long over them
 
 
 class Tokenizer:
@@ -31,7 +31,7 @@ class Tokenizer:
         return f"{type(self).__name__}({self.vocab_size} {self.unit})"
 
     def encode_controls(self, text):
-        """Like encode, but a control token in the text becomes its own id. Only a BPE has control tokens."""
+        """Like encode, but a BPETokenizer turns each control token in the text into its id."""
         return self.encode(text)
 
     def save(self, path):

@@ -47,8 +47,8 @@ COUNTS = ("documents", "bytes", "train_characters", "train_tokens", "val_charact
 
 def prepare(source, folder, tokenizer_name, val_fraction=0.1, processes=0):
     """Writes the shards of a Source that `folder` lacks, and returns the meta. processes: 0 is one per CPU core."""
-    if any(Path(name).suffix.lower() == ".parquet" for name, *_ in source.files) \
-            and not importlib.util.find_spec("pyarrow"):
+    suffixes = {Path(name).suffix.lower() for name, *_ in source.files}
+    if ".parquet" in suffixes and not importlib.util.find_spec("pyarrow"):
         raise UserError("parquet files need pyarrow: pip install pyarrow")
     with writing(folder):
         tokenizer = common_tokenizer(source, folder, tokenizer_name, val_fraction)
@@ -122,7 +122,7 @@ def hub_source(name, under, revision):
 
 @contextlib.contextmanager
 def hub(what):
-    """A context that gives the hub's API, and turns its errors into a UserError that says why `what` failed."""
+    """A context with the hub's API. Turns the hub's errors into a UserError: why `what` can't be fetched."""
     from huggingface_hub import HfApi, errors, utils
     utils.disable_progress_bars()
     try:
@@ -136,7 +136,7 @@ def hub(what):
 # Reading documents
 
 def read(source, files, folder, val_fraction):
-    """Yields (split, text, text in UTF-8, its SHA-256 as bytes) for each document in the files that is not empty."""
+    """Yields (split, text, the text in UTF-8, the SHA-256 of that) for each document in the files; skips empty ones."""
     for name, *_ in files:
         path = source.fetch(name, folder)
         for where, row in READERS[path.suffix.lower()](path, source.column):
@@ -189,13 +189,12 @@ def read_table(path, column=""):
             names = [name.strip() for name in next(filter(None, rows), [])]
             if doubles := {name for name in names if name and names.count(name) > 1}:
                 raise UserError(f"{path}: several columns are named {', '.join(doubles)}: rename all but one")
-            for row in rows:
+            for row in filter(None, rows):
                 where = f"{path}, line {rows.line_num}"
-                if row and len(row) != len(names):
+                if len(row) != len(names):
                     raise UserError(f"{where}: has {len(row)} fields, but the first line names {len(names)}: put"
                                     " double quotes around a field that contains separators")
-                if row:
-                    yield where, dict(zip(names, row))
+                yield where, dict(zip(names, row))
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"{path}, after line {rows.line_num}: is not a table in UTF-8: {error}") from None
 
@@ -319,7 +318,8 @@ def write_shard(number, source, made_from, folder):
         for split, text, content, document in read(source, files, folder, val_fraction):
             end = tokenizer.encode("\n\n" if "\n" in text else "\n") if tokenizer.eos is None else [tokenizer.eos]
             ids = np.concatenate((tokenizer.encode(text), end))
-            (train if split == "train" else val).write(stored(ids, tokenizer).tobytes())
+            file = train if split == "train" else val
+            file.write(stored(ids, tokenizer).tobytes())
             digest.update(document)
             record["documents"] += 1
             record["bytes"] += len(content)

@@ -67,7 +67,7 @@ def claim(dataset, source):
                                 " choose another name, --name=NEW")
             print(printable(f"{folder} already has a data set of this source: updating it"), flush=True)
             return folder
-    if names and "run.lock" not in names or "run.json" in names:  # run.lock alone is left by a killed prepare.py
+    if names and "run.lock" not in names or "run.json" in names:  # without run.json, run.lock is a killed prepare.py's
         raise UserError(f"name = {dataset}: {folder} holds unrelated files: choose another name, --name=NEW")
     return folder
 

@@ -77,7 +77,7 @@ def print_choice(taken, left_out):
 
 
 def files_in(folder, pattern):
-    """Yields the wanted paths in and below the folder, in order, except hidden ones and folders that are walked."""
+    """Yields the wanted paths in and below the folder, in order, except hidden ones and the folders that it enters."""
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
         is_open = path.is_dir() and not path.is_symlink() and os.access(path, os.R_OK)  # other folders are reported
@@ -217,7 +217,7 @@ def whole_words(texts):
 
 
 def sample(texts, total):
-    """Yields the texts, or SAMPLE characters spread over them, for a BPE to learn from. total: characters, roughly."""
+    """Yields the texts, or SAMPLE characters spread over them, for a BPE to learn from. total: their characters."""
     due, seen, taken = 0, 0, 0  # characters
     for text in texts:
         seen += len(text)
