@@ -1,14 +1,14 @@
-"""Settings from config files and the command line, into one typed dataclass.
+"""Settings from config files and the command line, as one typed dataclass.
 
     python train.py config/a.py config/b.py --batch_size=32 --out_dir=x
 
-Files and overrides are read from left to right: later wins. A config file is plain Python assignments, run in a
-namespace of its own; modules, functions, classes and names that start with an underscore are ignored, statements that
-look like a setting and set nothing are refused. Text from the command line is parsed by the field's declared type,
-never guessed; a bare `--flag` sets a bool to True; ~ is the home folder where a path begins, in files too. A file may
-carry `on_cpu = dict(...)`: where there is no accelerator, these values win over those of all files, and the command
-line over both. A field that is a dataclass is a dict in a file, `vision = dict(n_layer=2)`, and dotted on the command
-line, `--vision.n_layer=2`; so is a field that is a dict of names that the settings can't know, `--rates.head=0.1`.
+Arguments are read from left to right, and the last value wins. A config file is Python, run in a namespace of its own:
+its assignments are settings. Modules, functions, classes and names that start with an underscore are ignored. Text on
+the command line is parsed as the type of the field, and a bare `--flag` sets a bool to True. A ~ at the start of a path
+becomes the home folder, in files too. A file may have `on_cpu = dict(...)`: without an accelerator, these values
+override those of all files, and the command line overrides both. A field that is a dataclass is a dict in a file,
+`vision = dict(n_layer=2)`, and dotted on the command line, `--vision.n_layer=2`. A field of type dict is written in the
+same way, with any names inside: `--rates.head=0.1`.
 """
 
 import ast
@@ -30,38 +30,38 @@ import types
 import typing
 from pathlib import Path
 
-# What other programs and earlier versions call a setting.
+# Names from other programs and earlier versions, each with what to write instead.
 RENAMED = {"gradient_accumulation_steps": "micro_batch_size (the rows in memory at a time)", "architecture": "model"}
-# Errors of a file that is open already, which the system therefore does not name: the disk is full, broken, or gone.
+# OSErrors that are not bugs, although they name no file: the disk is full, broken or gone, or too many files are open.
 USERS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENODEV, errno.ESTALE)
 OUT_OF_MEMORY = "OutOfMemoryError|MemoryError|allocate memory|not enough memory|calculation overflowed|array is too big"
-FREE_TEXT = ("prompt", "stop")  # settings that are no path, whatever they begin with
-PYTHON = "a config is Python: write max_iters = 100 and the like"
+FREE_TEXT = ("prompt", "stop")  # settings that are not paths: ~ is the home folder only after FILE:
+PYTHON = "a config is Python: write, for example, max_iters = 100"
 WORDS = {True: ("true", "yes", "on", "1"), False: ("false", "no", "off", "0")}
 
 
 class UserError(ValueError):
-    """Something the user can put right: shown as one line, without a traceback."""
+    """An error that the user can fix: shown as one line, without a traceback."""
 
 
 @functools.cache
 def say(line):
-    """Prints a line on stderr, once, and not from every rank."""
+    """Prints a line on stderr, on rank 0 only. The same line is printed once, however often it is said."""
     if os.environ.get("RANK", "0") == "0":
-        complain(line)
+        to_stderr(line)
 
 
-def complain(line):
-    """Prints a line on stderr, if there is anybody to read it."""
+def to_stderr(line):
+    """Prints a line on stderr; does nothing if stderr is closed."""
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Turns what the user can put right into one line on stderr and exit status 2; bugs keep their traceback.
+    """Turns errors that the user can fix into one line on stderr and exit status 2. Bugs keep their traceback.
 
-    Where nobody reads the output any more (`| head`), the command ends with status 141 and says nothing, as others do.
+    If the reader of stdout has gone (`| head`), the command exits silently with status 141, as other programs do.
     """
     try:
         yield
@@ -69,21 +69,20 @@ def one_line_errors():
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:
-        if printed("\n"):  # another pipe broke
+        if try_print("\n"):  # stdout is open, so another pipe broke: a bug
             raise
         raise SystemExit(141) from None
     except Exception as error:
         if not (line := users_fault(error)):
             raise
-        printed("")
+        try_print("")  # flushes what was printed before the error
         rank = os.environ.get("RANK", "0")
-        complain(f"error{'' if rank == '0' else f' on rank {rank}'}: {line}")
+        to_stderr(f"error{'' if rank == '0' else f' on rank {rank}'}: {line}")
         raise SystemExit(2) from None
 
 
-def printed(text):
-    """Prints the text; False if nothing leaves the process any more. Then the rest is dropped, which Python's end would
-    trip over."""
+def try_print(text):
+    """Prints the text. Returns False if stdout is broken, and redirects it: Python would fail to flush it at exit."""
     try:
         print(text, end="", flush=True)
     except OSError:
@@ -93,10 +92,10 @@ def printed(text):
 
 
 def users_fault(error):
-    """The line for an error that the user or the machine's owner can put right; "" for a bug."""
+    """The line to show for an error that the user or the machine's owner can fix; "" for a bug."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError):  # a bug's has no file's name, as a rule
+    if isinstance(error, OSError):  # one that names no file is most likely a bug
         known = error.filename is not None or error.errno in USERS_ERRORS
         return f"{error.filename or 'the output'}: {error.strerror}" if known and error.strerror else ""
     if re.search(OUT_OF_MEMORY, f"{type(error).__name__}: {error}"):
@@ -106,17 +105,17 @@ def users_fault(error):
 
 
 def from_command_line(cls, doc, usual=None, **how):
-    """`parse` for a script: answers --help, and exits with one line on an error. how: the arguments of `parse`.
+    """`parse` for a script: returns the same, but answers --help, and shows an error as one line.
 
-    usual: the dataclass that --help shows beside cls where there is no run to decide it.
+    usual: a dataclass that --help lists too if `more` fails for lack of a run. how: the arguments of `parse`.
     """
-    # Ctrl-C outside `one_line_errors`, while slow modules are imported, ends quietly too.
+    # Ctrl-C exits quietly outside `one_line_errors` too, while slow modules are imported.
     sys.excepthook = lambda kind, *rest: sys.exit(130) if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller
             setattr(sys, name, open(os.devnull, "w"))
-        with contextlib.suppress(AttributeError):  # a notebook's has no encoding
-            getattr(sys, name).reconfigure(encoding="utf-8", errors="replace")  # Windows' consoles may have another
+        with contextlib.suppress(AttributeError):  # a notebook's stream can't be reconfigured
+            getattr(sys, name).reconfigure(encoding="utf-8", errors="replace")  # a Windows console may not be UTF-8
     argv = [arg for arg in sys.argv[1:] if arg not in ("--help", "-h")]
     with one_line_errors():
         if len(argv) == len(sys.argv) - 1:
@@ -130,13 +129,13 @@ def from_command_line(cls, doc, usual=None, **how):
 
 
 def parse(cls, argv, more=None, has_accelerator=None, base=None, refuse=None, check=None, elsewhere=None):
-    """(settings, given): an instance of the dataclass `cls`, and {name: value} of what was named in `argv`.
+    """Returns (settings, given): an instance of the dataclass `cls`, and {name: value} of all that `argv` sets.
 
-    more(values) returns a second dataclass, by the values of the first, whose fields are settings too.
-    has_accelerator(device) decides whether the files' `on_cpu` values apply; it is asked only if there are any.
-    base(given) returns values that are older than all of these (of a run that is resumed, say); if there are any,
-    refuse(older, given) may raise a UserError.
-    check(settings, given) may raise a UserError. elsewhere(name) may say where else an unknown setting belongs.
+    more(values) returns a second dataclass whose fields are settings too. It gets the values of the fields of `cls`.
+    has_accelerator(device) decides whether the files' `on_cpu` values apply. It is called only if there are any.
+    base(given) returns older values, which `argv` overrides, such as those of a resumed run.
+    refuse(older, given) is called if there are older values. Like check(settings, given), it may raise a UserError.
+    elsewhere(name) returns a hint at where an unknown setting belongs, or "".
     Raises UserError for an unknown name, a value of the wrong type, or a file that can't be read.
     """
     layers = list(read_arguments(argv))
@@ -159,7 +158,7 @@ def parse(cls, argv, more=None, has_accelerator=None, base=None, refuse=None, ch
 
 
 class Layer(typing.NamedTuple):
-    """A setting as it was named: text on the command line (None: a bare --flag), or a value in the file `origin`."""
+    """A setting as given: text on the command line (None for a bare --flag), or a value in the file `origin`."""
     name: str
     value: object
     origin: str = ""
@@ -167,7 +166,7 @@ class Layer(typing.NamedTuple):
 
 
 def read_arguments(argv):
-    """Yields the layers of a command line, oldest first. Names and types are not looked at yet."""
+    """Yields the layers of a command line, in order. Names and types are not checked yet."""
     before = ""
     for arg in argv:
         if arg.startswith("-"):
@@ -181,9 +180,9 @@ def read_arguments(argv):
 
 
 def read_file(path):
-    """Yields the assignments of one config file as layers, in order, its on_cpu values last."""
+    """The assignments of one config file as a list of layers, in order, its on_cpu values last."""
     try:
-        source = Path(path).read_text(encoding="utf-8-sig")  # Windows' editors put a mark at the start
+        source = Path(path).read_text(encoding="utf-8-sig")  # Windows editors write a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"can't read the config file {path!r}: {getattr(error, 'strerror', error)}"
                         " (settings are written --name=value)") from None
@@ -202,19 +201,20 @@ def read_file(path):
     on_cpu = namespace.pop("on_cpu", {})
     if not isinstance(on_cpu, dict):
         raise UserError(f"{path}: on_cpu must be a dict(name=value, ...), not {on_cpu!r}")
+    layers = []
     try:
-        layers = [Layer(name, value, origin, values is on_cpu)
-                  for origin, values in ((path, namespace), (f"{path}, on_cpu", on_cpu))
-                  for name, value in flat_values(values).items() if not name.startswith("_")]
+        for origin, values in ((path, namespace), (f"{path}, on_cpu", on_cpu)):
+            layers += [Layer(name, value, origin, values is on_cpu)
+                       for name, value in flat_values(values).items() if not name.startswith("_")]
     except RecursionError:
-        raise UserError(f"{path}: a dict holds itself") from None
+        raise UserError(f"{path}: a dict contains itself: remove it") from None
     if not layers:
         say(f"{path} sets nothing")
     return layers
 
 
 def refuse_idle(path, tree):
-    """Raises UserError for a statement that may be meant as a setting and sets none, as YAML, JSON and a == b are."""
+    """Raises UserError for a statement that looks like a setting but sets nothing: YAML's a: 1, JSON, or a == 1."""
     for node in ast.walk(tree):
         idle = isinstance(node, ast.Expr) and not isinstance(node.value, (ast.Call, ast.Constant, ast.NamedExpr))
         if idle or isinstance(node, ast.AnnAssign) and not node.value:
@@ -223,7 +223,7 @@ def refuse_idle(path, tree):
 
 
 def widened(cls, layers, more=None, base=None):
-    """(`cls` joined with what `more` returns, the values that `base` returns), for `parse`."""
+    """(the class, the older values) for `parse`: `cls` with the fields from `more`, and what `base` returns."""
     fields = flat_fields(cls)
     named = {layer.name: layer.value for layer in typed(layers, fields, strict=False) if not layer.on_cpu}
     older = flat_values(base(named)) if base else {}
@@ -234,7 +234,7 @@ def widened(cls, layers, more=None, base=None):
 
 
 def joined(*classes):
-    """A dataclass with the fields and the checks of them all."""
+    """A frozen dataclass with the fields and the checks (`__post_init__`) of all classes."""
     def check(self):
         for cls in classes:
             getattr(cls, "__post_init__", lambda _: None)(self)
@@ -244,7 +244,7 @@ def joined(*classes):
 
 
 def flat_fields(cls):
-    """{name: (type, default)}; the fields of a dataclass inside it are named outer.inner, those of a dict outer.*"""
+    """{name: (type, default)} of a dataclass. A field inside an inner dataclass is outer.inner, a dict is outer.*"""
     fields = {}
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(field.type):
@@ -257,7 +257,7 @@ def flat_fields(cls):
 
 
 def flat_values(values):
-    """{"a": 1, "b": {"c": 2}} -> {"a": 1, "b.c": 2}, as deep as it goes."""
+    """{"a": 1, "b": {"c": 2}} -> {"a": 1, "b.c": 2}, at any depth. An empty dict stays a value."""
     flat = {}
     for name, value in values.items():
         inner = flat_values(value) if isinstance(value, dict) else {}
@@ -266,7 +266,7 @@ def flat_values(values):
 
 
 def build(cls, values):
-    """The dataclass `cls` with these flat values, and defaults for the rest. Values without a field are left out."""
+    """An instance of `cls` from flat values, with defaults for the rest. Values without a field are ignored."""
     arguments = {}
     for field in dataclasses.fields(cls):
         start = field.name + "."
@@ -281,9 +281,9 @@ def build(cls, values):
 
 
 def typed(layers, fields, elsewhere=None, strict=True):
-    """Yields the layers with values in their fields' types. Unknown names are left out, or if strict an error."""
+    """Yields the layers, converted. fields: from `flat_fields`. Unknown names are skipped, or if strict a UserError."""
     for layer in layers:
-        name = layer.name if layer.name in fields else re.sub(r"\..*", ".*", layer.name)
+        name = layer.name if layer.name in fields else re.sub(r"\..*", ".*", layer.name)  # rates.head is in rates.*
         if name in fields:
             yield layer._replace(value=convert(layer, *fields[name]))
         elif strict and not callable(layer.value) and not isinstance(layer.value, types.ModuleType):
@@ -293,35 +293,35 @@ def typed(layers, fields, elsewhere=None, strict=True):
 
 
 def advice(name, fields, dashes):
-    """What may be meant by a name that is no setting. dashes: those that a setting is written with where it stands."""
+    """A hint at what an unknown name may mean. dashes: "--" on the command line, "" in a file."""
     if name in RENAMED:
         return f"it is {dashes}{RENAMED[name]} now"
     if inner := [field.rpartition(".")[2] for field in fields if field.startswith(f"{name}.")]:
-        how = f"write --{name}.NAME=VALUE" if dashes else f"write {name} = dict(NAME=VALUE)"
-        return how + f", where NAME is one of {', '.join(inner)}" * (inner != ["*"])
-    near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
-    own = "" if dashes else "; begin a name of your own with an underscore"
-    return f"did you mean {dashes}{near[0]}?" if near else f"--help lists all settings{own}"
+        names = "" if inner == ["*"] else f", where NAME is one of {', '.join(inner)}"
+        return (f"write --{name}.NAME=VALUE" if dashes else f"write {name} = dict(NAME=VALUE)") + names
+    if near := difflib.get_close_matches(name, fields, n=1, cutoff=0.5):
+        return f"did you mean {dashes}{near[0]}?"
+    return "--help lists all settings" + ("" if dashes else "; begin a name of your own with an underscore")
 
 
 def convert(layer, kind, default):
-    """`read_value`, with ~ as the home folder. Raises UserError for no number, and for no text where some is needed."""
+    """The layer's value as type `kind`, with ~ as the home folder. Raises UserError for an unfit one, such as NaN."""
     value = read_value(layer, kind)
     shown = f"{layer.name} = {value!r}" + (f" in {layer.origin}" if layer.origin else "")
     if kind is float and not math.isfinite(value):
-        raise UserError(f"{shown}: must be a number")
+        raise UserError(f"{shown}: must be a finite number")
     if kind is str and default and not value:
-        raise UserError(f"{shown}: must not be empty; leave it out, or write {default}")
+        raise UserError(f"{shown}: must not be empty; leave it out for the default, {default!r}")
     if kind is str and "\0" in value:
-        raise UserError(f"{shown}: must not hold a null character")
+        raise UserError(f"{shown}: must not contain a null character")
     return with_home(value, "^FILE:" if layer.name in FREE_TEXT else "^|,") if kind is str else value
 
 
 def read_value(layer, kind):
-    """A value from a file as it is, if it has the declared type or is an int for a float; text read as that type."""
+    """The layer's value as type `kind`: text is parsed; a file's value must have the type, or be an int for a float."""
     name, value = layer.name, layer.value
     if isinstance(value, numbers.Number) and hasattr(value, "item"):
-        value = value.item()  # numpy's
+        value = value.item()  # a NumPy scalar
     choices = typing.get_args(kind) or ((True, False) if kind is bool else ())
     what = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}.get(kind)
     what = what or "one of " + ", ".join(map(str, choices))
@@ -347,7 +347,7 @@ def read_value(layer, kind):
 
 
 def with_home(text, start="^|,"):
-    """The text with the home folder for ~ where a path begins. Raises UserError for what can't be written as UTF-8."""
+    """The text with ~ replaced by the home folder after `start`, a regex. Raises UserError if it is not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -356,7 +356,7 @@ def with_home(text, start="^|,"):
 
 
 def check_ranges(settings, **least):
-    """Raises UserError for the first named field that is below its least value, no number, or beyond 64 bits."""
+    """Raises UserError for the first named field that is below its least value, NaN, or beyond 64 bits."""
     for name, low in least.items():
         value = getattr(settings, name)
         if not value >= low:
@@ -373,7 +373,7 @@ def check_choices(settings, **choices):
 
 
 def check_shape(n_embd, n_head, n_kv_head, dropout):
-    """Raises UserError unless a width divides into heads, these into groups with a key-value head each, and so on."""
+    """Raises UserError unless n_head divides n_embd, n_kv_head (0: unset) divides n_head, and dropout is below 1."""
     if n_embd % n_head:
         raise UserError(f"n_embd = {n_embd} does not divide into n_head = {n_head} heads:"
                         f" try n_embd = {n_head * max(1, round(n_embd / n_head))}")
@@ -384,14 +384,14 @@ def check_shape(n_embd, n_head, n_kv_head, dropout):
 
 
 def check_run(out_dir):
-    """Raises UserError for an out directory that isn't there: before PyTorch is imported to look for a checkpoint."""
+    """Raises UserError if the folder is missing, before PyTorch is imported to look for a checkpoint in it."""
     if not os.path.isdir(out_dir):
         raise UserError(f"there is no checkpoint in {out_dir}: train one first, python train.py"
                         f" {shlex.quote(f'--out_dir={out_dir}')}")
 
 
 def check_idle(settings, why, *names):
-    """Raises UserError for named fields that are not at their defaults: `why` says when they would do something."""
+    """Raises UserError if named fields, which have no effect, are not at their defaults. why: for the message."""
     defaults = {name: type(settings).__dataclass_fields__[name].default for name in names}
     idle = {name: default for name, default in defaults.items() if getattr(settings, name) != default}
     if idle:
@@ -401,26 +401,26 @@ def check_idle(settings, why, *names):
 
 
 def help_text(cls, doc):
-    """The script's docstring and every setting with its default and its comment in the source."""
+    """The text of --help: the script's docstring, and every setting with its default and its comment in the source."""
     title = "settings (--name=value; config files are Python assignments of the same names):"
     width = max(40, shutil.get_terminal_size((120, 24)).columns)
-    doc = re.sub(r"(?<=\S)\n(?=\S)", " ", (doc or "").strip())  # a paragraph is a line, until it is folded
+    doc = re.sub(r"(?<=\S)\n(?=\S)", " ", (doc or "").strip())  # joins the lines of a paragraph
     lines = "\n".join([doc, "", title, *help_lines(cls)]).split("\n")
-    return "\n".join(folded(line, width) for line in lines)
+    return "\n".join(wrap(line, width) for line in lines)
 
 
-def folded(line, width):
-    """A line that is too wide as several, those of a setting indented to where its text begins."""
+def wrap(line, width):
+    """The line, broken to fit the width. What continues a setting's comment is indented to where the comment begins."""
     start = re.match(r"  --\S* +| *", line).end()
     indent = " " * (start if not start or 6 < start < width - 30 else 8)
     return textwrap.fill(line, width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False) or line
 
 
 def help_lines(cls, prefix=""):
-    """Yields the headings in the source of a dataclass, and its fields."""
+    """Yields a line for each heading and each field in the source of a dataclass. prefix: of an inner one's names."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for part in reversed(cls.__mro__):
-        source = inspect.getsource(part) if inspect.get_annotations(part) else ""  # what `joined` has made has none
+        source = inspect.getsource(part) if inspect.get_annotations(part) else ""  # a class from `joined` has no source
         body = re.split(r"\n    (?:def|@)", source)[0]
         for name, text, heading in re.findall(r"^    (?:(\w+): .*?(?:  # (.*))?|# (.*))$", body, re.MULTILINE):
             field = fields.get(name)
@@ -435,6 +435,6 @@ def help_lines(cls, prefix=""):
 
 
 def differences(settings):
-    """What differs from the defaults: {name: value}, in the order of the fields."""
+    """{name: value} of the settings that differ from their defaults, in the order of the fields."""
     fields, values = flat_fields(type(settings)), flat_values(dataclasses.asdict(settings))
     return {name: value for name, value in values.items() if value not in ({}, fields.get(name, (None, None))[1])}

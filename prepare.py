@@ -1,15 +1,15 @@
-"""Raw material into a data set to train on: data/<name>/{train.bin, val.bin, tokenizer.json, meta.json}.
+"""Makes a data set to train on: data/<name>/{train.bin, val.bin, tokenizer.json, meta.json}.
 
-    python prepare.py my.txt                            a file; also a folder of texts of any suffix, or a URL
-    python prepare.py src/ a.md --name=mine             several; --files="*.py,*.md" or "!*.csv": of folders only these
+    python prepare.py my.txt                            a file; also a folder of texts with any suffix, or a URL
+    python prepare.py src/ a.md --name=mine             several; --files="*.py,*.md" or "!*.csv" selects inside folders
     python prepare.py my.txt --tokenizer=bpe:4096       char (default), byte, gpt2, or a BPE trained on the text
-    python prepare.py my.txt --tokenizer=out            the tokenizer of a model, to go on from it or to score it
+    python prepare.py my.txt --tokenizer=out            the tokenizer of the model in out/, to fine-tune or evaluate it
     python prepare.py shakespeare_char                  a known data set (train.py does this by itself)
-    python prepare.py my_folder/ --image_size=48        images with a captions.jsonl; sources/images.py says more
-    python prepare.py my_folder/ --tokenizer=gpt2       documents in .parquet, .jsonl, .csv or .tsv files, or in
-    python prepare.py fineweb                           billions from the hub; sources/documents.py says more
+    python prepare.py my_folder/ --image_size=48        images with a captions.jsonl: see sources/images.py
+    python prepare.py my_folder/ --tokenizer=gpt2       documents in .parquet, .jsonl, .csv or .tsv files, and
+    python prepare.py fineweb                           documents of the Hugging Face Hub: see sources/documents.py
 
-Text is UTF-8; the first 90 % of each file is for training, the rest for validation. It may be larger than memory.
+Text must be UTF-8 and may be larger than memory. The first 90 % of each file is for training, the rest for validation.
 """
 
 import os
@@ -26,15 +26,15 @@ from configurator import UserError, check_idle, check_ranges, from_command_line,
 
 @dataclass(frozen=True)
 class Settings:
-    tokenizer: str = "char"  # char, byte, gpt2, bpe:SIZE; or a tokenizer.json, a run's or a published model's folder
-    name: str = ""  # the data set's name, or a folder's path; default: from the source
-    files: str = ""  # which files of a folder count, such as "*.py,*.md" or "!*.csv"; default: all that can be read
-    val_fraction: float = 0.1  # share of each file's characters or of the images, at the end, or of the documents
-    newlines: Literal["one", "keep"] = "one"  # of texts: Windows' line ends become one newline, or stay
-    image_size: int = 48  # pixels of both sides that images are resized to
-    column: str = "text"  # of tables: where the documents, or the captions of images, are
-    processes: int = 0  # that tokenize documents at the same time; 0: one per CPU core
-    max_files: int = 0  # of documents to read, from the first; 0: all
+    tokenizer: str = "char"  # char, byte, gpt2, bpe:SIZE, a tokenizer.json, or the folder of a run or published model
+    name: str = ""  # the data set's name under data/, or the path of a folder; default: the source's name
+    files: str = ""  # which files of a folder to use, such as "*.py,*.md" or "!*.csv"; default: all that can be read
+    val_fraction: float = 0.1  # share for validation: the end of each text, the last images, or documents by hash
+    newlines: Literal["one", "keep"] = "one"  # line ends of texts: "one" makes Windows' \r\n a \n, "keep" leaves them
+    image_size: int = 48  # width and height in pixels that images are resized to
+    column: str = "text"  # the column of a table that holds the documents, or the captions of images
+    processes: int = 0  # processes that tokenize documents in parallel; 0: one per CPU core
+    max_files: int = 0  # use only so many files of documents, from the first on; 0: all
 
     def __post_init__(self):
         check_ranges(self, image_size=1, processes=0, max_files=0)
@@ -42,7 +42,7 @@ class Settings:
             raise UserError(f"val_fraction = {self.val_fraction}: must lie between 0 and 1")
 
 
-if __name__ == "__main__":  # --help and typos answer before the slow imports
+if __name__ == "__main__":  # --help and typos are answered before the slow imports
     SOURCES = [arg for arg in sys.argv[1:] if not arg.startswith("-")]
     sys.argv[1:] = [arg for arg in sys.argv[1:] if arg.startswith("-")] or ([] if SOURCES else ["--help"])
     SETTINGS, _ = from_command_line(Settings, __doc__)
@@ -51,69 +51,70 @@ from machine.terminal import printable
 from sources import documents, images, texts
 from sources.known import CORPORA, GENERATED, TOKENIZERS, claim, download, locate, prepare_known
 
-GPT2_TOKENS = 100_000_000  # from which on a GPT-2 from scratch is worth its while
-ONLY = {  # the settings that some kinds of sources alone have
+GPT2_TOKENS = 100_000_000  # training tokens above which a GPT-2 from scratch is worthwhile
+SETTINGS_OF = {  # for each kind of source, its settings that some other kinds lack
     "texts": ("newlines", "files"), "documents": ("column", "processes", "max_files", "files"),
     "captions": ("image_size",), "metadata": ("image_size", "column"),
     "a known text": (), "a known corpus": ("column", "processes", "max_files"), "known images": ("image_size",)}
 
 
 def main(settings, sources):
-    """Prepares the sources by their kind, and prints a command that trains on them."""
+    """Makes a data set of the sources (paths, a URL, or a known name), and prints a command that trains on it."""
     sources = list(map(os.path.expanduser, sources))
     is_known = len(sources) == 1 and sources[0] in TOKENIZERS and not Path(sources[0]).exists()
     name, recipe = prepare_known_source(settings, sources[0]) if is_known else prepare_own(settings, sources)
-    model = settings.tokenizer if os.path.isdir(settings.tokenizer) else ""  # to go on from
-    start = [*["--task=image-text"] * ("vlm" in recipe), f"--init_from={model}"] if model else [recipe]
+    start = [recipe]
+    if os.path.isdir(settings.tokenizer):  # the folder of a model, to fine-tune
+        start = ["--task=image-text"] * ("vlm" in recipe) + [f"--init_from={settings.tokenizer}"]
     command = ["python", "train.py", *start, f"--dataset={name}", f"--out_dir=out/{locate(name).name}"]
     print(printable(f"train on it: {shlex.join(command)}"))
 
 
 def prepare_known_source(settings, source):
-    """(name, recipe) of a known data set, prepared under its own name or settings.name."""
+    """Prepares a known data set, under its own name or settings.name. Returns (name, recipe)."""
     name, is_corpus, has_images = settings.name or source, source in CORPORA, source in GENERATED
     check_kind(settings, "a known corpus" if is_corpus else "known images" if has_images else "a known text")
-    if name == source:  # its settings are the same for all
-        own = {"tokenizer": TOKENIZERS[source], "val_fraction": 0.0005 if is_corpus else 0.1, "image_size": 48,
-               "column": "text"}
-        for key, value in own.items():
+    if name == source:  # under its own name, a data set is the same for everyone
+        fixed = {"tokenizer": TOKENIZERS[source], "val_fraction": 0.0005 if is_corpus else 0.1, "image_size": 48,
+                 "column": "text"}
+        for key, value in fixed.items():
             if getattr(settings, key) not in (value, getattr(Settings, key)):
-                raise UserError(f"{source} is a data set with {key} = {value}: add --name=NEW for another one")
-        settings = replace(settings, **own)
+                raise UserError(f"{source} always has {key} = {value}: add --name=NEW to make a different data set")
+        settings = replace(settings, **fixed)
     if is_corpus:
         folder = locate(name) if name == source else claim(name, CORPORA[source][0])
-        found = documents.hub_source(*CORPORA[source])._replace(column=settings.column)
-        return name, prepare_documents(settings, found, folder)
+        corpus = documents.hub_source(*CORPORA[source])._replace(column=settings.column)
+        return name, prepare_documents(settings, corpus, folder)
     name = prepare_known(source, name, settings.tokenizer, settings.val_fraction, settings.image_size)
     return name, f"config/vlm_{source}.py" if has_images else text_recipe(TOKENIZERS.get(name, settings.tokenizer))
 
 
 def prepare_own(settings, sources):
-    """(name, recipe) of files and folders, or of a URL."""
+    """Prepares files and folders, or a URL. Returns (name, recipe)."""
     is_url = len(sources) == 1 and "://" in sources[0]
     check_sources(settings, sources, is_url)
     paths = list(map(Path, sources))
     tables = images.find_tables(paths[0]) if len(paths) == 1 else []
-    found, rows = ([], []) if is_url or tables else texts.find(paths, documents.READERS, settings.files)
-    if not (is_url or tables or found or rows):
-        which = f" that match --files={settings.files}" * bool(settings.files)
-        raise UserError(f"{', '.join(sources)}: there are no texts and no documents{which}; pictures need a"
-                        " captions.jsonl, see sources/images.py")
-    check_kind(settings, tables[0].stem.lower() if tables else "documents" if rows else "texts")
+    text_files, row_files = ([], []) if is_url or tables else texts.find(paths, documents.READERS, settings.files)
+    if not (is_url or tables or text_files or row_files):
+        which = f" that match --files={settings.files}" if settings.files else ""
+        raise UserError(f"{', '.join(sources)}: there are no texts or documents{which}; images need a captions.jsonl,"
+                        " see sources/images.py")
+    check_kind(settings, tables[0].stem.lower() if tables else "documents" if row_files else "texts")
     path = os.path.abspath(urlsplit(sources[0]).path if is_url else sources[0])  # absolute: "." has no name
     name = settings.name or re.sub(r"\W+", "_", Path(path).stem)
     source = sources[0] if is_url else ", ".join(map(os.path.abspath, sources))
-    source = os.fsencode(source).decode("utf-8", "backslashreplace")  # names may be no UTF-8
+    source = os.fsencode(source).decode("utf-8", "backslashreplace")  # a file's name may not be UTF-8
     folder, how = claim(name, source), (settings.tokenizer, settings.val_fraction)
     if tables:
         images.prepare(paths[0], folder, *how, settings.image_size, source, settings.column)
         return name, "config/vlm_shapes.py"
-    if rows:
-        return name, prepare_documents(settings, documents.local_source(source, rows, settings.column), folder)
+    if row_files:
+        return name, prepare_documents(settings, documents.local_source(source, row_files, settings.column), folder)
     if is_url:
-        found = [folder / "input.txt"]
-        download(source, found[0])
-    texts.prepare(found, folder, *how, source, settings.newlines)
+        text_files = [folder / "input.txt"]
+        download(source, text_files[0])
+    texts.prepare(text_files, folder, *how, source, settings.newlines)
     return name, text_recipe(settings.tokenizer)
 
 
@@ -122,28 +123,28 @@ def text_recipe(tokenizer):
 
 
 def check_sources(settings, sources, is_url):
-    """Raises UserError for a source that isn't there, and for settings that don't fit what the sources are."""
+    """Raises UserError for a source that doesn't exist, and for settings that don't fit the sources."""
     for source in sources:
         if not is_url and not os.path.isfile(source) and not os.path.isdir(source):
-            raise UserError(f"{source} is no file on disk, no folder, no URL, and none of {', '.join(TOKENIZERS)}")
+            raise UserError(f"{source} is not a file, a folder, a URL, or one of {', '.join(TOKENIZERS)}")
     if is_url and Path(urlsplit(sources[0]).path).suffix.lower() in documents.READERS:
-        raise UserError(f"{sources[0]}: only texts are fetched; download the documents, and name their file")
+        raise UserError(f"{sources[0]}: only texts are fetched from a URL; download the file, and give its path")
     if len(sources) > 1 and not settings.name:
-        raise UserError(f"{len(sources)} sources make one data set: name it, --name=NEW")
+        raise UserError(f"{len(sources)} sources make one data set: choose its name with --name=NEW")
     if settings.files and not any(map(os.path.isdir, sources)):
-        raise UserError(f"files = {settings.files}: chooses among the files of a folder; leave it out")
+        raise UserError(f"files = {settings.files}: has no effect without a folder; leave it out")
 
 
-def prepare_documents(settings, found, folder):
-    """Prepares the files that the settings choose; returns a recipe that fits what there is."""
-    found = found._replace(files=found.files[:settings.max_files or None])
-    meta = documents.prepare(found, folder, settings.tokenizer, settings.val_fraction, settings.processes)
+def prepare_documents(settings, source, folder):
+    """Prepares the first max_files files of a documents.Source. Returns a recipe that suits the number of tokens."""
+    source = source._replace(files=source.files[:settings.max_files or None])
+    meta = documents.prepare(source, folder, settings.tokenizer, settings.val_fraction, settings.processes)
     return "config/gpt2.py" if meta["train_tokens"] > GPT2_TOKENS else text_recipe(settings.tokenizer)
 
 
 def check_kind(settings, kind):
-    """Raises UserError for a setting that does nothing for sources of this kind."""
-    for name in {name for names in ONLY.values() for name in names}.difference(ONLY[kind]):
+    """Raises UserError for a setting that has no effect on sources of this kind, a key of SETTINGS_OF."""
+    for name in sorted(set(sum(SETTINGS_OF.values(), ())) - set(SETTINGS_OF[kind])):
         check_idle(settings, f"does nothing for {kind}", name)
 
 

@@ -1,9 +1,9 @@
-"""Text to token ids and back: characters, bytes, GPT-2's BPE, or a BPE of one's own. Saved as JSON, loaded by name.
+"""Text to token ids and back: characters, bytes, GPT-2's BPE, or a BPE trained on your text. Saved as JSON.
 
     python prepare.py my.txt --tokenizer=char|byte|gpt2|bpe:4096
-    python prepare.py my.txt --tokenizer=out            a trained model's own, from its folder
+    python prepare.py my.txt --tokenizer=out            the tokenizer of a trained model, from the model's folder
 
-A control token that is written in a text, such as <|endoftext|>, is text like any other.
+A control token in a text, such as <|endoftext|>, is encoded as ordinary text, except by `encode_controls`.
 """
 
 import itertools
@@ -16,43 +16,43 @@ import numpy as np
 from configurator import UserError
 from machine.terminal import progress
 
-MOST_TOKENS = 1 << 20  # of a BPE: the library sets memory aside for all of them before it learns
-LONGEST_WORD = 256  # characters, for a BPE to learn from: it takes for ever over a longer one
+MOST_TOKENS = 1 << 20  # the largest vocab_size of a BPE: the library reserves memory for all tokens before training
+LONGEST_WORD = 256  # characters: longer words are cut for BPE training, which would take very long over them
 
 
 class Tokenizer:
-    """What has kind, vocab_size, save(path), encode(text) -> int64 array of ids (T,), and decode(ids) -> text."""
+    """The base class. Subclasses add kind, vocab_size, encode(text) -> int64 ids (T,), and decode(ids) -> text."""
 
-    eos = None  # the id that ends a text
-    fields = {}  # what a saved tokenizer holds beside its kind: the arguments that make it anew
+    eos = None  # the id of the end-of-text token; None if there is none
+    fields = {}  # the arguments of __init__, which are saved beside the kind
     unit = "tokens"
 
     def __repr__(self):
         return f"{type(self).__name__}({self.vocab_size} {self.unit})"
 
     def encode_controls(self, text):
-        """As encode, but control tokens that are written in the text are tokens, where the tokenizer has any."""
+        """Like encode, but a BPETokenizer turns each control token in the text into its id."""
         return self.encode(text)
 
     def save(self, path):
-        """Writes the file in place: a caller whose readers must never find half of it renames it afterwards."""
+        """Writes the file in place, not atomically: write to a temporary path and rename if others may read it."""
         saved = json.dumps({"kind": self.kind, **self.fields}, ensure_ascii=False, indent=1)
         Path(path).write_text(saved + "\n", encoding="utf-8", newline="\n")
 
 
 class CharTokenizer(Tokenizer):
-    """One id per character, in the order of the characters given."""
+    """One id per character: its index in `characters`."""
     kind, unit = "char", "characters"
 
     def __init__(self, characters):
         self.characters = "".join(characters)
         self.fields = {"characters": self.characters}
         self.vocab_size = len(self.characters)
-        self.ids = np.full(0x110000, -1, dtype=np.int32)  # by code point
+        self.ids = np.full(0x110000, -1, dtype=np.int32)  # the id of each code point, or -1
         self.ids[[ord(character) for character in self.characters]] = np.arange(self.vocab_size)
 
     def encode(self, text):
-        """Raises UserError that names the first character outside the vocabulary."""
+        """Returns the ids. Raises UserError for the first character outside the vocabulary."""
         ids = self.ids[np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype=np.uint32)]
         if (ids < 0).any():
             at = int((ids < 0).argmax())
@@ -65,7 +65,7 @@ class CharTokenizer(Tokenizer):
 
 
 class ByteTokenizer(Tokenizer):
-    """One id per byte of the text's UTF-8: any text can be encoded."""
+    """One id per byte of the text in UTF-8. Any text can be encoded."""
     kind, vocab_size, unit = "byte", 256, "bytes"
 
     def encode(self, text):
@@ -76,7 +76,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class GPT2Tokenizer(Tokenizer):
-    """GPT-2's byte-level BPE through tiktoken, which downloads its 1.5 MB of merges once."""
+    """GPT-2's byte-level BPE, from tiktoken, which downloads 1.5 MB of merges the first time."""
     kind, vocab_size = "gpt2", 50257
 
     def __init__(self):
@@ -84,8 +84,8 @@ class GPT2Tokenizer(Tokenizer):
         try:
             self.bpe = tiktoken.get_encoding("gpt2")
         except OSError as error:  # requests' errors are OSErrors
-            raise UserError(f"the gpt2 tokenizer could not download its merges ({type(error).__name__}): connect once,"
-                            " or use --tokenizer=bpe:4096") from None
+            raise UserError(f"the gpt2 tokenizer could not download its merges ({type(error).__name__}): go"
+                            " online once, or use --tokenizer=bpe:4096") from None
         self.eos = self.bpe.eot_token
 
     def encode(self, text):
@@ -96,20 +96,20 @@ class GPT2Tokenizer(Tokenizer):
 
 
 class BPETokenizer(Tokenizer):
-    """A BPE of the tokenizers library, trained here or a published model's; its file is that library's own."""
+    """A BPE of the tokenizers library, trained here or published with a model. Its file has that library's format."""
     kind = "bpe"
 
     def __init__(self, bpe):
-        self.bpe, self.known = bpe, set()  # characters that have tokens
+        self.bpe, self.known = bpe, set()  # known: characters found to have tokens
         bpe.no_truncation()
         bpe.no_padding()
-        self.vocab_size = max(bpe.get_vocab().values()) + 1  # there may be holes among the ids
+        self.vocab_size = max(bpe.get_vocab().values()) + 1  # some ids may be unused
         ends = map(bpe.token_to_id, ("<|endoftext|>", "<eos>", "</s>"))
         self.eos = next((token for token in ends if token is not None), None)
 
     @classmethod
     def train(cls, texts, vocab_size, special=("<|endoftext|>",)):
-        """Learns vocab_size tokens, the special ones first, from an iterable of strings. The least are one per byte."""
+        """Learns a BPE of vocab_size tokens from an iterable of strings. special: control tokens, with ids 0, 1, ..."""
         import tokenizers
         least = 256 + len(special)
         if vocab_size < least:
@@ -125,7 +125,7 @@ class BPETokenizer(Tokenizer):
         return cls(tokenizers.Tokenizer.from_str(bpe.to_str()))
 
     def encode(self, text):
-        """Raises UserError that names a character without a token, which the library would leave out."""
+        """Returns the ids. Raises UserError for a character without a token, which the library would drop silently."""
         ids, characters = self.encode_controls(text, False), set(text)
         if lost := sorted(filter(self.drops, characters - self.known)):
             raise UserError(f"the tokenizer has no token for {lost[0]!r}: leave it out, or choose another tokenizer")
@@ -133,17 +133,17 @@ class BPETokenizer(Tokenizer):
         return ids
 
     def encode_controls(self, text, controls=True):
-        self.bpe.encode_special_tokens = not controls  # as the text that they are
+        self.bpe.encode_special_tokens = not controls  # True: as ordinary text
         try:
             return np.array(self.bpe.encode(text, add_special_tokens=False).ids, dtype=np.int64)
         except Exception as error:  # the library raises nothing more specific
             raise UserError(f"the tokenizer can't encode {text!r:.60}: {error}") from None
 
     def drops(self, character):
-        """Whether a BPE leaves the character out, and not its normalizer. Other models raise an error instead."""
-        text, is_bpe = character * 3, type(self.bpe.model).__name__ == "BPE"  # three: a word's start, inside and end
-        meant = self.bpe.normalizer.normalize_str(text) if self.bpe.normalizer else text
-        return is_bpe and meant.strip() and not self.bpe.encode(text, add_special_tokens=False).ids
+        """True if the BPE drops the character although its normalizer keeps it. Models other than BPE raise errors."""
+        text, is_bpe = character * 3, type(self.bpe.model).__name__ == "BPE"  # three: a word's start, middle and end
+        kept = self.bpe.normalizer.normalize_str(text) if self.bpe.normalizer else text
+        return is_bpe and kept.strip() and not self.bpe.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids):
         return self.bpe.decode(list(map(int, ids)), skip_special_tokens=False)
@@ -153,7 +153,7 @@ class BPETokenizer(Tokenizer):
 
 
 def short_words(texts):
-    """The texts, cut into more wherever LONGEST_WORD characters come without a blank, or as many blanks."""
+    """Yields the texts, cut after each run of LONGEST_WORD characters that are all white space, or all not."""
     with progress(None, "learning tokens", " characters") as bar:
         for text in texts:
             start = 0
@@ -168,9 +168,10 @@ KINDS = {"char": CharTokenizer, "byte": ByteTokenizer, "gpt2": GPT2Tokenizer}
 
 
 def build(name, texts, train_texts, special=("<|endoftext|>",)):
-    """A tokenizer by its name on the command line: char knows all of texts(), a BPE learns from train_texts().
+    """The tokenizer for a value of --tokenizer. Raises UserError for a bad one.
 
-    Or one that exists, by its file, or by the folder of a run, of a checkpoint, or of a published model.
+    name: char, whose vocabulary is the characters of texts(); byte; gpt2; bpe:SIZE, which learns from train_texts(); or
+    a tokenizer's file, or the folder of a run, a checkpoint or a published model. special: the control tokens of a BPE.
     """
     if name == "char":
         return CharTokenizer(sorted(set(itertools.chain.from_iterable(texts()))))
@@ -186,13 +187,13 @@ def build(name, texts, train_texts, special=("<|endoftext|>",)):
 
 
 def find(name):
-    """The file of a tokenizer: `name` itself, or in a folder of this name, which may be a run's. None if absent."""
+    """The path of a tokenizer's file: `name`, or one in the folder `name` (a run's or a model's). None if absent."""
     places = [Path(name), *(Path(name, part, "tokenizer.json") for part in ("", "best", "last", "last.old"))]
     return next((path for path in places if path.is_file()), None)
 
 
 def load(path):
-    """The tokenizer saved at `path`, ours or a published `tokenizer.json`. Raises UserError if there is none."""
+    """The tokenizer saved at `path`, by Quill or the tokenizers library. Raises UserError if it can't be read."""
     try:
         saved = json.loads(Path(path).read_text(encoding="utf-8"))
         if "model" in saved:
@@ -204,17 +205,17 @@ def load(path):
 
 
 def same_vocabulary(a, b):
-    """Whether every id stands for the same text in both."""
+    """True if every id stands for the same text in both tokenizers."""
     return a.vocab_size == b.vocab_size and all(a.decode([i]) == b.decode([i]) for i in range(a.vocab_size))
 
 
 class Transcript:
-    """One sample as it grows: decodes token by token, holds back unfinished characters, ends at a stop text."""
+    """The text of a sample while it is generated: holds back unfinished characters, and ends at `stop` or at eos."""
 
     def __init__(self, tokenizer, stop=""):
         self.tokenizer, self.stop, self.ended = tokenizer, stop, False
-        self.ids, self.done, self.shown = [], "", 0  # all ids; the text that stands; the length shown
-        self.settled, self.before, self.start = "", 0, 0  # the text of ids[:start], of which ids[before:] came last
+        self.ids, self.done, self.shown = [], "", 0  # all ids; the text without an unfinished end; the length returned
+        self.settled, self.before, self.start = "", 0, 0  # the text of ids[:start]; the newest are ids[before:start]
 
     def append(self, token):
         if self.ended or token == self.tokenizer.eos:
@@ -222,7 +223,7 @@ class Transcript:
             return
         self.ids.append(token)
         text = str(self)
-        self.done = text.rstrip("\ufffd")  # which may be the bytes of a character that is not complete
+        self.done = text.rstrip("\ufffd")  # \ufffd may be the first bytes of an unfinished character
         if self.done == text:
             self.settled, self.before, self.start = text, self.start, len(self.ids)
         if self.stop and self.stop in self.done:
@@ -230,21 +231,21 @@ class Transcript:
             self.start, self.ended = len(self.ids), True
 
     def __str__(self):
-        """All text. New ids are decoded together with those before: some decoders strip a leading space."""
-        before = self.tokenizer.decode(self.ids[self.before:self.start])
-        return self.settled + self.tokenizer.decode(self.ids[self.before:])[len(before):]
+        """The whole text. New ids are decoded with the ones before them: some decoders strip a leading space."""
+        context = self.tokenizer.decode(self.ids[self.before:self.start])
+        return self.settled + self.tokenizer.decode(self.ids[self.before:])[len(context):]
 
     def news(self, final=False):
-        """The text that came since the last call, short of what may turn out to be the beginning of `stop`."""
+        """The text since the last call. Unless final, an end that may be the start of `stop` is held back."""
         text, stop = (str(self), "") if final else (self.done, self.stop)
-        held = max((n for n in range(len(stop)) if text.endswith(stop[:n])), default=0)
+        held = max((n for n in range(len(stop)) if text.endswith(stop[:n])), default=0)  # characters
         news = text[self.shown:len(text) - held]
         self.shown += len(news)
         return news
 
 
 def transcribe(steps, transcripts):
-    """Yields (row, its new text) as soon as characters are whole. steps: of `generate`; transcripts: one per row."""
+    """Yields (row, new text) until every row has ended. steps: an iterable of the rows' next tokens, (B,) each."""
     for tokens in steps:
         for transcript, token in zip(transcripts, tokens.tolist()):
             transcript.append(token)

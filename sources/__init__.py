@@ -1,1 +1,1 @@
-"""Raw material into data sets under data/."""
+"""Sources of data sets: texts, documents, images, and the data sets that are known by name."""

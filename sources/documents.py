@@ -1,14 +1,14 @@
-"""Documents into shards of tokens: train_00000.bin, val_00000.bin, shard_00000.json, ..., tokenizer.json, meta.json.
+"""Makes shards of tokens from documents: train_00000.bin, val_00000.bin, shard_00000.json, ..., meta.json.
 
     python prepare.py my_folder/ --tokenizer=bpe:32000     .parquet, .jsonl, .csv, .tsv: a document in each row's `text`
     python prepare.py posts.csv --column=body              in another column
-    python prepare.py fineweb --max_files=1                the first 0.7 billion tokens; without it later, the rest
+    python prepare.py fineweb --max_files=1                the first 0.7 billion tokens; later without it: the rest
 
-Each document is followed by the tokenizer's end-of-text token; where it has none by a line break, after a document of
-several lines by two. It is for validation if its hash says so: doubles stay on one side. A shard is finished when its
-.json is there, which says what it was made from: after a kill the same command goes on, and a shard is written anew
-where its files, the tokenizer or a setting are others. The bytes are those of a first start, with any number of
-processes.
+Each document is followed by the tokenizer's end-of-text token. If it has none, a newline follows, or two after a
+document of several lines. A document's hash decides whether it is for validation, so duplicates are on the same side.
+A shard's .json is written last and records what the shard was made from. So the same command resumes after a kill, and
+rewrites shards whose files, tokenizer or settings have changed. The result has the same bytes as a first run, with any
+number of processes.
 """
 
 import codecs
@@ -39,44 +39,45 @@ from machine.terminal import progress, watched
 from run.files import read_json, rename, write_json
 from sources.texts import check_start, finish, id_type, put_in_place, sample, stamp, stored, writing
 
-SHARD_BYTES = 1 << 26  # smaller neighbours share a shard
-ROWS = 256  # documents of a parquet file held at a time
-SAMPLE_BYTES = 1 << 30  # a BPE learns from the first files that hold so much
+SHARD_BYTES = 1 << 26  # of files: smaller neighbours share a shard
+ROWS = 256  # documents of a parquet file in memory at a time
+SAMPLE_BYTES = 1 << 30  # a BPE learns from the first files, up to about this size
 COUNTS = ("documents", "bytes", "train_characters", "train_tokens", "val_characters", "val_tokens")
 
 
 def prepare(source, folder, tokenizer_name, val_fraction=0.1, processes=0):
-    """Writes the shards of a Source that `folder` lacks, and returns the meta. processes: 0: one per CPU core."""
-    if any(Path(name).suffix.lower() == ".parquet" for name, *_ in source.files) \
-            and not importlib.util.find_spec("pyarrow"):
+    """Writes the shards of a Source that `folder` lacks, and returns the meta. processes: 0 is one per CPU core."""
+    suffixes = {Path(name).suffix.lower() for name, *_ in source.files}
+    if ".parquet" in suffixes and not importlib.util.find_spec("pyarrow"):
         raise UserError("parquet files need pyarrow: pip install pyarrow")
     with writing(folder):
         tokenizer = common_tokenizer(source, folder, tokenizer_name, val_fraction)
         shards = group(source.files)
         write_missing(source, shards, folder, val_fraction, processes)
-        found = [read_json(record_path(folder, number)) for number in range(len(shards))]
-        totals = {key: sum(record[key] for record in found) for key in COUNTS}
+        records = [read_json(record_path(folder, number)) for number in range(len(shards))]
+        totals = {key: sum(record[key] for record in records) for key in COUNTS}
         for split in ("train", "val"):
             if totals[f"{split}_tokens"] < 2:
-                (folder / "recipe.json").unlink()  # so that another source may have the folder
-                raise UserError(f"none of {totals['documents']:,} documents is for {split}: use more, or another share")
-        print(f"for validation: {totals['val_tokens']:,} tokens, of documents chosen by their hashes")
-        digest = hashlib.sha256("".join(record["sha256"] for record in found).encode()).hexdigest()
+                (folder / "recipe.json").unlink()  # frees the folder for another source
+                raise UserError(f"none of {totals['documents']:,} documents is for {split}: add documents, or change"
+                                " --val_fraction")
+        print(f"for validation: {totals['val_tokens']:,} tokens, in documents chosen by their hashes")
+        digest = hashlib.sha256("".join(record["sha256"] for record in records).encode()).hexdigest()
         meta = {"source": source.location, "revision": source.revision, "sha256": digest, "tokenizer": tokenizer.kind,
                 "vocab_size": tokenizer.vocab_size, "dtype": id_type(tokenizer), **totals,
-                "shards": {split: [record[f"{split}_tokens"] for record in found] for split in ("train", "val")}}
+                "shards": {split: [record[f"{split}_tokens"] for record in records] for split in ("train", "val")}}
         return finish(folder, (), meta)
 
 
 def write_missing(source, shards, folder, val_fraction, processes):
-    """Writes the shards that are not finished."""
+    """Writes the shards that are missing or out of date. shards: lists of files, as from `group`."""
     tokenizer = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
     how = {"revision": source.revision, "column": source.column, "val_fraction": val_fraction, "tokenizer": tokenizer}
     jobs = [(number, source, {"files": files, "how": how}, folder) for number, files in enumerate(shards)
             if not is_finished(folder, number, files, how)]
     processes = min(processes or os.cpu_count(), len(jobs))
-    anew = sum(record_path(folder, number).exists() for number, *_ in jobs)
-    print(f"shards: {len(shards):,}, to write: {len(jobs):,} (anew: {anew:,}); processes: {processes}", flush=True)
+    stale = sum(record_path(folder, number).exists() for number, *_ in jobs)
+    print(f"shards: {len(shards):,}, to write: {len(jobs):,} (stale: {stale:,}); processes: {processes}", flush=True)
     if jobs:
         (folder / "meta.json").unlink(missing_ok=True)
         in_processes(processes, jobs)
@@ -87,14 +88,14 @@ def write_missing(source, shards, folder, val_fraction, processes):
 # Where the files are
 
 class Source(NamedTuple):
-    """Files with documents, in order: on this machine, or of a data set on the hub at one of its commits."""
-    location: str  # what was named on the command line, or the data set's name on the hub
-    revision: str  # the commit; "" on this machine
-    files: tuple  # [path, bytes, when it changed]; on the hub [path inside the data set, bytes]
-    column: str = "text"  # which the documents are in
+    """Files of documents, in order: on this machine, or in a data set on the Hugging Face Hub at a commit."""
+    location: str  # the paths given on the command line, or the data set's name on the hub
+    revision: str  # the commit; "" for files on this machine
+    files: tuple  # of [path, *stamp(path)], or on the hub of [path in the data set, bytes]
+    column: str = "text"  # the column that holds the documents
 
     def fetch(self, name, folder):
-        """Where the file lies on disk; one from the hub is downloaded into folder/download, once."""
+        """The path of a file on disk. A file on the hub is downloaded into folder/download first, once."""
         if not self.revision:
             return Path(name)
         with hub(f"{self.location}/{name}") as api:
@@ -103,14 +104,16 @@ class Source(NamedTuple):
 
 
 def local_source(location, paths, column="text"):
+    """The Source of files on this machine. Raises UserError if a path is not UTF-8."""
     names = list(map(os.path.abspath, paths))
-    if foreign := [name for name in names if re.search("[\ud800-\udfff]", name)]:
-        raise UserError(f"{foreign[0]!r}: this name is not UTF-8: rename the file or its folder")
+    for name in names:
+        if re.search("[\ud800-\udfff]", name):
+            raise UserError(f"{name!r}: this path is not UTF-8; rename the file or its folder")
     return Source(location, "", tuple([name, *stamp(name)] for name in names), column)
 
 
 def hub_source(name, under, revision):
-    """The parquet files in the folder `under` of a data set on the hub."""
+    """The Source of the parquet files in the folder `under` of a data set on the hub, at a commit."""
     with hub(name) as api:
         entries = list(api.list_repo_tree(name, under, revision=revision, repo_type="dataset"))
     files = sorted([entry.path, entry.size] for entry in entries if entry.path.endswith(".parquet"))
@@ -119,21 +122,21 @@ def hub_source(name, under, revision):
 
 @contextlib.contextmanager
 def hub(what):
-    """The hub's API; of its errors a UserError that says in one line why `what` can't be had."""
+    """A context with the hub's API. Turns the hub's errors into a UserError: why `what` can't be fetched."""
     from huggingface_hub import HfApi, errors, utils
     utils.disable_progress_bars()
     try:
         yield HfApi()
     except (OSError, errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HTTPError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"{what} can't be had from the hub ({reason}): run again to go on") from None
+        raise UserError(f"{what} can't be fetched from the hub ({reason}): run again to resume") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Rows of files
+# Reading documents
 
 def read(source, files, folder, val_fraction):
-    """Yields (split, text, its UTF-8, the SHA-256 of that) of each document in the files that is not empty."""
+    """Yields (split, text, the text in UTF-8, the SHA-256 of that) for each document in the files; skips empty ones."""
     for name, *_ in files:
         path = source.fetch(name, folder)
         for where, row in READERS[path.suffix.lower()](path, source.column):
@@ -143,22 +146,22 @@ def read(source, files, folder, val_fraction):
             try:
                 content = text.encode("utf-8")
             except (AttributeError, UnicodeEncodeError):
-                raise UserError(f"{where}: {reprlib.repr(text)} is no text of whole characters") from None
+                raise UserError(f"{where}: {reprlib.repr(text)} is not valid text; correct or remove the row") from None
             digest = hashlib.sha256(content).digest()
             is_val = int.from_bytes(digest[:8], "big") < val_fraction * 2**64
             yield "val" if is_val else "train", text, content, digest
 
 
 def pick(row, column, where):
-    """The value in a column of a row. Raises UserError that lists the columns if it has no such one."""
+    """The value in a column of a row. Raises UserError that lists the columns if there is no such column."""
     if column not in row:
-        raise UserError(f"{where}: no column is named {column}, only {', '.join(map(str, row))}: name the one to learn"
-                        " with --column=NAME")
+        raise UserError(f"{where}: no column is named {column}, only {', '.join(map(str, row))}: choose one with"
+                        " --column=NAME")
     return row[column]
 
 
 def read_jsonl(path, column=""):
-    """Yields (where, {column: value}) of each row, as the other readers do."""
+    """Yields (where, {column: value}) for each row, like the other readers. where: the place, for error messages."""
     with open(path, "rb") as file:
         check_start(path, file.peek())
         for number, line in enumerate(file, start=1):
@@ -171,12 +174,12 @@ def read_jsonl(path, column=""):
             except (ValueError, RecursionError) as error:
                 row, reason = None, error
             if not isinstance(row, dict):
-                raise UserError(f"{path}, line {number}: is no JSON object: {reason}; write one per line")
+                raise UserError(f"{path}, line {number}: is not a JSON object: {reason}; write one per line")
             yield f"{path}, line {number}", row
 
 
 def read_table(path, column=""):
-    """A .csv, or a .tsv with tabs between the fields. The first line names the columns."""
+    """Yields the rows of a .csv, or of a .tsv with tabs between the fields. The first line names the columns."""
     csv.field_size_limit((1 << 31) - 1)
     with open(path, "rb") as file:
         check_start(path, file.peek())
@@ -186,29 +189,28 @@ def read_table(path, column=""):
             names = [name.strip() for name in next(filter(None, rows), [])]
             if doubles := {name for name in names if name and names.count(name) > 1}:
                 raise UserError(f"{path}: several columns are named {', '.join(doubles)}: rename all but one")
-            for row in rows:
+            for row in filter(None, rows):
                 where = f"{path}, line {rows.line_num}"
-                if row and len(row) != len(names):
-                    raise UserError(f"{where}: has {len(row)} fields, and the first line names {len(names)}: put"
-                                    " double quotes around a field with separators in it")
-                if row:
-                    yield where, dict(zip(names, row))
+                if len(row) != len(names):
+                    raise UserError(f"{where}: has {len(row)} fields, but the first line names {len(names)}: put"
+                                    " double quotes around a field that contains separators")
+                yield where, dict(zip(names, row))
         except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{path}, after line {rows.line_num}: is no table in UTF-8: {error}") from None
+            raise UserError(f"{path}, after line {rows.line_num}: is not a table in UTF-8: {error}") from None
 
 
 def read_parquet(path, column):
     import pyarrow
     from pyarrow.parquet import ParquetFile
     try:
-        with ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:  # no whole column in memory
+        with ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:  # not a whole column in memory
             pick(dict.fromkeys(file.schema_arrow.names), column, path)
             batches = file.iter_batches(ROWS, columns=[column], use_threads=False)
             values = (value for batch in batches for value in batch.column(0).to_pylist())
             for number, value in enumerate(values, start=1):
                 yield f"{path}, row {number}", {column: value}
     except pyarrow.ArrowException as error:
-        raise UserError(f"{path} is no whole parquet file ({error}): fetch it again") from None
+        raise UserError(f"{path} is not a complete parquet file ({error}): fetch it again") from None
 
 
 READERS = {".parquet": read_parquet, ".jsonl": read_jsonl, ".csv": read_table, ".tsv": read_table}  # by suffix
@@ -218,8 +220,7 @@ READERS = {".parquet": read_parquet, ".jsonl": read_jsonl, ".csv": read_table, "
 # The tokenizer
 
 def common_tokenizer(source, folder, name, val_fraction):
-    """The tokenizer of all shards. One that was learned stays, while the files are unchanged that it was learned from.
-    """
+    """Saves and returns the tokenizer of all shards. A learned one is kept while the files behind it are unchanged."""
     path, saved, new = folder / "recipe.json", folder / "tokenizer.json", folder / "tokenizer.json.new"
     basis = learned_from(source.files, name)
     recipe = {"source": source.location, "revision": source.revision, "column": source.column, "tokenizer": name,
@@ -231,7 +232,7 @@ def common_tokenizer(source, folder, name, val_fraction):
     tokenizer = tokenizers.build(name, lambda: itertools.chain("\n", everything),
                                  lambda: sample(training, sum(file[1] for file in basis)))
     tokenizer.save(new)
-    for old in (path, folder / "meta.json"):  # of what the folder held before
+    for old in (path, folder / "meta.json"):  # they describe the earlier contents of the folder
         old.unlink(missing_ok=True)
     rename(new, saved)
     write_json(path, recipe)
@@ -239,7 +240,7 @@ def common_tokenizer(source, folder, name, val_fraction):
 
 
 def learned_from(files, name):
-    """The files that a tokenizer of this name is learned from: [] if it is not learned."""
+    """The files that a tokenizer of this name is learned from; [] if it is not learned from text."""
     limit = math.inf if name == "char" else SAMPLE_BYTES if name.startswith("bpe:") else 0
     before = itertools.accumulate((file[1] for file in files), initial=0)
     return [file for file, size in zip(files, before) if size < limit]
@@ -249,7 +250,7 @@ def learned_from(files, name):
 # Shards
 
 def group(files):
-    """The files of each shard, as lists: one, or neighbours up to SHARD_BYTES together."""
+    """The files of each shard, as a list of lists: one file, or neighbours with at most SHARD_BYTES together."""
     shards, total = [], math.inf
     for file in files:
         total += file[1]
@@ -269,8 +270,8 @@ def bin_names(number):
 
 
 def is_finished(folder, number, files, how):
-    """Whether the shard is whole, and made in this way from these files."""
-    with contextlib.suppress(ValueError, KeyError, TypeError, OSError):  # it is damaged, or not there
+    """True if the shard is complete, and was made from these files with these settings (how)."""
+    with contextlib.suppress(ValueError, KeyError, TypeError, OSError):  # the record is damaged or missing
         record = read_json(record_path(folder, number))
         counts = (record["train_tokens"], record["val_tokens"])
         is_whole = all((folder / name).stat().st_size in (2 * count, 4 * count)
@@ -280,7 +281,7 @@ def is_finished(folder, number, files, how):
 
 
 def in_processes(processes, jobs):
-    """write_shard(*job) for each job. The first error ends all processes and is raised here."""
+    """Calls write_shard(*job) for each job, in parallel. The first error ends all processes and is raised here."""
     context = multiprocessing.get_context("spawn")
     sizes = [sum(file[1] for file in made_from["files"]) for _, _, made_from, _ in jobs]  # in bytes
     with (progress(sum(sizes), "documents", "B") as bar,
@@ -291,7 +292,7 @@ def in_processes(processes, jobs):
                 bar.write(shard.result())
                 bar.update(running[shard])
         except process.BrokenProcessPool:
-            raise UserError("a process was killed (memory?): run again to go on, with fewer --processes") from None
+            raise UserError("a process was killed (memory?): run again to resume, with fewer --processes") from None
         except BaseException:
             for child in multiprocessing.active_children():
                 child.kill()
@@ -299,16 +300,16 @@ def in_processes(processes, jobs):
 
 
 def start_process():
-    """In each process: it exits when its parent dies, and leaves Ctrl-C to the parent."""
+    """Runs first in each worker process: it exits when its parent dies, and leaves Ctrl-C to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def write_shard(number, source, made_from, folder):
-    """Writes train_NUMBER.bin, val_NUMBER.bin and at last shard_NUMBER.json. Returns what there is to say of it.
+    """Writes train_NUMBER.bin, val_NUMBER.bin, and last shard_NUMBER.json. Returns a line about them to print.
 
-    made_from: {"files": the shard's, "how": the settings}, which the .json begins with.
+    made_from: {"files": the shard's files, "how": the settings}, which is saved in the .json too.
     """
     tokenizer = tokenizers.load(folder / "tokenizer.json")
     files, val_fraction = made_from["files"], made_from["how"]["val_fraction"]
@@ -317,13 +318,14 @@ def write_shard(number, source, made_from, folder):
         for split, text, content, document in read(source, files, folder, val_fraction):
             end = tokenizer.encode("\n\n" if "\n" in text else "\n") if tokenizer.eos is None else [tokenizer.eos]
             ids = np.concatenate((tokenizer.encode(text), end))
-            (train if split == "train" else val).write(stored(ids, tokenizer).tobytes())
+            file = train if split == "train" else val
+            file.write(stored(ids, tokenizer).tobytes())
             digest.update(document)
             record["documents"] += 1
             record["bytes"] += len(content)
             record[f"{split}_characters"] += len(text)
             record[f"{split}_tokens"] += len(ids)
-    record["sha256"] = digest.hexdigest()  # of its documents' SHA-256
+    record["sha256"] = digest.hexdigest()  # of the SHA-256 of all documents
     for name, *known in files:
         if source.revision:
             (folder / "download" / name).unlink(missing_ok=True)

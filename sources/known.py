@@ -1,6 +1,6 @@
-"""The data sets known by name: where each one's raw material comes from, and how it is prepared when it is missing.
+"""The data sets that are known by name: where their raw material comes from, and how they are prepared.
 
-A new one is a row in one of the tables below, and a data/<name>/README.md with its origin and licence.
+To add one, write a row into one of the tables below, and a data/<name>/README.md with its origin and licence.
 """
 
 import contextlib
@@ -30,50 +30,50 @@ SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/
                "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
 KNOWN = {  # texts to download: tokenizer, URL, SHA-256
     "shakespeare_char": ("char", *SHAKESPEARE), "shakespeare_gpt2": ("gpt2", *SHAKESPEARE)}
-BUILT_IN = "python_reference"  # the language reference that every CPython carries for its help()
-GENERATED = {"shapes": "bpe:1600", "digits": "char"}  # images with questions, by data/<name>/generate.py: tokenizers
-CORPORA = {  # on the hub: data set, folder of its parquet files, commit
+BUILT_IN = "python_reference"  # a text that needs no network: CPython's language reference, which help() shows
+GENERATED = {"shapes": "bpe:1600", "digits": "char"}  # images with questions, from data/<name>/generate.py: tokenizer
+CORPORA = {  # documents on the hub: data set, folder of its parquet files, commit
     "fineweb": ("HuggingFaceFW/fineweb", "sample/10BT", "9bb295ddab0e05d785b879661af7260fed5140fc"),
     "fineweb_edu": ("HuggingFaceFW/fineweb-edu", "sample/10BT", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"),
     "openwebtext": ("Skylion007/openwebtext", "plain_text", "b4325f019c648b1641a1784748667e8b74e5e064")}
-TOKENIZERS = {  # of all known data sets
+TOKENIZERS = {  # all known data sets: tokenizer
     **{name: row[0] for name, row in KNOWN.items()}, BUILT_IN: "char", **GENERATED, **dict.fromkeys(CORPORA, "gpt2")}
 
 
 class Offline(UserError):
-    """The network did not answer."""
+    """A download failed, most likely because there is no network."""
 
 
 def locate(dataset):
-    """The folder of a data set: a name stands for data/<name>, anything with a slash for itself."""
+    """The folder of a data set: data/<name> for a name; a path, which has a slash, is the folder itself."""
     return Path(dataset).expanduser() if "/" in dataset or os.sep in dataset else DATA / dataset
 
 
 def claim(dataset, source):
-    """The folder of a data set that is prepared from `source`. Raises UserError if something else is in it."""
+    """The folder to prepare `source` in. Raises UserError if it holds something else than a data set of `source`."""
     folder = locate(dataset)
     if not dataset or DATA.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"name = {dataset!r}: {folder} is a place for several data sets: name this one, --name=NEW")
+        raise UserError(f"name = {dataset!r}: {folder} holds all data sets: choose another name, --name=NEW")
     if folder.resolve().parent == DATA.resolve() and folder.resolve().name in TOKENIZERS:
-        raise UserError(f"name = {dataset}: is a known data set's: choose another name, --name=NEW")
+        raise UserError(f"name = {dataset}: belongs to a known data set: choose another name, --name=NEW")
     names = {path.name for path in folder.glob("*")} - {"README.md", "input.txt"}
-    for name in ("meta.json", "recipe.json"):  # the latter: of documents that are not finished
+    for name in ("meta.json", "recipe.json"):  # unfinished documents have a recipe.json only
         if name in names:
             found = ""
-            with contextlib.suppress(UserError, TypeError, ValueError):  # it is damaged
+            with contextlib.suppress(UserError, TypeError, ValueError):  # the file is damaged
                 found = dict(read_json(folder / name)).get("source")
             if found != source:
                 raise UserError(f"{folder} holds another data set, of {found or 'an unknown source'}: delete it, or"
                                 " choose another name, --name=NEW")
-            print(printable(f"{folder} has a data set of this source, which is renewed"), flush=True)
+            print(printable(f"{folder} already has a data set of this source: updating it"), flush=True)
             return folder
-    if names and "run.lock" not in names or "run.json" in names:  # without run.json the lock is a killed prepare.py's
-        raise UserError(f"name = {dataset}: {folder} holds files that are no data set: choose another name, --name=NEW")
+    if names and "run.lock" not in names or "run.json" in names:  # without run.json, run.lock is a killed prepare.py's
+        raise UserError(f"name = {dataset}: {folder} holds unrelated files: choose another name, --name=NEW")
     return folder
 
 
 def check_dataset(dataset):
-    """Raises UserError that says how to prepare it if a data set is neither ready nor one that prepares itself."""
+    """Raises UserError, with the command that prepares it, unless the data set is ready or `ensure` can prepare it."""
     folder = locate(dataset)
     if dataset in TOKENIZERS and dataset not in CORPORA or (folder / "meta.json").exists():
         return
@@ -85,7 +85,7 @@ def check_dataset(dataset):
 
 
 def ensure(dataset):
-    """The name of a data set that is ready: `dataset`, prepared if it is a known one, or what stands in for it."""
+    """Returns the name of a ready data set: `dataset`, prepared if missing, or BUILT_IN if it can't be downloaded."""
     check_dataset(dataset)
     meta = locate(dataset) / "meta.json"
     if meta.exists():
@@ -95,9 +95,9 @@ def ensure(dataset):
 
 
 def prepare_known(name, target, tokenizer, val_fraction=0.1, image_size=48):
-    """Prepares a known data set, no corpus, as `target`, or without a network the built-in text; returns its name."""
+    """Prepares a known data set (no corpus) as `target`. Returns `target`, or BUILT_IN if it can't be downloaded."""
     if name in GENERATED:
-        from sources import images  # imports numpy
+        from sources import images  # imports numpy, which is slow
         raw, script = DATA / name / "source", f"data/{name}/generate.py"
         if target != name:
             claim(target, script)
@@ -106,15 +106,15 @@ def prepare_known(name, target, tokenizer, val_fraction=0.1, image_size=48):
             runpy.run_path(str(ROOT / script))["generate"](raw)
             images.prepare(raw, locate(target), tokenizer, val_fraction, image_size, script)
         return target
-    from sources import texts  # imports numpy
+    from sources import texts  # imports numpy, which is slow
     try:
         path, origin = known_text(name)
     except Offline as error:
-        if target != name:
+        if target != name:  # BUILT_IN can't replace a data set with settings of its own
             raise
         bar = "!" * 100
-        print(f"\n{bar}\nNO NETWORK: {error}\nUsing Python's language reference as data set {BUILT_IN!r} instead, whose"
-              f" losses can't be compared.\nWhen you are online, run again; or put the text at"
+        print(f"\n{bar}\nNO NETWORK: {error}\nUsing Python's language reference instead, as data set {BUILT_IN!r}. Its"
+              f" losses can't be compared with those of {name}.\nRun again when you are online, or put the text at"
               f" {DATA / name / 'input.txt'} yourself.\n{bar}\n", flush=True)
         is_ready = (locate(BUILT_IN) / "meta.json").exists()
         return BUILT_IN if is_ready else prepare_known(BUILT_IN, BUILT_IN, TOKENIZERS[BUILT_IN])
@@ -125,7 +125,7 @@ def prepare_known(name, target, tokenizer, val_fraction=0.1, image_size=48):
 
 
 def known_text(name):
-    """(path, origin) of a known text: Python's own, or one that is on disk or downloaded now, and checked."""
+    """(path, origin) of a known text. It is downloaded if it is missing, and its SHA-256 is checked."""
     path = DATA / name / "input.txt"
     if name == BUILT_IN:
         from pydoc_data.topics import topics
@@ -143,18 +143,18 @@ def known_text(name):
 
 
 def download(url, path):
-    """Fetches `url` into `path`, whole or not at all. Raises Offline if nothing answers within CONNECT_SECONDS."""
+    """Downloads `url` to `path`, atomically. Raises Offline if the network fails, and UserError for an HTTP error."""
     from sources.texts import writing
     print(f"downloading {url}", flush=True)
     try:
-        with ThreadPool(1) as pool:  # a name look-up has no time-out of its own
+        with ThreadPool(1) as pool:  # a DNS lookup has no timeout of its own
             stream = pool.apply_async(urlopen, (url, None, CONNECT_SECONDS)).get(CONNECT_SECONDS + 1)
         new, size = path.with_name(f"{path.name}.new"), getattr(stream, "length", None)
         with writing(path.parent):
             with stream, open(new, "wb") as file, progress(size, path.name, "B") as bar:
                 while piece := stream.read(1 << 16):
                     bar.update(file.write(piece))
-            if getattr(stream, "length", 0):  # bytes that are promised and have not come
+            if getattr(stream, "length", 0):  # the number of bytes that are still missing
                 raise ConnectionError("the download broke off")
             os.replace(new, path)
     except HTTPError as error:

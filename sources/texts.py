@@ -1,10 +1,10 @@
-"""Texts into a data set: train.bin, val.bin, tokenizer.json, meta.json; and what data sets of all kinds share.
+"""Makes a data set of texts: train.bin, val.bin, tokenizer.json, meta.json. Also: helpers for all kinds of data sets.
 
     python prepare.py my.txt                            also a folder of texts with any suffix, or a URL
-    python prepare.py src/ notes.md --name=mine         several; --files="*.py": of a folder only these
+    python prepare.py src/ notes.md --name=mine         several; --files="*.py" selects inside folders
 
-Text is UTF-8, and of HTML what a page shows. The end of each file is for validation. Text is read and written piece by
-piece, so it may be larger than memory.
+Text must be UTF-8. HTML is reduced to the text that a page shows. The end of each file is for validation. Files are
+read and written piece by piece, so they may be larger than memory.
 """
 
 import collections
@@ -27,8 +27,8 @@ from run.lock import owned
 
 CHUNK = 1 << 22  # characters of text held at a time
 SAMPLE = 20_000_000  # characters that a BPE learns from, at most
-SAMPLE_PIECE = 1 << 16  # characters of that which come from one place, at least, unless a text is shorter
-LARGEST = 5  # files whose shares of the characters are said
+SAMPLE_PIECE = 1 << 16  # characters of the sample that come from one place, at least, unless a text is shorter
+LARGEST = 5  # files whose shares of the characters are printed
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Which files are texts
@@ -36,37 +36,38 @@ LARGEST = 5  # files whose shares of the characters are said
 FIRST_BYTES = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16",
                b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"%PDF-": "PDF", b"{\\rtf": "RTF"}
 ABOUT = ("README", "LICENSE", "LICENCE", "COPYING", "NOTICE")  # texts that may lie beside documents
-MOST_NAMED = 10  # of the files that were left out
+MOST_NAMED = 10  # files left out that are listed by name
 
 
 def find(paths, document_suffixes, pattern=""):
-    """(texts, files of documents) that are named, or lie in the folders among the paths; one of the two is empty.
+    """Finds files to read. Returns (texts, files of documents), two lists of paths; one of the two is empty.
 
-    pattern: which files of a folder count, as in "*.py,*.md" or "!*.csv"; empty: all. Prints what was taken, and what
-    was left out. Raises UserError where there are texts and documents.
+    paths: files and folders. document_suffixes: of files of documents, such as ".jsonl". pattern: as for `wanted`, for
+    files in folders. Prints what is taken and what is left out. Raises UserError if there are both texts and documents.
     """
     texts, documents, left_out = [], [], []
     for path in paths:
         for file in files_in(path, pattern) if path.is_dir() else [path]:
             if file.suffix.lower() in document_suffixes and file.is_file():
                 documents.append(file)
-            elif why := file != path and why_no_text(file):
+            elif path.is_dir() and (why := why_no_text(file)):  # a file named by itself is checked when it is read
                 left_out.append(why)
             else:
                 texts.append(file)
-    if documents:  # what lies beside them and is about them
-        left_out += [f"{file} is no document" for file in texts if file.name.upper().startswith(ABOUT)]
+    if documents:  # a README or licence beside documents is about them
+        left_out += [f"{file} is not a document" for file in texts if file.name.upper().startswith(ABOUT)]
         texts = [file for file in texts if not file.name.upper().startswith(ABOUT)]
     if documents and texts:
         suffix = documents[0].suffix
         raise UserError(f"there are documents ({len(documents):,}, such as {documents[0]}) and texts ({len(texts):,},"
-                        f" such as {texts[0]}): take either, --files=\"*{suffix}\" or --files=\"!*{suffix}\"")
+                        f" such as {texts[0]}): choose one kind, --files=\"*{suffix}\" or --files=\"!*{suffix}\"")
     if paths != texts + documents:
-        say_what_counts(texts + documents, left_out)
+        print_choice(texts + documents, left_out)
     return texts, documents
 
 
-def say_what_counts(taken, left_out):
+def print_choice(taken, left_out):
+    """Prints how many files of each suffix are taken (paths), and why others are left out (sentences)."""
     suffixes = collections.Counter(file.suffix.lower() or "no suffix" for file in taken)
     print(printable(f"taken: {', '.join(f'{n:,} {suffix}' for suffix, n in suffixes.most_common()) or 'nothing'}"))
     for why in left_out[:MOST_NAMED]:
@@ -76,33 +77,31 @@ def say_what_counts(taken, left_out):
 
 
 def files_in(folder, pattern):
-    """Yields in order what lies in the folder and below, is wanted by the pattern, and is neither hidden nor a folder.
-
-    Links to folders, and folders that can't be read, are among them: the caller says why they are left out.
-    """
+    """Yields the wanted paths in and below the folder, in order, except hidden ones and the folders that it enters."""
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
-        is_open = path.is_dir() and not path.is_symlink() and os.access(path, os.R_OK)
+        is_open = path.is_dir() and not path.is_symlink() and os.access(path, os.R_OK)  # other folders are reported
         is_hidden = any(part.startswith(".") for part in inside.parts)
         if not is_open and not is_hidden and wanted(inside, pattern):
             yield path
 
 
 def wanted(path, pattern):
-    """Whether a path in a folder matches one of the patterns, between commas, and none of those that begin with !."""
-    def matches(one):
-        return fnmatch.fnmatchcase(path.as_posix().lower() if "/" in one else path.name.lower(), one.lower())
+    """True if a path inside a folder fits a pattern such as "*.py,*.md" or "!*.csv" (all but .csv); "" fits all."""
+    def matches(glob):
+        return fnmatch.fnmatchcase(path.as_posix().lower() if "/" in glob else path.name.lower(), glob.lower())
 
-    given = pattern.split(",") if pattern else []
-    chosen = [one for one in given if not one.startswith("!")] or ["*"]
-    return any(map(matches, chosen)) and not any(matches(one[1:]) for one in given if one.startswith("!"))
+    globs = pattern.split(",") if pattern else []
+    included = [glob for glob in globs if not glob.startswith("!")] or ["*"]
+    excluded = [glob[1:] for glob in globs if glob.startswith("!")]
+    return any(map(matches, included)) and not any(map(matches, excluded))
 
 
 def why_no_text(path):
-    """Why the file is no text of UTF-8; "" if it is one."""
+    """A sentence that says why the file is not text in UTF-8; "" if it is."""
     try:
         if not path.is_file():
-            return f"{path} is no file that can be read, or a link to a folder"
+            return f"{path} is not a readable file, or is a link to a folder"
         for _ in read_file(path):
             pass
     except (UserError, OSError) as error:
@@ -111,21 +110,21 @@ def why_no_text(path):
 
 
 def check_start(path, start):
-    """Raises UserError if a file that starts with these bytes is no text of UTF-8."""
+    """Raises UserError if a file that starts with these bytes is not text in UTF-8."""
     kind = next((kind for first, kind in FIRST_BYTES.items() if start.startswith(first)), "")
-    remedy = "take the text out of it first"
+    remedy = "extract the text first"
     if kind.startswith("UTF"):
-        remedy = f"iconv -f {kind} -t UTF-8 {shlex.quote(str(path))} > NEW.txt"
+        remedy = f"run iconv -f {kind} -t UTF-8 {shlex.quote(str(path))} > NEW.txt"
     elif b"\0" in start:
         kind = kind or "binary"
     elif path.suffix.lower() in (".json", ".ipynb"):
-        kind, remedy = "JSON", "write a row on each line, as .jsonl"
+        kind, remedy = "JSON", "write a .jsonl with one object per line"
     if kind:
-        raise UserError(f"{path} is {kind}, and no text of UTF-8: {remedy}")
+        raise UserError(f"{path} is {kind}, not plain text in UTF-8: {remedy}")
 
 
 def stamp(path):
-    """[bytes, when the file changed in nanoseconds]: on Unix a date that was set back (cp -p) does not deceive it."""
+    """[size in bytes, time of the last change in ns]. On Unix, restoring an old date (cp -p) counts as a change."""
     status = os.stat(path)
     return [status.st_size, max(status.st_mtime_ns, status.st_ctime_ns)]
 
@@ -134,9 +133,9 @@ def stamp(path):
 # Reading
 
 def read_file(path, keep=False):
-    """Yields the text of a file, piece by piece; of HTML what it shows. keep: line ends stay; else each is \\n.
+    """Yields the text of a file in pieces, for HTML only what a page shows. keep: line ends stay; else each is \\n.
 
-    Raises UserError if it is no text of UTF-8.
+    Raises UserError if the file is not text in UTF-8.
     """
     with open(path, "rb") as raw:
         start = raw.read(4096)
@@ -148,14 +147,14 @@ def read_file(path, keep=False):
                 yield Page(file.read()).text
             while text := file.read(CHUNK):
                 yield text
-        except UnicodeDecodeError as error:  # counts from where its piece of the file starts
+        except UnicodeDecodeError as error:  # error.object holds the last bytes read, and error.start is an index in it
             offset = raw.tell() - len(error.object) + error.start
             raise UserError(f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {offset:,};"
                             " convert it first, for instance: iconv -f LATIN1 -t UTF-8 OLD > NEW.txt") from None
 
 
 class Page(HTMLParser):
-    """What a page of HTML shows, as text: a line for each block, and outside <pre> one blank for all white space."""
+    """Parses HTML. text: what the page shows, a line for each block; outside <pre>, white space becomes one space."""
     HIDDEN = ("script", "style", "template")
     INLINE = ("a abbr b bdi bdo big cite code data del dfn em font i img input ins kbd label mark q rp rt ruby s samp"
               " small span strike strong sub sup time tt u var wbr").split()
@@ -184,10 +183,7 @@ class Page(HTMLParser):
 
 
 def read(parts, keep=False):
-    """Yields the text of the parts of files, (path, first character, last), piece by piece.
-
-    A newline is put between parts without one.
-    """
+    """Yields the text of parts of files, (path, start, stop) in characters. Adds a newline between parts if missing."""
     last = "\n"
     for path, start, stop in parts:
         at, gap = 0, "" if last.endswith("\n") else "\n"
@@ -200,8 +196,8 @@ def read(parts, keep=False):
                 break
 
 
-def shown(texts, total, what):
-    """The texts, with a line of progress. total: their characters."""
+def with_progress(texts, total, what):
+    """Yields the texts, and shows a progress line. total: the number of characters."""
     with progress(total, what, " characters") as bar:
         for text in texts:
             yield text
@@ -209,7 +205,7 @@ def shown(texts, total, what):
 
 
 def whole_words(texts):
-    """Moves the cuts between pieces to where a space follows a word, so that a BPE sees no word torn apart."""
+    """Yields the texts with the cuts between them moved to ends of words, so that a BPE sees whole words."""
     rest = ""
     for text in texts:
         text = rest + text
@@ -221,8 +217,8 @@ def whole_words(texts):
 
 
 def sample(texts, total):
-    """Yields what a BPE learns from: of texts of about `total` characters all, or SAMPLE that are spread over them."""
-    due, seen, given = 0, 0, 0
+    """Yields the texts, or SAMPLE characters spread over them, for a BPE to learn from. total: their characters."""
+    due, seen, taken = 0, 0, 0  # characters
     for text in texts:
         seen += len(text)
         due += len(text) * min(1, SAMPLE / total)
@@ -230,18 +226,18 @@ def sample(texts, total):
             piece = text[:int(due)]
             yield piece
             due -= len(piece)
-            given += len(piece)
-        if given >= SAMPLE:
+            taken += len(piece)
+        if taken >= SAMPLE:
             break
-    if given < seen:
-        print(f"the tokenizer learns from {given:,} characters that are spread over {seen:,}", flush=True)
+    if taken < seen:
+        print(f"the tokenizer learns from {taken:,} characters that are spread over {seen:,}", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Writing
 
 def prepare(paths, folder, tokenizer_name, val_fraction=0.1, source="", newlines="one"):
-    """Writes the data set of the files' text into `folder`, and returns its meta. Raises UserError for a bad text."""
+    """Writes the data set of the files `paths` into `folder`, and returns its meta. Raises UserError for a bad text."""
     source, keep = str(source or paths[0]), newlines == "keep"
     with writing(folder):
         stamps = list(map(stamp, paths))
@@ -250,19 +246,19 @@ def prepare(paths, folder, tokenizer_name, val_fraction=0.1, source="", newlines
         parts = {"train": [(path, 0, cut) for path, cut in zip(paths, cuts)], "val": list(zip(paths, cuts, counts))}
         total, n_train = sum(counts), sum(cuts)
         if n_train < 2 or total - n_train < 2:
-            raise UserError(f"{source} has {total} characters: too few to split for training and validation")
+            raise UserError(f"{source} has {total} characters: too few to split into training and validation; add text")
         largest = sorted(zip(counts, paths), reverse=True)[:LARGEST]
         shares = printable(", ".join(f"{path.name} {100 * count / total:.0f} %" for count, path in largest))
         print(f"for validation: the last {100 * val_fraction:.3g} % of each file; the largest: {shares}", flush=True)
-        tokenizer = tokenizers.build(tokenizer_name,
-                                     lambda: shown(read(parts["train"] + parts["val"], keep), total, "characters"),
-                                     lambda: sample(whole_words(read(parts["train"], keep)), n_train))
+        everything = with_progress(read(parts["train"] + parts["val"], keep), total, "characters")
+        training = sample(whole_words(read(parts["train"], keep)), n_train)
+        tokenizer = tokenizers.build(tokenizer_name, lambda: everything, lambda: training)
         meta = {"source": source, "sha256": "", "characters": 0, "bytes": 0,
                 "tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "dtype": id_type(tokenizer)}
         digest = hashlib.sha256()
         for split, count in (("train", n_train), ("val", total - n_train)):
-            text = shown(read(parts[split], keep), count, f"tokens for {split}")
-            characters, n_bytes, n_tokens = write_tokens(folder / f"{split}.bin.new", text, tokenizer, digest)
+            pieces = with_progress(read(parts[split], keep), count, f"tokens for {split}")
+            characters, n_bytes, n_tokens = write_tokens(folder / f"{split}.bin.new", pieces, tokenizer, digest)
             meta["characters"] += characters
             meta["bytes"] += n_bytes
             meta[f"{split}_characters"], meta[f"{split}_tokens"] = characters, n_tokens
@@ -275,9 +271,9 @@ def prepare(paths, folder, tokenizer_name, val_fraction=0.1, source="", newlines
 
 @contextlib.contextmanager
 def writing(folder):
-    """Makes the folder and holds it, as no other process can meanwhile. At the end removes every .new in it.
+    """A context that makes the folder and locks it for this process. At its end, every .new in the folder is removed.
 
-    Raises UserError for a full disk.
+    Raises UserError if another process has the folder, or the disk is full.
     """
     with owned(folder, "name", "prepared a data set"):
         try:
@@ -292,7 +288,7 @@ def writing(folder):
 
 
 def write_tokens(path, texts, tokenizer, digest):
-    """Writes the token ids of the texts; returns how many characters, bytes of UTF-8, and tokens there are."""
+    """Writes the token ids of the texts. Returns [characters, bytes, tokens]. digest: updated with the text's UTF-8."""
     counts = np.zeros(3, dtype=np.int64)
     with open(path, "wb") as file:
         for text in whole_words(texts):
@@ -304,18 +300,18 @@ def write_tokens(path, texts, tokenizer, digest):
 
 
 def stored(ids, tokenizer):
-    """The ids as the files hold them."""
+    """The ids in the dtype of the .bin files."""
     assert not ids.size or 0 <= ids.min() <= ids.max() < tokenizer.vocab_size, "an id outside the vocabulary"
     return ids.astype(id_type(tokenizer))
 
 
 def id_type(tokenizer):
-    """The dtype of the ids in the files."""
+    """The dtype of the ids in the .bin files."""
     return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
 
 
 def put_in_place(folder, names, record_path, record):
-    """Renames each NAME.new of the folder to NAME; then writes the record, without which they are not there."""
+    """Renames each NAME.new in the folder to NAME, then writes the record: without it, the files don't count."""
     record_path.unlink(missing_ok=True)
     for name in names:
         with open(folder / f"{name}.new", "rb+") as file:
@@ -325,7 +321,7 @@ def put_in_place(folder, names, record_path, record):
 
 
 def finish(folder, names, meta):
-    """Makes a data set of each NAME.new, and prints and returns its meta."""
+    """Completes a data set: renames each NAME.new in the folder to NAME, writes and prints the meta, and returns it."""
     put_in_place(folder, names, folder / "meta.json", meta)
     numbers = [f"{name} = {value:,}" for name, value in meta.items() if isinstance(value, int)]
     print(printable(f"{folder / 'meta.json'}: {', '.join(numbers)}"), flush=True)

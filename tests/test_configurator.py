@@ -56,9 +56,9 @@ def test_text_is_parsed_by_the_declared_type():
     ("--batch_size=3.5", "--batch_size=3.5: batch_size must be a whole number"),
     ("--batch_size", "--batch_size needs a value: write --batch_size=VALUE, where VALUE is a whole number"),
     ("--learning_rate=fast", "--learning_rate=fast: learning_rate must be a number"),
-    ("--learning_rate=nan", "learning_rate = nan: must be a number"),
-    ("--learning_rate=1e999", "learning_rate = inf: must be a number"),
-    ("--out_dir=", "out_dir = '': must not be empty; leave it out, or write out"),
+    ("--learning_rate=nan", "learning_rate = nan: must be a finite number"),
+    ("--learning_rate=1e999", "learning_rate = inf: must be a finite number"),
+    ("--out_dir=", "out_dir = '': must not be empty; leave it out for the default, 'out'"),
     ("--out_dir=caf\udce9", "caf?: is not UTF-8; write it in UTF-8"),
     ("--compile=maybe", "--compile=maybe: compile must be one of auto, True, False"),
     ("--resume=perhaps", "--resume=perhaps: resume must be True or False"),
@@ -66,7 +66,7 @@ def test_text_is_parsed_by_the_declared_type():
     ("no/such.py", "can't read the config file 'no/such.py': No such file or directory (settings are written"
                    " --name=value)"),
 ])
-def test_bad_arguments_say_what_and_how(argument, message):
+def test_errors_in_arguments_give_the_value_and_the_remedy(argument, message):
     with pytest.raises(UserError) as error:
         settings(argument)
     assert str(error.value) == message
@@ -79,21 +79,21 @@ def test_bad_arguments_say_what_and_how(argument, message):
     ("resume = 1", "resume = 1 in {path}: resume must be True or False"),
     ("compile = 1", "compile = 1 in {path}: compile must be one of auto, True, False"),
     ("x = 1\nbatch_size = 1 / 0", "{path}, line 2: ZeroDivisionError: division by zero"),
-    ("batch_size = = 1", "{path}, line 1: SyntaxError: invalid syntax; a config is Python: write max_iters = 100 and"
-     " the like"),
+    ("batch_size = = 1", "{path}, line 1: SyntaxError: invalid syntax; a config is Python: write, for example,"
+     " max_iters = 100"),
     ("on_cpu = dict(batchsize=1)", "unknown setting batchsize in {path}, on_cpu; did you mean batch_size?"),
     ("on_cpu = 3", "{path}: on_cpu must be a dict(name=value, ...), not 3"),
     ("import sys\nsys.exit('no')", "{path}, line 2: SystemExit: no"),
     ("learning_rate = 10**400", "learning_rate in {path}: must be below 2^63"),
     ("batch_size = 10**5000", "batch_size in {path}: must be below 2^63"),
-    ("learning_rate = float('nan')", "learning_rate = nan in {path}: must be a number"),
+    ("learning_rate = float('nan')", "learning_rate = nan in {path}: must be a finite number"),
     ("on_cpu = {1: 2}", "unknown setting 1 in {path}, on_cpu; --help lists all settings; begin a name of your own with"
      " an underscore"),
-    ("a = {}; a['b'] = a", "{path}: a dict holds itself"),
-    ("out_dir = 'a\\0b'", "out_dir = 'a\\x00b' in {path}: must not hold a null character"),
-    ("out_dir = ''", "out_dir = '' in {path}: must not be empty; leave it out, or write out"),
+    ("a = {}; a['b'] = a", "{path}: a dict contains itself: remove it"),
+    ("out_dir = 'a\\0b'", "out_dir = 'a\\x00b' in {path}: must not contain a null character"),
+    ("out_dir = ''", "out_dir = '' in {path}: must not be empty; leave it out for the default, 'out'"),
 ])
-def test_bad_files_say_what_and_where(tmp_path, source, message):
+def test_errors_in_files_give_the_value_and_the_place(tmp_path, source, message):
     path = write(tmp_path / "bad.py", source)
     with pytest.raises(UserError) as error:
         settings(path)
@@ -115,15 +115,15 @@ def test_later_wins_and_files_are_python(tmp_path):
     ("if True:\n  batch_size == 7", 2, "batch_size == 7"),
     ("batch_size", 1, "batch_size"),
 ])
-def test_a_statement_that_sets_nothing_is_refused(tmp_path, source, line, shown):
+def test_a_statement_that_sets_nothing_is_an_error(tmp_path, source, line, shown):
     path = write(tmp_path / "config", source)
     with pytest.raises(UserError) as error:
         settings(path)
-    assert str(error.value) == (f"{path}, line {line}: {shown} sets nothing; a config is Python: write max_iters = 100"
-                                " and the like")
+    assert str(error.value) == (f"{path}, line {line}: {shown} sets nothing; a config is Python: write, for example,"
+                                " max_iters = 100")
 
 
-def test_what_a_config_may_do(tmp_path, capsys):
+def test_a_config_is_ordinary_python(tmp_path, capsys):
     source = """\ufeff'A text.'
 import numpy as np
 from pathlib import Path
@@ -146,13 +146,13 @@ if half(8) == 4:
             settings(write(tmp_path / "d.py", source))
 
 
-def test_a_setting_in_two_words_is_told_of(tmp_path):
+def test_a_setting_in_two_words_is_explained(tmp_path):
     with pytest.raises(UserError, match="--batch_size 3: a setting is one word, write --batch_size=3"):
         settings("--batch_size", "3")
     assert settings("--resume", write(tmp_path / "c.py", "batch_size = 3")).batch_size == 3
 
 
-def test_the_home_folder_is_meant_by_a_tilde(monkeypatch):
+def test_a_tilde_stands_for_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert settings("--out_dir=~/x").out_dir == "/home/me/x" and settings("--out_dir=a~").out_dir == "a~"
     assert with_home("~/a.png,~/b~,c") == "/home/me/a.png,/home/me/b~,c"
@@ -162,7 +162,7 @@ def test_the_home_folder_is_meant_by_a_tilde(monkeypatch):
 
 
 def ends(error, capsys):
-    """(exit status, what stderr says) of a command that raises the error."""
+    """(exit status, text on stderr) of a command that raises the error."""
     with pytest.raises(SystemExit) as end, one_line_errors():
         raise error
     return end.value.code, capsys.readouterr().err
@@ -181,8 +181,8 @@ def test_errors_of_the_machine_are_one_line_and_bugs_are_not(capsys):
 
 
 @pytest.mark.parametrize("command", ["train.py --help", "-m tools.scaling --help"])
-def test_nobody_reads_the_output(command):
-    """As `| head` has it: no traceback, and the status of other programs."""
+def test_a_closed_pipe_ends_the_command_silently(command):
+    """As with `| head`: no traceback, and status 141 (128 + SIGPIPE)."""
     for said in ({"stderr": subprocess.PIPE}, {"stderr": subprocess.STDOUT}):
         process = subprocess.Popen([sys.executable, *command.split()], stdout=subprocess.PIPE, cwd=ROOT, **said)
         process.stdout.close()
@@ -202,7 +202,7 @@ def test_on_cpu_replaces_the_files_values_but_not_the_command_lines(tmp_path):
     assert settings(path, "--batch_size=3", has_accelerator=has_accelerator).batch_size == 3
     assert asked == ["auto", "cuda", "auto"]
     settings("--batch_size=3", has_accelerator=has_accelerator)
-    assert len(asked) == 3  # not asked where no file has on_cpu: finding out may be slow
+    assert len(asked) == 3  # not asked if no file has on_cpu, because the answer may be slow
 
 
 def test_on_cpu_of_an_earlier_file_wins_over_a_later_file_but_not_over_the_command_line(tmp_path):
@@ -217,7 +217,7 @@ def test_on_cpu_of_an_earlier_file_wins_over_a_later_file_but_not_over_the_comma
     assert settings(later, recipe, has_accelerator=lambda device: False).batch_size == 8
 
 
-def test_base_is_older_than_everything_given():
+def test_all_arguments_override_the_values_of_base():
     s = settings("--resume", "--batch_size=7", base=lambda given: {"batch_size": 1, "out_dir": "old"})
     assert (s.batch_size, s.out_dir) == (7, "old")
 
@@ -254,7 +254,7 @@ class Named:
     rates: dict[str, float] = field(default_factory=dict)  # of parts
 
 
-def test_names_that_the_settings_cannot_know_are_a_dict(tmp_path):
+def test_a_dict_field_takes_any_names(tmp_path):
     path = write(tmp_path / "c.py", "rates = dict(vision=0, head=2.0)")
     s, given = parse(Named, [path, "--rates.head=0.1"])
     assert s == Named(rates={"vision": 0.0, "head": 0.1}) and type(s.rates["vision"]) is float
@@ -269,7 +269,7 @@ def test_names_that_the_settings_cannot_know_are_a_dict(tmp_path):
 
 @dataclass(frozen=True)
 class Large:
-    depth: int = 20  # beside those of Example, if batch_size is large
+    depth: int = 20  # a setting if batch_size is large
 
     def __post_init__(self):
         check_ranges(self, depth=self.batch_size)
@@ -277,10 +277,10 @@ class Large:
 
 @dataclass(frozen=True)
 class Small:
-    width: int = 8  # and this if it is small
+    width: int = 8  # a setting if batch_size is small
 
 
-def test_settings_decide_which_others_there_are(tmp_path):
+def test_a_setting_decides_which_other_settings_exist(tmp_path):
     how = dict(more=lambda values: Large if values["batch_size"] > 5 else Small,
                elsewhere=lambda name: "it is for large ones alone" if name == "depth" else "")
     assert settings("--batch_size=2", "--width=3", **how).width == 3
@@ -303,11 +303,11 @@ def test_help_fits_the_terminal(monkeypatch):
         monkeypatch.setenv("COLUMNS", str(columns))
         lines = help_text(train.Settings, train.__doc__).splitlines()
         assert max(map(len, lines)) <= max(columns, 4 + max(len(word) for line in lines for word in line.split()))
-    assert any(re.match(r" {43}\S", line) for line in lines)  # goes on below its text
+    assert any(re.match(r" {43}\S", line) for line in lines)  # a comment continues below its start
 
 
-def test_help_without_docstrings_and_with_outputs_that_are_no_files(monkeypatch, capsys):
-    """As with python -OO, in a notebook, and where the caller has closed the output."""
+def test_help_without_a_docstring_and_without_a_real_stdout(monkeypatch, capsys):
+    """python -OO removes docstrings, a notebook's stdout is not a file, and a caller may close stdout."""
     monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
     for stream in (SimpleNamespace(write=lambda text: None, flush=lambda: None), None):
         monkeypatch.setattr(sys, "stdout", stream)
@@ -331,7 +331,7 @@ def test_help_documents_every_setting(monkeypatch):
         parse(train.Settings, ["--vision=3"], **train.HOW)
 
 
-def test_ranges_reject_what_is_too_small_too_large_and_nan():
+def test_ranges_reject_values_that_are_too_small_too_large_or_nan():
     check_ranges(Example(), batch_size=1)
     for bad, message in ((dict(batch_size=0), "at least 1"), (dict(learning_rate=float("nan")), "at least 0.0"),
                          (dict(batch_size=2**63), "must be below")):

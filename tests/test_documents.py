@@ -42,7 +42,7 @@ def a_shard_per_file(monkeypatch):
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """Shards are written without processes, which take a second to start."""
+    """Shards are written in this process: others take a second to start."""
     monkeypatch.setattr(documents, "in_processes", lambda _, jobs: [documents.write_shard(*job) for job in jobs])
 
 
@@ -57,7 +57,7 @@ def write_parquet(path, texts, **more):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """(folder, its documents): two parquet files and a .jsonl, with a document that two of them share."""
+    """(folder, texts of its documents): two parquet files and a .jsonl; two of them contain the same document."""
     folder, doubled = tmp_path_factory.mktemp("corpus"), "0.0: twice"
     texts = [make_documents(300, 0) + [doubled], make_documents(10, 1), [doubled] + make_documents(40, 2)]
     write_parquet(folder / "a" / "0.parquet", texts[0][:5] + [None, ""] + texts[0][5:], compression="zstd")
@@ -73,6 +73,7 @@ def run(source, folder, **settings):
 
 
 def same(a, b):
+    """True if two folders hold the same files, but for run.lock."""
     names = sorted({*os.listdir(a)} - {"run.lock"})
     return sorted({*os.listdir(b)} - {"run.lock"}) == names and filecmp.cmpfiles(a, b, names, shallow=False)[0] == names
 
@@ -105,7 +106,7 @@ def test_processes_and_grouping_change_nothing(corpus, tmp_path, monkeypatch, re
     assert np.array_equal(one.splits["train"], many.splits["train"][0:len(one.splits["train"])])
 
 
-def test_a_finished_shard_is_kept_and_a_missing_one_written(corpus, in_process, tmp_path, capsys):
+def test_a_finished_shard_is_kept_and_a_missing_one_is_written(corpus, in_process, tmp_path, capsys):
     source, _ = corpus
     for folder in ("whole", "again"):
         run(source, tmp_path / folder, tokenizer="byte")
@@ -114,7 +115,7 @@ def test_a_finished_shard_is_kept_and_a_missing_one_written(corpus, in_process, 
     (tmp_path / "again" / "train_00001.bin").write_bytes(b"torn")
     capsys.readouterr()
     run(source, tmp_path / "again", tokenizer="byte")
-    assert "shards: 3, to write: 1 (anew: 0)" in capsys.readouterr().out
+    assert "shards: 3, to write: 1 (stale: 0)" in capsys.readouterr().out
     assert same(tmp_path / "whole", tmp_path / "again")
     assert (tmp_path / "again" / "train_00000.bin").stat().st_mtime_ns == kept
     (tmp_path / "hamlet.txt").write_text("To be, or not to be. " * 9, encoding="utf-8")
@@ -124,7 +125,7 @@ def test_a_finished_shard_is_kept_and_a_missing_one_written(corpus, in_process, 
 
 
 @pytest.mark.slow
-def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path):
+def test_after_a_kill_at_any_time_a_second_run_ends_with_the_same_bytes(tmp_path):
     for i in range(6):
         write_parquet(tmp_path / "source" / f"{i}.parquet", make_documents(4000, i))
     run(tmp_path / "source", tmp_path / "whole", tokenizer="bpe:300", processes=1)
@@ -136,7 +137,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path):
             time.sleep(0.01)
         time.sleep(pause)
         process.kill()
-        process.communicate(timeout=60)  # ends when no worker holds the pipe any more
+        process.communicate(timeout=60)  # returns when every worker has closed the pipe
         killed += process.returncode != 0
     assert killed >= 3
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -144,11 +145,11 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path):
     assert same(tmp_path / "whole", tmp_path / "killed")
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a file that can be waited for")
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 @pytest.mark.parametrize("number, status", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)] if os.name != "nt"
                          else [])
-def test_processes_end_with_the_one_that_started_them(tmp_path, number, status):
-    os.mkfifo(tmp_path / "0.jsonl")  # reading it waits for ever
+def test_workers_end_with_the_process_that_started_them(tmp_path, number, status):
+    os.mkfifo(tmp_path / "0.jsonl")  # a reader waits for ever
     script = ("import sys, pathlib\nfrom configurator import one_line_errors\nfrom sources import documents\n"
               "path, out = map(pathlib.Path, sys.argv[1:])\nwith one_line_errors():"
               " documents.prepare(documents.local_source('', [path]), out, 'byte')")
@@ -161,7 +162,7 @@ def test_processes_end_with_the_one_that_started_them(tmp_path, number, status):
     assert process.returncode == status and b"Traceback" not in said, said
 
 
-def test_a_killed_process_is_said(tmp_path):
+def test_a_killed_worker_is_reported(tmp_path):
     write_parquet(tmp_path / "source" / "0.parquet", make_documents(3000, 0))
 
     def kill():
@@ -172,7 +173,7 @@ def test_a_killed_process_is_said(tmp_path):
 
     thread = threading.Thread(target=kill)
     thread.start()
-    with pytest.raises(UserError, match="a process was killed.*run again to go on, with fewer --processes"):
+    with pytest.raises(UserError, match="a process was killed.*run again to resume, with fewer --processes"):
         run(tmp_path / "source", tmp_path / "out", tokenizer="bpe:300", processes=1)
     thread.join()
     assert not (tmp_path / "out" / "meta.json").exists()
@@ -180,7 +181,7 @@ def test_a_killed_process_is_said(tmp_path):
 
 @pytest.fixture
 def files(tmp_path):
-    """The folder of three files of documents."""
+    """A folder with three files of documents."""
     (tmp_path / "source").mkdir()
     for name in "abc":
         texts = make_documents(60, ord(name))
@@ -199,7 +200,7 @@ def swap(folder):
     (folder / "spare").rename(folder / "b.jsonl")
 
 
-CHANGES = {  # what: how many shards are written anew with the tokenizer byte, how many for the first time
+CHANGES = {  # with the tokenizer byte: (the change, how many shards are rewritten, how many are new)
     "the same size": (lambda folder: rewrite(folder / "b.jsonl", "98.", "97."), 1, 0),
     "longer": (lambda folder: rewrite(folder / "c.jsonl", "night", "knight"), 1, 0),
     "one less": (lambda folder: (folder / "a.jsonl").unlink(), 2, 0),
@@ -214,9 +215,9 @@ def rewrite_as(path, other, old, new):
 
 @pytest.mark.parametrize("change, tokenizer", [*((change, "byte") for change in CHANGES), ("the same size", "bpe:300"),
                                                ("one more", "bpe:300"), ("other names", "bpe:300"), ("longer", "char")])
-def test_whatever_changes_the_result_is_that_of_a_first_start(files, in_process, tmp_path, capsys, tokenizer, change):
+def test_after_a_change_the_result_is_that_of_a_first_run(files, in_process, tmp_path, capsys, tokenizer, change):
     run(files, tmp_path / "again", tokenizer=tokenizer)
-    edit, anew, more = CHANGES[change]
+    edit, stale, new = CHANGES[change]
     edit(files)
     capsys.readouterr()
     run(files, tmp_path / "again", tokenizer=tokenizer)
@@ -225,12 +226,11 @@ def test_whatever_changes_the_result_is_that_of_a_first_start(files, in_process,
     for left in tmp_path.glob("again/*_00002.*") if change == "one less" else ():
         left.unlink()
     assert same(tmp_path / "again", tmp_path / "fresh")
-    assert f", to write: {anew + more} (anew: {anew})" in said or tokenizer != "byte"
-    assert "(anew: 3)" in said or (tokenizer, change) not in (("bpe:300", "the same size"),
-                                                                      ("bpe:300", "one more"))
+    assert f", to write: {stale + new} (stale: {stale})" in said or tokenizer != "byte"
+    assert "(stale: 3)" in said or tokenizer != "bpe:300" or change not in ("the same size", "one more")
 
 
-def test_fewer_files_now_and_all_of_them_later(files, in_process, tmp_path, capsys):
+def test_a_run_with_fewer_files_keeps_the_other_shards(files, in_process, tmp_path, capsys):
     whole = run(files, tmp_path / "out", tokenizer="byte").meta
     fewer = run(files, tmp_path / "out", tokenizer="byte", max_files=1).meta
     assert fewer["documents"] == 60 and fewer["shards"]["train"] == whole["shards"]["train"][:1]
@@ -244,7 +244,7 @@ def test_fewer_files_now_and_all_of_them_later(files, in_process, tmp_path, caps
         assert same(tmp_path / "out", tmp_path / "fresh")
 
 
-def test_another_setting_makes_it_anew_and_a_wrong_one_loses_no_shard(files, in_process, tmp_path, capsys):
+def test_another_setting_rewrites_all_shards_and_a_wrong_one_loses_none(files, in_process, tmp_path, capsys):
     with pytest.raises(UserError, match="a.jsonl, line 1: no column is named body, only text, other: .*--column=NAME"):
         run(files, tmp_path / "out", tokenizer="byte", column="body")
     run(files, tmp_path / "out", tokenizer="bpe:300", column="other", val_fraction=0.3)
@@ -278,7 +278,7 @@ def test_two_processes_do_not_write_to_one_folder(files, in_process, tmp_path):
     run(files, tmp_path / "out", tokenizer="byte")
 
 
-def test_a_file_that_changes_while_it_is_read_is_no_finished_shard(files, in_process, tmp_path, monkeypatch):
+def test_a_file_that_changes_while_it_is_read_leaves_no_finished_shard(files, in_process, tmp_path, monkeypatch):
     real, path = documents.read, files / "b.jsonl"
 
     def read(*arguments):
@@ -295,7 +295,7 @@ def test_a_file_that_changes_while_it_is_read_is_no_finished_shard(files, in_pro
 
 
 def write_rows(path, texts):
-    """A file of the suffix's format, with the texts in the column `body`."""
+    """Writes a table with the texts in the column `body`, in the format of the path's suffix."""
     rows = [{"id": str(i), "body": text} for i, text in enumerate(texts)]
     if path.suffix.lower() == ".parquet":
         parquet.write_table(pyarrow.table({"id": list(range(len(texts))), "body": texts}), path, row_group_size=9)
@@ -320,7 +320,7 @@ def test_rows_come_from_a_column_of_any_table(name, in_process, tmp_path):
     assert sorted("".join(found)) == sorted(expected) and texts[-2] in "".join(found)
 
 
-def test_what_cannot_be_used_is_named(in_process, tmp_path, monkeypatch):
+def test_unusable_documents_give_the_reason(in_process, tmp_path, monkeypatch):
     def check(message, tokenizer="byte", **files):
         folder = tmp_path / f"source{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
@@ -335,27 +335,27 @@ def test_what_cannot_be_used_is_named(in_process, tmp_path, monkeypatch):
     parquet.write_table(pyarrow.table({"content": ["x"], "id": [1]}), tmp_path / "other.parquet")
     parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
     check("a.parquet: no column is named text, only content, id", a_parquet=(tmp_path / "other.parquet").read_bytes())
-    check("row 1: 1 is no text of whole characters", a_parquet=(tmp_path / "numbers.parquet").read_bytes())
-    check("is no whole parquet file", a_parquet=good[:-50])
+    check("row 1: 1 is not valid text", a_parquet=(tmp_path / "numbers.parquet").read_bytes())
+    check("is not a complete parquet file", a_parquet=good[:-50])
     check("a.jsonl, line 2: no column is named text, only txt", a_jsonl=b'{"text": "x"}\n{"txt": "y"}')
-    check("a.jsonl, line 1: .* is no text of whole characters", a_jsonl=b'{"text": "x \\ud800"}')
-    check("a.jsonl, line 1: is no JSON object: 'list'; write one per line", a_jsonl=b'["text"]')
+    check("a.jsonl, line 1: .* is not valid text", a_jsonl=b'{"text": "x \\ud800"}')
+    check("a.jsonl, line 1: is not a JSON object: 'list'; write one per line", a_jsonl=b'["text"]')
     check("a.csv: several columns are named b: rename", a_csv=b"text,b,b,,\na,b,c,,")
     for depth in (500, 200_000):
-        check("line 1: .*(is no text of whole|recursion)", a_jsonl=b'{"text": %s}' % (b"[" * depth + b"]" * depth))
-    check("a.csv, line 2: has 3 fields, and the first line names 2: put double quotes", a_csv=b"text,b\na,b,c")
-    check("a.csv, after line 2: is no table in UTF-8: unexpected end", a_csv=b'text,b\n"a,b')
-    check("a.csv, after line 0: is no table in UTF-8: .* byte 0xff", a_csv=b"text,b\n\xff,c")
-    check("a.jsonl is UTF-16, .*: iconv", a_jsonl='{"text": "x"}'.encode("utf-16"))
-    check("no column is named text, only a, b: name the one", a_tsv=b"a\tb\nc\td")
-    check("no column is named text, only a, b: name the one", a_csv=b"\n\na, b \nc,d")
+        check("line 1: .*(is not valid text|recursion)", a_jsonl=b'{"text": %s}' % (b"[" * depth + b"]" * depth))
+    check("a.csv, line 2: has 3 fields, but the first line names 2: put double quotes", a_csv=b"text,b\na,b,c")
+    check("a.csv, after line 2: is not a table in UTF-8: unexpected end", a_csv=b'text,b\n"a,b')
+    check("a.csv, after line 0: is not a table in UTF-8: .* byte 0xff", a_csv=b"text,b\n\xff,c")
+    check("a.jsonl is UTF-16, .*: run iconv", a_jsonl='{"text": "x"}'.encode("utf-16"))
+    check("no column is named text, only a, b: choose one", a_tsv=b"a\tb\nc\td")
+    check("no column is named text, only a, b: choose one", a_csv=b"\n\na, b \nc,d")
     check("none of 1 documents is for", a_jsonl=b'{"text": "x"}')
-    with pytest.raises(UserError, match=r"'.*caf.udce9.jsonl': this name is not UTF-8: rename"):
+    with pytest.raises(UserError, match=r"'.*caf.udce9.jsonl': this path is not UTF-8; rename"):
         documents.local_source("", [tmp_path / "caf\udce9.jsonl"])
-    check("there are documents .*a.parquet. and texts .*b.txt.: take either", a_parquet=good, b_txt=b"words")
+    check("there are documents .*a.parquet. and texts .*b.txt.: choose one kind", a_parquet=good, b_txt=b"words")
     with pytest.raises(UserError, match="make it first with python prepare.py openwebtext"):
         known.ensure("openwebtext")
-    with pytest.raises(UserError, match="fineweb is a data set with tokenizer = gpt2: add --name=NEW"):
+    with pytest.raises(UserError, match="fineweb always has tokenizer = gpt2: add --name=NEW"):
         prepare.main(prepare.Settings(tokenizer="byte"), ["fineweb"])
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     check("parquet files need pyarrow: pip install pyarrow", a_parquet=good)
@@ -363,9 +363,10 @@ def test_what_cannot_be_used_is_named(in_process, tmp_path, monkeypatch):
 
 @pytest.fixture
 def hub(corpus, tmp_path):
-    """A server that answers as the hub does, with the corpus' parquet files: (address, what was asked of it, as
-    (path, parquet files in tmp_path at that moment))."""
-    files, asked = {f"sample/10BT/{path.name}": path.read_bytes() for path in corpus[0].rglob("*.parquet")}, []
+    """A server that answers like the Hugging Face Hub, with the corpus' parquet files: (address, requests).
+
+    requests: a list of (path, names of the parquet files in tmp_path at that moment)."""
+    files, requests = {f"sample/10BT/{path.name}": path.read_bytes() for path in corpus[0].rglob("*.parquet")}, []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def log_message(self, *arguments):
@@ -373,7 +374,7 @@ def hub(corpus, tmp_path):
 
         def do_GET(self):
             path = urllib.parse.unquote(self.path.partition("?")[0])
-            asked.append((path, [file.name for file in tmp_path.rglob("*.parquet")]))
+            requests.append((path, [file.name for file in tmp_path.rglob("*.parquet")]))
             name = path.partition("/resolve/")[2].partition("/")[2]
             if "/tree/" in path:
                 content = json.dumps([dict(type="file", oid="0" * 40, size=len(content), path=name)
@@ -393,12 +394,12 @@ def hub(corpus, tmp_path):
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", asked
+        yield f"http://127.0.0.1:{server.server_port}", requests
         server.shutdown()
 
 
-def test_files_come_from_the_hub_and_go_when_they_are_done(hub, corpus, in_process, tmp_path, monkeypatch):
-    address, asked = hub
+def test_files_are_downloaded_from_the_hub_and_deleted_after_use(hub, corpus, in_process, tmp_path, monkeypatch):
+    address, requests = hub
     template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     for name, value in (("ENDPOINT", address), ("HUGGINGFACE_CO_URL_TEMPLATE", template), ("HF_HUB_OFFLINE", False),
                         ("HF_HUB_DISABLE_XET", True)):
@@ -413,9 +414,9 @@ def test_files_come_from_the_hub_and_go_when_they_are_done(hub, corpus, in_proce
         finished.unlink()
     meta, commit = prepare_web(0), known.CORPORA["fineweb"][2]
     assert meta["source"] == "HuggingFaceFW/fineweb" and meta["revision"] == commit and meta["documents"] == 311
-    assert all(f"/{commit}/" in path for path, _ in asked if "fineweb" in path)
-    second = [there for path, there in asked if path.endswith("1.parquet")]
-    assert second and not any("0.parquet" in there for there in second)  # the first was gone before the next came
+    assert all(f"/{commit}/" in path for path, _ in requests if "fineweb" in path)
+    second = [there for path, there in requests if path.endswith("1.parquet")]
+    assert second and not any("0.parquet" in there for there in second)  # deleted before the next came
     assert not (tmp_path / "web" / "download").exists()
     local = run(corpus[0] / "a", tmp_path / "local", tokenizer="byte")
     ids = np.concatenate([np.fromfile(path, np.uint16) for path in sorted((tmp_path / "web").glob("train_*.bin"))])

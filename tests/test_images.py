@@ -131,8 +131,8 @@ GOOD = {"image": "a/0.png", "prompt": "caption", "answer": "x"}
 
 
 @pytest.mark.parametrize("row, message", [
-    (b"{'image': 1}", "is no JSON object: Expecting property name"), (b"[1, 2]", "is no JSON object: 'list'"),
-    (b'{"image": "\xff"}', "is no JSON object: 'utf-8' codec"),
+    (b"{'image': 1}", "is not a JSON object: Expecting property name"), (b"[1, 2]", "is not a JSON object: 'list'"),
+    (b'{"image": "\xff"}', "is not a JSON object: 'utf-8' codec"),
     ({"image": "a/0.png", "prompt": "caption"}, "answer = None: must be text"),
     ({**GOOD, "image": None}, "image = None: must be text"),
     ({**GOOD, "answer": 7}, "answer = 7: must be text"), ({**GOOD, "prompt": ["x"]}, r"prompt = \['x'\]: must be text"),
@@ -423,7 +423,7 @@ def test_known_by_name(name, tmp_path, monkeypatch):
     data = ImageTextDataset(tmp_path / name)
     assert (data.meta["train_images"], data.meta["val_images"], data.image_size) == (36, 4, 48)
     assert data.meta["source"] == f"data/{name}/generate.py" and str(tmp_path) not in json.dumps(data.meta)
-    with pytest.raises(UserError, match=f"{name} is a data set with image_size = 48: add --name=NEW"):
+    with pytest.raises(UserError, match=f"{name} always has image_size = 48: add --name=NEW"):
         prepare.main(prepare.Settings(image_size=32), [name])
     prepare.main(prepare.Settings(image_size=32, name="other"), [name])
     assert ImageTextDataset(tmp_path / "other").image_size == 32

@@ -19,7 +19,7 @@ TEXT = "To be, or not to be — that is the question:\r\n" * 40 + "ω"
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    """An empty data folder in place of the project's."""
+    """The path of an empty data folder, used instead of data/."""
     monkeypatch.setattr(known, "DATA", tmp_path / "data")
     return tmp_path / "data"
 
@@ -36,7 +36,7 @@ def run(*sources, **settings):
 
 
 def contents(folder):
-    """(training text, validation text, meta) as the files say."""
+    """(training text, validation text, meta) of a data set, read from its files."""
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     tokenizer = tokenizers.load(folder / "tokenizer.json")
     splits = [np.fromfile(folder / f"{split}.bin", dtype=meta["dtype"]) for split in ("train", "val")]
@@ -53,7 +53,7 @@ def test_the_first_ninety_percent_are_for_training(data, source, tokenizer):
     assert (meta["train_characters"], meta["val_characters"]) == (len(train), len(val))
     assert meta["sha256"] == hashlib.sha256(TEXT.encode()).hexdigest() and meta["dtype"] == "uint16"
     run(source, tokenizer=tokenizer, val_fraction=0.5, name="half")
-    text = TEXT.replace("\r", "")  # Windows' line ends become one newline, unless asked otherwise
+    text = TEXT.replace("\r", "")  # by default, Windows line ends become \n
     train, val, _ = contents(data / "half")
     assert train + val == text and len(val) == len(text) - len(text) // 2
 
@@ -61,7 +61,7 @@ def test_the_first_ninety_percent_are_for_training(data, source, tokenizer):
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe:280"])
 def test_pieces_make_the_same_tokens_as_the_whole(data, source, tokenizer, monkeypatch):
     run(source, tokenizer=tokenizer, name="whole")
-    monkeypatch.setattr(texts, "CHUNK", 61)  # cuts words
+    monkeypatch.setattr(texts, "CHUNK", 61)  # in the middle of words
     run(source, tokenizer=tokenizer, name="pieces")
     for name in ("train.bin", "val.bin", "tokenizer.json", "meta.json"):
         assert (data / "pieces" / name).read_bytes() == (data / "whole" / name).read_bytes(), name
@@ -81,7 +81,7 @@ def test_large_vocabularies_get_wide_ids_and_wrong_ids_are_refused(tmp_path):
 
 
 def make_files(folder, **contents):
-    """Files in a folder; in their names, __ stands for a slash and _ for a dot."""
+    """Writes files into a folder. In the names of the arguments, __ stands for a slash and _ for a dot."""
     for name, content in contents.items():
         path = folder / name.replace("__", "/").replace("_", ".")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def make_files(folder, **contents):
     return folder
 
 
-def test_the_tail_of_each_file_is_for_validation(data, tmp_path, capsys, monkeypatch):
+def test_the_end_of_each_file_is_for_validation(data, tmp_path, capsys, monkeypatch):
     folder = make_files(tmp_path / "plays", a_TXT=b"\xef\xbb\xbf" + b"a" * 30, b__c_py="b" * 9 + "\n", d="d" * 160)
     run(folder)
     train, val, _ = contents(data / "plays")
@@ -99,11 +99,11 @@ def test_the_tail_of_each_file_is_for_validation(data, tmp_path, capsys, monkeyp
     assert "taken: 1 .txt, 1 .py, 1 no suffix" in said
     run(folder / "d", folder / "b", name="two")
     assert contents(data / "two")[0] == "d" * 144 + "\n" + "b" * 9
-    with pytest.raises(UserError, match="2 sources make one data set: name it, --name=NEW"):
+    with pytest.raises(UserError, match="2 sources make one data set: choose its name with --name=NEW"):
         run(folder / "d", folder / "b")
 
 
-def test_what_is_left_out_of_a_folder_is_said(data, tmp_path, capsys):
+def test_files_left_out_of_a_folder_are_listed_with_the_reason(data, tmp_path, capsys):
     folder = make_files(tmp_path / "mixed", a_txt="words\n" * 9, _git__b_txt="hidden", note_pdf="%PDF-1.4",
                         x_json="{}", l_txt=b"caf\xe9", chap_txt__in_md="more\n" * 9, z_bin=b"ab\0",
                         w_txt="x".encode("utf-16-le") * 9)
@@ -113,8 +113,8 @@ def test_what_is_left_out_of_a_folder_is_said(data, tmp_path, capsys):
     assert contents(data / "mixed")[2]["characters"] == 9 * 6 + 9 * 5
     said = capsys.readouterr().out
     for name, reason in (("note.pdf", "PDF"), ("x.json", "JSON"), ("l.txt", "not UTF-8: byte 0xe9"),
-                         ("z.bin", "binary"), ("w.txt", "binary"), ("dead.jsonl", "no file that can be read"),
-                         ("link", "no file that can be read, or a link to a folder")):
+                         ("z.bin", "binary"), ("w.txt", "binary"), ("dead.jsonl", "not a readable file"),
+                         ("link", "not a readable file, or is a link to a folder")):
         assert f"left out: {folder / name} is {reason}" in said
     assert "hidden" not in "".join(contents(data / "mixed")[:2])
     for i in range(20):
@@ -127,7 +127,7 @@ def test_what_is_left_out_of_a_folder_is_said(data, tmp_path, capsys):
     assert contents(data / "mixed")[2]["characters"] == 9 * 6
 
 
-def test_texts_beside_documents_are_said_or_refused(data, tmp_path, capsys):
+def test_texts_beside_documents_are_left_out_or_refused(data, tmp_path, capsys):
     rows = "\n".join(json.dumps({"text": f"document {i}"}) for i in range(100))
     folder = make_files(tmp_path / "both", a_JSONL=rows, README_md="about", b_txt="words\n" * 9)
     with pytest.raises(UserError, match="documents .*a.JSONL. and texts .*b.txt.: .*=.*JSONL. or --files=.!.*JSONL"):
@@ -136,15 +136,15 @@ def test_texts_beside_documents_are_said_or_refused(data, tmp_path, capsys):
     assert contents(data / "both")[2]["characters"] == 54
     (folder / "b.txt").unlink()
     run(folder, tokenizer="byte", name="documents", processes=1)
-    assert "README.md is no document" in capsys.readouterr().out
+    assert "README.md is not a document" in capsys.readouterr().out
     assert json.loads((data / "documents" / "meta.json").read_text())["documents"] == 100
     (tmp_path / "few.jsonl").write_text('{"text": "x"}')
-    with pytest.raises(UserError, match="none of 1 documents is for .*: use more"):
+    with pytest.raises(UserError, match="none of 1 documents is for .*: add documents"):
         run(tmp_path / "few.jsonl", tokenizer="byte", name="more", processes=1)
     run(folder, tokenizer="byte", name="more", processes=1)
 
 
-def test_of_html_what_it_shows(data, tmp_path):
+def test_html_becomes_the_text_that_a_page_shows(data, tmp_path):
     page = """<!DOCTYPE html><title>A &amp; B</title><style>p {}</style><script>var x = "<p>no</p>";</script>
         <h1>Head<em>ing</em></h1> <p>One   two
         three <b>four</b>.</p><p>Five<br>six &#8212; seven</p><table><tr><td>1</td><td>2</td></table>
@@ -170,7 +170,7 @@ def test_a_url_is_fetched(data, tmp_path, source):
         run(url)
 
 
-def test_half_a_download_is_none(tmp_path):
+def test_an_interrupted_download_leaves_no_file(tmp_path):
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(200)
@@ -194,7 +194,7 @@ def test_half_a_download_is_none(tmp_path):
     ("words ".encode("utf-32"), "is UTF-32, .*iconv -f UTF-32 "), ("words".encode("utf-16-be"), "is binary"),
     (b"PK\x03\x04", "is zip"), (b"words\0", "is binary"),
 ])
-def test_bad_text_is_named(data, tmp_path, content, message, monkeypatch):
+def test_bad_texts_give_the_reason(data, tmp_path, content, message, monkeypatch):
     monkeypatch.setattr(texts, "CHUNK", 64)
     (tmp_path / "bad.txt").write_bytes(content)
     with pytest.raises(UserError, match=message):
@@ -202,10 +202,10 @@ def test_bad_text_is_named(data, tmp_path, content, message, monkeypatch):
     assert not (data / "bad" / "meta.json").exists()
 
 
-def test_bad_sources_are_named(data, tmp_path, source):
+def test_bad_sources_and_settings_give_the_reason(data, tmp_path, source):
     (tmp_path / "empty").mkdir()
-    for sources, message in (([tmp_path / "none.txt"], "none.txt is no file on disk, no folder, no URL, and none of"),
-                             ([tmp_path / "empty"], "empty: there are no texts and no documents"),
+    for sources, message in (([tmp_path / "none.txt"], "none.txt is not a file, a folder, a URL, or one of"),
+                             ([tmp_path / "empty"], "empty: there are no texts or documents"),
                              (["http://x/rows.CSV?a=1"], "only texts are fetched"),
                              (["nothing://x"], "is not a URL that can be fetched|unknown url type")):
         with pytest.raises(UserError, match=message):
@@ -219,10 +219,10 @@ def test_bad_sources_are_named(data, tmp_path, source):
         known.ensure("mine")
 
 
-def test_a_data_set_is_replaced_by_its_own_source_alone(data, tmp_path, source, capsys, monkeypatch):
+def test_only_its_own_source_replaces_a_data_set(data, tmp_path, source, capsys, monkeypatch):
     run(source)
     run(source, val_fraction=0.5)
-    assert "has a data set of this source, which is renewed" in capsys.readouterr().out
+    assert "already has a data set of this source: updating it" in capsys.readouterr().out
     before = (data / "hamlet" / "train.bin").read_bytes()
     other = make_files(tmp_path / "other", hamlet_txt="A country road. A tree. Evening.\n" * 9,
                        docs__a_jsonl='{"text": "x"}\n' * 99, images__captions_jsonl="")
@@ -237,15 +237,15 @@ def test_a_data_set_is_replaced_by_its_own_source_alone(data, tmp_path, source, 
     for name, inside in (("photos", "1.jpg"), ("run", "run.lock")):
         make_files(tmp_path / name, run_json="{}")
         (tmp_path / name / inside).touch()
-        with pytest.raises(UserError, match=f"name = .*{name}: .* holds files that are no data set: choose another"):
+        with pytest.raises(UserError, match=f"name = .*{name}: .* holds unrelated files: choose another"):
             run(source, name=str(tmp_path / name))
         assert len(list((tmp_path / name).iterdir())) == 2
     monkeypatch.chdir(tmp_path)
     for name in (".", "..", "./", "data/", "../"):
-        with pytest.raises(UserError, match="is a place for several data sets"):
+        with pytest.raises(UserError, match="holds all data sets: choose another name"):
             run(source, name=name)
     for name in ("shakespeare_char", str(data / "fineweb"), "data/shapes"):
-        with pytest.raises(UserError, match="is a known data set's: choose another name"):
+        with pytest.raises(UserError, match="belongs to a known data set: choose another name"):
             run(source, name=name)
     assert [path.name for path in data.iterdir()] == ["hamlet"]
     monkeypatch.chdir(other / "docs")
@@ -255,9 +255,9 @@ def test_a_data_set_is_replaced_by_its_own_source_alone(data, tmp_path, source, 
     assert (data / "docs" / "meta.json").exists()
 
 
-def test_a_text_that_changes_meanwhile_is_refused(data, source, monkeypatch):
+def test_a_text_that_changes_while_it_is_read_is_refused(data, source, monkeypatch):
     def cut(name, *arguments):
-        assert (data / "hamlet" / "run.lock").exists()  # nobody else may write there meanwhile
+        assert (data / "hamlet" / "run.lock").exists()  # no other process may write there now
         source.write_bytes(source.read_bytes()[:100])
         return tokenizers.ByteTokenizer()
 
@@ -267,13 +267,13 @@ def test_a_text_that_changes_meanwhile_is_refused(data, source, monkeypatch):
     assert [path.name for path in (data / "hamlet").iterdir()] == ["run.lock"]
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a file that can be waited for")
-def test_no_pipe_is_waited_for(data, tmp_path, capsys):
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_named_pipe_is_left_out_without_waiting(data, tmp_path, capsys):
     folder = make_files(tmp_path / "mixed", a_txt="words\n" * 9)
     os.mkfifo(folder / "b.jsonl")
     run(folder)
-    assert "b.jsonl is no file that can be read" in capsys.readouterr().out
-    with pytest.raises(UserError, match="b.jsonl is no file on disk"):
+    assert "b.jsonl is not a readable file" in capsys.readouterr().out
+    with pytest.raises(UserError, match="b.jsonl is not a file, a folder"):
         run(folder / "b.jsonl", name="pipe")
 
 
@@ -287,7 +287,7 @@ def test_a_full_disk_leaves_nothing_behind(data, source, monkeypatch):
     assert [path.name for path in (data / "hamlet").iterdir()] == ["run.lock"]
 
 
-def test_another_models_tokenizer_and_the_command_that_goes_on(data, tmp_path, source, capsys, monkeypatch):
+def test_a_models_tokenizer_is_reused_and_the_command_fine_tunes_it(data, tmp_path, source, capsys, monkeypatch):
     monkeypatch.setenv("HOME" if os.name != "nt" else "USERPROFILE", str(tmp_path))
     run("~/hamlet.txt", name=str(tmp_path / "a set"))
     assert "'--dataset=" in (said := capsys.readouterr().out) and "'--out_dir=out/a set'" in said
@@ -301,7 +301,7 @@ def test_another_models_tokenizer_and_the_command_that_goes_on(data, tmp_path, s
         run(tmp_path / "odd.txt", tokenizer=str(tmp_path / "a run"))
 
 
-def test_a_bpe_learns_from_a_sample_that_is_spread(data, tmp_path, monkeypatch, capsys):
+def test_a_bpe_learns_from_a_sample_spread_over_the_text(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(texts, "SAMPLE", 4000)
     monkeypatch.setattr(texts, "SAMPLE_PIECE", 100)
     pieces = [chr(97 + i) * 999 + " " for i in range(20)]
@@ -310,10 +310,10 @@ def test_a_bpe_learns_from_a_sample_that_is_spread(data, tmp_path, monkeypatch, 
     assert "learns from 4,000 characters that are spread over 20,000" in capsys.readouterr().out
     assert list(texts.sample(pieces[:3], 3000)) == pieces[:3]
     many = ["ab " * 10] * 1000
-    assert "".join(texts.sample(many, 30_000)).count("ab") == 1330  # of small files whole ones
+    assert "".join(texts.sample(many, 30_000)).count("ab") == 1330  # texts shorter than SAMPLE_PIECE are taken whole
 
 
-def test_without_a_network_the_built_in_text_stands_in(data, monkeypatch, capsys):
+def test_without_a_network_the_built_in_text_is_used(data, monkeypatch, capsys):
     def offline(url, path):
         raise known.Offline(f"{url} can't be reached")
 
@@ -323,7 +323,7 @@ def test_without_a_network_the_built_in_text_stands_in(data, monkeypatch, capsys
     train, val, meta = contents(data / "python_reference")
     assert "Python" in train and meta["source"].startswith("pydoc_data.topics of Python 3.")
     assert not (data / "shakespeare_char").exists()
-    assert known.ensure("shakespeare_char") == "python_reference"  # the notice is for every run
+    assert known.ensure("shakespeare_char") == "python_reference"  # every run prints the notice
     assert "NO NETWORK" in capsys.readouterr().out
 
 

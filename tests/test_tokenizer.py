@@ -15,7 +15,7 @@ def all_kinds(text):
     return [CharTokenizer(sorted(set(text + FOREIGN))), ByteTokenizer(), BPETokenizer.train([text], 300)]
 
 
-def test_decode_undoes_encode_also_after_saving(text, tmp_path):
+def test_decode_inverts_encode_before_and_after_saving(text, tmp_path):
     for tokenizer in all_kinds(text):
         ids = tokenizer.encode(text + FOREIGN)
         assert ids.dtype == np.int64 and 0 <= ids.min() and ids.max() < tokenizer.vocab_size
@@ -43,7 +43,7 @@ def test_an_unknown_character_is_named(text, character):
     assert f"{character!r} (U+{ord(character):04X}), in {text!r}" in message and "'hlo'" in message
 
 
-def test_bpe_merges_what_is_frequent_and_knows_its_end_of_text(text):
+def test_bpe_compresses_its_training_text_and_has_an_end_of_text_token(text):
     bpe = BPETokenizer.train([text], 350)
     assert bpe.vocab_size == 350 and bpe.bpe.id_to_token(bpe.eos) == "<|endoftext|>"
     assert len(bpe.encode(text)) < len(text) / 3
@@ -58,8 +58,8 @@ def test_bpe_merges_what_is_frequent_and_knows_its_end_of_text(text):
         tokenizers.build("bpe:1000000000000", None, lambda: [text])
 
 
-def test_a_bpe_learns_from_a_long_text_without_blanks_and_spells_it_out_again():
-    letters = "".join(np.random.default_rng(0).choice(list("ACGT"), size=100_000))  # minutes, if it were one word
+def test_a_bpe_learns_from_a_long_text_without_white_space_and_decodes_it():
+    letters = "".join(np.random.default_rng(0).choice(list("ACGT"), size=100_000))  # as one word, it would take minutes
     bpe = BPETokenizer.train([letters, " " * 100_000], 270)
     assert bpe.decode(bpe.encode(letters)) == letters
     pieces = list(tokenizers.short_words(["one two", letters[:1000], " " * 300]))
@@ -67,18 +67,18 @@ def test_a_bpe_learns_from_a_long_text_without_blanks_and_spells_it_out_again():
     assert pieces[0] == "one two"
 
 
-def test_control_tokens_in_a_text_are_text(text):
+def test_control_tokens_in_a_text_are_ordinary_text(text):
     bpe = BPETokenizer.train([text], 300, ("<|endoftext|>", "<bos>"))
     written = "a<bos>b<|endoftext|>"
     for tokenizer in (*all_kinds(text + written), bpe):
         ids = tokenizer.encode(written)
         assert tokenizer.decode(ids) == written and len(ids) > 10 and tokenizer.eos not in ids
     assert bpe.encode_controls(written).tolist() == [*bpe.encode("a"), 1, *bpe.encode("b"), 0]
-    assert np.array_equal(bpe.encode(written), ids)  # whatever was called before
+    assert np.array_equal(bpe.encode(written), ids)  # the call of encode_controls leaves no trace
 
 
-def test_streamed_bytes_are_the_decoded_text_in_the_end_and_nothing_is_taken_back():
-    """Broken characters and U+FFFD itself among them."""
+def test_a_streamed_text_only_grows_and_ends_as_the_decoded_text():
+    """For random bytes, with broken characters and U+FFFD itself."""
     rng, tokenizer = np.random.default_rng(0), ByteTokenizer()
     for _ in range(2000):
         ids = rng.choice(list("😀éA\ufffd€".encode() + b"\xff"), size=rng.integers(1, 24)).tolist()
@@ -90,7 +90,7 @@ def test_streamed_bytes_are_the_decoded_text_in_the_end_and_nothing_is_taken_bac
         assert shown + text.news(final=True) == tokenizer.decode(ids) == str(text)
 
 
-def test_a_tokenizer_is_found_in_a_models_folder(tmp_path):
+def test_a_tokenizer_is_found_in_the_folder_of_a_model(tmp_path):
     for place, characters in (("run/best", "abc"), ("run/last", "abcd"), ("other/last", "abcde"), ("published", "ab")):
         (tmp_path / place).mkdir(parents=True)
         CharTokenizer(characters).save(tmp_path / place / "tokenizer.json")
@@ -105,7 +105,7 @@ def test_tokenizers_print_as_something_readable(text):
         f"CharTokenizer({len(set(text + FOREIGN))} characters)", "ByteTokenizer(256 bytes)", "BPETokenizer(300 tokens)"]
 
 
-def test_gpt2_is_tiktokens_and_a_missing_network_is_named(monkeypatch, tmp_path):
+def test_gpt2_uses_tiktoken_and_names_a_missing_network(monkeypatch, tmp_path):
     ranks = {bytes([i]): i for i in range(256)} | {b"th": 256, b"the": 257}
     small = tiktoken.Encoding("gpt2", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 258})
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: small if name == "gpt2" else None)
@@ -123,7 +123,7 @@ def test_gpt2_is_tiktokens_and_a_missing_network_is_named(monkeypatch, tmp_path)
         GPT2Tokenizer()
 
 
-def test_a_published_bpe_loses_no_text(tmp_path):
+def test_a_published_bpe_drops_no_text_silently(tmp_path):
     def load(normalizer=None, model=None, **more):
         model = model or {"type": "BPE", "vocab": {"a": 0, "b": 7}, "merges": []}
         saved = {"version": "1.0", "added_tokens": [], "normalizer": normalizer, "model": model, **more}
@@ -144,7 +144,7 @@ def test_a_published_bpe_loses_no_text(tmp_path):
         words.encode("who")
 
 
-def test_a_file_that_is_no_tokenizer_is_named(tmp_path):
+def test_a_file_that_is_not_a_tokenizer_is_named(tmp_path):
     for content in ("{}", "[1]", "not json", '{"kind": "morse"}'):
         (tmp_path / "t.json").write_text(content)
         with pytest.raises(UserError, match="is not a tokenizer file"):

@@ -580,7 +580,7 @@ def test_a_short_split_is_named_with_a_block_size_that_fits_both(tmp_path, tiny)
     ("sample.py --out_dir=no_such", "there is no checkpoint in no_such"),
     ("sample.py --out_dir=. --prompt=FILE:no_such", "prompt = FILE:no_such: there is no such file"),
     ("evaluate.py --out_dir=. --dataset=no_such", "there is no data set at .*no_such"),
-    ("prepare.py no_such.txt", "no_such.txt is no file"),
+    ("prepare.py no_such.txt", "no_such.txt is not a file"),
     ("-m tools.bench --only=speed", "only = speed: must be some of peak"),
 ])
 def test_mistakes_on_the_command_line_are_one_line_and_come_at_once(without_torch, line, message):
