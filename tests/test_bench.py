@@ -2,9 +2,7 @@
 
 import json
 import shlex
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -48,10 +46,3 @@ def test_the_measured_update_is_a_sound_one():
     world = bench.World(0, 1, torch.device("cpu"))
     losses = [bench.train.update(task, model, optimizers, scaler, 0, world, torch.float32)[0] for _ in range(3)]
     assert losses[0].item() == pytest.approx(4.17, abs=0.1) and losses[2] < losses[1] < losses[0]
-
-
-def test_a_command_with_a_new_name_answers_the_old_one():
-    for name in ("bench", "scaling"):
-        done = subprocess.run([sys.executable, f"{name}.py", "--help"], cwd=Path(bench.__file__).parents[1], text=True,
-                              capture_output=True)
-        assert (done.returncode, done.stderr) == (2, f"{name}.py is now: python -m tools.{name}\n")

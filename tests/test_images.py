@@ -138,7 +138,7 @@ GOOD = {"image": "a/0.png", "prompt": "caption", "answer": "x"}
     ({**GOOD, "answer": 7}, "answer = 7: must be text"), ({**GOOD, "prompt": ["x"]}, r"prompt = \['x'\]: must be text"),
     ({**GOOD, "kind": 3}, "kind = 3: must be text"), ({**GOOD, "answer": " \n"}, r"answer = ' \\n': is empty"),
     ({**GOOD, "split": "test"}, "split = 'test': must be \"train\" or \"val\""),
-    ({**GOOD, "split": "val"}, "line 1: has no split, which other rows have"),
+    ({**GOOD, "split": "val"}, "line 1: has no split, but other rows have one"),
     ({**GOOD, "image": "a/none.png"}, "image = 'a/none.png': there is no such file in"),
     ({**GOOD, "image": "a"}, "image = 'a': there is no such file"),
     ({**GOOD, "image": "a/../../secret.png"}, "image = 'a/../../secret.png': there is no such file in"),
@@ -239,13 +239,13 @@ def test_bad_folders_are_named(folder, tmp_path):
     rows = [{**row, "split": "train"} for row in whole]
     for bad, message in (([], "has 0 images, and none for train"), (whole[:2], "has 1 images, and none for train"),
                          (rows, "has 20 images, and none for val"),
-                         ([*rows, {**rows[0], "split": "val"}], "line 41: split = 'val', but an earlier row has a/0")):
+                         ([*rows, {**rows[0], "split": "val"}], "line 41: split = 'val', but an earlier row of a/0")):
         write_rows(folder, bad)
         with pytest.raises(UserError, match=message):
             images.prepare(folder, tmp_path / "out")
     write_rows(folder, whole)
     tokenizers.CharTokenizer("abc").save(tmp_path / "char.json")
-    with pytest.raises(UserError, match="char.json: must for images be char or byte .*, bpe:SIZE, or that of a model"):
+    with pytest.raises(UserError, match="char.json: images need char or byte .*, bpe:SIZE, or the tokenizer of"):
         images.prepare(folder, tmp_path / "out", str(tmp_path / "char.json"), 0.5)
     with pytest.raises(UserError, match="bpe:300: 256 bytes and the special tokens need at least bpe:1412"):
         images.prepare(folder, tmp_path / "out", "bpe:300")
