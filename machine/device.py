@@ -127,7 +127,6 @@ def keep_freed_memory():
 
 
 def synchronize(device):
-    """Waits until the GPU has done all of its work."""
     if device.type in ("cuda", "mps"):
         getattr(torch, device.type).synchronize()
 
@@ -160,8 +159,7 @@ def peak_memory(device):
     """The most bytes that this process has held so far: of GPU memory on CUDA, else of main memory; 0 if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
+    with contextlib.suppress(ImportError):  # Windows has no such module
         import resource
-    except ImportError:  # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return 0

@@ -54,8 +54,8 @@ class World:
     def share(self, items):
         """Yields (item, 1) for each of this rank's share of `items`.
 
-        Every rank gets the same number of items, because sharded models must run in lockstep. Where items run out, a
-        rank gets (first item, 0): the 0 says not to count it.
+        All ranks get the same number of items, because sharded models must run in lockstep. Missing ones are filled
+        with (first item, 0): the 0 says not to count it.
         """
         padded = -(-len(items) // self.size) * self.size  # rounded up to a multiple
         for i in watched(range(self.rank, padded, self.size), "evaluating"):
@@ -100,9 +100,8 @@ def wrap(model, blocks, sharded, compiled, recompute, dtype, world):
 def shard(model, blocks, dtype, world):
     """Spreads the model's parameters over all ranks, in place: each block by itself, then the rest (FSDP2).
 
-    Each rank keeps its part of the parameters, their gradients and moments, in float32. It gathers the parameters of a
-    block, in `dtype`, only while it computes that block. Gradients are summed in float32. The model may be on the CPU:
-    each rank moves its own part to its device.
+    Each rank keeps its part of the parameters, gradients and moments, in float32. It gathers a block's parameters, in
+    `dtype`, only while it computes that block. Gradients are summed in float32. The model may be on the CPU.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # a slow import: two seconds
     mesh = dist.init_device_mesh(world.device.type, (world.size,))

@@ -40,9 +40,9 @@ SPLITS = {"train": "train", "training": "train", "validation": "val", "valid": "
 def prepare(path, folder, tokenizer_name="char", val_fraction=0.1, image_size=48, source="", column="text"):
     """Turns the images and captions in `path` into a data set in `folder`; returns the dict that is its meta.json.
 
-    tokenizer_name: char or byte (both one token per byte), or bpe:SIZE, learned from the training rows. image_size:
-    pixels. source: what meta.json names as the origin; default: path. Raises UserError with the line of a row that
-    can't be used; an earlier data set in `folder` then stays as it is.
+    tokenizer_name: char or byte (both one token per byte), or bpe:SIZE, learned from the training rows. source: the
+    origin that meta.json names, if not `path`. Raises UserError with the line of a row that can't be used; an earlier
+    data set in `folder` then stays as it is.
     """
     tables = find_tables(path)
     if not tables:
