@@ -114,5 +114,5 @@ def test_the_readme_has_the_tables(capsys):
 @pytest.mark.parametrize("argument", ["--positions=rotary", "--model=gemma", "--init_from=gpt2", "--task=contrastive"])
 def test_other_models_are_not_counted_as_if_they_were_gpts(argument):
     name, _, value = argument.lstrip("-").partition("=")
-    with pytest.raises(UserError, match=f"{name} = {value!r}: the formulas are of the classic GPT"):
+    with pytest.raises(UserError, match=f"{name} = {value!r}: the formulas are for the classic GPT"):
         scaling.main([argument])
