@@ -46,7 +46,7 @@ def prepare(path, folder, tokenizer_name="char", val_fraction=0.1, image_size=48
     """
     tables = find_tables(path)
     if not tables:
-        raise UserError(f"{path} has neither a captions.jsonl nor a metadata.jsonl")
+        raise UserError(f"{path} has neither a captions.jsonl nor a metadata.jsonl: add one")
     with writing(folder):
         rows = [row for table in tables for row in read_rows(table, path, column)]
         if tables[0].stem.lower() == "metadata":
