@@ -88,7 +88,7 @@ def emulates_bfloat16():
 
 
 def pick_compile(choice, device, updates):
-    """(True to compile, reason in words) for "auto", True or False. updates: those of the whole run."""
+    """(whether to compile, reason in words) for "auto", True or False. updates: those of the whole run."""
     if choice != "auto":
         return choice, "as set"
     if device.type == "cuda" and has_triton():

@@ -27,7 +27,7 @@ from run import curves
 from run.curves import COLORS, INNER, LEFT, Curve, series
 from run.files import read_json, write_text
 
-# Settings that make no recipe: the seed, and those that change no loss.
+# Runs of one recipe may differ in these settings: the seed, and those that change no loss.
 IGNORED = ("seed", "out_dir", "resume", "wandb", "wandb_project", "wandb_name", "log_interval", "sample_tokens",
            "publish", "async_save", "max_minutes", "save_minutes")
 MARKS = ("data", "code")  # compared as if they were settings: see `marks_of`

@@ -29,10 +29,10 @@ from tokenizer import GPT2Tokenizer
 from train import HOW, Settings
 
 MFU = 0.4  # of the peak FLOP/s: llm.c reaches it with GPT-2 124M on 8 H100, 10 billion tokens in 45 minutes
-TOKENS_PER_PARAMETER = 20  # makes the best of a budget of FLOPs: Hoffmann et al. 2022
+TOKENS_PER_PARAMETER = 20  # the compute-optimal ratio: Hoffmann et al. 2022
 CONFIG = Path(__file__).resolve().parent.parent / "config"
 RECIPES = {"124m": ["gpt2.py"], **{size: ["gpt2.py", f"gpt2/{size}.py"] for size in ("350m", "774m", "1.5b")}}
-# The settings that make another model or optimizer than the formulas': they must have their defaults.
+# These settings must have their defaults, because the formulas describe no other model or optimizer.
 CLASSIC = ("task", "model", "n_kv_head", "mlp", "positions", "tied", "bigrams", "optimizer", "init_from")
 
 

@@ -157,8 +157,8 @@ def report(out, recipes, found):
 
 def main(given, shared, settings):
     if len(given) != 2:
-        raise UserError(f"{len(given)} recipes; name two, each in quotes; one that begins with a setting has a blank"
-                        ' before it: python -m tools.versus "" " --optimizer=muon"')
+        raise UserError(f"{len(given)} recipes; name two, each in quotes, with a blank in front of one that begins"
+                        ' with a setting: python -m tools.versus "" " --optimizer=muon"')
     recipes, out = dict(zip("ab", given)), Path(settings.out)
     words = {name: [*shell_words(recipe), *shared] for name, recipe in recipes.items()}
     record = {name: settings_of(recipe, shared) for name, recipe in recipes.items()}
