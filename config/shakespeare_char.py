@@ -11,7 +11,7 @@ n_layer = 6
 n_head = 6
 n_embd = 384
 block_size = 256  # characters of context
-dropout = 0.2  # the text is seen 80 times over
+dropout = 0.2  # the text is small: training sees it 80 times
 
 batch_size = 64
 max_iters = 5000

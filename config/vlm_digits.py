@@ -1,4 +1,4 @@
-"""A small PaliGemma reads numbers composed of handwritten digits: real scans, held out scan by scan.
+"""A small PaliGemma reads numbers composed of scans of handwritten digits; validation has scans of its own.
 
     python train.py config/vlm_digits.py
 
@@ -10,7 +10,7 @@ dataset = "digits"
 out_dir = "out/vlm_digits"
 
 vision = dict(n_layer=4, n_head=4, n_embd=128, patch_size=8)
-n_layer = 2  # of the decoder, as the next three
+n_layer = 2  # of the decoder, like the next three
 n_head = 4
 n_kv_head = 4
 n_embd = 128

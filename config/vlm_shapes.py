@@ -2,7 +2,7 @@
 
     python train.py config/vlm_shapes.py
 
-The data are generated; the validation images show combinations of size, colour and shape that training never shows.
+The data are generated. The validation images show combinations of size, colour and shape that training never shows.
 """
 
 task = "image-text"
@@ -10,7 +10,7 @@ dataset = "shapes"
 out_dir = "out/vlm_shapes"
 
 vision = dict(n_layer=2, n_head=4, n_embd=128, patch_size=8)
-n_layer = 4  # of the decoder, as the next three
+n_layer = 4  # of the decoder, like the next three
 n_head = 4
 n_kv_head = 4
 n_embd = 128
@@ -18,11 +18,11 @@ block_size = 256  # image tokens and text
 
 optimizer = "muon"
 muon_lr = 0.01
-grad_clip = 0.0  # the length of a gradient means nothing to Muon
+grad_clip = 0.0  # no clipping: Muon ignores the length of a gradient
 
 batch_size = 32
 max_iters = 4500
-learning_rate = 1e-3  # AdamW's, of the embeddings and the norms
+learning_rate = 1e-3  # of AdamW, for the embeddings and the norms
 lr_schedule = "linear"
 min_lr = 0.0
 warmup_iters = 200

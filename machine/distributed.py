@@ -1,4 +1,4 @@
-"""What torchrun's environment says: rank, world size, device; collectives that are no-ops for one process.
+"""Several workers, started by torchrun: ranks, collectives (no-ops for a single process), DDP and FSDP2.
 
     torchrun --nproc_per_node=2 train.py config/shakespeare_char.py
 """
@@ -35,16 +35,16 @@ class World:
         return self.rank == 0
 
     def sum(self, *numbers):
-        """The sums of each number over all ranks, in float64: a list of floats, equal on every rank."""
+        """Sums each number over all ranks, in float64 (float32 on MPS): a list of floats, the same on every rank."""
         if self.size == 1:
             return [float(number) for number in numbers]
-        exact = torch.float32 if self.device.type == "mps" else torch.float64
-        total = torch.tensor([float(number) for number in numbers], dtype=exact, device=self.device)
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        total = torch.tensor([float(number) for number in numbers], dtype=dtype, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
 
     def max(self, number):
-        """The largest over all ranks of a whole number."""
+        """The largest value that an int has on any rank."""
         if self.size == 1:
             return number
         largest = torch.tensor(number, device=self.device)
@@ -52,16 +52,17 @@ class World:
         return largest.item()
 
     def share(self, items):
-        """Yields this rank's share of `items`, each with 1.
+        """Yields (item, 1) for each of this rank's share of `items`.
 
-        Every rank gets the same number of items, because sharded models must run in lockstep: missing ones are filled
-        with the first item, and 0.
+        All ranks get the same number of items, because sharded models must run in lockstep. Missing ones are filled
+        with (first item, 0): the 0 says not to count it.
         """
-        for i in watched(range(self.rank, -(-len(items) // self.size) * self.size, self.size), "evaluating"):
+        padded = -(-len(items) // self.size) * self.size  # rounded up to a multiple
+        for i in watched(range(self.rank, padded, self.size), "evaluating"):
             yield (items[i], 1) if i < len(items) else (items[0], 0)
 
     def from_main(self, work):
-        """What work() returns on the main rank, on every rank; the others wait for it."""
+        """Calls work() on the main rank only, and returns its result on every rank."""
         result = [work() if self.is_main else None]
         if self.size > 1:
             dist.broadcast_object_list(result)
@@ -73,16 +74,16 @@ class World:
 
 
 def wrap(model, blocks, sharded, compiled, recompute, dtype, world):
-    """The model to call in training: recomputing, compiled, on many workers. The parameters keep their names.
+    """Prepares a model for training, and returns the module to call. The model's parameters keep their names.
 
-    recompute: each block is computed again in the backward pass, instead of keeping its activations. Raises UserError
-    where there are no blocks to do so.
+    recompute: each of `blocks` is computed again in the backward pass, which saves the memory of its activations.
+    Raises UserError if there are none. dtype: that of FSDP2's gathered parameters.
     """
     if recompute and not blocks:
         raise UserError(f"recompute = True: a {type(model).__name__} has no blocks to compute again; leave it out")
-    for block in blocks if sharded or recompute else ():
+    for block in blocks:
         if compiled and sharded:
-            block.forward = torch.compile(block.forward)  # what gathers the block's parameters stays outside
+            block.forward = torch.compile(block.forward)  # FSDP2's hooks, which gather parameters, are not compiled
         if recompute:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if sharded:
@@ -99,25 +100,26 @@ def wrap(model, blocks, sharded, compiled, recompute, dtype, world):
 def shard(model, blocks, dtype, world):
     """Spreads the model's parameters over all ranks, in place: each block by itself, then the rest (FSDP2).
 
-    A rank keeps its part of each parameter, and so of its gradient and moments, in float32, and gathers a block's, in
-    `dtype`, only while it computes it. Gradients are summed in float32. The model may lie on the CPU: only parts move.
+    Each rank keeps its part of the parameters, gradients and moments, in float32. It gathers a block's parameters, in
+    `dtype`, only while it computes that block. Gradients are summed in float32. The model may be on the CPU.
     """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes two seconds
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # a slow import: two seconds
     mesh = dist.init_device_mesh(world.device.type, (world.size,))
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # nobody writes to results
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # about in-place changes of outputs: we make none
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for module in (*blocks, model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
+# What PyTorch's errors say when another worker has died.
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
-ARRIVAL = 1800  # seconds that rank 0 waits for the other workers of a start
-PATIENCE = 10  # seconds that torchrun takes at most to end the workers that are left
+ARRIVAL = 1800  # seconds that rank 0 waits for the other workers to start
+PATIENCE = 10  # seconds: by then, torchrun has ended the remaining workers
 
 
 @contextlib.contextmanager
 def others_explain():
-    """A worker whose peer is gone says so in a line, and leaves it to that one and to torchrun to say why."""
+    """If this worker fails because another one has died, prints one line; that one and torchrun report the cause."""
     try:
         yield
     except RuntimeError as error:
@@ -125,7 +127,7 @@ def others_explain():
             raise
         print(f"rank {dist.get_rank()}: another worker is gone", file=sys.stderr, flush=True)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(PATIENCE)  # torchrun takes the first worker that ends for the cause
+        time.sleep(PATIENCE)  # torchrun blames the first worker that ends: it must not be this one
         os._exit(1)
 
 
@@ -133,31 +135,32 @@ def store_of_this_start(store, rank, size):
     """A part of `store` that no earlier start of the workers has written to: a PrefixStore, the same on every rank.
 
     torchrun keeps one store over all its restarts. A restarted worker may read a dead peer's address from it and wait
-    30 minutes for that peer. So rank 0 picks a fresh prefix for each start and sends it to every rank that asks, also
-    in the name of the dead, which does no harm. Raises UserError if a worker doesn't ask in time.
+    30 minutes for that peer. So rank 0 picks a fresh prefix for each start and sends it to every rank that asks.
+    Requests left by dead workers are answered too, which does no harm. Raises UserError if a worker asks too late.
     """
-    mine = uuid.uuid4().hex
+    token = uuid.uuid4().hex  # rank 0's is the prefix, another rank's marks its request
     if rank > 0:
-        store.set(f"hello/{rank}", mine)
-        name = store.get(f"to/{mine}").decode()  # waits for it
-        store.set(f"{name}/heard/{rank}", "")
-        return dist.PrefixStore(name, store)
-    deaf, until = list(range(1, size)), time.monotonic() + ARRIVAL
-    while deaf:
-        if time.monotonic() > until:
-            raise UserError(f"workers {', '.join(map(str, deaf))} did not start within {ARRIVAL // 60} minutes")
-        for other in deaf:
+        store.set(f"hello/{rank}", token)
+        prefix = store.get(f"to/{token}").decode()  # waits for the answer
+        store.set(f"{prefix}/heard/{rank}", "")
+        return dist.PrefixStore(prefix, store)
+    missing, deadline = list(range(1, size)), time.monotonic() + ARRIVAL
+    while missing:
+        if time.monotonic() > deadline:
+            raise UserError(f"workers {', '.join(map(str, missing))} did not start within {ARRIVAL // 60} minutes: see"
+                            " what their machines print, and start all workers again")
+        for other in missing:
             if store.check([f"hello/{other}"]):
-                store.set("to/" + store.get(f"hello/{other}").decode(), mine)
-        deaf = [other for other in deaf if not store.check([f"{mine}/heard/{other}"])]
+                store.set("to/" + store.get(f"hello/{other}").decode(), token)
+        missing = [other for other in missing if not store.check([f"{token}/heard/{other}"])]
         time.sleep(0.01)
-    return dist.PrefixStore(mine, store)
+    return dist.PrefixStore(token, store)
 
 
 def start(device_name="auto"):
-    """Joins the process group when torchrun started this process as one of several; a world of one otherwise.
+    """Joins the other workers, if torchrun started several, and returns this process's World.
 
-    Raises UserError when there are more workers on a machine than GPUs, and when the environment is incomplete.
+    Raises UserError for more workers than GPUs on a machine, a GPU chosen by number, or an incomplete environment.
     """
     device, size = pick_device(device_name), int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
@@ -174,7 +177,7 @@ def start(device_name="auto"):
                             " lower --nproc_per_node or use --device=cpu")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    store = None
+    store = None  # PyTorch makes one
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         store = store_of_this_start(store, rank, size)

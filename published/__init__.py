@@ -1,1 +1,1 @@
-"""Published weights, in and out: foreign names end here."""
+"""Loads and saves published weights. The names that others gave to tensors and settings occur only here."""

@@ -1,10 +1,10 @@
-"""Published models: found on the disk or the hub, and loaded strictly.
+"""Loads published models from the disk or the Hugging Face hub. A missing or unexpected tensor is an error.
 
     python sample.py --init_from=gpt2 --prompt="Once upon"
 
-A published folder holds config.json, tokenizer.json, and model.safetensors (or pytorch_model.bin) or its shards. The
-module of a family has MODEL, our class, and to_config, load_tokenizer, source (of our parameter) and first_name (of a
-published tensor: its name in the layout that was published first, or None if it is unused).
+A published folder holds config.json, tokenizer.json, and model.safetensors (or pytorch_model.bin) or its shards.
+gpt2.py and paligemma.py each have MODEL (our class), to_config and load_tokenizer. Published files differ in how they
+name tensors. first_name gives the name in the layout that came first (None: unused); source finds our parameter in it.
 """
 
 import importlib
@@ -19,23 +19,23 @@ from safetensors.torch import load_file
 from configurator import UserError
 from run.checkpoint import fill, read_config, unfilled
 
-WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # the latter where there is nothing better; loads without code
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # the first that exists; loading either runs no code
 FAMILIES = {"gpt2": "published.gpt2", "paligemma": "published.paligemma"}  # by the model_type in config.json
 GPT2 = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 
 
 class Source(NamedTuple):
-    """Where the values of our parameter are."""
-    name: str  # of the published tensor, in the layout that was published first
-    turned: bool = False  # True if it is stored as (in, out)
-    rows: int = 0  # of the tensor, of which ours are first, first + 1, ...; 0: as many as ours
-    first: int = 0
+    """Where a parameter of ours is among the published tensors."""
+    name: str  # of the tensor, in the first layout
+    turned: bool = False  # True if it is stored as (in, out), the transpose of ours
+    rows: int = 0  # of the tensor (once it is turned), if ours is only a slice of it
+    first: int = 0  # row of that slice
 
 
 def load(name, device="cpu", dtype=torch.float32, block_size=0, dropout=0.0):
     """(model in eval mode, {"tokenizer": its tokenizer}) of a published model.
 
-    name: gpt2, gpt2-medium, -large, -xl, a hub id, or a folder. block_size: fewer positions than a GPT-2 has (0: all).
+    name: gpt2, gpt2-medium, -large, -xl, a hub id, or a folder. block_size: positions to keep of a GPT-2's (0: all).
     Raises UserError for a model that Quill can't compute, and for weights or a tokenizer that do not fit.
     """
     folder = locate(name)
@@ -61,7 +61,7 @@ def load(name, device="cpu", dtype=torch.float32, block_size=0, dropout=0.0):
 
 
 def locate(name):
-    """The folder of that name, or a download of the model of that name from the hub. Raises UserError without one."""
+    """The path of a folder, or of a model that is downloaded from the hub. Raises UserError if there is neither."""
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import errors, snapshot_download
@@ -82,13 +82,13 @@ def locate(name):
 
 
 def read_weights(folder, model, family, theirs):
-    """{name: tensor} of the model's parameters that are in the folder, and of what is there besides.
+    """A state dict for the model from a published folder. Tensors that it has no use for keep their published names.
 
-    The tensors are views of the files, which are mapped into memory. Raises UserError if a file can't be read.
+    Those of .safetensors are views of the file, mapped into memory. Raises UserError if a file can't be read.
     """
     stored = {}  # {name in the first layout: (name in the file, tensor)}
-    found = next(filter(None, (sorted(folder.glob(weights)) for weights in WEIGHTS)), [folder / "model.safetensors"])
-    for path in found:
+    found = sorted(folder.glob(WEIGHTS[0])) or sorted(folder.glob(WEIGHTS[1]))
+    for path in found or [folder / "model.safetensors"]:  # the error names the missing file
         try:
             safe = path.suffix == ".safetensors"
             tensors = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
@@ -97,7 +97,7 @@ def read_weights(folder, model, family, theirs):
         except (RuntimeError, UnpicklingError):
             raise UserError(f"{path} is damaged, or holds more than tensors") from None
         stored |= {family.first_name(key): (key, tensor) for key, tensor in tensors.items()}
-    stored.pop(None, None)
+    stored.pop(None, None)  # unused tensors
     parameters = model.state_dict()
     sources = {ours: family.source(ours, theirs) for ours in parameters}
     wanted = {source.name for source in sources.values()}

@@ -17,7 +17,7 @@ NAMES = (("transformer.", ""), ("blocks.", "h."), (".o_proj.", ".c_proj."), (".u
 
 
 def to_config(theirs, name, block_size, dropout):
-    """Raises UserError for what Quill's GPT does not compute, and for more positions than the model has learned."""
+    """The GPTConfig of a config.json. Raises UserError for what our GPT can't compute, or a block_size too large."""
     expected = {"activation_function": "gelu_new", "scale_attn_weights": True,
                 "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
     for key, value in expected.items():
@@ -33,13 +33,14 @@ def to_config(theirs, name, block_size, dropout):
 
 
 def first_name(theirs):
-    """The output head is the embedding; `bias` and `masked_bias` of attention are stored causal masks."""
+    """The name without "transformer."; None for the tied output head and the causal masks (bias, masked_bias)."""
     name = theirs.removeprefix("transformer.")
     unused = name == "lm_head.weight" or name.endswith((".attn.bias", ".attn.masked_bias"))
     return None if unused else name
 
 
 def source(ours, theirs):
+    """The Source of our parameter. theirs: the config.json."""
     name = ours
     for our_part, their_part in NAMES:
         name = name.replace(our_part, their_part)

@@ -1,4 +1,4 @@
-"""Published PaliGemma (version 1): its config.json, its names, its tokenizer; and the way back.
+"""Published PaliGemma (version 1): its config.json, tensor names and tokenizer; loading and saving.
 
     python sample.py --init_from=google/paligemma-3b-pt-224 --image=photo.jpg --prompt="caption en" --temperature=0
 """
@@ -16,7 +16,7 @@ from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig
 
 MODEL = PaliGemma
 
-# (ours, theirs), applied in this order; theirs is the layout of the files as first published
+# (ours, theirs in the first layout), applied in this order
 NAMES = (
     ("vision.patches.", "vision_tower.vision_model.embeddings.patch_embedding."),
     ("vision.wpe.", "vision_tower.vision_model.embeddings.position_embedding."),
@@ -27,12 +27,12 @@ NAMES = (
     ("decoder.transformer.ln_f.", "language_model.model.norm."),
     ("decoder.transformer.blocks.", "language_model.model.layers."))
 BLOCKS = {
-    "vision_tower.": ((".ln_1.", ".layer_norm1."), (".ln_2.", ".layer_norm2."), (".attn.o_proj.", ".attn.out_proj."),
-                      (".attn.", ".self_attn."), (".up_proj.", ".fc1."), (".down_proj.", ".fc2.")),
-    "language_model.": ((".ln_1.", ".input_layernorm."), (".ln_2.", ".post_attention_layernorm."),
-                        (".attn.", ".self_attn."))}
+    "vision_tower": ((".ln_1.", ".layer_norm1."), (".ln_2.", ".layer_norm2."), (".attn.o_proj.", ".attn.out_proj."),
+                     (".attn.", ".self_attn."), (".up_proj.", ".fc1."), (".down_proj.", ".fc2.")),
+    "language_model": ((".ln_1.", ".input_layernorm."), (".ln_2.", ".post_attention_layernorm."),
+                       (".attn.", ".self_attn."))}
 
-# ours: (theirs, what a config.json without it means)
+# our field: (their key, the value if config.json lacks it)
 SIZES = {
     "vision_config": {
         "n_layer": ("num_hidden_layers", 12), "n_head": ("num_attention_heads", 12), "n_embd": ("hidden_size", 768),
@@ -46,16 +46,16 @@ SIZES = {
 
 
 def to_config(theirs, name, block_size=0, dropout=0.0):
-    """Published configurations are sparse: what they leave out has transformers' default.
+    """The PaliGemmaConfig of a config.json; a key that it lacks has transformers' default.
 
-    Raises UserError for a PaliGemma 2, for what Quill does not compute, and for another block_size than the model's.
+    Raises UserError for a PaliGemma 2, for what Quill can't compute, and for a block_size that is not the model's.
     """
     vision, text = theirs.get("vision_config") or {}, theirs.get("text_config") or {}
     if text.get("model_type", "gemma") != "gemma":
         raise UserError(f"{name} is a PaliGemma 2 (its decoder is a {text['model_type']}), which Quill can't compute;"
                         " use a PaliGemma 1, such as google/paligemma-3b-pt-224")
     rope = {"rope_type": "default", "rope_theta": text.get("rope_theta", 10000.0)} | (text.get("rope_parameters") or {})
-    tanh = "gelu_pytorch_tanh"  # Gemma's configurations call it gelu, too
+    tanh = "gelu_pytorch_tanh"  # some of Gemma's config.json call it gelu
     expected = {"text hidden_act": (text.get("hidden_act", tanh).replace(tanh, "gelu"), "gelu"),
                 "vision hidden_act": (vision.get("hidden_act", tanh), tanh),
                 "attention_bias": (text.get("attention_bias", False), False),
@@ -68,7 +68,7 @@ def to_config(theirs, name, block_size=0, dropout=0.0):
              for published, table in zip((vision, text), SIZES.values())]
     config = PaliGemmaConfig(ViTConfig(**sizes[0]), GemmaConfig(**sizes[1], rope_theta=rope["rope_theta"]), dropout)
     if block_size not in (0, config.text.block_size):
-        raise UserError(f"block_size = {block_size}: {name} has {config.text.block_size}")
+        raise UserError(f"block_size = {block_size}: {name} has {config.text.block_size}; leave it out")
     return config
 
 
@@ -81,18 +81,17 @@ def load_tokenizer(path):
 
 
 def source(name, _=None):
-    """The Source of our parameter of this name, whatever their config.json says."""
+    """The Source of our parameter; it does not depend on config.json, the second argument."""
     for ours, theirs in NAMES:
         if name.startswith(ours):
             name = theirs + name.removeprefix(ours)
-    for part, renames in BLOCKS.items():
-        for ours, theirs in renames if name.startswith(part) else ():
-            name = name.replace(ours, theirs)
+    for ours, theirs in BLOCKS.get(name.partition(".")[0], ()):
+        name = name.replace(ours, theirs)
     return Source(name)
 
 
 def first_name(theirs):
-    """Layouts differ in where they say "model". The output head is the embedding, and the pooling head is not used."""
+    """Puts "model" where the first layout has it. None for the tied output head and the unused pooling head."""
     name = theirs.removeprefix("model.")
     name = re.sub(r"^vision_tower\.(vision_model\.)?", "vision_tower.vision_model.", name)
     name = re.sub(r"^language_model\.(model\.)?", "language_model.model.", name)
@@ -101,10 +100,9 @@ def first_name(theirs):
 
 
 def save(model, tokenizer, folder, shard_size=5 * 10**9):
-    """Writes a PaliGemma into `folder` as it is published, in the precision that it has, for transformers to load.
+    """Writes a PaliGemma into `folder` in the published layout, in its own dtype; transformers can load it.
 
-    AutoProcessor.from_pretrained(folder) prepares images and prompts as we do.
-    shard_size: most bytes of one file of weights.
+    AutoProcessor.from_pretrained(folder) prepares images and prompts as we do. shard_size: most bytes per weight file.
     """
     from huggingface_hub import save_torch_state_dict
     folder, vision = Path(folder), model.config.vision
@@ -119,11 +117,11 @@ def save(model, tokenizer, folder, shard_size=5 * 10**9):
     write_json(folder / "preprocessor_config.json", {  # the rest is SiglipImageProcessor's default
         "processor_class": "PaliGemmaProcessor", "image_processor_type": "SiglipImageProcessor", "do_convert_rgb": True,
         "image_seq_length": vision.n_patches, "size": {"height": vision.image_size, "width": vision.image_size}})
-    write_json(folder / "config.json", from_config(model, tokenizer))
+    write_json(folder / "config.json", to_published_config(model, tokenizer))
 
 
-def from_config(model, tokenizer):
-    """The config.json of a PaliGemma, with every size spelt out."""
+def to_published_config(model, tokenizer):
+    """The dict for the config.json of a PaliGemma, with every size spelt out."""
     vision, text, width = model.config.vision, model.config.text, model.config.text.n_embd
     vision = replace(vision, n_hidden=vision.n_hidden or 4 * vision.n_embd)
     text = replace(text, n_hidden=text.n_hidden or 4 * width, n_kv_head=text.n_kv_head or text.n_head,

@@ -1,4 +1,4 @@
-"""Images with questions and answers into a data set: images.bin, train.jsonl, val.jsonl, tokenizer.json, meta.json.
+"""Turns images with questions and answers into a data set: images.bin, train.jsonl, val.jsonl and so on.
 
     python prepare.py my_folder/ --image_size=224 --tokenizer=bpe:2000
 
@@ -10,8 +10,8 @@ The folder holds images, and a captions.jsonl with a row for each question:
 A row may also name its kind (evaluation reports each kind by itself; default: the prompt's first word) and its split,
 "train" or "val". Where no row names a split, the last 10 % of the images are for validation.
 
-Or Hugging Face's layout: a metadata.jsonl, .csv or .tsv, with a `file_name` and a `text` (or `caption`, or
---column=NAME) for each image, in the folder or in each of train/, validation/, test/. Every prompt then is "caption".
+Hugging Face's layout works too: a metadata.jsonl, .csv or .tsv, with a `file_name` and a `text` (or `caption`, or
+--column=NAME) for each image, in the folder or in each of train/, validation/, test/. Every prompt is then "caption".
 """
 
 import hashlib
@@ -31,21 +31,22 @@ from sources.documents import READERS, pick
 from sources.texts import finish, writing
 
 CONTROLS = ("<pad>", "<eos>", "<bos>", "<image>")  # in PaliGemma's order
-FILES = ("images.bin", "train.jsonl", "val.jsonl", "tokenizer.json")
+FILES = ("images.bin", "train.jsonl", "val.jsonl", "tokenizer.json")  # of a data set; meta.json comes last
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 SPLITS = {"train": "train", "training": "train", "validation": "val", "valid": "val", "val": "val", "dev": "val",
-          "test": "test", "testing": "test", "eval": "test", "evaluation": "test"}  # by the names of folders
+          "test": "test", "testing": "test", "eval": "test", "evaluation": "test"}  # {name of a folder: split}
 
 
 def prepare(path, folder, tokenizer_name="char", val_fraction=0.1, image_size=48, source="", column="text"):
-    """Writes the data set of the folder `path`, images with tables of captions, into `folder`, and returns its meta.
+    """Turns the images and captions in `path` into a data set in `folder`; returns the dict that is its meta.json.
 
-    tokenizer_name: char or byte, both a token per byte, or bpe:SIZE, learned from the training rows. Raises UserError
-    with the line of a row that can't be used; a data set that was in `folder` then stays as it is.
+    tokenizer_name: char or byte (both one token per byte), or bpe:SIZE, learned from the training rows. source: the
+    origin that meta.json names, if not `path`. Raises UserError with the line of a row that can't be used; an earlier
+    data set in `folder` then stays as it is.
     """
     tables = find_tables(path)
     if not tables:
-        raise UserError(f"{path} has neither a captions.jsonl nor a metadata.jsonl")
+        raise UserError(f"{path} has neither a captions.jsonl nor a metadata.jsonl: add one")
     with writing(folder):
         rows = [row for table in tables for row in read_rows(table, path, column)]
         if tables[0].stem.lower() == "metadata":
@@ -53,12 +54,13 @@ def prepare(path, folder, tokenizer_name="char", val_fraction=0.1, image_size=48
         split_images(rows, val_fraction, tables[0])
         splits = {split: [row for row in rows if row["split"] == split] for split in ("train", "val")}
         special = (*CONTROLS, *LOCATIONS, *SEGMENTS)
-        name = f"bpe:{256 + len(special)}" if tokenizer_name in ("char", "byte") else tokenizer_name  # no merges
+        no_merges = f"bpe:{256 + len(special)}"
+        name = no_merges if tokenizer_name in ("char", "byte") else tokenizer_name
         texts = [f"{row['prompt']}\n{row['answer']}" for row in splits["train"]]
         tokenizer = tokenizers.build(name, None, lambda: texts, special)
         if tokenizer.kind != "bpe" or None in map(tokenizer.bpe.token_to_id, ("<bos>", "<eos>")):
-            raise UserError(f"tokenizer = {name}: must for images be char or byte (both a token per byte), bpe:SIZE, or"
-                            " that of a model that sees, with <bos> and <eos>")
+            raise UserError(f"tokenizer = {name}: images need char or byte (both one token per byte), bpe:SIZE, or the"
+                            " tokenizer of an image-text model, with <bos> and <eos>")
         tokenizer.save(folder / "tokenizer.json.new")
         count = write_rows(path, rows, image_size, folder)
         meta = {"kind": "image-text", "source": str(source or path), "images": count, "image_size": image_size,
@@ -74,7 +76,7 @@ def prepare(path, folder, tokenizer_name="char", val_fraction=0.1, image_size=48
 
 
 def find_tables(path):
-    """The captions.jsonl of a folder of images, in any case, or Hugging Face's metadata beside images; or []."""
+    """The tables of captions in a folder: captions.jsonl, in upper or lower case, or metadata beside images; or []."""
     files = sorted(file for file in path.glob("*") if file.is_file())
     tables = [file for file in files if file.name.lower() == "captions.jsonl"]
     if not tables:
@@ -85,8 +87,7 @@ def find_tables(path):
 
 
 def read_rows(table, folder, column):
-    """Yields the rows of a table: image (a normal path in the folder), prompt, answer, kind, split ("" if none), where.
-    """
+    """Yields dicts of image (a path in the folder), prompt, answer, kind, split ("" if none), where (file and line)."""
     for where, row in READERS[table.suffix.lower()](table, column):
         if table.stem.lower() == "metadata":
             row = from_metadata(row, table.parent.relative_to(folder), column, where)
@@ -97,10 +98,10 @@ def read_rows(table, folder, column):
 
 
 def from_metadata(row, folder, column, where):
-    """Our row of Hugging Face's, such as {"file_name": "1.jpg", "text": "a cat"}, in a table in `folder`."""
+    """Converts a row of Hugging Face's, such as {"file_name": "1.jpg", "text": "a cat"}, of a table in `folder`."""
     names = [name for name in row if name == "file_name" or name.endswith("_file_name")]
     if len(names) != 1:
-        raise UserError(f"{where}: {len(names)} columns name a file, among {', '.join(row)}: have one, file_name")
+        raise UserError(f"{where}: {len(names)} columns name a file, among {', '.join(row)}: have just one, file_name")
     if column == "text" and column not in row and "caption" in row:
         column = "caption"
     image = row[names[0]]
@@ -109,14 +110,14 @@ def from_metadata(row, folder, column, where):
 
 
 def name_splits(rows):
-    """The rows with the splits that Hugging Face's names of folders say. test stands in for val, or is left out."""
+    """The rows, with the splits that their folders' names mean; test stands in for a missing val, or is left out."""
     folders = [row["image"].lower().split(os.sep)[:-1] for row in rows]
     splits = [next((SPLITS[name] for name in names if name in SPLITS), "") for names in folders]
     found = set(splits)
-    if len(found) == 1:  # no split at all: the last images are for validation
+    if len(found) == 1:  # `split_images` will split them
         return rows
     if {"val", "test"} <= found:
-        print("the images of test/ are left out: they are no validation", flush=True)
+        print("the images of test/ are left out: validation has a folder of its own", flush=True)
         return [{**row, "split": split} for row, split in zip(rows, splits) if split != "test"]
     if {"train", "test"} <= found:
         print("the images of test/ are for validation", flush=True)
@@ -124,7 +125,7 @@ def name_splits(rows):
 
 
 def check_row(row, folder):
-    """The row with all of its fields. Raises UserError that says what is wrong with it."""
+    """The row, with every field filled in. Raises UserError if a field can't be used."""
     for name in ("image", "prompt", "answer", "kind", "split"):
         value = row.get(name)
         if value is None and name in ("kind", "split"):
@@ -147,7 +148,7 @@ def check_row(row, folder):
 
 
 def split_images(rows, val_fraction, path):
-    """Checks the rows' splits. If none is named, the last val_fraction of the images are for validation."""
+    """Checks the splits of the rows of the table `path`; where no row has one, the last val_fraction become "val"."""
     if not any(row["split"] for row in rows):
         images = list(dict.fromkeys(row["image"] for row in rows))
         held_out = set(images[int(len(images) * (1 - val_fraction)):])
@@ -159,18 +160,18 @@ def split_images(rows, val_fraction, path):
     for row in rows:
         where, image, split = row["where"], row["image"], row["split"]
         if not split:
-            raise UserError(f"{where}: has no split, which other rows have: name it in all rows or in none")
+            raise UserError(f"{where}: has no split, but other rows have one: name it in all rows or in none")
         if splits.setdefault(image, split) != split:
-            raise UserError(f"{where}: split = {split!r}, but an earlier row has {image} in the other")
+            raise UserError(f"{where}: split = {split!r}, but an earlier row of {image} names the other: use one")
     for split in ("train", "val"):
         if split not in splits.values():
             raise UserError(f"{path} has {len(splits)} images, and none for {split}: add some, or name the rows' split")
 
 
 def write_rows(path, rows, size, folder):
-    """Writes the rows, and their images of the folder `path` as uint8 (n, size, size, 3). Returns n."""
+    """Writes train.jsonl.new, val.jsonl.new and images.bin.new, uint8 (n, size, size, 3). Returns n."""
     from PIL import Image
-    places = {}  # of an image: its index, and its width and height in pixels
+    places = {}  # {image: (index, width, height)}, in pixels
     with (progress(len(rows), "rows") as bar,
           open(folder / "images.bin.new", "wb") as images, open(folder / "train.jsonl.new", "wb") as train,
           open(folder / "val.jsonl.new", "wb") as val):

@@ -21,7 +21,7 @@ def make_run(folder, seed, loss, task="text", n=10, ms=10.0, **settings):
 
 
 def mark(folder, data, code="1"):
-    """Writes which data and code the checkpoint of a run names."""
+    """Writes the data and code that a run's last checkpoint records."""
     (folder / "last").mkdir(exist_ok=True)
     (folder / "last" / "config.json").write_text(json.dumps({"data": {"sha256": data}, "code": {"model.GPT": code}}))
 
@@ -51,7 +51,7 @@ def test_runs_are_grouped_over_seeds(tmp_path, capsys):
         compare.main([str(tmp_path / "empty")], compare.Settings())
 
 
-def test_runs_of_other_data_or_code_are_no_seeds_of_one_recipe(tmp_path, capsys):
+def test_runs_with_other_data_or_code_are_other_groups(tmp_path, capsys):
     runs = [make_run(tmp_path / f"r{seed}", seed, 2 + seed / 10) for seed in range(1, 5)]
     for run, marks in zip(runs, (("x", "1"), ("x", "1"), ("y", "1"), ("x", "2"))):
         mark(run, *marks)
@@ -59,12 +59,12 @@ def test_runs_of_other_data_or_code_are_no_seeds_of_one_recipe(tmp_path, capsys)
     heading, *lines = capsys.readouterr().out.splitlines()[:-1]
     assert heading.split()[:5] == ["data", "code", "best", "s.d.", "seeds"]
     assert [line.split()[4] for line in lines] == ["2", "1", "1"]
-    make_run(runs[2], 3, 2.3, dataset="other")  # tells the data apart
+    make_run(runs[2], 3, 2.3, dataset="other")  # tells the groups apart, so the marks are not shown
     compare.main(list(map(str, runs[:3])), compare.Settings())
     assert capsys.readouterr().out.split()[:2] == ["dataset", "best"]
 
 
-def test_odd_records_and_names_make_a_table(tmp_path, capsys):
+def test_damaged_records_and_odd_names_are_no_obstacle(tmp_path, capsys):
     a, b = make_run(tmp_path / "a", 1, 2.0, note="x|y\nz"), make_run(tmp_path / "b", 1, 3.0)
     odd, deep = make_run(tmp_path / "odd", 1, 1.0, task=["x"]), make_run(tmp_path / "deep", 1, 1.0)
     (deep / "run.json").write_text('{"settings":' + '{"a":' * 3000 + "1" + "}" * 3001)
@@ -123,7 +123,7 @@ def test_the_verdict_is_in_words():
     assert "--seeds" in said([0.1])
 
 
-def test_a_comparison_trains_once_and_keeps_to_its_recipes(tmp_path, monkeypatch, capsys):
+def test_a_comparison_trains_each_run_once_and_refuses_other_recipes(tmp_path, monkeypatch, capsys):
     trained, data = [], ["x"]
 
     def train(command, **_):

@@ -1,4 +1,7 @@
-"""On a GPU, in processes that see it: what holds on the CPU holds there, to rounding. Skipped where there is none."""
+"""On a GPU, cached steps, resumed runs and compiled runs give the same numbers, up to rounding. Skipped without one.
+
+They run in processes of their own, because conftest.py hides the GPUs from this one.
+"""
 
 import json
 import os
@@ -51,7 +54,7 @@ def test_cached_logits_equal_uncached_ones_with_positions_as_ints_and_as_tensors
 
 
 def test_a_run_resumes_and_compiles_to_the_same_losses(tmp_path, tiny):
-    """Up to rounding: the fused kernels add up gradients in any order."""
+    """Up to rounding: the fused kernels add up gradients in no fixed order."""
     values = {**tiny, "device": "cuda", "dropout": 0.0, "log_interval": 1}
     arguments = [f"--{name}={value}" for name, value in values.items()]
 

@@ -1,3 +1,5 @@
+"""Device, dtype and compilation are chosen for the machine, and its peak speed is known."""
+
 import pytest
 import torch
 
@@ -7,19 +9,19 @@ from machine import device as devices
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def test_auto_takes_what_is_there(monkeypatch):
+def test_auto_picks_a_gpu_if_there_is_one(monkeypatch):
     assert devices.pick_device() == CPU and not devices.has_accelerator()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert devices.pick_device() == CUDA and devices.has_accelerator()
 
 
 @pytest.mark.parametrize("name", ["cuda:7", "gpu", ""])
-def test_a_device_that_is_not_there_is_named(name):
+def test_a_missing_device_is_named(name):
     with pytest.raises(UserError, match=f"device = {name}: this machine has no such device"):
         devices.pick_device(name)
 
 
-def test_precision_is_the_best_that_the_hardware_has(monkeypatch):
+def test_auto_picks_the_best_dtype_that_the_hardware_supports(monkeypatch):
     for amx, expected in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx, raising=False)
         assert devices.pick_dtype("auto", CPU)[0] == expected
@@ -34,7 +36,7 @@ def test_precision_is_the_best_that_the_hardware_has(monkeypatch):
         devices.pick_dtype("float16", CPU)
 
 
-def test_compilation_must_pay(monkeypatch):
+def test_auto_compiles_only_if_that_pays_off(monkeypatch):
     monkeypatch.setattr(devices, "has_triton", lambda: True)
     assert devices.pick_compile("auto", CUDA, 5000)[0] and not devices.pick_compile("auto", CUDA, 10)[0]
     monkeypatch.setattr(devices, "has_triton", lambda: False)
@@ -46,7 +48,7 @@ def test_compilation_must_pay(monkeypatch):
     ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-40GB", 312e12),
     ("NVIDIA A10G", 70e12), ("NVIDIA A10", 125e12), ("NVIDIA RTX A4000", None), ("NVIDIA L4", 121e12),
     ("NVIDIA L40S", 362e12), ("NVIDIA GeForce RTX 4090 Laptop GPU", None)])
-def test_peaks_are_known_by_the_whole_name(monkeypatch, name, peak):
+def test_a_gpus_peak_is_found_by_its_whole_name(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert devices.peak_flops(CUDA, torch.bfloat16) == peak
     assert devices.peak_flops(CUDA, torch.float32) is None

@@ -1,4 +1,4 @@
-"""Runs of several workers, for real: torchrun starts them, kills them, and two hosts join."""
+"""Real runs of several workers: torchrun starts and restarts them, on one host and on two."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from machine.distributed import start, store_of_this_start
 ROOT = Path(train.__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
-# train.py, in which worker 1 meets with an accident in its eighth update, once for each `accident` file
+# train.py, but worker 1 does {what} before its eighth update, if the file `accident` exists; it removes the file first.
 ACCIDENTAL = """
 import os, sys
 sys.path.insert(0, {root!r})
@@ -55,7 +55,7 @@ def accidental(folder, what):
     return path
 
 
-def test_an_environment_that_is_incomplete_is_named_unless_it_has_one_worker(monkeypatch):
+def test_missing_variables_are_named_unless_there_is_one_worker(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "1")
@@ -75,7 +75,7 @@ HUNDREDS = dict(max_iters=200, eval_interval=50, log_interval=10, learning_rate=
     ("image-text", 8, {}, 1e-4), ("image-text", 5, {"rates": {"vision": 0.0}}, 1e-4)])
 def test_one_two_and_four_workers_compute_the_same(task, batch_size, changes, rounding, tiny, small,  # noqa: F811
                                                    tmp_path):
-    """With dropout, in 4 pieces, or in 3 of which one is smaller; the evaluation's batches don't divide either."""
+    """With dropout; of 4 pieces, or of 3, one of which is smaller. The workers evaluate unequal numbers of batches."""
     values = {**(tiny if task == "text" else {**small, **KINDS[task]}), **changes}
     values |= {"batch_size": batch_size, "micro_batch_size": 2, "dropout": 0.1}
     train.main(settings_for(task, **values, out_dir=str(tmp_path / "1")), {})
@@ -108,7 +108,7 @@ def test_a_killed_worker_is_started_again_and_the_curve_is_the_same(tmp_path, ti
 
 
 def test_a_start_does_not_read_what_an_earlier_one_left_in_the_store():
-    """Of the first start, worker 2 died having said hello, and so the others of it too; all three come back."""
+    """Worker 2 of an earlier start died after its request, which is still in the store. Then all three start."""
     server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
 
     def begin(rank):
@@ -134,11 +134,11 @@ def test_an_error_of_one_worker_ends_all_with_its_message(tmp_path, tiny, what, 
                     f"--out_dir={tmp_path / 'out'}")
     assert done.returncode == 1 and done.stderr.count(said) == 1
     assert "rank 0: another worker is gone\n" in done.stderr and "gloo" not in done.stderr
-    assert time.monotonic() - began < 100  # of which most is the start; collectives would wait for half an hour
+    assert time.monotonic() - began < 100  # most of it is the start; collectives would wait for half an hour
 
 
 @pytest.mark.slow
-def test_an_error_of_the_main_worker_alone_is_said_once(tmp_path, tiny):
+def test_an_error_of_the_main_rank_alone_is_printed_once(tmp_path, tiny):
     done = torchrun(ROOT / "train.py", *as_arguments(tiny, dataset="nowhere"))
     assert done.returncode == 1 and done.stderr.count("error: there is no data set") == 1
     assert "gloo" not in done.stderr
@@ -146,7 +146,7 @@ def test_an_error_of_the_main_worker_alone_is_said_once(tmp_path, tiny):
 
 @pytest.mark.slow
 def test_two_hosts_give_the_curve_of_one(tmp_path, tiny):
-    """Two network namespaces stand for the hosts, each with an address of its own, joined by a cable."""
+    """The hosts are two network namespaces, each with its own address, joined by a virtual cable."""
     hosts = {f"quill{os.getpid()}{side}": f"10.77.0.{n}" for n, side in enumerate("ab", start=1)}
     a, b = hosts
     try:
@@ -175,7 +175,7 @@ def test_two_hosts_give_the_curve_of_one(tmp_path, tiny):
     assert trainer(tmp_path / "two")["step"] == tiny["max_iters"]
 
 
-SLURM = {  # what the script calls, on a cluster of one node
+SLURM = {  # stand-ins for the commands that tools/slurm.sh calls, on a cluster of one node
     "scontrol": 'if [ "$1" = show ]; then echo localhost; else echo "$@" > {folder}/requeued; fi',
     "srun": 'shift; SLURM_NODEID=0 SLURMD_NODENAME=localhost exec "$@"',
     "torchrun": 'exec {python} -m torch.distributed.run "${{@/--nproc_per_node=gpu/--nproc_per_node=1}}"',
@@ -185,7 +185,7 @@ SLURM = {  # what the script calls, on a cluster of one node
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="clusters run Linux")
-def test_under_slurm_a_run_is_queued_again_until_it_has_finished(tmp_path, tiny):
+def test_under_slurm_a_run_is_requeued_until_it_has_finished(tmp_path, tiny):
     (tmp_path / "bin").mkdir()
     for name, body in SLURM.items():
         path = tmp_path / "bin" / name

@@ -1,3 +1,5 @@
+"""Folders of images become data sets; shapes and digits are generated as their READMEs say."""
+
 import functools
 import io
 import json
@@ -61,7 +63,7 @@ def read_rows(folder):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A folder of one's own
+# The user's own folders
 
 def test_a_folder_becomes_a_data_set(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(known, "DATA", tmp_path / "data")
@@ -87,9 +89,9 @@ def test_preparing_again_gives_the_same_bytes(folder, tmp_path):
     assert images.prepare(folder, tmp_path / "one", image_size=32)["sha256"] != two["sha256"]
 
 
-def test_turned_photographs_have_their_upright_size(folder, tmp_path):
+def test_rotated_photographs_have_their_upright_size(folder, tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # lies on its side
+    exif[0x0112] = 6  # EXIF orientation: lies on its side
     (folder / "a" / "0.png").write_bytes(image_bytes("RGB", (20, 10), exif=exif))
     images.prepare(folder, tmp_path / "out")
     row = ImageTextDataset(tmp_path / "out").rows["train"][0]
@@ -138,7 +140,7 @@ GOOD = {"image": "a/0.png", "prompt": "caption", "answer": "x"}
     ({**GOOD, "answer": 7}, "answer = 7: must be text"), ({**GOOD, "prompt": ["x"]}, r"prompt = \['x'\]: must be text"),
     ({**GOOD, "kind": 3}, "kind = 3: must be text"), ({**GOOD, "answer": " \n"}, r"answer = ' \\n': is empty"),
     ({**GOOD, "split": "test"}, "split = 'test': must be \"train\" or \"val\""),
-    ({**GOOD, "split": "val"}, "line 1: has no split, which other rows have"),
+    ({**GOOD, "split": "val"}, "line 1: has no split, but other rows have one"),
     ({**GOOD, "image": "a/none.png"}, "image = 'a/none.png': there is no such file in"),
     ({**GOOD, "image": "a"}, "image = 'a': there is no such file"),
     ({**GOOD, "image": "a/../../secret.png"}, "image = 'a/../../secret.png': there is no such file in"),
@@ -149,7 +151,7 @@ GOOD = {"image": "a/0.png", "prompt": "caption", "answer": "x"}
     ({**GOOD, "image": "broken.png"}, "broken.png: can't be read: .*; replace the file or remove its rows"),
     ({**GOOD, "image": "torn.png"}, "torn.png: can't be read: .*; replace the file or remove its rows"),
 ])
-def test_bad_rows_are_named(folder, tmp_path, row, message):
+def test_bad_rows_are_named_by_their_line(folder, tmp_path, row, message):
     (folder / "broken.png").write_bytes(b"no image")
     (folder / "torn.png").write_bytes(image_bytes("RGB", (200, 200))[:5000])
     before = images.prepare(folder, tmp_path / "out")
@@ -159,14 +161,14 @@ def test_bad_rows_are_named(folder, tmp_path, row, message):
         images.prepare(folder, tmp_path / "out")
     line = 1 if "no split" in message else 5
     assert f"captions.jsonl, line {line}: " in str(error.value) and "\n" not in str(error.value)
-    assert ImageTextDataset(tmp_path / "out").meta == before  # what was there is whole
+    assert ImageTextDataset(tmp_path / "out").meta == before  # the earlier data set is intact
     with pytest.raises(UserError):
         images.prepare(folder, tmp_path / "new")
     assert not (tmp_path / "new" / "meta.json").exists()
 
 
-def make_imagefolder(path, counts, **columns):
-    """Hugging Face's: a folder with pictures and a metadata.jsonl for each split of {split: number}."""
+def make_imagefolder(path, counts):
+    """Hugging Face's layout: a folder for each split, with pictures and a metadata.jsonl. counts: {split: number}."""
     for split, count in counts.items():
         (path / split).mkdir(parents=True, exist_ok=True)
         rows = []
@@ -195,7 +197,7 @@ def test_hugging_faces_folders_are_data_sets(tmp_path, capsys, counts, train, va
     assert len(data.rows["train"]) == (counts.get("train") or counts.get("Train") or 20) - 2 * (len(counts) == 1)
 
 
-def test_captions_have_many_names(tmp_path):
+def test_columns_of_captions_may_have_other_names(tmp_path):
     source = make_imagefolder(tmp_path / "source", {"pictures": 10})
     (source / "pictures" / "metadata.jsonl").unlink()
 
@@ -218,7 +220,7 @@ def test_captions_have_many_names(tmp_path):
         answers("file_name,text,n")
 
 
-def test_captions_are_found_in_any_case(folder, tmp_path):
+def test_tables_of_captions_are_found_in_upper_and_lower_case(folder, tmp_path):
     (folder / "captions.jsonl").rename(folder / "Captions.JSONL")
     assert [path.name for path in images.find_tables(folder)] == ["Captions.JSONL"]
     assert images.prepare(folder, tmp_path / "out")["train_rows"] == 36
@@ -231,21 +233,21 @@ def test_captions_are_found_in_any_case(folder, tmp_path):
             images.prepare(folder, tmp_path / "out")
     for path in folder.rglob("*.png"):
         path.unlink()
-    assert images.find_tables(folder) == []  # of documents: there are no images
+    assert images.find_tables(folder) == []  # without images it is a table of documents
 
 
-def test_bad_folders_are_named(folder, tmp_path):
+def test_folders_and_settings_that_do_not_fit_are_refused(folder, tmp_path):
     whole = read_rows(folder)
     rows = [{**row, "split": "train"} for row in whole]
     for bad, message in (([], "has 0 images, and none for train"), (whole[:2], "has 1 images, and none for train"),
                          (rows, "has 20 images, and none for val"),
-                         ([*rows, {**rows[0], "split": "val"}], "line 41: split = 'val', but an earlier row has a/0")):
+                         ([*rows, {**rows[0], "split": "val"}], "line 41: split = 'val', but an earlier row of a/0")):
         write_rows(folder, bad)
         with pytest.raises(UserError, match=message):
             images.prepare(folder, tmp_path / "out")
     write_rows(folder, whole)
     tokenizers.CharTokenizer("abc").save(tmp_path / "char.json")
-    with pytest.raises(UserError, match="char.json: must for images be char or byte .*, bpe:SIZE, or that of a model"):
+    with pytest.raises(UserError, match="char.json: images need char or byte .*, bpe:SIZE, or the tokenizer of"):
         images.prepare(folder, tmp_path / "out", str(tmp_path / "char.json"), 0.5)
     with pytest.raises(UserError, match="bpe:300: 256 bytes and the special tokens need at least bpe:1412"):
         images.prepare(folder, tmp_path / "out", "bpe:300")
@@ -375,7 +377,7 @@ def test_an_image_is_a_pure_function_of_seed_and_index(scenes):
 # ----------------------------------------------------------------------------------------------------------------------
 # Digits
 
-def test_a_scan_is_on_one_side_only():
+def test_a_scan_is_in_one_split_only():
     scans, labels = digits["load_scans"]()
     splits = digits["split_scans"](labels)
     assert sorted([*splits["train"], *splits["val"]]) == list(range(1797)) and scans.max() == 1
@@ -414,7 +416,7 @@ def test_without_scikit_learn_one_line_says_so(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["shapes", "digits"])
-def test_known_by_name(name, tmp_path, monkeypatch):
+def test_generated_data_sets_are_prepared_by_name(name, tmp_path, monkeypatch):
     real = runpy.run_path
     monkeypatch.setattr(known, "DATA", tmp_path)
     monkeypatch.setattr(runpy, "run_path", lambda path: {"generate": functools.partial(real(path)["generate"],

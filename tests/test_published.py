@@ -1,4 +1,4 @@
-"""Published PaliGemma checkpoints, in and out, against transformers on tiny random ones that are written here.
+"""Loading and saving of published PaliGemmas, compared with transformers on tiny random ones that are written here.
 
 Published GPT-2s are in test_reference.py.
 """
@@ -132,8 +132,8 @@ def test_every_layout_loads(layout, folder, theirs, ours, tmp_path):
 
 
 @pytest.mark.parametrize("size, patches", [(None, 256), (448, 1024), (896, 4096)])
-def test_sparse_configurations_mean_what_transformers_takes_them_for(size, patches):
-    published = {  # as the files of google/paligemma-3b-pt-448 have it
+def test_missing_keys_of_a_configuration_have_transformers_defaults(size, patches):
+    published = {  # as in google/paligemma-3b-pt-448
         "model_type": "paligemma", "hidden_size": 2048, "image_token_index": 257152, "projection_dim": 2048,
         "text_config": {"hidden_size": 2048, "intermediate_size": 16384, "model_type": "gemma",
                         "num_attention_heads": 8, "num_hidden_layers": 18, "num_key_value_heads": 1,
@@ -178,13 +178,13 @@ def rewritten(folder, to, config=lambda config: None, state=lambda state: None):
     (lambda c: c.update(tie_word_embeddings=False), "tie_word_embeddings = False, but only True"),
     (lambda c: c["text_config"].update(vocab_size=1200), "has 1256 tokens, the model only 1200|another shape"),
 ], ids=["gemma2", "relu", "gelu", "bias", "rope", "untied", "vocabulary"])
-def test_what_would_load_wrong_is_refused(change, message, folder, tmp_path):
+def test_configurations_that_we_cannot_compute_are_refused(change, message, folder, tmp_path):
     with pytest.raises(UserError, match=message) as error:
         files.load(rewritten(folder, tmp_path, config=change))
     assert "\n" not in str(error.value)
 
 
-def test_legacy_names_of_settings_are_understood(folder, ours, tmp_path):
+def test_older_configurations_are_understood(folder, ours, tmp_path):
     def older(config):
         config["text_config"].update(hidden_act="gelu", rope_theta=500.0)
         del config["text_config"]["rope_parameters"]
@@ -213,7 +213,7 @@ def test_every_missing_unexpected_and_reshaped_key_is_named(folder, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_saved_back_it_is_what_transformers_loads(dtype, folder, tokenizer, tmp_path):
+def test_transformers_loads_a_saved_model(dtype, folder, tokenizer, tmp_path):
     model, _ = files.load(str(folder), dtype=dtype)
     model.projector.bias.add_(0.5)  # as if trained
     paligemma.save(model, tokenizer, tmp_path, shard_size=50_000)
@@ -229,7 +229,7 @@ def test_saved_back_it_is_what_transformers_loads(dtype, folder, tokenizer, tmp_
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters()))
 
 
-def test_saved_back_it_has_the_processor_that_transformers_loads(ours, tokenizer, tmp_path):
+def test_transformers_loads_the_processor_of_a_saved_model(ours, tokenizer, tmp_path):
     paligemma.save(ours, tokenizer, tmp_path)
     processor = transformers.AutoProcessor.from_pretrained(tmp_path)
     assert type(processor) is transformers.PaliGemmaProcessor and len(processor.tokenizer) == tokenizer.vocab_size

@@ -1,4 +1,4 @@
-"""tools/scaling.py: its parameters and FLOPs are the model's; its memory is that of tracked training steps."""
+"""tools/scaling.py: its formulas give the sizes of real models and the memory of real training steps."""
 
 from pathlib import Path
 
@@ -13,7 +13,8 @@ from optimizer import make_optimizers
 from tools import scaling
 
 ROOT = Path(scaling.__file__).parents[1]
-SMALL = GPTConfig(n_layer=4, n_head=2, n_embd=128, block_size=576, vocab_size=2000)  # long: the fused kernel, on a CPU
+# A context long enough for the fused attention kernel on a CPU.
+SMALL = GPTConfig(n_layer=4, n_head=2, n_embd=128, block_size=576, vocab_size=2000)
 
 
 def recipe(name, *more):
@@ -51,7 +52,7 @@ def test_state_is_weights_gradients_and_two_moments(small):
 
 
 @pytest.mark.parametrize("sequences", [1, 3])
-def test_saved_activations_are_what_the_formula_adds_up(small, sequences):
+def test_the_formula_adds_up_the_saved_activations(small, sequences):
     model, _ = small
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved = {}
@@ -71,7 +72,7 @@ def test_saved_activations_are_what_the_formula_adds_up(small, sequences):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute, tolerance", [(False, 0.01), (True, 0.05)])
-def test_the_peak_is_that_of_a_training_step(small, recompute, tolerance):
+def test_the_formula_gives_the_peak_of_a_training_step(small, recompute, tolerance):
     mem_tracker = pytest.importorskip("torch.distributed._tools.mem_tracker")
     model, optimizer = small
     for block in model.transformer.blocks if recompute else ():
@@ -79,14 +80,14 @@ def test_the_peak_is_that_of_a_training_step(small, recompute, tolerance):
     tracker = mem_tracker.MemTracker()
 
     def step():
-        for _ in range(2):  # micro-batches: the second comes upon gradients
+        for _ in range(2):  # micro-batches: the second adds to the first one's gradients
             tracker.reset_mod_stats()
             loss_of(model, 4).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     step()
-    tracker.track_external(model, optimizer)  # its moments are there now
+    tracker.track_external(model, optimizer)  # the first step has made the moments
     with tracker:
         step()
     peak, = (parts["Total"] for parts in tracker.get_tracker_snapshot("peak").values())
@@ -95,7 +96,7 @@ def test_the_peak_is_that_of_a_training_step(small, recompute, tolerance):
 
 
 @pytest.mark.parametrize("name", scaling.RECIPES)
-def test_a_recipe_cuts_its_batch_evenly_and_says_what_it_takes(name):
+def test_a_recipes_batch_divides_evenly_and_its_docstring_says_what_it_takes(name):
     s, model = recipe(name)
     for workers in (1, 2, 8, 64):
         at_once = min(s.micro_batch_size, s.batch_size // workers)
@@ -112,7 +113,7 @@ def test_the_readme_has_the_tables(capsys):
 
 
 @pytest.mark.parametrize("argument", ["--positions=rotary", "--model=gemma", "--init_from=gpt2", "--task=contrastive"])
-def test_other_models_are_not_counted_as_if_they_were_gpts(argument):
+def test_other_models_than_the_classic_gpt_are_refused(argument):
     name, _, value = argument.lstrip("-").partition("=")
-    with pytest.raises(UserError, match=f"{name} = {value!r}: the formulas are of the classic GPT"):
+    with pytest.raises(UserError, match=f"{name} = {value!r}: the formulas are for the classic GPT"):
         scaling.main([argument])

@@ -4,7 +4,7 @@
     python -m tools.scaling     what a GPT needs in memory, FLOPs and time, on paper
     python -m tools.compare     runs side by side: a table, and their curves in one picture
     python -m tools.versus      two recipes, seed by seed: which is better, and how sure that is
-    sbatch tools/slurm.sh ...   a run on the nodes of a cluster, queued again until it has finished
+    sbatch tools/slurm.sh ...   a run on the nodes of a cluster, requeued until it has finished
 """
 
 import shlex
@@ -13,8 +13,8 @@ from configurator import UserError
 
 
 def shell_words(line):
-    """The words of a command line. Raises UserError for a quote that nothing closes."""
+    """The words of a command line. Raises UserError for a quote that is not closed."""
     try:
         return shlex.split(line)
     except ValueError as error:
-        raise UserError(f"{line!r} is no command line: {str(error).lower()}") from None
+        raise UserError(f"{line!r} is not a command line: {str(error).lower()}") from None

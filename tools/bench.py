@@ -4,9 +4,9 @@
     python -m tools.bench --only=train,sample --sizes=small    some of it, in a minute
     python -m tools.bench --only=against --ours="python sample.py --num_samples=10" --against="python their_sample.py"
 
-What stands side by side runs in turns, once per repeat, after one run that is not counted; the table shows the median
-and the range. Compare within one run of this script on a machine that does nothing else. Where transformers is
-installed, its models of the same shape do the same work. Any other program is compared as a whole command.
+Cases that are compared take turns: each runs once to warm up, then once per repeat. The table shows the median and the
+range. Compare only figures of one run of this script, on a machine that does nothing else. If transformers is
+installed, its models of the same shapes do the same work. Any other program is compared as a whole command.
 """
 
 import os
@@ -20,39 +20,39 @@ SECTIONS = ("peak", "start", "train", "sample", "vlm", "against")
 
 @dataclass(frozen=True)
 class Settings:
-    only: str = "peak,start,train,sample,vlm,against"  # which sections, with commas between
+    only: str = "peak,start,train,sample,vlm,against"  # sections to measure, separated by commas
     sizes: str = "small,full"  # small: 4 layers, width 128, context 64; full: 6 layers, width 384, context 256
-    dtypes: str = "float32,bfloat16"  # of the matrix products in training, of all in sampling
-    batches: str = "1,10,64"  # how many samples at once
-    new_tokens: int = 250  # length of each sample
-    repeats: int = 5  # runs of each case
-    compile: bool = False  # training steps by torch.compile too: their first runs take a minute each
+    dtypes: str = "float32,bfloat16"  # in training: of the matrix products; in sampling: of the whole model
+    batches: str = "1,10,64"  # numbers of samples generated at once
+    new_tokens: int = 250  # length of each sample, at most the context
+    repeats: int = 5  # measured runs of each case
+    compile: bool = False  # measure training with torch.compile too; compiling takes a minute per case
     transformers: bool = True  # compare with transformers if it is installed
     against: str = ""  # another program's command line, timed as a whole: start-up, work and exit
-    ours: str = ""  # the command line of ours that does the same
-    threads: int = 0  # of the CPU; 0: PyTorch's choice
+    ours: str = ""  # our command line for the same work
+    threads: int = 0  # CPU threads; 0: PyTorch's choice
     device: str = "auto"  # auto, cpu, cuda, mps
-    out: str = "bench.json"  # the table as JSON
+    out: str = "bench.json"  # file for the table as JSON
 
     def __post_init__(self):
         check_ranges(self, new_tokens=1, repeats=1, threads=0)
         for name, known in (("only", SECTIONS), ("sizes", tuple(SHAPES)), ("dtypes", ("float32", "bfloat16"))):
             for word in getattr(self, name).split(","):
                 if word not in known:
-                    raise UserError(f"{name} = {word}: must be some of {', '.join(known)}, with commas between")
+                    raise UserError(f"{name} = {word}: must be some of {', '.join(known)}, separated by commas")
         if not all(word.isdecimal() and int(word) for word in self.batches.split(",")):
-            raise UserError(f"batches = {self.batches}: must be whole numbers above 0, with commas between")
+            raise UserError(f"batches = {self.batches}: must be whole numbers above 0, separated by commas")
         if os.path.isdir(self.out):
             raise UserError(f"out = {self.out}: is a folder; name a file")
         if not os.path.isdir(os.path.dirname(self.out) or "."):
-            raise UserError(f"out = {self.out}: there is no folder {os.path.dirname(self.out)}")
+            raise UserError(f"out = {self.out}: there is no folder {os.path.dirname(self.out)}; create it")
         if bool(self.against) != bool(self.ours):
             raise UserError("--against and --ours are two command lines that do the same work: give both or neither")
         for line in (self.against, self.ours):
-            shell_words(line)  # raises what is wrong with it
+            shell_words(line)  # raises UserError if a quote is not closed
 
 
-SHAPES = {  # of config/shakespeare_char.py, without and with a GPU; batch size and dropout of the training step
+SHAPES = {  # {size: (model of config/shakespeare_char.py on a CPU or a GPU, batch size and dropout in training)}
     "small": (dict(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65), 16, 0.0),
     "full": (dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65), 64, 0.2),
 }
@@ -97,25 +97,25 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def reset_peak_memory(device):
-    """Starts the count of `peak_memory` anew: on CUDA, and for the machine's memory on Linux; elsewhere it goes on."""
+    """Makes `peak_memory` start again from the present use, on CUDA and on Linux; elsewhere it can't be reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
         with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
+            file.write("5")  # "reset the peak resident set size": man 5 proc
 
 
 class Table:
-    """The rows measured so far, each printed as soon as it is there."""
+    """The rows measured so far. Each is printed as soon as it is added."""
 
     def __init__(self, settings, device):
         self.settings, self.device, self.rows = settings, device, []
 
     def compare(self, section, cases, unit="ms", amount=0):
-        """Measures {name: function} in turns, and returns {name: its row}.
+        """Measures cases, {name: function}, in turns, and returns {name: its row}.
 
-        unit: ms or s per call, or tokens/s of calls that make `amount` tokens. Of a function that returns a number of
-        bytes, as `command` does, that is the peak memory; else it is what the process came to hold in addition.
+        unit: ms or s per call, or tokens/s if each call makes `amount` tokens. A function that returns an int, as
+        `command`'s do, returns its peak memory in bytes. For others, the growth of this process's peak is measured.
         """
         seconds, memory = {name: [] for name in cases}, dict.fromkeys(cases, 0)
         for run in range(self.settings.repeats + 1):
@@ -125,16 +125,19 @@ class Table:
                 before, start = peak_memory(self.device), time.perf_counter()
                 result = work()
                 synchronize(self.device)
-                if run:  # the first one warms up
+                if run > 0:  # the first one warms up
                     seconds[name].append(time.perf_counter() - start)
                 used = result if isinstance(result, int) else peak_memory(self.device) - before
                 memory[name] = max(memory[name], used)
-        scale = {"ms": 1000, "s": 1}
-        return {name: self.add(section, name, unit, [amount / t if amount else t * scale[unit] for t in times],
-                               **({"MiB": round(memory[name] / 2**20)} if memory[name] >= 2**20 else {}))
-                for name, times in seconds.items()}
+        rows = {}
+        for name, times in seconds.items():
+            values = [amount / t for t in times] if amount else [t * {"ms": 1000, "s": 1}[unit] for t in times]
+            more = {"MiB": round(memory[name] / 2**20)} if memory[name] >= 2**20 else {}
+            rows[name] = self.add(section, name, unit, values, **more)
+        return rows
 
     def add(self, section, case, unit, values, **more):
+        """Adds and returns a row of the measured values. more: other figures of the case, {unit: value}."""
         values = sorted(values)
         row = dict(section=section, case=case, unit=unit, median=statistics.median(values), least=values[0],
                    most=values[-1], **more)
@@ -161,7 +164,7 @@ def new_gpt(shape, dropout=0.0):
 
 
 def peers(settings):
-    """The transformers module, or None where it is not wanted or not installed."""
+    """The transformers module, or None if it is not wanted or not installed."""
     if not settings.transformers or importlib.util.find_spec("transformers") is None:
         return None
     import transformers
@@ -170,7 +173,7 @@ def peers(settings):
 
 
 def their_gpt(transformers, shape, dropout=0.0):
-    """GPT-2 of this shape; it has biases that ours does without."""
+    """transformers' GPT-2 of this shape. It has biases, which our model has not."""
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(
         n_layer=shape["n_layer"], n_head=shape["n_head"], n_embd=shape["n_embd"], n_positions=shape["block_size"],
         vocab_size=shape["vocab_size"], resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout,
@@ -181,7 +184,7 @@ def their_gpt(transformers, shape, dropout=0.0):
 # Sections
 
 def measure_peak(table):
-    """Matrix products and a large copy: the floors under all other figures."""
+    """The speed of matrix products and of reading memory, which bound all other figures."""
     for name in words(table.settings.dtypes):
         speed = [peak_flops(table.device, DTYPES[name]) for _ in range(table.settings.repeats)]
         if None not in speed:
@@ -191,7 +194,7 @@ def measure_peak(table):
 
 
 class OneBatch(Task):
-    """The text task of one batch: random tokens (B, T + 1), the same at every update."""
+    """A text task whose every update sees the same batch: tokens (B, T + 1)."""
 
     def __init__(self, tokens, device):
         super().__init__(train.Settings(batch_size=len(tokens), micro_batch_size=len(tokens)))
@@ -209,7 +212,7 @@ class OneBatch(Task):
 
 
 class TheirNats(torch.nn.Module):
-    """A transformers model, called as ours are: it returns the nats of each target."""
+    """Wraps a transformers model to be called as ours are: it returns the nats of each target, (B, T)."""
 
     def __init__(self, model):
         super().__init__()
@@ -221,7 +224,7 @@ class TheirNats(torch.nn.Module):
 
 
 def measure_train(table):
-    """The update of train.py on one fixed batch: forward, backward, clipping, the optimizer's step."""
+    """One update of train.py, always on the same batch: forward, backward, clipping, the optimizer's step."""
     settings, device, transformers = table.settings, table.device, peers(table.settings)
     keep_freed_memory()  # as train.py does
 
@@ -251,18 +254,18 @@ def measure_train(table):
 
 
 def measure_sample(table):
-    """Tokens of all samples together per second, for samples that fill the context; nothing is decoded to text."""
+    """Tokens per second, added over the samples of a batch; they are not decoded to text."""
     settings, device, transformers = table.settings, table.device, peers(table.settings)
     for size in words(settings.sizes):
         shape = SHAPES[size][0]
         new_tokens = min(settings.new_tokens, shape["block_size"] - 1)
         for name in words(settings.dtypes):
-            dtype, cases = DTYPES[name], {}
+            dtype = DTYPES[name]
             ours = new_gpt(shape).to(device, dtype).eval()
             theirs = their_gpt(transformers, shape).to(device, dtype).eval() if transformers else None
             for count in map(int, words(settings.batches)):
                 prompt = torch.zeros(count, 1, dtype=torch.long, device=device)
-                cases = {f"{size}, {name}, {count} at once, ours": functools.partial(ours_samples, ours, prompt,
+                cases = {f"{size}, {name}, {count} at once, ours": functools.partial(our_samples, ours, prompt,
                                                                                       new_tokens)}
                 if theirs:
                     cases[f"{size}, {name}, {count} at once, transformers"] = functools.partial(
@@ -271,7 +274,7 @@ def measure_sample(table):
                 table.compare("sample", cases, "tokens/s", count * new_tokens)
 
 
-def ours_samples(model, prompt, new_tokens):
+def our_samples(model, prompt, new_tokens):
     generator = torch.Generator(prompt.device)
     pick = functools.partial(pick_tokens, temperature=0.8, top_k=200, generator=generator)
     for tokens in generate(model, prompt, new_tokens, pick):
@@ -283,7 +286,7 @@ TEXT = dict(n_layer=6, n_head=8, n_kv_head=1, n_embd=512, head_dim=64, n_hidden=
 
 
 def measure_vlm(table, prompt_tokens=16, new_tokens=64):
-    """A small PaliGemma with random weights: images with prompts to the first token, and the tokens after it."""
+    """A small PaliGemma with random weights: the time to the first token of an answer, and the tokens/s after it."""
     settings, device, transformers = table.settings, table.device, peers(table.settings)
     for name in words(settings.dtypes):
         dtype = DTYPES[name]
@@ -296,13 +299,15 @@ def measure_vlm(table, prompt_tokens=16, new_tokens=64):
             work = {"ours": functools.partial(our_answers, ours, images, prompt_tokens)}
             if theirs:
                 work["transformers"] = functools.partial(their_answers, theirs, images.to(dtype), prompt_tokens)
-            one, all_of_them = (
-                table.compare("vlm", {f"{name}, {n} at once, {count} tokens, {who}": functools.partial(f, count)
-                                      for who, f in work.items()}) for count in (1, new_tokens))
-            for who, first, whole in zip(work, one.values(), all_of_them.values()):
+            rows = []
+            for count in (1, new_tokens):
+                cases = {f"{name}, {n} at once, {count} tokens, {who}": functools.partial(answer, count)
+                         for who, answer in work.items()}
+                rows.append(table.compare("vlm", cases).values())
+            for who, first, whole in zip(work, *rows):
+                times = [whole[x] - first["median"] for x in ("least", "median", "most")]  # ms
                 table.add("vlm", f"{name}, {n} at once, after the first, {who}", "tokens/s",
-                          [1000 * n * (new_tokens - 1) / (whole[x] - first["median"])
-                           for x in ("least", "median", "most")])
+                          [1000 * n * (new_tokens - 1) / time for time in times])
 
 
 @torch.inference_mode()
@@ -350,36 +355,36 @@ def measure_start(table):
 
 
 def measure_against(table):
-    """Two command lines in turns, each with the most memory that it held."""
+    """Two whole command lines, ours and the other program's, with their peak memory."""
     if table.settings.against:
         lines = {"ours": table.settings.ours, "theirs": table.settings.against}
-        for who, row in table.compare("against", {who: command(shell_words(line), ".") for who, line in lines.items()},
-                                      "s").items():
+        cases = {who: command(shell_words(line), ".") for who, line in lines.items()}
+        for who, row in table.compare("against", cases, "s").items():
             row["command"] = lines[who]
 
 
 def command(argv, folder, status=0):
-    """A function that runs the command and returns the most bytes it held; 0 where that is not known.
+    """A function that runs the command and returns its peak memory in bytes, or 0 if that is unknown.
 
-    Raises UserError unless it starts, and ends with this status.
+    It raises UserError if the command can't be started or ends with another status.
     """
     def work():
-        with tempfile.TemporaryFile() as said:
+        with tempfile.TemporaryFile() as output:
             try:
-                process = subprocess.Popen(argv, cwd=folder, stdout=said, stderr=said)
+                process = subprocess.Popen(argv, cwd=folder, stdout=output, stderr=output)
             except OSError as error:
                 raise UserError(f"{shlex.join(argv)}: can't be started: {error.strerror}") from None
             if hasattr(os, "wait4"):
                 _, ended, usage = os.wait4(process.pid, 0)
                 process.returncode = os.waitstatus_to_exitcode(ended)
             if process.wait() != status:
-                said.seek(0)
-                last = (said.read().decode(errors="replace").strip() or "it said nothing").splitlines()[-1]
+                output.seek(0)
+                last = (output.read().decode(errors="replace").strip() or "it printed nothing").splitlines()[-1]
                 raise UserError(f"{shlex.join(argv)} ended with status {process.returncode}: {last}")
             if not hasattr(os, "wait4"):
                 return 0
             used = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-            return used if used > peak_memory(torch.device("cpu")) else 0  # a process begins as a copy of this one
+            return used if used > peak_memory(torch.device("cpu")) else 0  # it begins as a copy of this process
     return work
 
 

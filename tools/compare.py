@@ -3,10 +3,10 @@
     python -m tools.compare out/sweep/*
     python -m tools.compare out/a out/b out/b/earlier.1 --out=ab.svg --markdown
 
-Runs that differ in their seed alone are one line: the mean over the seeds, and how far one run lies from it (s.d., the
-standard deviation). Runs of other data, or of other code of the model, are another line. The best comes first. Losses
-are of the validation split; the time is that of the updates alone, without evaluations and saves. What is no run, and
-what is of another task than most, is named and left out.
+Runs that differ only in their seed share a line: the mean over the seeds and the standard deviation (s.d.). Runs on
+different data, or with different code of the model, have lines of their own. The best comes first. Losses are those of
+the validation split. The time is that of the updates, without evaluations and saves. Folders without a run, and runs of
+another task than most, are named and left out.
 """
 
 import hashlib
@@ -27,29 +27,29 @@ from run import curves
 from run.curves import COLORS, INNER, LEFT, Curve, series
 from run.files import read_json, write_text
 
-# Settings that change no number of a run, and the seed.
-APART = ("seed", "out_dir", "resume", "wandb", "wandb_project", "wandb_name", "log_interval", "sample_tokens",
-         "publish", "async_save", "max_minutes", "save_minutes")
-MARKS = ("data", "code")  # stand among a run's settings too: see `marks_of`
+# Runs of one recipe may differ in these settings: the seed, and those that change no loss.
+IGNORED = ("seed", "out_dir", "resume", "wandb", "wandb_project", "wandb_name", "log_interval", "sample_tokens",
+           "publish", "async_save", "max_minutes", "save_minutes")
+MARKS = ("data", "code")  # compared as if they were settings: see `marks_of`
 LEGEND = 24  # most lines of the legend
 
 
 @dataclass(frozen=True)
 class Settings:
     out: str = ""  # the picture; default: compare.svg in the folder that holds all the runs
-    markdown: bool = False  # print the table for a README
+    markdown: bool = False  # print the table as Markdown
 
     def __post_init__(self):
         if os.path.isdir(self.out):
             raise UserError(f"out = {self.out}: is a folder; name a file, {os.path.join(self.out, 'compare.svg')}")
         if not os.path.isdir(os.path.dirname(self.out) or "."):
-            raise UserError(f"out = {self.out}: there is no folder {os.path.dirname(self.out)}")
+            raise UserError(f"out = {self.out}: there is no folder {os.path.dirname(self.out)}; create it")
 
 
 class Run(NamedTuple):
     folder: str
     task: str
-    settings: dict  # and the run's marks
+    settings: dict  # flat, and the run's marks among them
     rows: list
     val: list  # of (step, validation loss)
 
@@ -65,17 +65,17 @@ class Group(NamedTuple):
 # Reading
 
 def read_runs(folders):
-    """(the runs of the most common task, a line for each folder that is left out)."""
+    """(Runs of the most common task, lines that say which folders are left out and why)."""
     found, left_out = [], []
     for folder in folders:
-        if folder.endswith(".svg"):  # an earlier picture, where the shell has named all that is there
+        if folder.endswith(".svg"):  # an earlier picture, from out/sweep/*
             continue
         rows, settings = curves.read_log(folder), curves.read_settings(folder)
         if not rows or not settings:
-            what = "log.jsonl with rows" if not rows else "run.json with settings"
-            left_out.append(f"{folder}: left out, for it has no {what}")
+            what = "rows in log.jsonl" if not rows else "settings in run.json"
+            left_out.append(f"{folder}: left out: it has no {what}")
         elif not (val := series(rows, "val_loss")):
-            left_out.append(f"{folder}: left out, for it has not been evaluated yet")
+            left_out.append(f"{folder}: left out: it has not been evaluated yet")
         else:
             task = str(settings.get("task", "text"))
             found.append(Run(str(folder), task, settings | marks_of(folder), rows, val))
@@ -83,14 +83,14 @@ def read_runs(folders):
     task = max(tasks, key=tasks.get, default="")
     for run in found:
         if run.task != task:
-            left_out.append(f"{run.folder}: left out, for its task is {run.task}, and that of the others {task}")
+            left_out.append(f"{run.folder}: left out: its task is {run.task}, that of most runs is {task}")
     return [run for run in found if run.task == task], left_out
 
 
 def marks_of(folder):
-    """{"data": ..., "code": ...}: digests of the data set and of the model's code that a run's checkpoint tells of.
+    """{"data": digest, "code": digest}: which data set and code of the model the run's last checkpoint records.
 
-    What the checkpoint does not tell, or what can't be read, is left out.
+    A mark that is not recorded or can't be read is left out.
     """
     with suppress(UserError, AttributeError, RecursionError):
         found = {name: read_json(Path(folder) / "last" / "config.json").get(name) for name in MARKS}
@@ -100,10 +100,10 @@ def marks_of(folder):
 
 
 def group(runs):
-    """Groups of runs whose settings and marks are equal but for the seed; the best mean loss first."""
+    """The Groups of runs whose settings (without IGNORED) and marks are equal, the lowest mean loss first."""
     groups = {}
     for run in runs:
-        recipe = {name: value for name, value in run.settings.items() if name not in APART}
+        recipe = {name: value for name, value in run.settings.items() if name not in IGNORED}
         groups.setdefault(repr(sorted(recipe.items())), (recipe, []))[1].append(run)
     found = [Group(recipe, members, [min(loss for _, loss in run.val) for run in members],
                    [run.val[-1][1] for run in members]) for recipe, members in groups.values()]
@@ -111,7 +111,7 @@ def group(runs):
 
 
 def differing(groups):
-    """The names of the settings whose values are not the same in all groups; and of the marks, if these leave doubt."""
+    """The names of the settings that differ between groups; with the marks, if settings don't tell the groups apart."""
     def values(*names):
         return {repr([one.settings.get(name) for name in names]) for one in groups}
 
@@ -124,7 +124,7 @@ def differing(groups):
 # Showing
 
 def table(groups):
-    """The lines of a table: a list of texts for each, the heading first."""
+    """The lines of a table, each a list of texts; the heading comes first."""
     names, seeds = differing(groups), max(len(one.runs) for one in groups) > 1
     lines = [[*names, "best", *(("s.d.", "seeds") if seeds else ()), "last", "updates", "time", "folder"]]
     for one in groups:
@@ -142,13 +142,13 @@ def shown(value):
 
 
 def clock(seconds):
-    """Time in words."""
+    """A duration with its unit, such as "90 s" or "2.5 min"."""
     size, unit = (1, "s") if seconds < 120 else (60, "min") if seconds < 7200 else (3600, "h")
     return f"{seconds / size:,.{int(size > 60)}f} {unit}"
 
 
 def print_table(lines, markdown):
-    """Prints a table in columns, numbers to the right; or as Markdown."""
+    """Prints a table in columns, aligned to the right except for the last; or as Markdown."""
     lines = [[printable(re.sub(r"\s", " ", text)) for text in line] for line in lines]
     if markdown:
         lines = [[text.replace("|", r"\|") for text in line] for line in lines]
@@ -161,7 +161,7 @@ def print_table(lines, markdown):
 
 
 def draw_together(named, path, title, about):
-    """Writes one picture of several runs. named: {label: the rows of each of its runs}, which share a colour."""
+    """Writes one picture of several runs. named: {label: [the log's rows of a run]}; a label's runs share a colour."""
     n, top, parts = len(named), 92, []
     colors = COLORS if n <= len(COLORS) else [f"hsl({330 * i // n}, 65%, 52%)" for i in range(n)]
     for i, (name, color) in enumerate(zip(list(named)[:LEGEND], colors)):
@@ -188,7 +188,7 @@ def draw_together(named, path, title, about):
 
 
 def names_of(groups):
-    """A name for each group in the legend: what differs in its settings, or its folder."""
+    """Yields each group's name in the legend: the settings that differ (or else its folder), and its loss."""
     names = differing(groups)
     for one in groups:
         words = ", ".join(f"{name} = {shown(one.settings.get(name, '-'))}" for name in names) or one.runs[0].folder
@@ -197,7 +197,7 @@ def names_of(groups):
 
 
 def place_for(folders):
-    """compare.svg in the folder that holds all the runs, or where this is the root, here."""
+    """The path of compare.svg: in the folder that contains all runs, or in the current one if that is the root."""
     common = os.path.commonpath([os.path.dirname(os.path.abspath(folder)) for folder in folders])
     path = "compare.svg" if common == os.path.dirname(common) else os.path.join(common, "compare.svg")
     return min(path, os.path.relpath(path), key=len)
@@ -215,7 +215,7 @@ def main(folders, settings):
     print_table(table(groups), settings.markdown)
     path = settings.out or place_for([run.folder for run in runs])
     named = {name: [run.rows for run in one.runs] for name, one in zip(names_of(groups), groups)}
-    draw_together(named, path, f"{len(runs)} runs", "the best validation loss of each; what differs in their settings")
+    draw_together(named, path, f"{len(runs)} runs", "each with the settings that differ and its best validation loss")
     print(printable(f"curves: {path}"))
 
 

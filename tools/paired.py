@@ -16,7 +16,10 @@ class Pair(NamedTuple):
 
 
 def at_equal_updates(a, b):
-    """The pairs of losses after the last step at which all runs were evaluated; [] if there is none."""
+    """The Pairs after the last step at which all runs were evaluated; [] if there is none.
+
+    a, b: for each seed, the rows of its run's log, as `read_log` returns them.
+    """
     curves = [[dict(series(rows, "val_loss")) for rows in runs] for runs in (a, b)]
     common = set.intersection(*(set(curve) for runs in curves for curve in runs))
     step = max(common, default=0)
@@ -24,10 +27,10 @@ def at_equal_updates(a, b):
 
 
 def at_equal_time(a, b):
-    """The pairs of losses at the end of each pair's quicker run; [] if the slower one was not evaluated by then."""
+    """The Pairs at the end of each pair's quicker run; [] if a slower one was not evaluated by then."""
     pairs = []
-    for seed, two in enumerate(zip(a, b), 1):
-        curves = [series(rows, "val_loss", x="seconds") for rows in two]
+    for seed, runs in enumerate(zip(a, b), 1):
+        curves = [series(rows, "val_loss", x="seconds") for rows in runs]
         end = min(curve[-1][0] if curve else 0 for curve in curves)
         if not end or end < max(curve[0][0] for curve in curves):
             return []
@@ -44,14 +47,14 @@ def between(curve, x):
 
 
 def interval(differences):
-    """(the mean, half the width of its 95 % confidence interval); of a single one, no width."""
+    """(mean, half the width of its 95 % confidence interval, which is None for a single difference)."""
     n = len(differences)
     half = t_quantile(n - 1) * statistics.stdev(differences) / math.sqrt(n) if n > 1 else None
     return statistics.fmean(differences), half
 
 
 def t_quantile(freedom, inside=0.95):
-    """The t that Student's distribution with so many degrees of freedom stays below, in size, with this probability."""
+    """The t for which Student's T, with `freedom` degrees of freedom, lies in [-t, t] with probability `inside`."""
     low, high = 0.0, 1e9
     for _ in range(200):
         middle = (low + high) / 2
@@ -60,7 +63,7 @@ def t_quantile(freedom, inside=0.95):
 
 
 def t_inside(t, freedom):
-    """The probability that Student's t lies between -t and t: Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+    """The probability that Student's T lies in [-t, t]: Abramowitz and Stegun, 26.7.3 and 26.7.4."""
     angle = math.atan(t / math.sqrt(freedom))
     term = total = 1.0 if freedom % 2 == 0 else math.cos(angle)
     for k in range(2 + freedom % 2, freedom - 1, 2):
@@ -78,7 +81,7 @@ def verdict(pairs):
         return "no difference at all: the losses are the same numbers"
     winner = "b" if mean < 0 else "a"
     if half is None:
-        return f"{winner} is better by {abs(mean):.4f} with this seed; one seed shows nothing more, --seeds=5 would"
+        return f"{winner} is better by {abs(mean):.4f} with this seed; use --seeds=5 to learn how sure that is"
     if abs(mean) > half:
         return f"{winner} is better by {abs(mean):.4f} \u00b1 {half:.4f}"
     return f"no difference is shown: b - a is {mean:+.4f} \u00b1 {half:.4f}"

@@ -1,11 +1,11 @@
 """What a GPT needs in memory, FLOPs and time: on paper, before a GPU is rented.
 
-    python -m tools.scaling                             the GPT-2 recipes, as the README shows them; on a laptop too
+    python -m tools.scaling                             the GPT-2 recipes, as in the README; on any CPU, in seconds
     python -m tools.scaling config/gpt2.py config/gpt2/350m.py --n_layer=32 --max_iters=40000
 
-Nothing here is measured on a GPU. The tests hold the memory against a tracker of every tensor of training steps in
-bfloat16 on the CPU, without dropout and not compiled: torch.compile needs less. Time is FLOPs over MFU times peak; the
-MFU is an assumption, a small model on many GPUs won't reach it. Recomputation takes a third longer.
+Nothing here is measured on a GPU. The tests compare the memory with that of all tensors in real training steps on the
+CPU, in bfloat16, without dropout, not compiled; torch.compile needs less. The time is FLOPs / (MFU x peak FLOP/s). The
+MFU is an assumption, which a small model on many GPUs won't reach. Recomputation takes a third more time.
 """
 
 import sys
@@ -28,21 +28,22 @@ from tasks.text import MODELS
 from tokenizer import GPT2Tokenizer
 from train import HOW, Settings
 
-MFU = 0.4  # llm.c's GPT-2 124M on 8 H100: 10 billion tokens in 45 minutes are 40 %
-TOKENS_PER_PARAMETER = 20  # where more parameters and more tokens pay alike: Hoffmann et al. 2022
+MFU = 0.4  # of the peak FLOP/s: llm.c reaches it with GPT-2 124M on 8 H100, 10 billion tokens in 45 minutes
+TOKENS_PER_PARAMETER = 20  # the compute-optimal ratio: Hoffmann et al. 2022
 CONFIG = Path(__file__).resolve().parent.parent / "config"
 RECIPES = {"124m": ["gpt2.py"], **{size: ["gpt2.py", f"gpt2/{size}.py"] for size in ("350m", "774m", "1.5b")}}
+# These settings must have their defaults, because the formulas describe no other model or optimizer.
 CLASSIC = ("task", "model", "n_kv_head", "mlp", "positions", "tied", "bigrams", "optimizer", "init_from")
 
 
 def read(arguments):
-    """(settings, model) of config files and --name=value, as on one GPU; the model has shapes alone, no numbers.
+    """(settings, model) of config files and --name=value, without the files' on_cpu; the model has shapes, no data.
 
-    Raises UserError unless the formulas below are of this model.
+    Raises UserError for a model that the formulas below don't describe.
     """
     settings, _ = parse(Settings, arguments, more=HOW["more"], elsewhere=HOW["elsewhere"])
     set_here = [name for name in CLASSIC if hasattr(settings, name)]
-    check_idle(settings, "the formulas are of the classic GPT with AdamW alone", *set_here)
+    check_idle(settings, "the formulas are for the classic GPT with AdamW", *set_here)
     cls, config_cls = MODELS[settings.model]
     shape = {name: getattr(settings, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "bias")}
     with torch.device("meta"):
@@ -51,11 +52,11 @@ def read(arguments):
 
 
 def state_bytes(model, shards=1):
-    """What a GPU holds from step to step: 4 bytes each for weight, gradient and AdamW's two moments, in float32.
+    """The bytes that a GPU holds from step to step: per parameter, 4 each for weight, gradient and AdamW's two moments.
 
-    Several workers hold it each, for DDP exchanges gradients where they lie; sharded, each holds its share (Rajbhandari
-    et al. 2020, stage 3) and what is gathered meanwhile: embeddings and two blocks in 16 bits, and the gradients of the
-    embeddings and a block in 32.
+    With DDP every GPU holds them all, but no second copy: gradients are exchanged in place. With sharding (Rajbhandari
+    et al. 2020, stage 3) each holds its share, and what it gathers for a while: the embeddings and two blocks in 16
+    bits, and the gradients of the embeddings and one block in 32 bits.
     """
     state = 16 * count_parameters(model) // shards
     if shards == 1:
@@ -66,22 +67,22 @@ def state_bytes(model, shards=1):
 
 
 def activation_bytes(model, sequences, recompute=False, shard=False):
-    """What a micro-batch of so many sequences adds at its peak, the end of the forward pass or the backward's start.
+    """The bytes that a micro-batch adds at its peak: at the end of the forward pass or the start of the backward pass.
 
-    In a block, per token, in 16 bits if not said: both norms' inputs in 32 bits (8 C bytes); the norms' outputs as
-    q_proj, k_proj, v_proj and up_proj read them (8 C); q, k, v and the attention's output (8 C); the input of GELU
-    and its output (16 C); statistics of attention and norms (4 H + 16). Recomputed, only its input is left (4 C).
-    Around them: the last norm and the head (6 C), tokens and targets (16, of which 8 are ours), log-probabilities in
-    32 bits (4 V); then gradients of these and of the logits (8 V), or in the forward pass the logits twice (6 V).
-    The weights' 16-bit copies are kept from forward to backward, unless sharding gathers them. Compare Korthikanti et
-    al. 2022, whose 34 C has dropout's masks and no 32-bit residuals.
+    Per token and block, in 16 bits unless noted: the inputs of both norms in 32 bits (8 C bytes); the norms' outputs as
+    q_proj, k_proj, v_proj and up_proj read them (8 C); q, k, v and the attention's output (8 C); the input and output
+    of GELU (16 C); statistics of attention and norms (4 H + 16). With recompute, only the block's input is kept (4 C).
+    Per token outside the blocks: the last norm and the head (6 C), the targets (8), log-probabilities in 32 bits (4 V).
+    At the peak come the gradients of these and of the logits (8 V), or in the forward pass the logits twice (6 V). The
+    16-bit copies of the weights last from forward to backward, unless sharding gathers them. Compare Korthikanti et al.
+    2022, whose 34 C has dropout's masks and no 32-bit residuals.
     """
     C, T, (V, _) = model.config.n_embd, sequences * model.config.block_size, model.wte.weight.shape
     table = 2 * V * C  # in 16 bits
     matrices = 0 if shard else table + sum(2 * p.numel() for p in model.transformer.parameters() if p.dim() == 2)
     block = 4 * C if recompute else 40 * C + 4 * model.config.n_head + 16
     kept = T * (model.config.n_layer * block + 6 * C + 8 + 4 * V)
-    if recompute:  # the copies are made anew
+    if recompute:  # of the copies, only the table's is left at the backward pass's start
         return kept + max(matrices + 6 * T * V, min(matrices, table) + 8 * T * V)
     return kept + matrices + 8 * T * V
 
@@ -98,7 +99,7 @@ def gigabytes(n):
 
 
 def times(model, tokens):
-    """How long so many tokens take on 1, on 8 and on 64 H100."""
+    """The times, as texts, that training on so many tokens takes on 1, 8 and 64 H100."""
     flops = flops_per_token(model, model.config.block_size) * tokens
     seconds = [flops / (MFU * PEAK_FLOPS["H100"] * gpus) for gpus in (1, 8, 64)]
     return [f"{s / 86400:,.1f} d" if s >= 48 * 3600 else f"{s / 3600:,.1f} h" if s >= 3600 else f"{s / 60:,.0f} min"
@@ -106,7 +107,7 @@ def times(model, tokens):
 
 
 def sentence(s, model):
-    """What a recipe takes."""
+    """What a recipe takes, in a sentence; the recipe's docstring has it."""
     tokens = s.max_iters * s.batch_size * s.block_size
     one, eight, many = times(model, tokens)
     memory = state_bytes(model) + activation_bytes(model, s.micro_batch_size)
@@ -133,7 +134,7 @@ TABLES = {"size, parameters, tokens, FLOPs, 1 H100, 8, 64, tokens (20 per parame
 
 
 def main(arguments):
-    """Prints the README's two tables, and a sentence for each recipe; or all of it for the arguments' settings."""
+    """Prints two tables, and a sentence for each row: for the README's recipes, or for the settings in `arguments`."""
     chosen = {"these settings": arguments} if arguments else {
         name: [str(CONFIG / file) for file in files] for name, files in RECIPES.items()}
     found = {name: read(argv) for name, argv in chosen.items()}

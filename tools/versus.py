@@ -1,21 +1,21 @@
-"""Is recipe b better than recipe a, and how sure is that? Trains both with several seeds, and compares seed by seed.
+"""Is recipe b better than recipe a, and how sure is that? Trains both with several seeds and compares them per seed.
 
     python -m tools.versus config/shakespeare_char.py config/shakespeare_char_fast.py --seeds=5
     python -m tools.versus config/shakespeare_char.py "config/shakespeare_char.py --dropout=0.1" --eval_interval=100
     python -m tools.versus "" " --optimizer=muon" --max_iters=100 --eval_interval=10     train.py's defaults and Muon
 
-A recipe is what stands after `train.py`, in quotes; settings outside of the quotes are for both. The runs of a and b
-take turns, so that a machine that slows down slows both. A comparison that was stopped goes on with the same command;
-with more seeds it trains those that are missing. It leaves the runs, versus.json and versus.svg in --out.
+A recipe is a quoted list of arguments for train.py; settings outside the quotes apply to both recipes. The runs of a
+and b take turns, so that a machine that slows down slows both. The same command continues a comparison that was
+stopped; with a higher --seeds it trains the missing runs. The runs, versus.json and versus.svg are in --out.
 
-Two runs of the same seed see the same batches. So chance moves both losses alike, and the difference is surer than
-either loss: this is a paired t-test. The 95 % confidence interval holds the true mean difference in 19 of 20
+Two runs with the same seed see the same batches, so chance moves both losses alike, and their difference varies less
+than either loss: this is a paired t-test. The 95 % confidence interval contains the true mean difference in 19 of 20
 comparisons, if the differences are about normally distributed.
 
-The validation losses are compared twice. At equal updates: at the last step at which all runs were evaluated. At equal
-time, of the updates alone: when the quicker run of a pair ends. The slower run's loss there lies on the line between
-two of its evaluations, so a low --eval_interval is good. Its learning rate has not fallen to its end by then, which
-counts against it: for a fair race, give the slower recipe the --max_iters that it has time for.
+The validation losses are compared twice. "At equal updates" is after the last step at which all runs were evaluated.
+"At equal time", which counts the updates only, is when the quicker run of a pair ends. The slower run's loss at that
+time is interpolated between two evaluations, so choose a low --eval_interval. Its learning rate has not fallen to the
+end of its schedule by then, which is unfair to it: give the slower recipe the --max_iters that it has time for.
 """
 
 import os
@@ -30,8 +30,8 @@ from configurator import UserError, check_ranges, flat_values, from_command_line
 
 @dataclass(frozen=True)
 class Settings:
-    seeds: int = 5  # runs of each recipe, with the seeds 1, 2, 3 and so on
-    out: str = "out/versus"  # the folder of the comparison
+    seeds: int = 5  # runs of each recipe, with --seed=1, 2, 3 and so on
+    out: str = "out/versus"  # folder of the comparison: runs, versus.json, versus.svg
 
     def __post_init__(self):
         check_ranges(self, seeds=1)
@@ -63,7 +63,7 @@ TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 # Training
 
 def settings_of(recipe, shared):
-    """A recipe's settings, flat. Raises UserError for what train.py would refuse, or what this comparison chooses."""
+    """{name: value} of a recipe, flat. Raises UserError for what train.py refuses or what the comparison chooses."""
     words = [*shell_words(recipe), *shared]
     on_line = {text.partition("=")[0].lstrip("-") for text in words if text.startswith("-")}
     if on_line & {"help", "h"}:
@@ -78,29 +78,29 @@ def settings_of(recipe, shared):
 
 
 def require_same(path, now):
-    """Raises UserError where the folder holds the runs of other recipes, or a versus.json that does not say which."""
+    """Raises UserError if the versus.json at `path` has other settings than `now`, {name: settings}, or is damaged."""
     try:
         earlier = {name: dict(read_json(path)["settings"][name]) for name in "ab"}
     except (LookupError, TypeError, ValueError, RecursionError):
-        raise UserError(f"{path} does not say what it compares: choose another folder by --out, or delete it if the"
-                        " runs beside it are of these recipes") from None
+        raise UserError(f"{path} does not say what it compares: choose another folder with --out, or delete it if"
+                        " the runs beside it are of these recipes") from None
     for name in "ab":
         names = {**earlier[name], **now[name]}
         if changed := [one for one in names if earlier[name].get(one) != now[name].get(one)]:
             raise UserError(f"{path.parent} holds a comparison whose recipe {name} has another {', '.join(changed)}:"
-                            " choose another folder by --out")
+                            " choose another folder with --out")
 
 
 def require_same_origin(folder, first):
-    """Raises UserError where a run was trained on other data, or by other code, than the first one of its recipe."""
+    """Raises UserError if a run was trained on other data, or with other model code, than its recipe's first run."""
     now, then = marks_of(folder), marks_of(first)
     if changed := [name for name in MARKS if now.get(name) != then.get(name)]:
         raise UserError(f"{folder} was trained with other {' and other '.join(changed)} than {first}: delete it and put"
-                        " back what was changed, or choose another folder by --out")
+                        " back what was changed, or choose another folder with --out")
 
 
 def train(words, seed, folder, max_iters):
-    """Trains a run, or goes on with it; not if it has ended. Raises UserError if it fails, SystemExit if stopped."""
+    """Starts or resumes a run that has not finished. Raises UserError if it fails, SystemExit if it is stopped."""
     rows = read_log(folder)
     if rows and rows[-1]["step"] >= max_iters and "val_loss" in rows[-1]:
         return
@@ -110,18 +110,18 @@ def train(words, seed, folder, max_iters):
         while process.poll() is None:
             try:
                 process.wait()
-            except KeyboardInterrupt:  # reaches the run too, which saves
+            except KeyboardInterrupt:  # Ctrl-C reaches the run too, which saves
                 continue
     if process.returncode in (75, 130, 143, -2, -15):
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; the same command continues", file=sys.stderr)
         raise SystemExit(process.returncode if process.returncode > 0 else 128 - process.returncode)
     if process.returncode:
-        raise UserError(f"{shlex.join(command[1:])} failed with exit status {process.returncode}: what it said is above"
-                        f" and in {folder / 'output.txt'}")
+        raise UserError(f"{shlex.join(command[1:])} failed with exit status {process.returncode}: see what it printed,"
+                        f" above and in {folder / 'output.txt'}")
 
 
 def train_all(words, seeds, out, max_iters):
-    """{name: the rows of its run with each seed}. a and b take turns, and the first of the pair changes."""
+    """{"a": [log rows of each seed's run], "b": ...}. a and b take turns, also at being the first of a pair."""
     for seed in range(1, seeds + 1):
         for name in ("ab" if seed % 2 else "ba"):
             folder = out / name / f"seed{seed}"
@@ -135,15 +135,15 @@ def train_all(words, seeds, out, max_iters):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Telling
+# Reporting
 
 def report(out, recipes, found):
-    """Prints the losses of each seed and what they show."""
+    """Prints the losses of each seed and what they show. found: {"updates": [Pair], "time": [Pair]}."""
     for name in "ab":
         print(f"{name}: {recipes[name].strip() or 'the defaults of train.py'}")
     for where, pairs in found.items():
         if not pairs:
-            print(f"\nat equal {where}, nothing can be said: a run was not evaluated by then; use a lower"
+            print(f"\nat equal {where}, nothing can be said: not every run was evaluated by then; use a lower"
                   " --eval_interval and another --out")
             continue
         unit = "step" if where == "updates" else "second"
@@ -157,8 +157,8 @@ def report(out, recipes, found):
 
 def main(given, shared, settings):
     if len(given) != 2:
-        raise UserError(f"{len(given)} recipes; name two, in quotes if they have settings of their own, with a blank"
-                        ' first if they have nothing else: python -m tools.versus "" " --optimizer=muon"')
+        raise UserError(f"{len(given)} recipes; name two, each in quotes, with a blank in front of one that begins"
+                        ' with a setting: python -m tools.versus "" " --optimizer=muon"')
     recipes, out = dict(zip("ab", given)), Path(settings.out)
     words = {name: [*shell_words(recipe), *shared] for name, recipe in recipes.items()}
     record = {name: settings_of(recipe, shared) for name, recipe in recipes.items()}
@@ -175,7 +175,7 @@ def main(given, shared, settings):
         record[f"at equal {where}"] = {"b - a": mean, "95 %": half, "pairs": [pair._asdict() for pair in pairs]}
     write_json(out / "versus.json", record)
     words = {name: recipes[name].split() for name in "ab"}
-    n = len(os.path.commonprefix(list(words.values())))  # what both begin with is said once
+    n = len(os.path.commonprefix(list(words.values())))  # words that both begin with, named once
     bare = "nothing more" if n else "the defaults"
     named = {f"{name}: {' '.join(words[name][n:]) or bare}": runs[name] for name in "ab"}
     about = f"two recipes, {settings.seeds} seeds each" + f": {' '.join(words['a'][:n])}, and" * (n > 0)

@@ -3,8 +3,8 @@
     python prepare.py digits                                        into data/digits, ready for training
     python data/digits/generate.py --images=100 --out=my_folder     the images and captions.jsonl alone
 
-The 1,797 scans (8 x 8 pixels) come with scikit-learn. Every seventh of each digit is set aside for validation: no
-training image contains it. A row also tells which scans its number is made of.
+The 1,797 scans (8 x 8 pixels) come with scikit-learn. Every seventh scan of each digit is for validation: no training
+image contains it. Each row also lists the scans that make up its number.
 """
 
 import sys
@@ -19,9 +19,9 @@ from configurator import UserError, check_ranges, from_command_line, one_line_er
 
 @dataclass(frozen=True)
 class Settings:
-    images: int = 30000  # how many
-    seed: int = 0  # of everything drawn
-    out: str = ""  # the folder to write; default: data/digits/source
+    images: int = 30000  # number of images
+    seed: int = 0  # of all random choices
+    out: str = ""  # folder to write to; default: data/digits/source
 
     def __post_init__(self):
         check_ranges(self, images=10, seed=0)
@@ -37,8 +37,8 @@ from PIL import Image
 
 from machine.terminal import progress
 
-SIZE = 48  # pixels of both sides
-TRAIN_SPREAD = 2.0  # training images vary more than those for validation
+SIZE = 48  # pixels of an image's sides
+TRAIN_SPREAD = 2.0  # a scan's size and slant vary twice as much in training images
 
 
 def load_scans():
@@ -58,11 +58,11 @@ def split_scans(labels):
 
 
 def compose(scans, rng, spread=1.0):
-    """An image of the scans (n, 8, 8), n from 1 to 4, as on a line of a form; place, size, slant and shade vary.
+    """An image of 1 to 4 scans (n, 8, 8), side by side as on a line of a form; place, size, slant and shade vary.
 
-    spread: how much the size and the slant of each scan do.
+    spread: how much a scan's size and slant vary.
     """
-    size = 11.5  # pixels of a scan's sides, before each one's own variation
+    size = 11.5  # pixels of a scan's sides, before they vary
     left = rng.uniform(0, 2)
     top = (SIZE - size) / 2 + rng.uniform(-3, 3)
     ink = np.zeros((SIZE, SIZE))
@@ -80,7 +80,7 @@ def placed(scan, centre, size, angle):
     (x, y), scale = centre, 8 / size
     cos, sin = scale * np.cos(angle), scale * np.sin(angle)
     matrix = (cos, sin, 5 - cos * x - sin * y, -sin, cos, 5 + sin * x - cos * y)  # from the image to the scan
-    picture = Image.fromarray(np.pad(scan, 1).astype(np.float32))  # a rim, for ink reaches the scan's edge
+    picture = Image.fromarray(np.pad(scan, 1).astype(np.float32))  # a rim, because ink reaches the scan's edge
     ink = picture.transform((SIZE, SIZE), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
     return np.asarray(ink).clip(0, 1)
 
@@ -94,11 +94,11 @@ def make(index, seed, scans, splits):
 
 
 def generate(folder, images=Settings.images, seed=Settings.seed):
-    """Writes images/00000.png and so on into `folder`, and captions.jsonl, last."""
+    """Writes images/00000.png and so on into `folder`, and captions.jsonl when they are complete."""
     scans, labels = load_scans()
     splits, lines = split_scans(labels), []
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    (folder / "captions.jsonl").unlink(missing_ok=True)  # of other images; without it a half is no whole
+    (folder / "captions.jsonl").unlink(missing_ok=True)  # written last: a folder without it is unfinished
     with progress(images, "images") as bar:
         for index in range(images):
             image, chosen, split = make(index, seed, scans, splits)

@@ -3,8 +3,8 @@
     python prepare.py shapes                                        into data/shapes, ready for training
     python data/shapes/generate.py --images=100 --out=my_folder     the images and captions.jsonl alone
 
-Every tenth image is for validation, and shows at least one combination of size, colour and shape out of HELD_OUT, which
-no training image shows and no training row names. A question is asked only where it has exactly one answer.
+Every tenth image is for validation, and shows at least one of the combinations of size, colour and shape in HELD_OUT,
+which no training image shows and no training row names. A question is asked only if it has exactly one answer.
 """
 
 import sys
@@ -19,9 +19,9 @@ from configurator import check_ranges, from_command_line, one_line_errors
 
 @dataclass(frozen=True)
 class Settings:
-    images: int = 12000  # how many
-    seed: int = 0  # of everything drawn
-    out: str = ""  # the folder to write; default: data/shapes/source
+    images: int = 12000  # number of images
+    seed: int = 0  # of all random choices
+    out: str = ""  # folder to write to; default: data/shapes/source
 
     def __post_init__(self):
         check_ranges(self, images=10, seed=0)
@@ -40,15 +40,15 @@ from PIL import Image, ImageDraw
 from machine.terminal import progress
 from run.pictures import Box, box_text
 
-SIZE = 48  # pixels of both sides
-GRID = 8  # pixels: where things may lie, so that a box is one of few
+SIZE = 48  # pixels of an image's sides
+GRID = 8  # pixels: things lie on this grid, so that there are few different boxes
 SIDES = {"small": 12, "large": 20}  # pixels
 COLOURS = {"red": (215, 35, 40), "orange": (245, 135, 20), "yellow": (240, 210, 30), "green": (40, 150, 60),
            "blue": (40, 80, 215), "purple": (125, 45, 165), "pink": (250, 130, 185), "black": (25, 25, 30)}
 SHAPES = ("circle", "square", "triangle", "star", "heart", "ring")
 HELD_OUT = (("small", "red", "star"), ("large", "yellow", "circle"), ("small", "green", "heart"),
             ("large", "blue", "triangle"), ("small", "purple", "ring"), ("large", "black", "square"))
-SUPERSAMPLING = 8
+SUPERSAMPLING = 8  # shapes are drawn this many times as large, then averaged down
 
 
 class Thing(NamedTuple):
@@ -76,7 +76,7 @@ class Thing(NamedTuple):
 # What is in an image
 
 def make_things(rng, held_out):
-    """One to three things that don't touch, from left to right; if held_out, at least one of such a combination."""
+    """One to three things that don't touch, from left to right; at least one is in HELD_OUT if held_out, else none."""
     names = make_names(rng, held_out)
     while True:
         things = []
@@ -89,7 +89,7 @@ def make_things(rng, held_out):
 
 
 def make_names(rng, held_out):
-    """[(size, colour, shape)]; some take the colour or the shape of the one before, so that there is more to count."""
+    """[(size, colour, shape)]. Some repeat the colour or shape of the one before, so that there is more to count."""
     names, count = [], rng.choice(3, p=(0.2, 0.4, 0.4)) + 1
     while len(names) < count:
         size, colour, shape = rng.choice(list(SIDES)), rng.choice(list(COLOURS)), rng.choice(SHAPES)
@@ -106,7 +106,7 @@ def make_names(rng, held_out):
 
 
 def apart(a, b):
-    """Whether two pixels are free between their boxes, and it is clear which one is further left."""
+    """True if two pixels or more are free between the boxes of a and b, and it is clear which one is further left."""
     (ax, ay), (bx, by), reach = a.centre, b.centre, (a.side + b.side) / 2 + 2
     return max(abs(ax - bx), abs(ay - by)) >= reach and abs(ax - bx) >= 4
 
@@ -115,7 +115,7 @@ def apart(a, b):
 # Drawing
 
 def render(things, rng):
-    """The image; a thing fills its box exactly."""
+    """The image of the things. Each touches all four sides of its box."""
     image = Image.fromarray(background(rng))
     for thing in things:
         colour = np.clip(np.array(COLOURS[thing.colour]) + rng.integers(-12, 13, size=3), 0, 255)
@@ -162,22 +162,23 @@ def outline(shape):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What is asked. Each function returns (prompt, answer), or None where nothing can be asked without ambiguity.
+# Questions. Each function returns (prompt, answer), or None if there is no unambiguous question of its kind.
 
 def caption(things, rng):
-    """From left to right."""
+    """All things, from left to right."""
     phrases = [f"a {thing.size} {thing.name}" for thing in things]
     return "caption", " and ".join((", ".join(phrases[:-1]), phrases[-1])) if phrases[1:] else phrases[0]
 
 
 def colour(things, rng):
+    """Of the only thing of its shape."""
     shapes = [thing.shape for thing in things]
     thing = pick([thing for thing in things if shapes.count(thing.shape) == 1], rng)
     return thing and (f"what colour is the {thing.shape}?", thing.colour)
 
 
 def count(things, rng):
-    """All things, or those of one shape or one colour, at times one that is not there."""
+    """Of all things, or of those of one shape or colour, which sometimes does not occur."""
     subject, seen = rng.integers(3), rng.random() < 0.75
     if subject == 0:
         return "how many shapes are there?", str(len(things))
@@ -189,7 +190,7 @@ def count(things, rng):
 
 
 def position(things, rng):
-    """Of two things by their centres, at least 8 pixels apart; or the quarter of the image that one is in."""
+    """Of a thing relative to another, if the centres are 8 pixels apart or more; or the quarter that a thing is in."""
     single, options = unique(things), []
     for a, b in permutations(single, 2):
         (ax, ay), (bx, by) = a.centre, b.centre
@@ -207,7 +208,7 @@ def position(things, rng):
 
 
 def compare(things, rng):
-    """Two things' colours or sizes, or how many there are of two shapes."""
+    """The colours or sizes of two things, or the numbers of things of two shapes."""
     counts = {shape: sum(thing.shape == shape for thing in things) for shape in {thing.shape for thing in things}}
     kinds = {"colour": [], "size": [], "number": []}
     for a, b in permutations(things, 2):
@@ -235,19 +236,19 @@ def detect(things, rng):
 
 
 def unique(things):
-    """Those that their colour and shape tell from all others."""
+    """The things that share their colour and shape with no other thing."""
     names = [thing.name for thing in things]
     return [thing for thing in things if names.count(thing.name) == 1]
 
 
 def pick(things, rng):
-    """A random one, of a held-out combination if there is any: what validation is about. None of none."""
+    """A random thing, a held-out one if there is any, because validation is about these; None if `things` is empty."""
     things = [thing for thing in things if thing.held_out] or things
     return things[rng.integers(len(things))] if things else None
 
 
 def ask_one(options, rng):
-    """(prompt, answer) of one of the options (thing, prompt, answer), about a held-out thing if there is any."""
+    """(prompt, answer) of one of the options (thing, prompt, answer), about a held-out thing if possible; or None."""
     options = [option for option in options if option[0].held_out] or options
     return options[rng.integers(len(options))][1:] if options else None
 
@@ -270,9 +271,9 @@ def make(index, seed):
 
 
 def generate(folder, images=Settings.images, seed=Settings.seed):
-    """Writes images/00000.png and so on into `folder`, and captions.jsonl, last."""
+    """Writes images/00000.png and so on into `folder`, and captions.jsonl when they are complete."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    (folder / "captions.jsonl").unlink(missing_ok=True)  # of other images; without it a half is no whole
+    (folder / "captions.jsonl").unlink(missing_ok=True)  # written last: a folder without it is unfinished
     lines = []
     with progress(images, "images") as bar:
         for index in range(images):
