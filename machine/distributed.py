@@ -1,6 +1,16 @@
-"""Several workers, started by torchrun: ranks, collectives (no-ops for a single process), DDP and FSDP2.
+r"""Several workers, started by torchrun: ranks, collectives (no-ops for a single process), DDP and FSDP2.
 
     torchrun --nproc_per_node=2 train.py config/shakespeare_char.py
+
+Two machines that share a folder: the first has the address 10.0.0.1, the second 10.0.0.2 (under SLURM: tools/slurm.sh).
+
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_id=quill --rdzv_endpoint=10.0.0.1:29500 \
+        --local_addr=10.0.0.1 --rdzv_conf=is_host=1 train.py config/gpt2.py             # on the first
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_id=quill --rdzv_endpoint=10.0.0.1:29500 \
+        --local_addr=10.0.0.2 --rdzv_conf=is_host=0 train.py config/gpt2.py             # on the second
+
+If they don't find each other, name the network device: GLOO_SOCKET_IFNAME=eth0, for GPUs NCCL_SOCKET_IFNAME=eth0.
+torchrun --max-restarts=3 with --resume=auto starts all workers again when one has failed, from the last save.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Turns images with questions and answers into a data set: images.bin, train.jsonl, val.jsonl and so on.
+r"""Turns images with questions and answers into a data set: images.bin, train.jsonl, val.jsonl and so on.
 
     python prepare.py my_folder/ --image_size=224 --tokenizer=bpe:2000
 
@@ -12,6 +12,11 @@ A row may also name its kind (evaluation reports each kind by itself; default: t
 
 Hugging Face's layout works too: a metadata.jsonl, .csv or .tsv, with a `file_name` and a `text` (or `caption`, or
 --column=NAME) for each image, in the folder or in each of train/, validation/, test/. Every prompt is then "caption".
+
+Fine-tunes a published PaliGemma on it, by LoRA, with the vision tower frozen, and writes it in the published layout:
+
+    python train.py --task=image-text --dataset=my_folder --init_from=google/paligemma-3b-pt-224 --rates.vision=0 \
+        --lora_rank=8 --publish=tuned
 """
 
 import hashlib

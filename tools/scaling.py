@@ -1,6 +1,6 @@
 """What a GPT needs in memory, FLOPs and time: on paper, before a GPU is rented.
 
-    python -m tools.scaling                             the GPT-2 recipes, as in the README; on any CPU, in seconds
+    python -m tools.scaling                             the GPT-2 recipes of config/, on any CPU in seconds
     python -m tools.scaling config/gpt2.py config/gpt2/350m.py --n_layer=32 --max_iters=40000
 
 Nothing here is measured on a GPU. The tests compare the memory with that of all tensors in real training steps on the
@@ -134,7 +134,7 @@ TABLES = {"size, parameters, tokens, FLOPs, 1 H100, 8, 64, tokens (20 per parame
 
 
 def main(arguments):
-    """Prints two tables, and a sentence for each row: for the README's recipes, or for the settings in `arguments`."""
+    """Prints two tables, and a sentence for each row: for the GPT-2 recipes, or for the settings in `arguments`."""
     chosen = {"these settings": arguments} if arguments else {
         name: [str(CONFIG / file) for file in files] for name, files in RECIPES.items()}
     found = {name: read(argv) for name, argv in chosen.items()}
