@@ -1,9 +1,7 @@
-"""LoRA (Hu et al. 2021): train a low-rank update of each linear layer, while the layer itself stays frozen.
+"""LoRA (Hu et al. 2021) for any module: train a low-rank update of each linear layer, and freeze the layer itself.
 
     add_lora(model, rank=8)      before training
     merge_lora(model)            after training: adds the updates to the weights; the layers are ordinary again
-
-It works for any nn.Module, without changes to its code.
 """
 
 import torch

@@ -18,8 +18,7 @@ CPU_BATCH = 2**19  # elements of matrices that a CPU updates together: they fit 
 def freeze(model, rates):
     """Freezes the parts whose rate is 0. rates: {name of a child of the model: multiple of the learning rate}.
 
-    Call it before DDP wraps the model, because DDP waits for the gradient of every parameter that is not frozen.
-    Raises UserError for a name that the model does not have.
+    Call it before DDP, which waits for a gradient of all that is not frozen. Raises UserError for an unknown name.
     """
     parts = [name for name, child in model.named_children() if next(child.parameters(), None) is not None]
     for name in rates.keys() - set(parts):
@@ -34,8 +33,7 @@ def make_optimizers(model, settings):
     If settings.optimizer is "muon", Muon trains the matrices of the blocks. Only parameters with two or more dimensions
     are decayed. settings.rates: see `freeze`, which must have run. Raises UserError if there is nothing to train.
     """
-    s = settings
-    groups, matrices, trained = {}, set(), set()  # groups: {(scale, decayed, by Muon): parameters}
+    s, groups, matrices, trained = settings, {}, set(), set()  # groups: {(scale, decayed, by Muon): parameters}
     if s.optimizer == "muon":
         matrices = {p for block in all_blocks(model) for p in block.parameters() if p.dim() == 2}
     for name, p in model.named_parameters():

@@ -232,8 +232,7 @@ class SigLIP(nn.Module):
         """
         images, texts = self.encode_images(images), self.text(tokens, padding)
         if self.config.loss == "softmax":
-            # The bias is unused, but DDP waits for its gradient.
-            return softmax_nats(images, texts, self.log_scale, across_ranks) + 0 * self.bias
+            return softmax_nats(images, texts, self.log_scale, across_ranks) + 0 * self.bias  # DDP needs its gradient
         return sigmoid_nats(images, texts, self.log_scale, self.bias, across_ranks=across_ranks)
 
     def encode_images(self, images):

@@ -19,11 +19,10 @@ ROWS = 128  # query positions per tile; a tile leaves out the keys after its las
 
 
 def attend(q, k, v, mask, dropout=0.0):
-    """softmax(q k^T / sqrt(D)) v, (B, H, T, D), with dropout of the attention weights.
+    """softmax(q k^T / sqrt(D)) v, (B, H, T, D), where each weight of v is dropped with probability `dropout`.
 
     q: (B, H, T, D); k, v: (B, K, S, D), where each key-value head serves H / K query heads.
-    mask: None (every query sees every key), "causal", or a boolean tensor that broadcasts to (B, H, T, S), True = may
-    attend. dropout: the probability of dropping a weight.
+    mask: None, "causal", or a boolean tensor that broadcasts to (B, H, T, S), True = may attend.
     """
     if q.device.type != "cpu" or not q.requires_grad:
         return fused(q, k, v, mask, dropout)

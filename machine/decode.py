@@ -1,8 +1,7 @@
 """Fast generation on a CPU: while tokens are generated, compiled C (decode.c) takes the short steps of a model's trunk.
 
-This needs a C compiler. Weights must be float32, or bfloat16 on a CPU that only emulates bfloat16. The first sample
-compiles decode.c, in about a second, into this folder's __pycache__. QUILL_COMPILER names a compiler other than cc; an
-empty name turns decode.c off.
+It needs a C compiler, and float32 weights, or bfloat16 where the CPU only emulates it. The first sample compiles it
+into __pycache__, in about a second. QUILL_COMPILER names a compiler other than cc; if it is empty, none is used.
 
 decode.c replaces only code that it was tested against: the digest (digest.py) of each module's class must be that in
 decode.json, and no module may have hooks or methods of its own. Otherwise PyTorch takes the steps. After a change to
