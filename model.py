@@ -2,7 +2,7 @@
 
     python train.py config/shakespeare_char.py      trains a GPT, also on a laptop's CPU; generate.py samples from it
 
-A module holds weights. Everything that changes from call to call (mask, rotation, cache, memory) is an argument. So one
+Weights belong to modules; whatever changes from call to call (mask, rotation, cache, memory) is an argument. So one
 block serves a GPT, a bidirectional encoder, an encoder-decoder, a vision transformer and a Gemma. They differ in their
 config, which picks the parts (NORMS, MLPS, POSITIONS) and the sizes, and in the code around the trunk.
 

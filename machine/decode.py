@@ -3,7 +3,7 @@
 It needs a C compiler, and float32 weights, or bfloat16 where the CPU only emulates it. The first sample compiles it
 into __pycache__, in about a second. QUILL_COMPILER names a compiler other than cc; if it is empty, none is used.
 
-decode.c replaces only code that it was tested against: the digest (digest.py) of each module's class must be that in
+decode.c replaces only code that it was tested against: the digests (digest.py) of the trunk's classes must be those in
 decode.json, and no module may have hooks or methods of its own. Otherwise PyTorch takes the steps. After a change to
 these classes, and to decode.c if needed, the test below accepts their new digests if the logits are equal.
 
@@ -144,7 +144,7 @@ class Trunk(ctypes.Structure):
 
 
 class Steps:
-    """Replaces a trunk's `forward`, with the same arguments and results.
+    """Replaces a trunk's `forward`, with the same arguments.
 
     decode.c takes steps of one token, short prompts, and in bfloat16 prompts of any length. PyTorch takes the others.
     """
