@@ -1,8 +1,8 @@
-"""The one loop that writes: the next token of every row, again and again; and how to choose it.
+"""Sampling: how to choose a token from logits, and the loop that generates token after token.
 
     for tokens in generate(model, prompt, 100, picker(settings, device)):      prompt: (B, T), tokens: (B,)
 
-`generate` alone puts fast steps on a model (machine/decode.py), and takes them off at its end.
+While `generate` runs, short steps of the model are compiled code where possible (machine/decode.py).
 
 Axes: B batch, T tokens of the prompt, C channels, V vocabulary.
 """
@@ -15,10 +15,10 @@ from machine.decode import fast_steps
 
 
 def pick_tokens(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """One token per row, from softmax(logits / temperature); temperature 0 takes the likeliest.
+    """One token per row, (B,), drawn from softmax(logits / temperature); at temperature 0 the likeliest.
 
-    logits: (B, V). top_k: only the k likeliest (0: all). top_p: of these, only the fewest likeliest whose
-    probabilities reach p together (Holtzman et al. 2019). Returns (B,).
+    logits: (B, V). top_k: keep only the k likeliest tokens; 0: keep all. top_p: of these, keep only the smallest set of
+    likeliest tokens whose probabilities sum to at least top_p (Holtzman et al. 2019).
     """
     if temperature < 1e-30:  # logits / temperature would be infinite
         return logits.argmax(-1)
@@ -27,46 +27,43 @@ def pick_tokens(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         logits, order = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # likeliest first
     p = (logits / temperature).softmax(-1)
     if top_p < 1:
-        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)  # the token that crosses top_p stays
-    # With e ~ Exp(1), argmax(p / e) is a draw from p: no normalising, no waiting for the device.
-    waits = torch.empty_like(p).exponential_(generator=generator).clamp_min_(1e-37)  # MPS also draws 0, and 0 / 0 wins
-    choice = (p / waits).argmax(-1, keepdim=True)  # (B, 1)
+        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)  # keeps the token that crosses top_p
+    # With e ~ Exp(1), argmax(p / e) is a draw from p. p need not sum to 1, and the CPU need not wait for the device.
+    e = torch.empty_like(p).exponential_(generator=generator).clamp_min_(1e-37)  # MPS also draws 0, and 0 / 0 wins
+    choice = (p / e).argmax(-1, keepdim=True)  # (B, 1)
     return (choice if order is None else order.gather(-1, choice)).squeeze(-1)
 
 
 def picker(settings, device):
-    """`pick_tokens` as the settings for sampling have it, with the generator that their seed gives."""
+    """A function from logits (B, V) to tokens (B,): `pick_tokens` with the options and seed of sampling settings."""
     return functools.partial(pick_tokens, temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p,
                              generator=torch.Generator(device).manual_seed(settings.seed))
 
 
 @torch.inference_mode()
 def generate(model, tokens, count, pick, eos=None, **context):
-    """Yields up to `count` times the next token of every row, (B,), continuing tokens: (B, T).
+    """Continues tokens (B, T): yields the next token of every row, (B,), at most `count` times.
 
-    pick(logits): the tokens chosen from (B, V); or (tokens, rows), where rows (B,) says which row each continues, as a
-    beam search has it. eos: a row that has chosen it goes on with it, and when all rows have, nothing more is yielded.
-    context: what model.hidden gets at every call besides, such as an image.
+    pick(logits): returns tokens (B,) chosen from logits (B, V). Or it returns (tokens, rows), both (B,), where token i
+    continues row rows[i], as in beam search. eos: the end token. A row that has chosen eos repeats it, and generation
+    stops once all rows have. context: further arguments for every call of model.hidden, such as an image.
 
-    Positions end at block_size: whenever the window is full, its last half is encoded anew from position 0 and
-    generation goes on from there. So each token sees at least the block_size / 2 tokens before it, and the cost per
-    token stays flat. A model without `make_caches` computes the whole window for each token.
+    Positions end at block_size. When the window is full, its last half is encoded again from position 0, and generation
+    goes on from there. So each token sees at least the block_size / 2 tokens before it, and the cost per token stays
+    flat. A model without `make_caches` computes the whole window for each token.
     """
     block_size = model.config.block_size
-    window = [tokens[:, -block_size:]]  # in pieces, of which the caches hold all but the last: `start` tokens
-    size, start = min(block_size, window[0].size(1) + count), 0
+    window, start = tokens[:, -block_size:], 0  # the caches hold the first `start` tokens of the window
+    size = min(block_size, window.size(1) + count)
     caches = model.make_caches(len(tokens), size) if hasattr(model, "make_caches") else None
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     with fast_steps(model):
         for _ in range(count):
-            if caches is None:
-                window, start = [torch.cat(window, dim=1)[:, -block_size:]], 0
-            x = model.hidden(window[-1], caches, start, **context)[:, -1]  # (B, C)
-            start += window[-1].size(1)
+            x = model.hidden(window[:, start:], caches, start, **context)[:, -1]  # (B, C)
             chosen = pick(model.logits(x))
             if isinstance(chosen, tuple):
                 chosen, rows = chosen
-                window, ended = [torch.cat(window, dim=1)[rows]], ended[rows]
+                window, ended = window[rows], ended[rows]
                 if caches is not None:
                     caches.reorder(rows)
             if eos is not None:
@@ -75,6 +72,9 @@ def generate(model, tokens, count, pick, eos=None, **context):
             yield chosen
             if eos is not None and ended.all():
                 return
-            window.append(chosen[:, None])
-            if start == block_size and caches is not None:
-                window, start = [torch.cat(window, dim=1)[:, -max(1, block_size // 2):]], 0
+            start = window.size(1)
+            window = torch.cat((window, chosen[:, None]), dim=1)
+            if caches is None:
+                window, start = window[:, -block_size:], 0
+            elif start == block_size:
+                window, start = window[:, -max(1, block_size // 2):], 0

@@ -1,9 +1,7 @@
-"""LoRA (Hu et al. 2021): of each linear layer only a sum of `rank` outer products is trained; the rest stays as it is.
+"""LoRA (Hu et al. 2021) for any module: train a low-rank update of each linear layer, and freeze the layer itself.
 
     add_lora(model, rank=8)      before training
-    merge_lora(model)            after it: ordinary layers again, under their ordinary names
-
-Any module will do, and nothing else in it needs to know.
+    merge_lora(model)            after training: adds the updates to the weights; the layers are ordinary again
 """
 
 import torch
@@ -14,9 +12,9 @@ from configurator import UserError
 
 
 class LoRALinear(nn.Linear):
-    """y = W x + b + alpha / rank * B A x; W and b are those of the layer that it replaces.
+    """y = W x + b + alpha / rank * B A x, where W and b belong to the layer that it replaces.
 
-    A and B are float32 beside 16-bit weights too, whose rounding would swallow small updates.
+    A and B are float32 even if W has 16 bits, because rounding to 16 bits would lose small updates.
     """
 
     def __init__(self, linear, rank, alpha, generator=None):
@@ -33,7 +31,7 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def merged(self):
-        """One ordinary layer that computes the same."""
+        """An nn.Linear that computes the same. Adds the update to the weight in place."""
         linear = nn.Linear(self.in_features, self.out_features, device="meta")
         self.weight += self.scale * self.lora_b @ self.lora_a
         linear.weight, linear.bias = self.weight, self.bias
@@ -41,26 +39,26 @@ class LoRALinear(nn.Linear):
 
 
 def add_lora(model, rank, generator=None, alpha=0):
-    """Freezes a model's `decoder`, or all of a model without one; each linear layer there gets two matrices to train.
+    """Freezes a model's `decoder`, or all of it if it has none, and adds matrices A and B to each linear layer there.
 
-    B starts at zero, so the model computes what it did; A is drawn with variance 1 / in, on the CPU. alpha: 0 stands
-    for 2 * rank. Raises UserError for a rank below 1, and for a model without linear layers.
+    B starts at zero, so the outputs are the same at first. A is drawn on the CPU, with variance 1 / in_features.
+    alpha: 0 means 2 * rank. Raises UserError for a rank below 1 and for a model without linear layers.
     """
     if rank < 1:
         raise UserError(f"lora_rank = {rank}: must be at least 1")
     part = getattr(model, "decoder", model)
     part.requires_grad_(False)
     if not replace(part, nn.Linear, lambda linear: LoRALinear(linear, rank, alpha or 2 * rank, generator)):
-        raise UserError(f"lora_rank = {rank}: the model {type(model).__name__} has no linear layer for it")
+        raise UserError(f"lora_rank = {rank}: {type(model).__name__} has no linear layers; use lora_rank = 0")
 
 
 def merge_lora(model):
-    """Undoes `add_lora` and keeps what was learned. The weights stay frozen."""
+    """Turns every LoRALinear back into an nn.Linear with the same outputs. The weights stay frozen."""
     replace(model, LoRALinear, LoRALinear.merged)
 
 
 def replace(model, kind, make):
-    """Puts make(layer) in the place of each layer of exactly this kind; returns how many there were."""
+    """Replaces each layer whose type is exactly `kind` by make(layer), and returns how many there were."""
     found = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()
              if type(child) is kind]
     for parent, name, child in found:

@@ -1,13 +1,13 @@
-"""Transformers from a few blocks: norms, MLPs, positions, attention, its cache, the block, the trunk; and GPT.
+"""The parts of a transformer (norms, MLPs, positions, attention, KV cache, block, trunk), and a GPT made of them.
 
-    python train.py config/shakespeare_char.py      trains a GPT, on a laptop's CPU too; generate.py writes with it
+    python train.py config/shakespeare_char.py      trains a GPT, also on a laptop's CPU; generate.py samples from it
 
-What has weights is a module; what varies from call to call (mask, rotation, cache, memory) is an argument. So one block
-serves a GPT, a bidirectional encoder, an encoder-decoder, a vision transformer and a Gemma: they differ in the parts
-they name (NORMS, MLPS, POSITIONS), in a few numbers, and in what they do around the trunk.
+Weights belong to modules; whatever changes from call to call (mask, rotation, cache, memory) is an argument. So one
+block serves a GPT, a bidirectional encoder, an encoder-decoder, a vision transformer and a Gemma. They differ in their
+config, which picks the parts (NORMS, MLPS, POSITIONS) and the sizes, and in the code around the trunk.
 
 Axes: B batch, T query positions, S key positions, C channels (n_embd), H query heads, K key-value heads,
-D head_dim, V vocabulary, A places where something is predicted.
+D head_dim, V vocabulary, A predicted positions.
 """
 
 from dataclasses import dataclass
@@ -25,15 +25,15 @@ class TransformerConfig:
     n_layer: int = 4
     n_head: int = 4
     n_embd: int = 128
-    n_kv_head: int = 0  # key-value heads; 0: n_head. Fewer is grouped-query attention (1: multi-query)
+    n_kv_head: int = 0  # key-value heads; 0: n_head; fewer: grouped-query attention; 1: multi-query attention
     head_dim: int = 0  # 0: n_embd // n_head
     n_hidden: int = 0  # width inside the MLP; 0: 4 * n_embd
     norm: str = "layernorm"  # a key of NORMS
     norm_eps: float = 1e-5
     mlp: str = "gelu"  # a key of MLPS
-    bias: bool = False  # in the linear layers and LayerNorms
+    bias: bool = False  # biases in the linear layers and LayerNorms
     dropout: float = 0.0
-    cross: bool = False  # a cross-attention sub-layer in every block
+    cross: bool = False  # every block has a cross-attention layer, which reads the memory
 
     def __post_init__(self):
         check_ranges(self, n_layer=1, n_head=1, n_embd=1, n_kv_head=0, head_dim=0, n_hidden=0, dropout=0.0)
@@ -44,11 +44,11 @@ class TransformerConfig:
 @dataclass(frozen=True)
 class GPTConfig(TransformerConfig):
     vocab_size: int = 65
-    block_size: int = 64  # most positions the model can look at
+    block_size: int = 64  # context length: the most tokens that the model reads at once
     positions: str = "learned"  # a key of POSITIONS
-    rope_theta: float = 10000.0  # of rotary positions
+    rope_theta: float = 10000.0  # base of the wavelengths of rotary positions
     tied: bool = True  # the embedding matrix is also the output head
-    bigrams: bool = False  # an embedding of each pair of neighbours too: vocab_size^2 rows
+    bigrams: bool = False  # add an embedding of each (previous token, token) pair; the table has vocab_size^2 rows
 
     def __post_init__(self):
         super().__post_init__()
@@ -56,13 +56,10 @@ class GPTConfig(TransformerConfig):
         check_choices(self, positions=POSITIONS)
         head_dim = self.head_dim or self.n_embd // self.n_head
         if self.positions == "rotary" and head_dim % 2:
-            raise UserError(f"head_dim = {head_dim}: rotary positions turn pairs, so it must be even")
+            raise UserError(f"head_dim = {head_dim}: rotary positions rotate pairs of channels, so it must be even")
         if self.bigrams and self.vocab_size > 512:
-            raise UserError(f"bigrams = True: a vocabulary of {self.vocab_size:,} has {self.vocab_size**2:,} pairs;"
-                            " of more than 512 tokens they are too many")
+            raise UserError(f"bigrams = True: vocab_size = {self.vocab_size:,} is above 512; set bigrams = False")
 
-
-# ----------------------------------------------------------------------------------------------------------------------
 
 class LayerNorm(nn.LayerNorm):
     def __init__(self, config):
@@ -70,7 +67,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * (1 + weight), computed in float32 (Zhang and Sennrich 2019; the gain's form is Gemma's)."""
+    """x / rms(x) * (1 + weight), computed in float32 (Zhang and Sennrich 2019; the gain 1 + weight is Gemma's)."""
 
     def __init__(self, config):
         super().__init__()
@@ -84,7 +81,7 @@ class RMSNorm(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(gelu(up(x))), with the tanh form of GELU that GPT-2, SigLIP and Gemma share."""
+    """down(gelu(up(x))), with the tanh approximation of GELU, as in GPT-2, SigLIP and Gemma."""
 
     def __init__(self, config):
         super().__init__()
@@ -121,8 +118,8 @@ MLPS = {"gelu": MLP, "geglu": GatedMLP, "relu2": SquaredReLUMLP}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Positions: each kind takes embedded tokens (B, T, C) and their positions, a slice or integers (T,) or (B, 1, T). It
-# returns (x, rope): the tokens with what it adds, and the rotation of queries and keys in attention, or None.
+# Positions. Each class takes embedded tokens (B, T, C) and their positions, a slice or integers (T,) or (B, 1, T), and
+# returns (x, rope): x is the tokens plus any position embedding, rope the (cos, sin) for Attention or None.
 
 class Learned(nn.Embedding):
     def __init__(self, config):
@@ -133,13 +130,13 @@ class Learned(nn.Embedding):
 
 
 class Rotary(nn.Module):
-    """Cosines and sines of each position's angles (Su et al. 2021), in the half-split layout, float32, built once."""
+    """Rotary positions (Su et al. 2021): float32 tables of cos and sin. Channel i is paired with channel i + D/2."""
 
     def __init__(self, config):
         super().__init__()
         D = config.head_dim or config.n_embd // config.n_head
         rates = config.rope_theta ** (-torch.arange(0, D, 2, device="cpu").float() / D)  # (D/2,)
-        places = torch.arange(config.block_size + 1, device="cpu").float()  # one more, for PaliGemma counts from 1
+        places = torch.arange(config.block_size + 1, device="cpu").float()  # one extra: PaliGemma counts from 1
         angles = (places[:, None] * rates).repeat(1, 2)  # (block_size + 1, D)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
@@ -152,29 +149,30 @@ POSITIONS = {"learned": Learned, "rotary": Rotary}
 
 
 def rotate(x, cos, sin):
-    """Turns each pair (x[i], x[i + D/2]) by its position's angle. x: (B, H, T, D)."""
+    """Returns x (B, H, T, D) with each pair (x[i], x[i + D/2]) rotated by its position's angle."""
     first, second = x.chunk(2, dim=-1)
     return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
 
 
 def causal_mask(q_pos, kv_pos, prefix=0):
-    """Boolean mask, True = may look: no later position, save inside a prefix that all of it may see.
+    """Boolean mask, True = may attend: each query sees the keys up to its own position, and the whole prefix.
 
-    q_pos: (T,), kv_pos: (S,) positions; prefix: its length, or a (B, 1, 1, 1) tensor of lengths per row.
-    Returns (T, S), or (B, 1, T, S) for a prefix per row.
+    q_pos: (T,), kv_pos: (S,), positions of queries and keys. prefix: its length, or (B, 1, 1, 1), one length per row.
+    Returns (T, S), or (B, 1, T, S) if the prefix differs per row.
     """
     return (kv_pos <= q_pos[:, None]) | (kv_pos < prefix)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Attention and blocks
 
 class Attention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017); with memory, cross-attention.
 
-    mask: None (all see all), "causal" (which keeps the fused kernel's fast path), or a boolean tensor of two or
-    more dimensions that broadcasts to (B, H, T, S), True = may look.
-    rope: (cos, sin) that broadcast to (B, H, T, D). cache, start: see KVCache.update. memory: (B, S, C), where keys and
-    values come from instead of x; or what `keys_values` made of it.
+    mask: None (every query sees every key), "causal" (faster than the same mask as a tensor), or a boolean tensor of
+    two or more dimensions that broadcasts to (B, H, T, S), True = may attend. rope: (cos, sin) that broadcast to
+    (B, H, T, D). cache, start: see `KVCache.update`. memory: (B, S, C), the source of keys and values instead of x, or
+    the result of `keys_values(memory)`.
     """
 
     def __init__(self, config):
@@ -199,14 +197,14 @@ class Attention(nn.Module):
         return self.dropout(self.o_proj(y.transpose(1, 2).flatten(2)))  # (B, H, T, D) -> (B, T, C)
 
     def keys_values(self, source):
-        """(B, S, C) -> keys and values, each (B, K, S, D). Of a memory they need computing once only."""
+        """Keys and values of source (B, S, C), each (B, K, S, D). For a memory, compute them once and reuse them."""
         k = self.k_proj(source).unflatten(-1, (self.n_kv_head, self.head_dim)).transpose(1, 2)
         v = self.v_proj(source).unflatten(-1, (self.n_kv_head, self.head_dim)).transpose(1, 2)
         return k, v
 
 
 class KVCache:
-    """The keys, rotated, and the values of one layer for up to `size` positions, in buffers that never move."""
+    """Rotated keys and values of one layer, for up to `size` positions, in buffers at fixed addresses."""
 
     def __init__(self, attention, batch_size, size):
         weight = attention.k_proj.weight
@@ -214,10 +212,10 @@ class KVCache:
         self.k, self.v = (torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
 
     def update(self, k, v, start):
-        """Writes k, v: (B, K, T, D), and returns the keys and values to look at, (B, K, S, D).
+        """Stores k and v, each (B, K, T, D); returns the keys and values to attend to, each (B, K, S, D).
 
-        start: the first of the T slots, an int: then S counts the slots filled so far. Or the T slots as a tensor,
-        which a CUDA graph can read anew: then S counts all slots, and the mask must hide those not filled yet.
+        start: an int, the first of T consecutive slots; then S is the number of slots filled so far. Or a tensor of T
+        slots, which can change between replays of a CUDA graph; then S is `size`, and the mask must hide empty slots.
         """
         if isinstance(start, int):
             end = start + k.size(2)
@@ -230,7 +228,7 @@ class KVCache:
 
 
 class Caches(list):
-    """One KVCache per layer, and `last`, (B, 1): the latest token of each row, which a model with bigrams needs."""
+    """One KVCache per layer, and `last` (B, 1): the newest token of each row, which a GPT with bigrams needs."""
 
     def __init__(self, layers):
         super().__init__(layers)
@@ -238,7 +236,7 @@ class Caches(list):
         self.last = torch.zeros(rows, 1, dtype=torch.long, device=layers[0].k.device)
 
     def reorder(self, rows):
-        """Row i goes on from what row rows[i] holds, as beam search needs it. rows: (B,)."""
+        """Copies row rows[i] into row i, for every i at once. Beam search needs this. rows: (B,)."""
         for buffer in (self.last, *(layer.k for layer in self), *(layer.v for layer in self)):
             buffer.copy_(buffer[rows])
 
@@ -273,37 +271,37 @@ class Transformer(nn.Module):
         self.ln_f = NORMS[config.norm](config)
 
     def forward(self, x, caches=None, memory=None, **per_call):
-        """memory: (B, S, C), or what `remember` made of it; the rest as in `Attention`."""
+        """memory: (B, S, C), or the result of `remember(memory)`. per_call: further arguments of `Block.forward`."""
         for i, block in enumerate(self.blocks):
             cache = caches[i] if caches else None
-            its_memory = memory[i] if isinstance(memory, list) else memory
-            x = block(x, cache=cache, memory=its_memory, **per_call)
+            source = memory[i] if isinstance(memory, list) else memory
+            x = block(x, cache=cache, memory=source, **per_call)
         return self.ln_f(x)
 
     def remember(self, memory):
-        """The keys and values that each block's cross-attention reads of a memory: computed once per source."""
+        """Each block's cross-attention keys and values for a memory (B, S, C), so that they are computed only once."""
         return [block.cross_attn.keys_values(memory) for block in self.blocks]
 
     def make_caches(self, batch_size, size):
-        """Caches of the weights' dtype and device, to be filled from position 0 on."""
+        """Empty caches for `size` positions, with the dtype and device of the weights."""
         return Caches([KVCache(block.attn, batch_size, size) for block in self.blocks])
 
 
 def all_blocks(model):
-    """The blocks of all trunks of a model."""
+    """All blocks of a model, which may have several trunks."""
     return [module for module in model.modules() if isinstance(module, Block)]
 
 
 @torch.no_grad()
 def init_weights(model, generator=None, std=0.02, zero=False):
-    """GPT-2's initialisation, drawn on the CPU, so that a seed gives the same weights on every device.
+    """Initialises a model in place, like GPT-2. It draws on the CPU, so a seed gives the same weights on every device.
 
     | embeddings                                       | normal, std 0.02                            |
     | linear and convolution weights                   | normal, std                                 |
-    | o_proj and down_proj weights (into the residual) | normal, std / sqrt(2 blocks); 0 with `zero` |
-    | biases; gains of LayerNorm and RMSNorm           | 0; 1                                        |
+    | o_proj and down_proj weights (into the residual) | normal, std / sqrt(2 blocks); 0 if `zero`   |
+    | biases, gains of the norms                       | 0, 1                                        |
 
-    std: 0.02 fits widths around 1000; 1 / sqrt(width) keeps the signals of narrower models alive.
+    std: 0.02 suits a width of about 1000. For narrower models use 1 / sqrt(width), or activations become tiny.
     """
     n_layer = len(all_blocks(model))
     for name, module in model.named_modules():
@@ -325,10 +323,10 @@ def init_weights(model, generator=None, std=0.02, zero=False):
 # GPT
 
 def predict(head, x, targets=None, places=None):
-    """Logits head(x) in float32, (B, T, V); given targets, the nats of each one instead, in the targets' shape.
+    """Float32 logits of x: (B, T, V); or, given targets (B, T), the cross-entropy of each, in nats and in their shape.
 
-    x: (B, T, C). places: (B, A), the positions where something is predicted, with targets (B, A); None: all T. The head
-    is computed nowhere else: with a large vocabulary, logits take most of the memory.
+    x: (B, T, C). places: (B, A), the positions to predict at, None for all; then A replaces T in logits and targets.
+    Only these positions go through the head: with a large vocabulary, logits take most of the memory.
     """
     if places is not None:
         x = x.gather(1, places[..., None].expand(-1, -1, x.size(-1)))  # (B, T, C) -> (B, A, C)
@@ -339,7 +337,7 @@ def predict(head, x, targets=None, places=None):
 
 
 class GPT(nn.Module):
-    """Decoder-only language model: embed, add or turn by positions, mask, trunk, head; filled by `init_weights`."""
+    """Decoder-only language model: embeddings, positions, trunk, output head. `init_weights` sets its weights."""
 
     def __init__(self, config):
         super().__init__()
@@ -352,39 +350,41 @@ class GPT(nn.Module):
         self.head = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
     def forward(self, tokens, targets=None, places=None):
-        """tokens: (B, T); what it returns, and targets and places, as in `predict`."""
+        """tokens: (B, T). For targets, places and the returned tensor see `predict`."""
         return predict(self.logits, self.hidden(tokens), targets, places)
 
     def hidden(self, tokens, caches=None, start=0):
-        """The trunk's output (B, T, C) for tokens (B, T), each of which sees those up to itself.
+        """The trunk's output (B, T, C) for tokens (B, T), with causal attention.
 
-        caches: those of `make_caches`; the tokens are written to them. start: the first token's position, an int, or
-        all T as a tensor, as in `KVCache.update`. Raises ValueError beyond block_size.
+        caches: from `make_caches`; they hold the tokens before `start` and get these too. start: an int, the first
+        token's position, or a tensor (T,) of positions (see `KVCache.update`). Raises ValueError beyond block_size.
         """
         x = self.embed(tokens)  # (B, T, C)
         if self.bigrams is not None:
             x = x + self.bigrams(self.pairs(tokens, caches, start))
-        positions, mask = self.look_back(tokens, caches, start)
+        positions, mask = self.positions_and_mask(tokens, caches, start)
         x, rope = self.wpe(x, positions)
         return self.transformer(self.dropout(x), caches, mask=mask, rope=rope, start=start)
 
     def embed(self, tokens):
         return self.wte(tokens)  # (B, T) -> (B, T, C)
 
-    def look_back(self, tokens, caches, start):
-        """(positions, mask) of tokens (B, T) that see all up to themselves."""
+    def positions_and_mask(self, tokens, caches, start):
+        """(positions, mask) of tokens (B, T): for self.wpe, and for causal attention. Arguments: see `hidden`."""
         if not isinstance(start, int):
             return start, causal_mask(start, torch.arange(caches.size, device=tokens.device))
         end = start + tokens.size(1)
         if end > self.config.block_size:
-            raise ValueError(f"{end} tokens are more than block_size = {self.config.block_size}")
-        if tokens.size(1) == 1 or start == 0:  # one token sees all there is
-            return slice(start, end), None if tokens.size(1) == 1 else "causal"
+            raise ValueError(f"{end} tokens exceed block_size = {self.config.block_size}")
+        if tokens.size(1) == 1:  # the newest token sees every key, so it needs no mask
+            return slice(start, end), None
+        if start == 0:
+            return slice(start, end), "causal"
         keys = torch.arange(end, device=tokens.device)
         return slice(start, end), causal_mask(keys[start:], keys)
 
     def pairs(self, tokens, caches, start):
-        """The number of each token with the one before it, (B, T); token 0 stands before the first of all."""
+        """Indices into the bigram table, (B, T): previous token * V + token. Position 0 has previous token 0."""
         before = torch.zeros_like(tokens[:, :1])
         if caches:
             first = start if isinstance(start, int) else start[:1]
@@ -393,7 +393,7 @@ class GPT(nn.Module):
         return torch.cat((before, tokens[:, :-1]), dim=1) * self.config.vocab_size + tokens
 
     def logits(self, x):
-        """(..., C) -> (..., V), in float32."""
+        """Float32 logits, (..., C) -> (..., V)."""
         return (F.linear(x, self.wte.weight) if self.head is None else self.head(x)).float()
 
     def make_caches(self, batch_size, size=None):

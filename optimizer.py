@@ -1,6 +1,6 @@
 """AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the rest.
 
-Every group of parameters has a "scale", its multiple of the learning rate.
+Every parameter group has a "scale": its learning rate is that multiple of the scheduled one.
 """
 
 import inspect
@@ -12,13 +12,13 @@ from configurator import UserError
 from machine.device import has_amx
 from model import all_blocks
 
-CPU_BATCH = 2**19  # numbers that a CPU's caches hold
+CPU_BATCH = 2**19  # elements of matrices that a CPU updates together: they fit into its caches
 
 
 def freeze(model, rates):
-    """Freezes the parts of the model, by the names of its children, whose rate is 0. Raises UserError for no part.
+    """Freezes the parts whose rate is 0. rates: {name of a child of the model: multiple of the learning rate}.
 
-    To be called before the model is copied to several workers: they wait for a gradient of all that is not frozen.
+    Call it before DDP, which waits for a gradient of all that is not frozen. Raises UserError for an unknown name.
     """
     parts = [name for name, child in model.named_children() if next(child.parameters(), None) is not None]
     for name in rates.keys() - set(parts):
@@ -28,12 +28,12 @@ def freeze(model, rates):
 
 
 def make_optimizers(model, settings):
-    """{"optimizer": AdamW} (Loshchilov and Hutter 2019), and with settings.optimizer = "muon" {..., "muon": Muon}.
+    """{"optimizer": AdamW (Loshchilov and Hutter 2019), "muon": Muon}, without one that has no parameters to train.
 
-    Only what has two or more dimensions is decayed. settings.rates has multiples of the learning rate for parts of the
-    model, of which those of rate 0 are frozen by `freeze`.
+    If settings.optimizer is "muon", Muon trains the matrices of the blocks. Only parameters with two or more dimensions
+    are decayed. settings.rates: see `freeze`, which must have run. Raises UserError if there is nothing to train.
     """
-    s, groups, matrices, trained = settings, {}, set(), set()
+    s, groups, matrices, trained = settings, {}, set(), set()  # groups: {(scale, decayed, by Muon): parameters}
     if s.optimizer == "muon":
         matrices = {p for block in all_blocks(model) for p in block.parameters() if p.dim() == 2}
     for name, p in model.named_parameters():
@@ -45,7 +45,7 @@ def make_optimizers(model, settings):
             groups.setdefault((scale, p.dim() >= 2, p in matrices), []).append(p)
     for name in s.rates.keys() - trained:
         if s.rates[name]:
-            raise UserError(f"rates.{name} = {s.rates[name]}: LoRA has frozen this part; leave it out")
+            raise UserError(f"rates.{name} = {s.rates[name]}: LoRA has frozen this part; leave this rate out")
     if not groups:
         raise UserError(f"rates = {s.rates}: nothing is left to train; give a part a rate above 0")
     if s.optimizer == "muon" and not any(muon for _, _, muon in groups):
@@ -64,7 +64,7 @@ def make_optimizers(model, settings):
 
 
 def learning_rate(update, settings):
-    """The rate of the given update, counted from 1: linear warm-up, then half a cosine or a line down to min_lr."""
+    """The learning rate of an update, counted from 1: linear warm-up, then a cosine or linear decay to min_lr."""
     s, last = settings, settings.lr_decay_iters or settings.max_iters
     if update <= s.warmup_iters:
         return s.learning_rate * update / (s.warmup_iters + 1)
@@ -74,7 +74,7 @@ def learning_rate(update, settings):
 
 
 def set_rates(optimizers, update, settings):
-    """Gives every group its rate for the given update, counted from 1; returns the learning rate."""
+    """Sets every group's learning rate for an update, counted from 1. Returns the learning rate at scale 1."""
     lr = learning_rate(update, settings)
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:
@@ -83,18 +83,18 @@ def set_rates(optimizers, update, settings):
 
 
 def clip(model, most):
-    """The norm of the model's gradient, which is then made no longer than `most`; 0: left as it is."""
+    """Returns the norm of the model's gradient, then scales the gradient down to the norm `most` (0: no limit)."""
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     if most:
         torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded gradient
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # if the gradient is sharded
 
 
 def without_dynamo(optimizer_class):
-    """The class without PyTorch's wrappers that tell torch.compile to leave its methods alone.
+    """The optimizer class without the wrappers by which PyTorch keeps torch.compile out of its methods.
 
-    Our optimizers are never compiled, and the wrappers import torch._dynamo, which takes as long as torch itself.
+    No optimizer is compiled here, and the wrappers import torch._dynamo, which takes as long as importing torch.
     """
     names = ("add_param_group", "state_dict", "load_state_dict", "zero_grad")
     bare = {name: inspect.unwrap(getattr(optimizer_class, name)) for name in names}
@@ -107,7 +107,7 @@ AdamW = without_dynamo(torch.optim.AdamW)
 
 @without_dynamo
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024), for matrices: torch.optim.Muon's step, with matrices of one shape at once."""
+    """Muon (Jordan et al. 2024), for matrices: torch.optim.Muon, but it updates matrices of the same shape together."""
 
     def __init__(self, groups, lr=0.02, weight_decay=0.1, momentum=0.95):
         super().__init__(groups, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -118,7 +118,7 @@ class Muon(torch.optim.Optimizer):
                 self.step_alike(params, group["lr"], group["weight_decay"], group["momentum"])
 
     def step_alike(self, params, lr, weight_decay, momentum):
-        """A step of matrices of one shape."""
+        """Updates parameters that are matrices of the same shape."""
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -131,7 +131,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def alike(matrices):
-    """Yields lists of matrices of one shape; on a CPU no more than its caches hold."""
+    """Yields lists of matrices of the same shape; on a CPU, as many as fit into its caches."""
     shapes = {}
     for p in matrices:
         shapes.setdefault(p.shape, []).append(p)
@@ -141,11 +141,11 @@ def alike(matrices):
 
 
 def orthogonalized(matrices, steps=5):
-    """The nearest semi-orthogonal matrices, roughly: singular values end between about 0.7 and 1.2.
+    """Approximates the nearest semi-orthogonal matrices, (N, rows, columns): singular values between about 0.7 and 1.2.
 
-    matrices: (N, rows, columns), or a list of N. Newton and Schulz's iteration takes each singular value s to
-    a s + b s^3 + c s^5; Jordan's coefficients make small ones grow fast rather than end at 1. In bfloat16 where the
-    device is quick at it. Returns (N, rows, columns).
+    matrices: (N, rows, columns), or a list of N. The Newton-Schulz iteration maps each singular value s to
+    a s + b s^3 + c s^5. Jordan's coefficients trade exact convergence to 1 for fast growth of small values.
+    It computes in bfloat16 where the device is fast at that.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     fast = torch.bfloat16 if matrices[0].device.type != "cpu" or has_amx() else torch.float32

@@ -1,16 +1,16 @@
-"""Images and text: a SigLIP vision transformer, a Gemma decoder, and PaliGemma, which joins them; on model.py's blocks.
+"""Models of images and text, built from model.py's blocks: SigLIP, Gemma and PaliGemma.
 
     python sample.py --init_from=google/paligemma-3b-pt-224 --image=photo.jpg --prompt="caption en"
     python sample.py --init_from=FOLDER --image=photo.jpg --prompt="detect cat" --device=cpu --dtype=bfloat16
 
-PaliGemma (Beyer et al. 2024) reads a row of vectors, N of the image and one for each token of the text:
+PaliGemma (Beyer et al. 2024) reads a sequence of vectors: N for the image, then one for each token of the text.
 
     image x N | <bos> prefix \\n | answer <eos>
 
-The image comes first in every row, so it needs no placeholder tokens, and only what comes after it may need padding.
+Every row starts with its image. So it needs no placeholder tokens, and padding, if any, comes after it.
 
-Axes: B batch, T query positions, S key positions, C channels (n_embd), N image tokens (patches), V vocabulary,
-A places where something is predicted, H and W height and width in pixels.
+Axes: B batch, T query positions, S key positions, C channels (n_embd), N image patches, V vocabulary,
+A predicted positions, H and W height and width in pixels.
 """
 
 import math
@@ -32,8 +32,8 @@ from model import GPT, GPTConfig, Transformer, TransformerConfig, causal_mask, i
 class ViTConfig(TransformerConfig):
     norm_eps: float = 1e-6
     bias: bool = True
-    image_size: int = 224  # pixels, of both sides
-    patch_size: int = 14  # pixels, of both sides
+    image_size: int = 224  # side of the square image, in pixels
+    patch_size: int = 14  # side of a square patch, in pixels
 
     def __post_init__(self):
         super().__post_init__()
@@ -51,22 +51,22 @@ class GemmaConfig(GPTConfig):
     mlp: str = "geglu"
     positions: str = "rotary"
     vocab_size: int = 257216
-    block_size: int = 8192  # most positions the model was made for
+    block_size: int = 8192  # context length: the most positions, in PaliGemma including the image
 
 
 @dataclass(frozen=True)
 class PaliGemmaConfig:
     vision: ViTConfig = ViTConfig()
     text: GemmaConfig = GemmaConfig()
-    dropout: float = 0.0  # of both
+    dropout: float = 0.0  # in both parts
 
     def __post_init__(self):
         set_parts(self, vision=ViTConfig, text=GemmaConfig)
-        assert self.text.positions == "rotary" and not self.text.bigrams, "a PaliGemma has rotary positions alone"
+        assert self.text.positions == "rotary" and not self.text.bigrams, "PaliGemma has rotary positions only"
 
     @property
     def block_size(self):
-        """Most positions, those of the image included."""
+        """The most positions of a row, including the image."""
         return self.text.block_size
 
 
@@ -74,7 +74,7 @@ class PaliGemmaConfig:
 class TextEncoderConfig(TransformerConfig):
     bias: bool = True
     vocab_size: int = 32000
-    block_size: int = 64  # most positions
+    block_size: int = 64  # the most tokens of a text
 
     def __post_init__(self):
         super().__post_init__()
@@ -85,8 +85,8 @@ class TextEncoderConfig(TransformerConfig):
 class SigLIPConfig:
     vision: ViTConfig = ViTConfig()
     text: TextEncoderConfig = TextEncoderConfig()
-    loss: str = "sigmoid"  # or softmax: CLIP's
-    dropout: float = 0.0  # of both
+    loss: str = "sigmoid"  # softmax: CLIP's loss
+    dropout: float = 0.0  # in both parts
 
     def __post_init__(self):
         set_parts(self, vision=ViTConfig, text=TextEncoderConfig)
@@ -94,7 +94,7 @@ class SigLIPConfig:
 
 
 def set_parts(config, **parts):
-    """Makes each part an instance of its class, from a dict as config.json holds it, with the whole's dropout."""
+    """Turns each part into an instance of its class (config.json holds dicts), and gives it the dropout of `config`."""
     for name, cls in parts.items():
         part = getattr(config, name)
         if isinstance(part, dict):
@@ -106,7 +106,7 @@ def set_parts(config, **parts):
 # Models
 
 class ViT(nn.Module):
-    """SigLIP's vision transformer (Zhai et al. 2023): a vector for each patch, without class token or pooling head."""
+    """SigLIP's vision transformer (Zhai et al. 2023): one vector per patch, no class token, no pooling head."""
 
     def __init__(self, config):
         super().__init__()
@@ -116,22 +116,22 @@ class ViT(nn.Module):
         self.transformer = Transformer(config)
 
     def forward(self, images):
-        """images: (B, 3, image_size, image_size) in [-1, 1] -> (B, N, C), patches from left to right, then down."""
+        """images: (B, 3, image_size, image_size) in [-1, 1]. Returns (B, N, C), the patches row by row from the top."""
         x = self.patches(images.to(self.patches.weight.dtype)).flatten(2).transpose(1, 2)  # (B, N, C)
         return self.transformer(x + self.wpe.weight)
 
 
 class Gemma(GPT):
-    """Gemma's decoder (Gemma Team 2024): a GPT of other parts (GemmaConfig), whose embeddings are scaled."""
+    """Gemma (Gemma Team 2024): a GPT with the parts of GemmaConfig and with scaled embeddings."""
 
     def embed(self, tokens):
-        """(B, T) -> (B, T, C), scaled by sqrt(C), a factor that Gemma rounds to the weights' precision."""
+        """Embeddings of tokens (B, T), times sqrt(C): (B, T, C). As in Gemma, sqrt(C) is rounded to their dtype."""
         x = self.wte(tokens)
         return x * torch.tensor(self.config.n_embd ** 0.5, dtype=x.dtype, device=x.device)
 
 
 class PaliGemma(nn.Module):
-    """A ViT, a linear projection of its patches, and a Gemma that reads them before the text."""
+    """A ViT, a linear projection of its outputs, and a Gemma that reads them before the text."""
 
     def __init__(self, config):
         super().__init__()
@@ -141,33 +141,31 @@ class PaliGemma(nn.Module):
         self.decoder = Gemma(config.text)
 
     def forward(self, images, tokens, targets=None, places=None, prefix=None):
-        """images: (B, 3, H, W), tokens: (B, T), prefix: as in `hidden`; targets, places and the result as in `predict`.
-
-        Training takes tokens padded on the right, where nothing that is predicted can see.
-        """
+        """images: (B, 3, H, W). tokens: (B, T), padded on the right. prefix: see `hidden`. The rest: see `predict`."""
         x = self.hidden(tokens, image=self.encode(images), prefix=prefix)
         return predict(self.logits, x, targets, places)
 
     def encode(self, images):
-        """(B, 3, H, W) -> (B, N, C): the vectors the decoder reads as the image."""
+        """images: (B, 3, H, W). Returns the vectors that the decoder reads for each image, (B, N, C)."""
         return self.projector(self.vision(images))
 
     def hidden(self, tokens, caches=None, start=0, image=None, prefix=None, padding=None):
-        """The trunk's output (B, T, C) for tokens (B, T), which follow the image (B, N, C).
+        """The decoder trunk's output (B, T, C) for tokens (B, T) that follow the image (B, N, C).
 
-        caches: those of `make_caches`. start: how many tokens of the text they hold, after the image, which is read at
-        start 0 only; or the places of these tokens in the text as a tensor (T,).
-        prefix: (B,), how many of the row's tokens see each other in both directions, padding included; the tokens
-        after them see only backwards. None: all of these tokens, or with a tensor as start none.
-        padding: (B,), how many tokens at the left of each row's text stand for nothing; None: no row has any.
+        caches: from `make_caches`. start: the number of text tokens in the caches; image is read only if it is 0. Or a
+        tensor (T,): the positions of these tokens in the text; then the caches must hold the image.
+        prefix: (B,), how many tokens at the start of each text, padding included, attend in both directions; the image
+        always does, and later tokens attend backwards only. None: all these tokens, or none if start is a tensor.
+        padding: (B,), the number of padding tokens at the left of each text; None: no padding.
         """
-        N, x, mask = self.config.vision.n_patches, self.decoder.embed(tokens), None
+        N, mask = self.config.vision.n_patches, None
+        x = self.decoder.embed(tokens)  # (B, T, C)
         if isinstance(start, int):
             if start == 0:
                 x = torch.cat((image, x), dim=1)  # (B, N + T, C)
             first = N + start if start else 0
             keys = torch.arange(first + x.size(1), device=x.device)
-            slots = keys[first:]  # without a prefix all see all, as there is nothing after these
+            slots = keys[first:]
         else:
             first = slots = N + start
             keys = torch.arange(caches.size, device=x.device)
@@ -175,11 +173,11 @@ class PaliGemma(nn.Module):
         if prefix is not None:
             mask = causal_mask(slots, keys, N + prefix[:, None, None, None])  # (B, 1, N + T, S)
         assert len(keys) <= self.config.block_size
-        positions = slots + 1  # as in training; in 16 bits the rounding of a rotation depends on where counting starts
+        positions = slots + 1  # as the published model was trained; counting from 0 rounds differently in 16 bits
         if padding is not None:
             padding = padding[:, None, None]  # (B, 1, 1)
-            text = ~((keys >= N) & (keys < N + padding))[:, None]  # (B, 1, 1, S)
-            mask = text if mask is None else mask & text
+            real = ~((keys >= N) & (keys < N + padding))[:, None]  # (B, 1, 1, S)
+            mask = real if mask is None else mask & real
             positions = torch.where(slots < N, positions, positions - padding).clamp(min=0)  # (B, 1, N + T)
         x, rope = self.decoder.wpe(x, positions)
         x = self.decoder.transformer(x, caches, mask=mask, rope=rope, start=first)
@@ -189,7 +187,7 @@ class PaliGemma(nn.Module):
         return self.decoder.logits(x)  # (..., C) -> (..., V)
 
     def make_caches(self, batch_size, size):
-        """size: most tokens of the text; the image has N more."""
+        """Empty caches for the image and `size` tokens of text."""
         return self.decoder.make_caches(batch_size, self.config.vision.n_patches + size)
 
 
@@ -204,17 +202,17 @@ class TextEncoder(nn.Module):
         self.transformer = Transformer(config)
 
     def forward(self, tokens, padding):
-        """tokens: (B, T), the first padding: (B,) of which are no text -> the mean of the other outputs (B, C)."""
+        """The mean output over each text, (B, C). tokens: (B, T), with padding (B,) tokens of padding at the left."""
         pos = torch.arange(tokens.size(1), device=tokens.device) - padding[:, None]
-        text = pos >= 0  # (B, T)
-        x = self.transformer(self.wte(tokens) + self.wpe(pos.clamp(min=0)), mask=text[:, None, None])
-        return (x * text[..., None]).sum(1) / text.sum(1, keepdim=True)  # (B, T, C) -> (B, C)
+        real = pos >= 0  # (B, T)
+        x = self.transformer(self.wte(tokens) + self.wpe(pos.clamp(min=0)), mask=real[:, None, None])
+        return (x * real[..., None]).sum(1) / real.sum(1, keepdim=True)  # (B, T, C) -> (B, C)
 
 
 class SigLIP(nn.Module):
-    """A vision transformer and a text encoder whose vectors agree where image and text do (Zhai et al. 2023).
+    """A ViT and a text encoder, trained to give matching images and texts similar vectors (Zhai et al. 2023).
 
-    The image's vector is the mean of its patches'; the published models pool with a learned query instead.
+    An image's vector is the mean over its patches. The published models pool with a learned query instead.
     """
 
     def __init__(self, config):
@@ -223,18 +221,18 @@ class SigLIP(nn.Module):
         self.vision = ViT(config.vision)
         self.text = TextEncoder(config.text)
         self.head = nn.Linear(config.vision.n_embd, config.text.n_embd)
-        scale = 10.0 if config.loss == "sigmoid" else 1 / 0.07  # the temperature's inverse, as the papers start it
+        scale = 10.0 if config.loss == "sigmoid" else 1 / 0.07  # the initial 1 / temperature, from the papers
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
         self.bias = nn.Parameter(torch.tensor(-10.0))
 
     def forward(self, images, tokens, padding, across_ranks=True):
-        """The nats of each pair, (B,): images (B, 3, H, W), tokens (B, T), padding (B,).
+        """The loss of each pair, (B,), in nats. images: (B, 3, H, W). tokens (B, T), padding (B,): see `TextEncoder`.
 
-        across_ranks: each image is scored against the texts of all ranks.
+        across_ranks: also compare with the images and texts of the other ranks.
         """
         images, texts = self.encode_images(images), self.text(tokens, padding)
         if self.config.loss == "softmax":
-            return softmax_nats(images, texts, self.log_scale, across_ranks) + 0 * self.bias  # it needs no bias
+            return softmax_nats(images, texts, self.log_scale, across_ranks) + 0 * self.bias  # DDP needs its gradient
         return sigmoid_nats(images, texts, self.log_scale, self.bias, across_ranks=across_ranks)
 
     def encode_images(self, images):
@@ -243,9 +241,9 @@ class SigLIP(nn.Module):
 
 @torch.no_grad()
 def init_parts(model, generator=None):
-    """Each part of a PaliGemma or a SigLIP as `init_weights` has it, for its own depth and widths.
+    """Initialises a PaliGemma or SigLIP in place: each part by `init_weights`, with std 1 / sqrt(the ViT's width).
 
-    The ViT's positions start as sines and cosines of the patch's place, so that it can tell places from the first step.
+    The ViT's position embeddings start as sines and cosines, so that it can tell patches apart from the first step.
     """
     for part in model.children():
         init_weights(part, generator, std=model.config.vision.n_embd**-0.5)
@@ -253,26 +251,28 @@ def init_parts(model, generator=None):
 
 
 def sincos_2d(config):
-    """A vector for each patch of a ViT, (N, C), of frequencies from 1 to 1/100 in x and in y (Beyer et al. 2022)."""
-    side, n = config.image_size // config.patch_size, -(-config.n_embd // 4)
+    """Position embeddings of a ViT's patches, (N, C): sin and cos of x and y, rates 1 to 1/100 (Beyer et al. 2022)."""
+    side = config.image_size // config.patch_size
+    n = -(-config.n_embd // 4)  # rounded up
     rates = 100 ** -(torch.arange(n) / n)
-    y, x = (place.flatten()[:, None] * rates for place in torch.meshgrid(*2 * [torch.arange(side)], indexing="ij"))
+    angles = torch.arange(side)[:, None] * rates  # (side, n)
+    x, y = angles.repeat(side, 1), angles.repeat_interleave(side, dim=0)  # (N, n)
     return torch.cat((x.sin(), x.cos(), y.sin(), y.cos()), dim=1)[:, :config.n_embd]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Where a PaliGemma looks
+# What a PaliGemma attends to
 
 @torch.inference_mode()
 def image_attention(model, image, prompt, answer):
-    """Where the decoder looked for each of the answer's A tokens: (A, N), shares of its attention, on the CPU.
+    """The decoder's attention to the N patches for each of the answer's A tokens: (A, N), on the CPU.
 
-    They are the mean over layers and heads of the weights with which the position that wrote the token, the one before
-    it, saw the image; the rest up to 1 went to the text. image: (1, 3, H, W); prompt, answer: ids.
-    The decoder runs once more, on the whole row: fused attention, by which tokens are generated, keeps no weights.
+    image: (1, 3, H, W). prompt, answer: token ids. The weights are those of the position that predicts the token, which
+    is the one before it, averaged over layers and heads. A row sums to less than 1: the rest is attention to the text.
+    This takes another pass over the whole sequence: the fused attention of generation does not return its weights.
     """
     N, looks = model.config.vision.n_patches, []
-    first = N + len(prompt) - 1
+    first = N + len(prompt) - 1  # predicts the answer's first token
 
     def look(attention, inputs):
         x, mask, rope, *_ = inputs
@@ -292,7 +292,7 @@ def image_attention(model, image, prompt, answer):
 def attention_weights(attention, x, mask, rope, first=0):
     """softmax(q k^T / sqrt(D)) of an `Attention`, in float32: (B, H, T - first, T) for the queries from `first` on.
 
-    x: (B, T, C); mask: a boolean tensor that ends in (T, T); rope: as the `Attention` takes it.
+    x: (B, T, C); mask: a boolean tensor that ends in (T, T); rope: see `Attention`.
     """
     q = attention.q_proj(x[:, first:]).unflatten(-1, (attention.n_head, attention.head_dim)).transpose(1, 2)
     k, _ = attention.keys_values(x)  # (B, K, T, D)
@@ -306,7 +306,7 @@ def attention_weights(attention, x, mask, rope, first=0):
 # Contrastive losses
 
 def all_gather(x, across_ranks):
-    """(all ranks' rows, which is the first of x); ranks must have equally many. Gradients return to each row."""
+    """(the rows of all ranks, the index of x's first row). All ranks need equally many rows. Differentiable."""
     if not across_ranks or not dist.is_initialized() or dist.get_world_size() == 1:
         return x, 0
     from torch.distributed.nn import functional as with_gradients
@@ -314,20 +314,19 @@ def all_gather(x, across_ranks):
 
 
 def agreement(images, texts, log_scale):
-    """The scaled products of each image with each text, (images, texts): in float32 even where 16 bits are automatic.
+    """The scaled dot product of each image with each text, (images, texts), in float32 even under autocast.
 
-    In bfloat16, steps of 0.4 % would be all that a loss can show.
+    In bfloat16, losses could only differ in steps of 0.4 %.
     """
     with torch.autocast(images.device.type, enabled=False):
         return images.float() @ texts.float().T * log_scale.exp()
 
 
 def sigmoid_nats(images, texts, log_scale, bias, block=1024, across_ranks=True):
-    """SigLIP's loss (Zhai et al. 2023, algorithm 1) of each image, (B,): each pair with a text is right or wrong.
+    """SigLIP's loss (Zhai et al. 2023, algorithm 1) of each image, (B,), in nats: is each text its own, yes or no?
 
-    images, texts: (B, C), row i of one belongs to row i of the other; any length. log_scale, bias: scalar parameters,
-    log(10) and -10 at the start. Of the score matrix a rank holds its B images against `block` texts at a
-    time, in the backward pass too.
+    images, texts: (B, C), not normalised; image i belongs to text i. log_scale, bias: scalar parameters, which start at
+    log(10) and -10. Only the scores of `block` texts are in memory at a time, in the backward pass too.
     """
     images = F.normalize(images, dim=-1)
     texts, first = all_gather(F.normalize(texts, dim=-1), across_ranks)
@@ -339,7 +338,7 @@ def sigmoid_nats(images, texts, log_scale, bias, block=1024, across_ranks=True):
 
 
 def pair_nats(images, texts, first, log_scale, bias):
-    """Each image's sum over these texts, (B,); image i belongs to text first + i, if that is among them."""
+    """Each image's loss, summed over these texts, (B,). Image i belongs to text first + i, if that is among them."""
     scores = agreement(images, texts, log_scale) + bias  # (B, block)
     rows, columns = (torch.arange(len(x), device=x.device) for x in (images, texts))
     right = columns == first + rows[:, None]  # (B, block)
@@ -347,9 +346,9 @@ def pair_nats(images, texts, first, log_scale, bias):
 
 
 def softmax_nats(images, texts, log_scale, across_ranks=True):
-    """CLIP's loss (Radford et al. 2021, figure 3) of each pair, (B,): each image picks its text, each text its image.
+    """CLIP's loss (Radford et al. 2021, figure 3) of each pair, (B,), in nats: image picks text, and text picks image.
 
-    Arguments as in `sigmoid_nats`; log_scale starts at log(1 / 0.07), and counts for at most log(100).
+    Arguments as in `sigmoid_nats`, but log_scale starts at log(1 / 0.07) and is clamped to log(100).
     """
     log_scale = log_scale.clamp(max=math.log(100))
     images, texts = F.normalize(images, dim=-1), F.normalize(texts, dim=-1)

@@ -1,1 +1,1 @@
-"""What this machine has, and what makes it fast: nothing here knows a model."""
+"""What the machine has (devices, processes, terminal) and fast kernels for it. Nothing here imports a model."""

@@ -1,7 +1,7 @@
-"""Attention by the fastest kernel there is, and dropout and squared ReLU that are quick on a CPU too.
+"""Attention, dropout and squared ReLU, each by the fastest kernel for the device.
 
-What `attend`, `Dropout` and `squared_relu` compute is one formula each; the rest is about which kernel computes it
-soonest. On a GPU that is PyTorch's own. In training on a CPU it depends, and each case is a function of its own.
+`attend`, `Dropout` and `squared_relu` compute one formula each. On a GPU, PyTorch's own kernels are the fastest. For
+training on a CPU that depends on dtype and shape, so `attend` chooses among the functions below it.
 
 Axes: B batch, T query positions, S key positions, H query heads, K key-value heads, D head_dim, N batch x heads.
 """
@@ -12,40 +12,40 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-SHORT = 512  # query positions up to which two products are faster than the fused kernel in bfloat16, on a CPU
-LONG = 2**14  # T x D from which the fused kernel's backward pass in bfloat16 is fast on a CPU
-TILE = 2**18  # scores held at a time by attention with dropout: one megabyte, which fits into a CPU's caches
-ROWS = 128  # query positions of a tile, which see no key after the last of them
+SHORT = 512  # up to this T, two batched products are faster than the fused kernel (bfloat16 on a CPU)
+LONG = 2**14  # from this T x D on, the fused kernel's backward pass is fast (bfloat16 on a CPU)
+TILE = 2**18  # scores in memory at a time, in attention with dropout: 1 MB of float32, which fits into the caches
+ROWS = 128  # query positions per tile; a tile leaves out the keys after its last query
 
 
 def attend(q, k, v, mask, dropout=0.0):
-    """softmax(q k^T / sqrt(D)) v, (B, H, T, D), with a share `dropout` of the softmax's weights dropped.
+    """softmax(q k^T / sqrt(D)) v, (B, H, T, D), where each weight of v is dropped with probability `dropout`.
 
     q: (B, H, T, D); k, v: (B, K, S, D), where each key-value head serves H / K query heads.
-    mask: None (all see all), "causal", or a boolean tensor that broadcasts to (B, H, T, S), True = may look.
+    mask: None, "causal", or a boolean tensor that broadcasts to (B, H, T, S), True = may attend.
     """
     if q.device.type != "cpu" or not q.requires_grad:
         return fused(q, k, v, mask, dropout)
     causal = isinstance(mask, str) and q.shape == k.shape
     if causal and q.dtype == torch.bfloat16 and q.size(2) <= SHORT:
-        return by_products(q, k, v, dropout)
+        return batched_products(q, k, v, dropout)
     if causal and dropout:
         return TiledAttention.apply(*(x.flatten(0, 1) for x in (q, k, v)), dropout).view(q.shape)
     if q.size(2) * q.size(3) >= LONG:
         return fused(q, k, v, mask, dropout)
-    with torch.autocast("cpu", enabled=False):  # the backward pass of short rows is up to six times slower in bfloat16
+    with torch.autocast("cpu", enabled=False):  # for short sequences, a bfloat16 backward is up to 6x slower
         return fused(q.float(), k.float(), v.float(), mask, dropout).type_as(q)
 
 
 def fused(q, k, v, mask, dropout):
-    """PyTorch's own choice of a kernel."""
+    """`attend` by the kernel that PyTorch chooses."""
     causal = isinstance(mask, str)
     return F.scaled_dot_product_attention(q, k, v, None if causal else mask, dropout, causal,
                                           enable_gqa=q.size(1) != k.size(1))
 
 
-def by_products(q, k, v, dropout):
-    """Causal attention by two batched products: in bfloat16 on a CPU two to four times as fast as the fused kernel."""
+def batched_products(q, k, v, dropout):
+    """Causal attention by two batched products: in bfloat16 on a CPU 2 to 4 times as fast as the fused kernel."""
     future = torch.full((q.size(2), q.size(2)), -torch.inf, dtype=q.dtype).triu_(1)  # (T, T)
     scores = torch.baddbmm(future, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=q.size(3) ** -0.5)  # (N, T, T)
     weights = scores.softmax(-1)
@@ -55,11 +55,10 @@ def by_products(q, k, v, dropout):
 
 
 class TiledAttention(torch.autograd.Function):
-    """Causal attention with dropout, tile by tile, computed in float32: (N, T, D) -> (N, T, D).
+    """Causal attention with dropout on a CPU, tile by tile, in float32: (N, T, D) -> (N, T, D).
 
-    With dropout PyTorch's attention leaves its fused kernel on a CPU. Here a tile of scores fits into the caches and is
-    computed again in the backward pass, which is that of FlashAttention (Dao et al. 2022, algorithm 4): no T x T matrix
-    of floats is kept.
+    PyTorch's fused kernel has no dropout on a CPU. Here, a tile of scores fits into the CPU's caches. The backward pass
+    computes the tiles again, as FlashAttention does (Dao et al. 2022, algorithm 4), so no T x T floats are stored.
     """
 
     @staticmethod
@@ -78,11 +77,11 @@ class TiledAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         q, k, v, out, kept = ctx.saved_tensors
-        dq, dk, dv = (torch.zeros(q.shape) for _ in range(3))  # float32, for they are summed up
+        dq, dk, dv = (torch.zeros(q.shape) for _ in range(3))  # float32, because they are sums
         for heads, rows, seen, weights in tiles(q, k):
             g = grad[heads, rows].float()
             keep = kept[heads, rows, seen].float().div_(1 - ctx.p)
-            inner = (g * out[heads, rows]).sum(-1, keepdim=True)  # weights times their gradients, summed over keys
+            inner = (g * out[heads, rows]).sum(-1, keepdim=True)  # sum over the keys of weight times its gradient
             d_weights = torch.bmm(g, v[heads, seen].float().mT).mul_(keep)
             d_scores = d_weights.sub_(inner).mul_(weights).mul_(q.size(-1) ** -0.5)
             dv[heads, seen] += torch.bmm(weights.mul_(keep).mT, g)
@@ -92,7 +91,7 @@ class TiledAttention(torch.autograd.Function):
 
 
 def tiles(q, k):
-    """Yields slices of N, of the query and of the key positions, and the causal attention weights there, in float32."""
+    """Yields tiles: slices of N, of query positions and of key positions, and the causal attention weights, float32."""
     N, T, D = q.shape
     future = torch.full((T, T), -math.inf).triu_(1)
     count = max(1, TILE // (min(T, ROWS) * T))
@@ -108,7 +107,7 @@ def tiles(q, k):
 # ----------------------------------------------------------------------------------------------------------------------
 
 class Dropout(nn.Dropout):
-    """Dropout (Srivastava et al. 2014)."""
+    """Dropout (Srivastava et al. 2014), faster than nn.Dropout on a CPU."""
 
     def forward(self, x):
         if not self.training or self.p == 0:
@@ -117,14 +116,14 @@ class Dropout(nn.Dropout):
 
 
 def drop(x, p):
-    """x, on a CPU, with a share p of its elements set to 0 and the others divided by 1 - p."""
+    """A CPU tensor x, with each element set to 0 with probability p, or else divided by 1 - p."""
     return x * draw_kept(x.shape, p).to(x.dtype).mul_(1 / (1 - p))
 
 
 def draw_kept(shape, p):
-    """A boolean tensor, False with probability p to 16 bits, from PyTorch's global generator.
+    """A boolean tensor, False with probability p (rounded to 16 bits), drawn from PyTorch's global generator.
 
-    PyTorch draws a CPU's random numbers one by one, in one thread: here each word of 64 bits decides four times.
+    On a CPU, PyTorch draws random numbers one by one in one thread. So each 64-bit number serves four elements here.
     """
     n = math.prod(shape)
     words = torch.empty(-(-n // 4), dtype=torch.int64).random_(-2**63, None)
@@ -133,7 +132,7 @@ def draw_kept(shape, p):
 
 
 class SquaredReLU(torch.autograd.Function):
-    """relu(x)^2, in a third of the passes over memory that its parts would take backward."""
+    """relu(x)^2. Its backward pass reads and writes a third as much memory as those of relu and square."""
 
     @staticmethod
     def forward(ctx, x):

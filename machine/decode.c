@@ -1,13 +1,12 @@
-/* One or a few new tokens per row through the blocks of a trunk: what model.py's Transformer computes, on a CPU, in
-   float32; with -DBFLOAT16 from weights and caches in bfloat16, which take half as long to read.
+/* Computes model.py's Transformer on a CPU, for one or a few new tokens per row, in float32. With -DBFLOAT16, weights
+   and caches are in bfloat16, which takes half as long to read.
 
-   In a step so small, PyTorch spends more time on calling its operations than on their arithmetic, and its products of
-   a few rows with a matrix are slow. decode.py compiles this file, where there is a compiler, and model.py uses it
-   where it gives the trunk's own numbers. Weights and caches lie where PyTorch has them: a matrix row by row,
-   (out, in).
+   In such small steps, PyTorch spends more time on calling its operations than on arithmetic, and its products of a
+   few rows with a matrix are slow. decode.py compiles this file and calls it. Weights and caches stay in PyTorch's
+   memory. A matrix is (out, in), row by row.
 
    All widths are multiples of 16. Axes: B rows, T new tokens of each, N = B T, C channels, H query heads, K key-value
-   heads, D head_dim, F hidden width, S positions that a token sees. */
+   heads, D head_dim, F n_hidden, S key positions that a token sees. */
 
 #include <math.h>
 #include <stdint.h>
@@ -27,14 +26,14 @@ typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias))
 typedef float quad __attribute__((vector_size(16)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
-/* What weights and caches are stored as; read and written as floats. */
+/* number: the stored type of weights and caches. get and put convert it from and to floats. */
 #ifdef BFLOAT16
 typedef uint16_t number;  /* the upper half of a float */
 typedef uint16_t numbers __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 static inline vec get(const number *p)
 {
-#if defined __AVX512F__  /* one instruction, which GCC makes four of */
+#if defined __AVX512F__  /* one instruction; GCC makes four of the last form */
     return (vec)((ints)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)) << 16);
 #elif defined __AVX2__
     return (vec)((ints)_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p)) << 16);
@@ -45,7 +44,7 @@ static inline vec get(const number *p)
 static inline void put(number *p, vec v)
 {
     const ints bits = (ints)v, odd = bits >> 16 & 1;
-    *(numbers *)p = __builtin_convertvector((bits + 0x7fff + odd) >> 16, numbers);  /* the nearest; ties to even */
+    *(numbers *)p = __builtin_convertvector((bits + 0x7fff + odd) >> 16, numbers);  /* to nearest, ties to even */
 }
 static inline float get_one(const number *p)
 {
@@ -75,8 +74,8 @@ typedef struct {
     const Block *blocks;
     Layer ln_f;
     float *x, *y, *q, *k, *v, *hidden, *gates, *scores;
-    /* For N up to some limit: (N, C), (N, the larger of C and H D), (N, H D), twice (N, K D), twice (N, F), and
-       (N, H, slots) with slots rounded up to a multiple of 16. */
+    /* Buffers for the largest N: (N, C), (N, the larger of C and H D), (N, H D), (N, K D) twice, (N, F) twice, and
+       (N, H, slots), where slots is rounded up to a multiple of 16. */
     int32_t n_layer, n_embd, n_head, n_kv_head, head_dim, n_hidden, slots, rms, mlp;
     float eps;
 } Trunk;
@@ -94,7 +93,7 @@ static inline float sum(vec v)
     return (total[0] + total[2]) + (total[1] + total[3]);
 }
 
-/* e^x to about 1e-7, for |x| up to 87; beyond that, as at 87. */
+/* e^x with a relative error of about 1e-7. x is clamped to [-87, 87]. */
 static inline vec exponential(vec x)
 {
     const vec most = (vec){0} + 87, shift = (vec){0} + 12582912;  /* 1.5 * 2^23: adding it rounds to an integer */
@@ -111,7 +110,7 @@ static inline vec gelu(vec x)
     return x / (1 + exponential(x * (-1.59576912f - 0.07135481f * x * x)));
 }
 
-/* y[r][o] = x[r] . w[o] (+ bias[o]) (+ y[r][o]) for `rows` rows of x and `outs` of w, both of length n. */
+/* y[r][o] = x[r] . w[o] (+ bias[o]) (+ y[r][o] if add), for `rows` rows of x and `outs` rows of w, all of length n. */
 static inline __attribute__((always_inline)) void tile(float *y, int y_width, const float *x, const number *w,
                                                        const number *bias, int n, int add, int rows, int outs)
 {
@@ -119,7 +118,7 @@ static inline __attribute__((always_inline)) void tile(float *y, int y_width, co
     for (int i = 0; i < n; i += LANES)
         for (int o = 0; o < outs; o++) {
             if (rows == 1)
-                __builtin_prefetch(w + (OUTS + o) * n + i);  /* of the next tile: one row waits for memory */
+                __builtin_prefetch(w + (OUTS + o) * n + i);  /* the next tile: with one row, memory is the limit */
             for (int r = 0; r < rows; r++)
                 sums[r][o] += load(x + r * n + i) * get(w + o * n + i);
         }
@@ -128,7 +127,7 @@ static inline __attribute__((always_inline)) void tile(float *y, int y_width, co
             y[r * y_width + o] = sum(sums[r][o]) + (bias ? get_one(bias + o) : 0) + (add ? y[r * y_width + o] : 0);
 }
 
-/* The same for `rows` rows of x and `outs` of w, however many, where y has `width` columns. */
+/* The same for any number of rows of x and up to OUTS rows of w. y has `width` columns. */
 static void tiles(float *y, int width, const float *x, const number *w, const number *bias, int n, int add, int rows,
                   int outs)
 {
@@ -142,7 +141,7 @@ static void tiles(float *y, int width, const float *x, const number *w, const nu
                 tile(y + o, width, x, w + o * n, bias ? bias + o : 0, n, add, 1, 1);
 }
 
-/* y = x weight^T + bias, or added to y. x: (N, in), y: (N, out). */
+/* y = x weight^T + bias, or y += that if add. x: (N, in), y: (N, out). */
 static void linear(float *y, const float *x, Layer layer, int N, int in, int out, int add)
 {
     #pragma omp for schedule(static) nowait
@@ -151,7 +150,7 @@ static void linear(float *y, const float *x, Layer layer, int N, int in, int out
               out - o < OUTS ? out - o : OUTS);
 }
 
-/* LayerNorm, or RMSNorm with the gain 1 + weight. x, y: (N, C). */
+/* y = LayerNorm(x), or RMSNorm(x) with the gain 1 + weight. x, y: (N, C). */
 static void norm(float *y, const float *x, Layer layer, const Trunk *t, int N)
 {
     const int C = t->n_embd;
@@ -186,7 +185,7 @@ static void rotate(float *x, const float *cosine, const float *sine, int D)
     }
 }
 
-/* softmax(q k^T / sqrt(D)) v of one head. q, y: (D), keys, values: (S, D), p: (S, rounded up). */
+/* y = softmax(q k^T / sqrt(D)) v, for one head. q, y: (D), keys, values: (S, D), p: a buffer of S, rounded up. */
 static void attend(float *y, const float *q, const number *keys, const number *values, float *p, int S, int D)
 {
     const int end = (S + LANES - 1) / LANES * LANES;
@@ -213,7 +212,8 @@ static void attend(float *y, const float *q, const number *keys, const number *v
     }
 }
 
-/* Writes the new keys and values into the caches from `start` on, and y: (N, H D) from all that each token sees. */
+/* Stores the new keys and values in the caches from slot `start` on. Then each token attends to all slots up to its
+   own, which gives t->y: (N, H D). ropes: see decode. */
 static void attention(const Trunk *t, const Block *block, const float *cosine, const float *sine, int ropes, int B,
                       int T, int start)
 {
@@ -256,9 +256,8 @@ static void activate(const Trunk *t, int N)
     }
 }
 
-/* t->x: (B, T, C), the tokens' vectors at the positions from `start` on. Leaves what the trunk makes of them in t->y.
-   cosine, sine: (ropes, D), of which the tokens take one after another, over and over; NULL without rotary positions.
-*/
+/* Computes the trunk's output t->y from its input t->x, both (B, T, C), for the positions from `start` on.
+   cosine, sine: (ropes, D), where token n of N uses row n % ropes; NULL without rotary positions. */
 void decode(const Trunk *t, const float *cosine, const float *sine, int ropes, int B, int T, int start, int threads)
 {
     const int N = B * T, C = t->n_embd, F = t->n_hidden, Q = t->n_head * t->head_dim, KV = t->n_kv_head * t->head_dim;

@@ -1,14 +1,13 @@
-"""Fast steps: short steps of a trunk in compiled C (decode.c), put on while tokens are written and taken off after.
+"""Fast generation on a CPU: while tokens are generated, compiled C (decode.c) takes the short steps of a model's trunk.
 
-That is on a CPU where there is a C compiler, in float32; in bfloat16 too where the CPU only emulates it. The first
-sample compiles decode.c, in about a second, into this folder's __pycache__. QUILL_COMPILER names another compiler than
-cc; an empty one turns this off.
+It needs a C compiler, and float32 weights, or bfloat16 where the CPU only emulates it. The first sample compiles it
+into __pycache__, in about a second. QUILL_COMPILER names a compiler other than cc; if it is empty, none is used.
 
-decode.c stands in for blocks whose code it knows: every module must be of a class whose digest (digest.py) is in
-decode.json, without hooks, subclasses or methods of its own. Otherwise PyTorch takes the steps, as it takes all others.
-After a change to the blocks that decode.c follows, accept their new digests:
+decode.c replaces only code that it was tested against: the digests (digest.py) of the trunk's classes must be those in
+decode.json, and no module may have hooks or methods of its own. Otherwise PyTorch takes the steps. After a change to
+these classes, and to decode.c if needed, the test below accepts their new digests if the logits are equal.
 
-    QUILL_ACCEPT=1 python -m pytest tests/test_decode.py         which writes decode.json if the logits are the same
+    QUILL_ACCEPT=1 python -m pytest tests/test_decode.py         writes decode.json
 """
 
 import contextlib
@@ -33,24 +32,23 @@ from machine.device import emulates_bfloat16
 from machine.digest import NoSource, digests, full_name
 
 SOURCE = Path(__file__).with_suffix(".c")
-KNOWN = json.loads(Path(__file__).with_suffix(".json").read_text())  # {"model.Block": digest, ...}
+KNOWN = json.loads(Path(__file__).with_suffix(".json").read_text())  # {"model.Block": its digest, ...}
 FLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-shared", "-fPIC"]
 DTYPES = {torch.float32: [], torch.bfloat16: ["-DBFLOAT16"]}
-WIDTH = 16  # all widths must be multiples of it
-MLPS = {"model.MLP": 0, "model.GatedMLP": 1, "model.SquaredReLUMLP": 2}  # decode.c's numbers
+WIDTH = 16  # n_embd, head_dim and n_hidden must be multiples of it
+MLPS = {"model.MLP": 0, "model.GatedMLP": 1, "model.SquaredReLUMLP": 2}  # the numbers that decode.c gives them
 PYTORCH = {"torch.nn.modules.linear.Linear", "torch.nn.modules.container.ModuleList"}
-PROMPT_TOKENS = 128  # more at once are a matter for PyTorch, whose products of large matrices are quicker
-THREADS_FROM = 2**19  # multiplications in a step that are worth a second thread
+PROMPT_TOKENS = 128  # for more tokens at once, PyTorch's matrix products are faster
+THREADS_FROM = 2**19  # steps of at least so many multiplications use several threads
 
 
 @contextlib.contextmanager
 def fast_steps(model):
-    """While this lasts, the model's trunks take short steps in C where that gives the same numbers sooner.
+    """Context in which decode.c takes short steps of the model's trunks, where it can.
 
-    On CUDA cuDNN's attention is off meanwhile: it plans anew for every length of the cache, 40 to 70 ms each.
+    On CUDA it turns off cuDNN's attention, which takes 40 to 70 ms to plan for each new length of the cache.
     """
-    trunks = [module for module in model.modules() if full_name(type(module)) == "model.Transformer"]
-    trunks = [trunk for trunk in trunks if stands_for(trunk)]
+    trunks = [m for m in model.modules() if full_name(type(m)) == "model.Transformer" and can_step(m)]
     for trunk in trunks:
         trunk.forward = Steps(trunk)
     cudnn = torch.backends.cuda.cudnn_sdp_enabled()
@@ -63,8 +61,8 @@ def fast_steps(model):
             vars(trunk).pop("forward", None)
 
 
-def stands_for(trunk):
-    """Whether decode.c computes what this trunk does; says so in a line if it doesn't because the code was edited."""
+def can_step(trunk):
+    """Whether decode.c can take steps of this trunk. Prints a line if only an edit of the code prevents it."""
     first, dtype = trunk.blocks[0], trunk.ln_f.weight.dtype
     known = dtype == torch.float32 or dtype == torch.bfloat16 and emulates_bfloat16()
     if trunk.training or not known or not untouched(trunk):
@@ -75,41 +73,46 @@ def stands_for(trunk):
     if any(width % WIDTH for width in widths) or not library(dtype):
         return False
     try:
-        edited = [name for name, found in digests(trunk).items() if KNOWN.get(name) != found]
+        edited = sorted(name for name, found in digests(trunk).items() if KNOWN.get(name) != found)
+        problem = f"the code of {', '.join(edited)} was edited" if edited else ""
     except NoSource as error:
-        edited = [f"the source of {error}, which can't be read,"]
-    if edited:
-        say(f"{', '.join(sorted(edited))} is not the code that decode.c stands for: PyTorch takes the steps")
-    return not edited
+        problem = f"the source of {error} can't be read"
+    if problem:
+        say(f"{problem}, so PyTorch takes the steps instead of decode.c, more slowly")
+    return not problem
 
 
 def untouched(trunk):
-    """Whether all modules are of known classes, in blocks that are alike, without a hook or a method of their own."""
+    """Whether the blocks are alike, and all modules are of known classes, without hooks or methods of their own."""
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks or trunk.blocks[0].cross_attn:
         return False
     for module in trunk.modules():
         name = full_name(type(module))
-        own = name in KNOWN or name in PYTORCH and type(module).forward.__module__.startswith("torch.")
-        if not own or any(map(callable, vars(module).values())) or module._forward_hooks or module._forward_pre_hooks:
+        known = name in KNOWN or name in PYTORCH and type(module).forward.__module__.startswith("torch.")
+        if not known or any(map(callable, vars(module).values())) or module._forward_hooks or module._forward_pre_hooks:
             return False
-    kinds = {(block.attn.n_head, block.attn.n_kv_head, block.attn.head_dim, block.ln_1.eps, block.ln_2.eps,
-              *(full_name(type(module)) for module in block.modules()), *(p.shape for p in block.parameters()))
-             for block in trunk.blocks}
+    kinds = set()
+    for b in trunk.blocks:
+        classes = [full_name(type(module)) for module in b.modules()]
+        shapes = [p.shape for p in b.parameters()]
+        kinds.add((b.attn.n_head, b.attn.n_kv_head, b.attn.head_dim, b.ln_1.eps, b.ln_2.eps, *classes, *shapes))
     return len(kinds) == 1
 
 
 @functools.cache
 def library(dtype=torch.float32):
-    """The compiled decode.c, or None where it can't be compiled. dtype: of weights and caches; sums are in float32."""
-    compiler, numbers = shutil.which(os.environ.get("QUILL_COMPILER", "cc")), DTYPES[dtype]
-    for more in (["-march=native", "-fopenmp"], ["-march=native"], []) if compiler else ():
-        command = [compiler, *FLAGS, *numbers, *more, str(SOURCE), "-lm"]
+    """decode.c as a ctypes library, for weights and caches of this dtype, or None if it can't be compiled."""
+    compiler = shutil.which(os.environ.get("QUILL_COMPILER", "cc"))
+    if not compiler:
+        return None
+    for more in (["-march=native", "-fopenmp"], ["-march=native"], []):
+        command = [compiler, *FLAGS, *DTYPES[dtype], *more, str(SOURCE), "-lm"]
         key = hashlib.sha256(SOURCE.read_bytes() + repr((command, processor())).encode()).hexdigest()
         path = Path(importlib.util.cache_from_source(__file__)).with_name(f"decode-{key[:16]}.so")
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no OpenMP, or a folder that isn't ours
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):  # an unknown flag, or a read-only folder
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # others may be doing the same
+                with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # another process may compile it too
                     built = Path(folder) / path.name
                     subprocess.run([*command, "-o", str(built)], capture_output=True, check=True)
                     built.replace(path)
@@ -118,7 +121,7 @@ def library(dtype=torch.float32):
 
 
 def processor():
-    """What -march=native depends on."""
+    """The CPU's model and features, on which the result of -march=native depends."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
         return sorted({line for line in file if line.startswith(("model name", "flags", "Features", "CPU part"))})
     return platform.processor()
@@ -141,9 +144,9 @@ class Trunk(ctypes.Structure):
 
 
 class Steps:
-    """The `forward` of a trunk in compiled C: steps of one token, short prompts, and in bfloat16 all prompts.
+    """Replaces a trunk's `forward`, with the same arguments.
 
-    The trunk's own forward takes everything else. Arguments as the trunk's.
+    decode.c takes steps of one token, short prompts, and in bfloat16 prompts of any length. PyTorch takes the others.
     """
 
     def __init__(self, trunk):
@@ -165,14 +168,14 @@ class Steps:
         return isinstance(mask, str) and (short or x.dtype == torch.bfloat16)
 
     def point_at(self, caches):
-        """Tells decode.c where the weights and the caches lie now."""
+        """Gives decode.c the addresses of the weights and of these caches, and allocates its buffers."""
         trunk, (B, K, slots, D) = self.trunk, caches[0].k.shape
         attention, mlp = trunk.blocks[0].attn, trunk.blocks[0].mlp
         C, H, F = trunk.ln_f.weight.numel(), attention.n_head, mlp.up_proj.out_features
         widths = dict(x=C, y=max(C, H * D), q=H * D, k=K * D, v=K * D, hidden=F, gates=F,
                       scores=H * (-(-slots // WIDTH) * WIDTH))
-        self.most = max(PROMPT_TOKENS, 2 * B)  # tokens at once
-        self.buffers = {name: torch.zeros(self.most * widths[name]) for name in Trunk.BUFFERS}
+        self.max_tokens = max(PROMPT_TOKENS, 2 * B)  # in one call of decode.c, over all rows
+        self.buffers = {name: torch.zeros(self.max_tokens * widths[name]) for name in Trunk.BUFFERS}
         self.blocks = (Block * len(trunk.blocks))(*map(block, trunk.blocks, caches))
         rms, kind = full_name(type(trunk.ln_f)) == "model.RMSNorm", MLPS[full_name(type(mlp))]
         sizes = (len(trunk.blocks), C, H, K, D, F, slots, rms, kind)
@@ -183,17 +186,19 @@ class Steps:
         self.decode.argtypes, self.decode.restype = [c_void_p] * 3 + [c_int] * 5, None
 
     def step(self, x, rope, start):
-        """(B, T, C) -> (B, T, C); rope: (cos, sin) of (1, D), (T, D) or (B, 1, T, D), or None."""
+        """The trunk's output for x, both (B, T, C). rope: (cos, sin), each (1, D), (T, D) or (B, 1, T, D), or None."""
         assert x.size(0) == self.rows and start + x.size(1) <= self.slots, \
             f"{x.size(0)} rows up to position {start + x.size(1)}: the caches have {self.rows} rows of {self.slots}"
-        at_once = self.most // x.size(0)  # positions
-        if x.size(1) > at_once:
-            parts = [slice(t, t + at_once) for t in range(0, x.size(1), at_once)]
-            return torch.cat([self.step(x[:, part], rope and [turn[..., part, :] for turn in rope], start + part.start)
-                              for part in parts], dim=1)
+        length = self.max_tokens // x.size(0)
+        if x.size(1) > length:
+            outputs = []
+            for t in range(0, x.size(1), length):
+                part_rope = rope and [table[..., t:t + length, :] for table in rope]
+                outputs.append(self.step(x[:, t:t + length], part_rope, start + t))
+            return torch.cat(outputs, dim=1)
         pointers = (None, None, 0)
         if rope:
-            cos, sin = (turn.float().contiguous() for turn in rope)
+            cos, sin = (table.float().contiguous() for table in rope)
             pointers = (cos.data_ptr(), sin.data_ptr(), cos.numel() // cos.size(-1))
         threads = torch.get_num_threads() if self.weights * x.size(0) * x.size(1) >= THREADS_FROM else 1
         self.buffers["x"][:x.numel()].view(x.shape).copy_(x)
@@ -202,7 +207,7 @@ class Steps:
 
 
 def layer(module):
-    """Where a module's weight and bias lie; a missing module has neither."""
+    """The addresses of a module's weight and bias, NULL if missing. module may be None."""
     parts = (getattr(module, name, None) for name in ("weight", "bias"))
     return Layer(*(None if part is None else part.data_ptr() for part in parts))
 

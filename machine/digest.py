@@ -1,7 +1,7 @@
-"""Digests of the code that computes a model: they tell an edited block from the one that was measured or trained.
+"""Digests of the code that computes a model. They show whether a block was edited after it was tested or trained.
 
-A digest of a class covers its methods, every function of the project that they call, and the constants that these
-read. It is taken of their tokens, so comments, docstrings and blank lines don't count. PyTorch's code is not covered.
+The digest of a class covers its methods, all functions and classes of the project that they use, and the constants
+that all this code reads. It is computed from tokens, without comments, docstrings and blank lines.
 """
 
 import functools
@@ -19,12 +19,12 @@ class NoSource(Exception):
 
 
 def digests(model):
-    """{"model.Block": digest, ...} of the project's classes among a model's modules. Raises NoSource."""
+    """{"model.Block": its digest, ...} for the project's classes among the model's modules. Raises NoSource."""
     return {full_name(cls): digest(cls) for cls in {type(module) for module in model.modules()} if is_ours(cls)}
 
 
 def code_of(model):
-    """`digests`, as a checkpoint stores them; {} where the source can't be read."""
+    """`digests(model)`, or {} if some source can't be read."""
     try:
         return digests(model)
     except NoSource:
@@ -36,7 +36,7 @@ def full_name(cls):
 
 
 def digest(cls):
-    """The first 16 digits of a SHA-256 over the code of a class and all that it calls. Raises NoSource."""
+    """The first 16 hex digits of the SHA-256 of the code of a class and of all that it uses. Raises NoSource."""
     found, todo = {}, [cls]
     while todo:
         thing = todo.pop()
@@ -47,28 +47,28 @@ def digest(cls):
 
 
 def described(thing):
-    """(a class or function in words, the project's classes and functions that it uses)."""
+    """(a class or function as text, the project's classes and functions that it uses)."""
     if isinstance(thing, type):
-        members = {name: unwrapped(value) for base in thing.__mro__[::-1] if is_ours(base)
-                   for name, value in vars(base).items() if not name.startswith("__") or callable(value)}
-        words = f"class {thing.__qualname__}"
+        attributes = [item for base in thing.__mro__[::-1] if is_ours(base) for item in vars(base).items()]
+        members = {name: unwrapped(value) for name, value in attributes if not name.startswith("__") or callable(value)}
+        text = f"class {thing.__qualname__}"
     else:
         members = dict(used(thing))
-        words = source_tokens(thing.__code__)
+        text = source_tokens(thing.__code__)
     constants = [f"{name} = {value!r}" for name, value in members.items() if isinstance(value, CONSTANTS)]
     code = [value for value in members.values() if isinstance(value, types.FunctionType | type) and is_ours(value)]
-    return "\n".join([words, *constants]), code
+    return "\n".join([text, *constants]), code
 
 
 def unwrapped(member):
-    """The function inside a method of any kind, or inside a decorator."""
+    """The function inside a classmethod, staticmethod, property or decorated function. Other members unchanged."""
     for name in ("__func__", "fget", "__wrapped__"):
         member = getattr(member, name, None) or member
     return member
 
 
 def used(function):
-    """Yields (name, value) of the globals, the closure and the defaults that a function reads."""
+    """Yields (name, value) for the globals, closure variables and defaults that a function reads."""
     for name in sorted(names_in(function.__code__)):
         if name in function.__globals__:
             yield name, unwrapped(function.__globals__[name])
@@ -80,13 +80,13 @@ def used(function):
 
 @functools.cache
 def names_in(code):
-    """The names that a code object looks up, those of the functions inside it too."""
+    """The names that a code object looks up, including those of the functions inside it."""
     inner = [names_in(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
     return set(code.co_names).union(*inner)
 
 
 def is_ours(thing):
-    """Whether a class or function belongs neither to Python nor to an installed package."""
+    """Whether a class or function belongs to the project, not to Python or an installed package."""
     return is_our_module(getattr(thing, "__module__", None) or "")
 
 
@@ -101,7 +101,7 @@ def is_our_module(name):
 
 @functools.cache
 def source_tokens(code):
-    """The tokens of a function's source, without comments and docstrings. Raises NoSource."""
+    """The tokens of a function's source, joined by spaces, without comments and docstrings. Raises NoSource."""
     lines = linecache.getlines(code.co_filename)[code.co_firstlineno - 1:]
     if not lines:
         raise NoSource(f"{code.co_name} in {code.co_filename}")
@@ -109,21 +109,21 @@ def source_tokens(code):
     unindented = (line[margin:] if not line[:margin].strip() and len(line) > margin else line.lstrip(" ")
                   for line in lines)
     layout = (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
-    words, fresh, depth = [], False, 0  # fresh: a statement begins
+    words, at_start, depth = [], False, 0  # at_start: of a statement
     for token in whole_strings(unindented):
         depth += (token.type == tokenize.INDENT) - (token.type == tokenize.DEDENT)
         if token.type == tokenize.DEDENT and depth == 0:
             break  # the function's end
-        if token.type in (tokenize.COMMENT, tokenize.NL) or fresh and token.type == tokenize.STRING:
+        if token.type in (tokenize.COMMENT, tokenize.NL) or at_start and token.type == tokenize.STRING:
             continue
         words.append(tokenize.tok_name[token.type] if token.type in layout else token.string)
-        fresh = token.type in layout
+        at_start = token.type in layout
     return " ".join(words)
 
 
 def whole_strings(lines):
-    """The tokens of some lines, each f-string as one: from Python 3.12 on it is several."""
-    seen, opened = [], []  # opened: the first tokens of f-strings, one inside the other
+    """Yields the tokens of source lines, each f-string as one token. From Python 3.12 on, tokenize splits f-strings."""
+    seen, opened = [], []  # the lines read so far; the first tokens of the f-strings that we are in
     for token in tokenize.generate_tokens(lambda: seen.append(next(lines, "")) or seen[-1]):
         kind = tokenize.tok_name[token.type]
         if kind == "FSTRING_START":

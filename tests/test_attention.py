@@ -1,4 +1,4 @@
-"""machine/attention.py: each way to compute attention gives the formula's numbers, and dropout drops what it should."""
+"""machine/attention.py: every way to compute attention agrees with the formula, and dropout is right on average."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def randn(*shape, seed=0):
 
 
 @pytest.mark.parametrize("T", [1, 7, 130, 256])
-def test_attention_without_dropout_is_the_fused_kernel_and_so_are_its_gradients(T, monkeypatch):
+def test_tiled_attention_and_its_gradients_equal_the_fused_kernel(T, monkeypatch):
     monkeypatch.setattr(attention, "TILE", 3 * 130 * 128)  # several tiles of heads, the last one smaller
     q, k, v, g = (randn(10, T, 16, seed=seed) for seed in range(4))
     found, expected = TiledAttention.apply(q, k, v, 0.0), F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -25,7 +25,7 @@ def test_attention_without_dropout_is_the_fused_kernel_and_so_are_its_gradients(
     torch.testing.assert_close(torch.autograd.grad(found, (q, k, v), g), torch.autograd.grad(expected, (q, k, v), g))
 
 
-def test_gradients_of_attention_with_dropout_are_those_of_the_formula_with_the_same_mask():
+def test_tiled_attention_with_dropout_and_its_gradients_equal_the_formula_with_the_same_mask():
     q, k, v, g = (randn(6, 150, 16, seed=seed) for seed in range(4))
     torch.manual_seed(0)
     found = TiledAttention.apply(q, k, v, 0.3)
@@ -41,8 +41,8 @@ def test_gradients_of_attention_with_dropout_are_those_of_the_formula_with_the_s
 
 @pytest.mark.parametrize("kv_heads, mask, short", [(3, "causal", 512), (3, "causal", 8), (1, "causal", 512),
                                                    (3, None, 512)])
-@pytest.mark.parametrize("long", [2**14, 16 * 8])  # the fused kernel in float32, or in bfloat16
-def test_attention_in_bfloat16_is_that_in_float32(monkeypatch, kv_heads, mask, short, long):
+@pytest.mark.parametrize("long", [2**14, 16 * 8])  # the fused kernel computes in float32, or in bfloat16
+def test_attention_in_bfloat16_is_close_to_float32(monkeypatch, kv_heads, mask, short, long):
     monkeypatch.setattr(attention, "SHORT", short)
     monkeypatch.setattr(attention, "LONG", long)
     q, k, v, grad = (randn(2, heads, 16, 8, seed=i).detach() for i, heads in enumerate([3, kv_heads, kv_heads, 3]))
@@ -57,9 +57,9 @@ def test_attention_in_bfloat16_is_that_in_float32(monkeypatch, kv_heads, mask, s
         torch.testing.assert_close(rounded, exact, atol=0.03, rtol=0.03)
 
 
-def test_dropout_of_attention_in_bfloat16_removes_weights_and_scales_the_others():
+def test_attention_dropout_in_bfloat16_removes_weights_and_scales_the_others():
     q, k = (randn(2, 3, 16, 16, seed=i).bfloat16() for i in range(2))
-    v = torch.eye(16).repeat(2, 3, 1, 1).bfloat16()  # out come the weights
+    v = torch.eye(16).repeat(2, 3, 1, 1).bfloat16()  # so the output is the weights
     whole, left = attend(q, k, v, "causal").float(), attend(q, k, v, "causal", dropout=0.25).float()
     kept = left > 0
     torch.testing.assert_close(left, whole / 0.75 * kept, atol=0.01, rtol=0.01)
@@ -67,8 +67,8 @@ def test_dropout_of_attention_in_bfloat16_removes_weights_and_scales_the_others(
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2])
-def test_attention_in_training_equals_that_in_evaluation_on_average(share):
-    """Also under autocast, where short rows take a path of their own."""
+def test_attention_in_training_averages_to_that_in_evaluation(share):
+    """Under autocast, where short sequences take a path of their own."""
     q, k, v = (randn(1, 2, 12, 8, seed=seed) for seed in range(3))
     with torch.no_grad():
         expected = attend(q, k, v, "causal")
@@ -79,7 +79,7 @@ def test_attention_in_training_equals_that_in_evaluation_on_average(share):
     torch.testing.assert_close(found, expected, atol=0.05 if share else 1e-2, rtol=0)
 
 
-def test_masks_are_drawn_with_their_probability_and_by_the_seed():
+def test_masks_follow_their_probability_and_the_seed():
     torch.manual_seed(0)
     one, two = draw_kept((1000, 401), 0.2), draw_kept((1000, 401), 0.2)
     torch.manual_seed(0)
@@ -90,7 +90,7 @@ def test_masks_are_drawn_with_their_probability_and_by_the_seed():
     assert draw_kept((5,), 0.0).all()
 
 
-def test_dropout_keeps_the_mean_scales_gradients_alike_and_is_off_in_evaluation():
+def test_dropout_scales_values_and_gradients_alike_and_is_off_in_evaluation():
     x, layer = randn(400, 100), Dropout(0.25)
     y = layer(x)
     kept = y != 0

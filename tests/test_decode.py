@@ -1,4 +1,4 @@
-"""Compiled steps give the trunk's numbers, and stand aside from edited blocks and wherever they can't be used."""
+"""decode.c computes what the trunk does, and PyTorch takes the steps of edited blocks and wherever decode.c can't."""
 
 import functools
 import json
@@ -37,7 +37,7 @@ def make_gpt(**changes):
 
 @pytest.fixture
 def steps_taken(monkeypatch):
-    """The compiled steps that were taken, in order."""
+    """The lengths T of the compiled steps, in order."""
     taken, real = [], decode.Steps.step
 
     def step(self, x, *rest):
@@ -50,7 +50,7 @@ def steps_taken(monkeypatch):
 
 @torch.inference_mode()
 def stepped(model, tokens):
-    """Logits of a prompt of three tokens and of each token after it."""
+    """The logits of all tokens, fed as a prompt of three tokens and then one by one."""
     caches = model.make_caches(len(tokens), tokens.size(1))
     cuts = [0, *range(3, tokens.size(1) + 1)]
     with decode.fast_steps(model):
@@ -65,13 +65,13 @@ TOKENS = torch.randint(11, (B, T), generator=seeded())
 @pytest.mark.parametrize("changes", KINDS)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_compiled_steps_give_the_uncached_logits(monkeypatch, changes, threads):
-    """The oracle. With QUILL_ACCEPT=1 it accepts the blocks' code as it is now, if the logits are the same."""
+    """With QUILL_ACCEPT=1, it writes the digests of the blocks' present code to decode.json if the logits are equal."""
     model = make_gpt(**changes)
     found = digests(model.transformer)
     if os.environ.get("QUILL_ACCEPT"):
         monkeypatch.setattr(decode, "KNOWN", found)
     monkeypatch.setattr(decode, "THREADS_FROM", 0 if threads > 1 else 2**60)
-    assert decode.stands_for(model.transformer), "after a change to the blocks QUILL_ACCEPT=1 accepts it if this passes"
+    assert decode.can_step(model.transformer), "you changed the blocks: run this test once with QUILL_ACCEPT=1"
     torch.testing.assert_close(stepped(model, TOKENS), model(TOKENS), atol=1e-4, rtol=1e-4)
     if os.environ.get("QUILL_ACCEPT"):
         path = decode.SOURCE.with_suffix(".json")
@@ -82,9 +82,8 @@ def test_compiled_steps_give_the_uncached_logits(monkeypatch, changes, threads):
 @pytest.mark.parametrize("changes", [
     {}, dict(bias=True, mlp="relu2", positions="rotary", tied=False, bigrams=True),
     dict(norm="rmsnorm", mlp="geglu", positions="rotary", n_kv_head=2, head_dim=32)])
-@pytest.mark.parametrize("prompt_tokens", [decode.PROMPT_TOKENS, 0])  # in one piece, and in pieces of two
-def test_compiled_steps_from_bfloat16_are_nearer_to_float32_than_pytorch_s_own(monkeypatch, changes, prompt_tokens,
-                                                                               steps_taken):
+@pytest.mark.parametrize("prompt_tokens", [decode.PROMPT_TOKENS, 0])  # the prompt in one piece, or two tokens at a time
+def test_compiled_bfloat16_steps_are_closer_to_float32_than_pytorchs(monkeypatch, changes, prompt_tokens, steps_taken):
     monkeypatch.setattr(decode, "PROMPT_TOKENS", prompt_tokens)
     monkeypatch.setattr(decode, "emulates_bfloat16", lambda: True)
     model = make_gpt(**changes).bfloat16()
@@ -95,7 +94,7 @@ def test_compiled_steps_from_bfloat16_are_nearer_to_float32_than_pytorch_s_own(m
 
 
 def scaled(by):
-    """A forward of the MLP that scales what it returns."""
+    """A forward for the MLP whose output is scaled."""
     def forward(self, x, real=MLP.forward):
         return by * real(self, x)
     return forward
@@ -106,7 +105,7 @@ def halved(q, k, v, *more, attend=models.attend):
 
 
 class OtherBlock(Block):
-    """A subclass; that it changes nothing is not known to decode.c."""
+    """A subclass that changes nothing, which decode.py does not check."""
 
 
 def edit_class(model, monkeypatch):
@@ -145,8 +144,8 @@ def without_source(model, monkeypatch):
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("edit", [edit_class, edit_function, edit_instance, hook, subclass, lora, without_source])
-def test_an_edited_block_is_never_sampled_as_if_it_were_not(monkeypatch, capsys, steps_taken, edit, dtype):
-    """The logits of the second and later tokens are those of the edited block, whatever its effect is."""
+def test_pytorch_takes_the_steps_of_an_edited_block(monkeypatch, capsys, steps_taken, edit, dtype):
+    """So all logits are those of the edited block."""
     monkeypatch.setattr(decode, "emulates_bfloat16", lambda: True)
     decode.say.cache_clear()
     model = make_gpt().to(dtype)
@@ -159,10 +158,10 @@ def test_an_edited_block_is_never_sampled_as_if_it_were_not(monkeypatch, capsys,
     torch.testing.assert_close(found, model(TOKENS), atol=tolerance, rtol=tolerance)
     assert not steps_taken
     if edit in (edit_class, edit_function, without_source):
-        assert "is not the code that decode.c stands for: PyTorch takes the steps" in capsys.readouterr().err
+        assert "so PyTorch takes the steps instead of decode.c" in capsys.readouterr().err
 
 
-def test_comments_and_docstrings_are_no_edit(tmp_path, monkeypatch):
+def test_digests_ignore_comments_and_docstrings(tmp_path, monkeypatch):
     source = 'import torch\n\nclass {name}(torch.nn.Module):\n    """{doc}"""\n\n    def forward(self, x):{comment}\n' \
              '        return x * {factor}  # here\n'
     variants = [dict(doc="One.", comment="", factor=2), dict(doc="Two.", comment="  # why\n\n", factor=2),
@@ -176,20 +175,20 @@ def test_comments_and_docstrings_are_no_edit(tmp_path, monkeypatch):
 
 
 def with_strings(x, name):
-    """Not counted."""
+    """A docstring, which is left out."""
     return f"{x} of {name!r:>{len(f'{x}')}}", """two
 lines""", f"""{x}
     more""" + "plain"
 
 
-def test_the_words_of_a_function_are_those_of_every_python():
-    """From Python 3.12 on, its tokenizer takes f-strings apart."""
+def test_source_tokens_are_the_same_in_every_python():
+    """From Python 3.12 on, tokenize splits an f-string into several tokens."""
     strings = ('f"{x} of {name!r:>{len(f\'{x}\')}}"', '"""two\nlines"""', 'f"""{x}\n    more""" + "plain"')
     assert source_tokens(with_strings.__code__) == (
         "def with_strings ( x , name ) : NEWLINE INDENT NEWLINE return " + " , ".join(strings) + " NEWLINE")
 
 
-def test_the_steps_go_when_writing_ends():
+def test_fast_steps_are_removed_when_generation_ends():
     model = make_gpt()
     pick = functools.partial(pick_tokens, temperature=0)
     steps = generate(model, TOKENS[:, :3], 9, pick)
@@ -200,7 +199,7 @@ def test_the_steps_go_when_writing_ends():
 
 
 @needs_compiler
-def test_weights_that_moved_are_read_where_they_are_now(steps_taken):
+def test_weights_that_moved_in_memory_are_found_again(steps_taken):
     model = make_gpt()
     for _ in range(2):
         torch.testing.assert_close(stepped(model, TOKENS), model(TOKENS), atol=1e-4, rtol=1e-4)
@@ -209,7 +208,7 @@ def test_weights_that_moved_are_read_where_they_are_now(steps_taken):
     assert steps_taken
 
 
-def test_bfloat16_is_left_to_pytorch_where_the_cpu_has_it(monkeypatch, steps_taken):
+def test_pytorch_takes_bfloat16_steps_where_the_cpu_has_bfloat16(monkeypatch, steps_taken):
     monkeypatch.setattr(decode, "emulates_bfloat16", lambda: False)
     stepped(make_gpt().bfloat16(), TOKENS)
     assert not steps_taken
@@ -218,15 +217,15 @@ def test_bfloat16_is_left_to_pytorch_where_the_cpu_has_it(monkeypatch, steps_tak
 @needs_compiler
 def test_compiled_steps_choose_the_same_tokens(monkeypatch):
     model, texts = make_gpt(), []
-    for compiled in (decode.stands_for, lambda trunk: False):
-        monkeypatch.setattr(decode, "stands_for", compiled)
+    for can_step in (decode.can_step, lambda trunk: False):
+        monkeypatch.setattr(decode, "can_step", can_step)
         pick = functools.partial(pick_tokens, temperature=0.8, generator=seeded())
         texts.append(torch.stack(list(generate(model, torch.zeros(3, 1, dtype=torch.long), 3 * T, pick))))
     assert torch.equal(*texts)
 
 
 @needs_compiler
-def test_a_step_with_a_mask_is_left_to_pytorch():
+def test_pytorch_takes_steps_with_a_mask():
     trunk = make_gpt().transformer
     x, mask = torch.randn(B, 2, C, generator=seeded()), torch.rand(B, 1, 1, 2, generator=seeded()) < 0.7
     mask[..., 1] = True
@@ -240,7 +239,7 @@ def test_a_step_with_a_mask_is_left_to_pytorch():
 
 
 @needs_compiler
-def test_steps_past_the_caches_are_an_error():
+def test_steps_that_exceed_the_caches_are_an_error():
     model, tokens = make_gpt(), torch.zeros(2, 1, dtype=torch.long)
     caches = model.make_caches(2, 8)
     with torch.inference_mode(), decode.fast_steps(model):
@@ -260,7 +259,7 @@ def test_without_a_working_compiler_pytorch_takes_the_steps(monkeypatch, tmp_pat
 
 
 @pytest.mark.parametrize("changes", [dict(n_embd=72), dict(n_embd=60), dict(n_head=8), dict(n_hidden=100)])
-def test_widths_that_are_no_multiples_of_16_are_left_to_pytorch(changes, steps_taken):
+def test_pytorch_takes_steps_of_widths_that_are_not_multiples_of_16(changes, steps_taken):
     model = make_gpt(**changes)
     torch.testing.assert_close(stepped(model, TOKENS), model(TOKENS), atol=1e-4, rtol=1e-4)
     assert not steps_taken

@@ -1,4 +1,4 @@
-"""generate.py: the loop that writes, against the model without caches; and how it picks a token."""
+"""generate.py: how tokens are picked, and generation with caches against the model without them."""
 
 import functools
 
@@ -25,12 +25,12 @@ def make_gpt(**changes):
 
 
 def written(*args, **context):
-    """The tokens of all steps of `generate`, (B, count)."""
+    """The tokens of all steps of `generate`, (B, steps)."""
     return torch.stack(list(generate(*args, **context)), dim=1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The choice
+# Picking a token
 
 def test_greedy_takes_the_likeliest_and_top_k_1_does_too():
     logits = torch.randn(5, 11, generator=seeded())
@@ -45,11 +45,11 @@ def test_greedy_takes_the_likeliest_and_top_k_1_does_too():
     (1.0, 99, 1.0, [0.4, 0.3, 0.2, 0.1]),
     (1.0, 0, 0.65, [4 / 7, 3 / 7, 0, 0]),  # the token that crosses top_p stays
     (1.0, 0, 0.75, [4 / 9, 3 / 9, 2 / 9, 0]),
-    (1.0, 3, 0.45, [4 / 7, 3 / 7, 0, 0]),  # top_p of what top_k left: 4/9 is under 0.45
+    (1.0, 3, 0.45, [4 / 7, 3 / 7, 0, 0]),  # after top_k, 4/9 is below 0.45
     (1.0, 0, 1e-9, [1, 0, 0, 0]),
 ])
 def test_samples_follow_the_distribution(temperature, top_k, top_p, expected):
-    shuffle = torch.tensor([2, 0, 3, 1])  # so that the order of the ids isn't the order of the probabilities
+    shuffle = torch.tensor([2, 0, 3, 1])  # so that the ids are not in order of probability
     n, expected = 40_000, torch.tensor(expected, dtype=torch.float)[shuffle]
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()[shuffle].expand(n, 4)
     found = pick_tokens(logits, temperature, top_k, top_p, seeded()).bincount(minlength=4) / n
@@ -65,19 +65,19 @@ def test_a_temperature_near_zero_takes_the_likeliest(temperature, dtype):
         assert torch.equal(pick_tokens(logits, temperature, generator=seeded(), **more), logits.argmax(-1))
 
 
-def test_the_seed_decides_a_sample():
+def test_the_seed_determines_a_sample():
     model, prompt = make_gpt(), torch.zeros(2, 1, dtype=torch.long)
     one, same, other = (written(model, prompt, 30, functools.partial(pick_tokens, generator=seeded(s)))
                         for s in (0, 0, 1))
     assert torch.equal(one, same) and not torch.equal(one, other)
-    assert not torch.equal(one[0], one[1])  # the rows of a batch are different samples
+    assert not torch.equal(one[0], one[1])  # each row of a batch is a sample of its own
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop
 
 def reference_generate(model, tokens, n):
-    """What `generate` promises at temperature 0, without caches: the window starts over from its last half."""
+    """Greedy generation without caches. Once the window exceeds block_size, it shrinks to its last half."""
     window = tokens[:, -model.config.block_size:]
     for _ in range(n):
         tokens = torch.cat((tokens, model(window)[:, -1].argmax(-1, keepdim=True)), dim=1)
@@ -90,14 +90,14 @@ def reference_generate(model, tokens, n):
 @pytest.mark.parametrize("block_size", [16, 7, 1])
 @pytest.mark.parametrize("prompt_length", [1, 5, 16, 40])
 @pytest.mark.parametrize("changes", [{}, FAST])
-def test_generation_goes_on_past_block_size(prompt_length, block_size, changes):
+def test_generation_continues_past_block_size(prompt_length, block_size, changes):
     model = make_gpt(block_size=block_size, **changes)
     prompt = torch.randint(11, (3, prompt_length), generator=seeded())
     assert torch.equal(written(model, prompt, 40, GREEDY), reference_generate(model, prompt, 40))
 
 
 class WithoutCaches(torch.nn.Module):
-    """A model with no `make_caches`, which sees at most the last block_size tokens."""
+    """A model without `make_caches`."""
 
     def __init__(self, model):
         super().__init__()
@@ -113,11 +113,11 @@ def test_a_model_without_caches_writes_the_same():
     found = written(WithoutCaches(model), prompt, 30, GREEDY)
     assert torch.equal(found[:, :12], written(model, prompt, 12, GREEDY))
     text = torch.cat((prompt, found), dim=1)
-    for t in range(16, 35):  # beyond block_size, the last block_size tokens
+    for t in range(16, 35):  # past block_size, it sees the last block_size tokens
         assert torch.equal(text[:, t], model(text[:, t - 16:t])[:, -1].argmax(-1))
 
 
-def test_a_row_that_ended_goes_on_with_eos_and_when_all_have_the_writing_stops():
+def test_a_row_that_has_ended_repeats_eos_and_generation_stops_when_all_rows_have():
     model, prompt = make_gpt(), torch.randint(11, (3, 5), generator=seeded())
     free, found = (written(model, prompt, 40, functools.partial(pick_tokens, generator=seeded()), eos)
                    for eos in (None, 7))
@@ -127,9 +127,10 @@ def test_a_row_that_ended_goes_on_with_eos_and_when_all_have_the_writing_stops()
         assert row == expected[:end] + [7] * (max(ends) + 1 - end)
 
 
-@pytest.mark.parametrize("wrap, count", [(lambda model: model, 40), (WithoutCaches, 11)], ids=["caches", "none"])
+@pytest.mark.parametrize("wrap, count", [(lambda model: model, 40), (WithoutCaches, 11)],
+                         ids=["with caches", "without caches"])
 def test_a_pick_may_say_which_row_each_token_continues(wrap, count):
-    """As a beam search does; with caches also past block_size, where the window starts over."""
+    """As in beam search. With caches the test goes past block_size, where the window shrinks to its last half."""
     model, window, steps = make_gpt(**FAST), torch.randint(11, (3, 5), generator=seeded()), []
 
     def pick(logits):
@@ -146,13 +147,13 @@ def test_a_pick_may_say_which_row_each_token_continues(wrap, count):
     assert len(steps) == count
 
 
-def test_the_end_of_a_row_moves_with_it():
+def test_reordering_rows_reorders_which_have_ended():
     model, eos, calls = make_gpt(), 7, []
-    chosen = [([7, 1, 2], [0, 1, 2]), ([3, 3, 3], [1, 0, 0]), ([4, 4, 4], [0, 1, 2])]
+    picks = [([7, 1, 2], [0, 1, 2]), ([3, 3, 3], [1, 0, 0]), ([4, 4, 4], [0, 1, 2])]
 
     def pick(logits):
         calls.append(logits)
-        return tuple(torch.tensor(part) for part in chosen[len(calls) - 1])
+        return tuple(torch.tensor(part) for part in picks[len(calls) - 1])
 
     found = written(model, torch.zeros(3, 1, dtype=torch.long), 3, pick, eos)
     assert found.tolist() == [[7, 3, 4], [1, 7, 7], [2, 7, 7]]

@@ -1,4 +1,4 @@
-"""lora.py: nothing changes at the start, only two small matrices learn, and merged it is an ordinary model again."""
+"""lora.py: adding LoRA changes no output, only its matrices learn, and merging gives an ordinary model again."""
 
 import copy
 import functools
@@ -29,13 +29,13 @@ def make_model():
         ViTConfig(n_layer=1, n_head=2, n_embd=16, image_size=28, patch_size=14),
         GemmaConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=16, head_dim=6, vocab_size=1256, block_size=64)))
     init_parts(model, seeded())
-    for p in model.decoder.transformer.parameters():  # so large that a change shows in the logits
+    for p in model.decoder.transformer.parameters():  # large enough that a change shows in the logits
         p.data *= 5
     return model.eval()
 
 
 def train(model, steps=8):
-    """A few updates of what can be trained; returns the losses."""
+    """A few updates of the parameters that are not frozen; returns the losses."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer, losses = torch.optim.AdamW(trained, lr=1e-2), []
     for _ in range(steps):
@@ -47,7 +47,7 @@ def train(model, steps=8):
     return losses
 
 
-def test_nothing_changes_at_the_start_and_the_seed_decides():
+def test_adding_lora_changes_no_output_and_the_seed_determines_a():
     model, names = make_model(), set(make_model().state_dict())
     before = model(**BATCH)
     add_lora(model, 2, seeded(7))
@@ -63,7 +63,7 @@ def test_nothing_changes_at_the_start_and_the_seed_decides():
     assert not torch.equal(drawn[0], drawn[1]) and torch.cat([a.flatten() for a in drawn]).std() > 0.1
 
 
-def test_only_the_small_matrices_learn():
+def test_only_the_lora_matrices_learn():
     model = make_model()
     add_lora(model, 2, seeded())
     model.vision.requires_grad_(False)
@@ -71,12 +71,12 @@ def test_only_the_small_matrices_learn():
     before = copy.deepcopy(model.state_dict())
     losses = train(model)
     assert losses[-1] < losses[0] - 0.03
-    small = {name for name in before if ".lora_" in name}
-    assert {name for name, p in model.named_parameters() if p.grad is not None} == small
-    assert {name for name, p in model.state_dict().items() if not torch.equal(p, before[name])} == small
+    added = {name for name in before if ".lora_" in name}
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == added
+    assert {name for name, p in model.state_dict().items() if not torch.equal(p, before[name])} == added
 
 
-def test_the_update_is_the_formula():
+def test_outputs_equal_the_formula():
     linear = nn.Linear(5, 4)
     weight, x = linear.weight.clone(), torch.randn(2, 3, 5, generator=seeded())
     for alpha, scale in ((0, 2), (12, 4)):
@@ -89,7 +89,7 @@ def test_the_update_is_the_formula():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_merged_equals_unmerged(bias):
+def test_merging_keeps_the_outputs(bias):
     mlp = MLP(TransformerConfig(n_embd=16, bias=bias))
     names, x = list(mlp.state_dict()), torch.randn(5, 16, generator=seeded())
     add_lora(mlp, 4, seeded())
@@ -101,7 +101,7 @@ def test_merged_equals_unmerged(bias):
     torch.testing.assert_close(mlp(x), before, atol=1e-6, rtol=0)
 
 
-def test_sixteen_bit_weights_learn_in_float32():
+def test_lora_of_16_bit_weights_is_float32():
     model = nn.Sequential(nn.Linear(8, 8)).to(torch.bfloat16)
     add_lora(model, 2, seeded())
     assert model[0].lora_a.dtype == model[0].lora_b.dtype == torch.float32
@@ -114,7 +114,7 @@ def test_sixteen_bit_weights_learn_in_float32():
     torch.testing.assert_close(model(x), before, atol=0.1, rtol=0.02)
 
 
-def test_answers_are_generated_with_lora_and_merged_alike():
+def test_answers_are_the_same_before_and_after_merging():
     model, found = make_model(), []
     prompts, padding = torch.tensor([[2, 50, 60], [0, 2, 70]]), torch.tensor([0, 1])
 
@@ -134,8 +134,8 @@ def test_answers_are_generated_with_lora_and_merged_alike():
     assert torch.equal(merged, learned) and not torch.equal(learned, plain)
 
 
-def test_fine_tuned_and_merged_it_is_what_transformers_loads(tmp_path):
-    """From the published layout and back into it."""
+def test_transformers_loads_a_fine_tuned_and_merged_model(tmp_path):
+    """Loaded from the published layout, fine-tuned, merged, and saved in that layout."""
     transformers = pytest.importorskip("transformers")
     from test_published import IMAGE, N, make_tokenizer, their_inputs
     (tmp_path / "before").mkdir()
@@ -160,12 +160,12 @@ def test_fine_tuned_and_merged_it_is_what_transformers_loads(tmp_path):
 def test_a_rank_below_one_and_a_model_without_linear_layers_are_refused():
     with pytest.raises(UserError, match="lora_rank = 0: must be at least 1"):
         add_lora(make_model(), 0)
-    with pytest.raises(UserError, match="lora_rank = 1: .* has no linear layer for it"):
+    with pytest.raises(UserError, match="lora_rank = 1: .* has no linear layers"):
         add_lora(nn.Embedding(2, 2), 1)
 
 
-def test_the_head_of_its_own_learns_too():
-    """Every matrix that LoRA adds has a gradient: it is where the model computes."""
+def test_an_untied_head_learns_too():
+    """Every matrix that LoRA adds gets a gradient, so the model uses all of them."""
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=11, tied=False))
     init_weights(model, torch.Generator().manual_seed(0))
     add_lora(model, 2, torch.Generator().manual_seed(1))

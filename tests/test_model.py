@@ -1,3 +1,5 @@
+"""model.py: attention against its formula, caches against the uncached model, initialisation, and invalid configs."""
+
 import math
 
 import pytest
@@ -60,7 +62,7 @@ def rotation(positions, head_dim):
 
 
 def naive_attention(a, x, allowed=None, memory=None, turn=lambda x: x):
-    """Attention (equation 1 of Vaswani et al.) one row, one head and one position at a time. allowed: (B, T, S)."""
+    """Attention (Vaswani et al., equation 1), computed one row, head and position at a time. allowed: (B, T, S)."""
     source = x if memory is None else memory
     out = torch.zeros(x.size(0), x.size(1), a.n_head * a.head_dim)
     for b in range(x.size(0)):
@@ -79,7 +81,7 @@ def naive_attention(a, x, allowed=None, memory=None, turn=lambda x: x):
 
 
 causal = torch.ones(T, T).tril().bool()
-random_mask = (torch.rand(B, 1, T, T, generator=seeded(5)) < 0.5) | torch.eye(T).bool()  # each may see itself
+random_mask = (torch.rand(B, 1, T, T, generator=seeded(5)) < 0.5) | torch.eye(T).bool()  # each token sees itself
 prefixes = torch.tensor([3, 5])[:, None, None, None]
 prefix_mask = causal_mask(torch.arange(T), torch.arange(T), prefixes)
 
@@ -94,7 +96,7 @@ def test_attention_equals_the_formula(mask, allowed, n_kv_head):
     torch.testing.assert_close(attention(x, mask), naive_attention(attention, x, allowed))
 
 
-def test_attention_with_memory_rotation_and_its_own_head_dim():
+def test_attention_with_memory_or_rotation_and_a_given_head_dim():
     attention = make_attention(head_dim=10, n_kv_head=2)
     x, memory = randn(B, T, C), randn(B, 5, C, seed=1)
     allowed = (torch.rand(B, 1, T, 5, generator=seeded(2)) < 0.5) | (torch.arange(5) == 0)
@@ -112,7 +114,7 @@ def test_prefix_mask_is_full_inside_the_prefix_and_causal_after_it():
 
 def test_attention_weights_sum_to_one():
     attention = make_attention()
-    with torch.no_grad():  # values of one everywhere: the heads' outputs are the sums of the weights
+    with torch.no_grad():  # all values are 1, so each head outputs the sum of its weights
         attention.v_proj.weight.zero_()
         attention.v_proj.bias.fill_(1.0)
     expected = attention.o_proj(torch.ones(C)).expand(B, T, C)
@@ -127,7 +129,7 @@ def test_attention_without_positions_is_permutation_equivariant():
     assert not torch.allclose(attention(x[:, order], rope=turned), attention(x, rope=turned)[:, order], atol=1e-2)
 
 
-def test_rotation_depends_on_distance_alone_and_keeps_length():
+def test_rotated_scores_depend_on_distance_only_and_rotation_keeps_lengths():
     q, k = randn(1, 1, 1, 8), randn(1, 1, 1, 8, seed=1)
 
     def score(m, n):
@@ -156,7 +158,7 @@ def test_norms_and_mlps_equal_their_formulas():
         torch.testing.assert_close(one, other)
 
 
-def test_memory_and_cross_go_together():
+def test_memory_without_cross_and_cross_without_memory_are_refused():
     x = randn(B, T, C)
     plain = Block(TransformerConfig(n_embd=C))
     cross = Block(TransformerConfig(n_embd=C, cross=True))
@@ -176,7 +178,7 @@ def test_a_cross_attending_decoder_is_causal_and_sees_only_unmasked_memory():
     torch.testing.assert_close(decoder(x, mask="causal", memory=hidden, memory_mask=mask), y)
     assert not torch.allclose(decoder(x, mask="causal", memory=memory + 1, memory_mask=mask), y)
     remembered = decoder.remember(memory)
-    for block in decoder.blocks:  # what is remembered needs computing once only
+    for block in decoder.blocks:  # the remembered keys and values are not computed again
         block.cross_attn.k_proj = block.cross_attn.v_proj = None
     torch.testing.assert_close(decoder(x, mask="causal", memory=remembered, memory_mask=mask), y, atol=0, rtol=0)
 
@@ -196,21 +198,21 @@ def test_no_token_sees_a_later_one(changes):
 
 @torch.no_grad()
 @pytest.mark.parametrize("changes", [{}, FAST, dict(n_kv_head=1, norm="rmsnorm", mlp="geglu")])
-@pytest.mark.parametrize("places", [lambda a, b: a, torch.arange], ids=["the first slot", "all slots"])
-def test_cached_logits_equal_uncached_ones_however_the_tokens_are_cut(changes, places):
-    """Written at an int, then the keys are those so far; at a tensor, then all slots are keys, under a mask."""
+@pytest.mark.parametrize("start", [lambda a, b: a, torch.arange], ids=["start is an int", "start is a tensor"])
+def test_cached_logits_equal_uncached_ones_however_the_tokens_are_cut(changes, start):
+    """start is an int (the keys are the slots filled so far) or a tensor (all slots are keys, under a mask)."""
     model = make_gpt(std=0.3, **changes)
     tokens = torch.randint(11, (3, 16), generator=seeded())
     expected = model(tokens)
     for cuts in ([0, 16], [0, 5, 6, 7, 16], list(range(17))):
         caches = model.make_caches(3)
-        parts = [model.logits(model.hidden(tokens[:, a:b], caches, places(a, b))) for a, b in zip(cuts, cuts[1:])]
+        parts = [model.logits(model.hidden(tokens[:, a:b], caches, start(a, b))) for a, b in zip(cuts, cuts[1:])]
         torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("changes", [{}, FAST])
-def test_rows_go_on_from_the_rows_they_are_told(changes):
+def test_reordered_caches_continue_the_chosen_rows(changes):
     model, rows = make_gpt(std=0.3, **changes), torch.tensor([2, 0, 0])
     tokens, caches = torch.randint(11, (3, 16), generator=seeded()), model.make_caches(3)
     model.hidden(tokens[:, :9], caches)
@@ -220,18 +222,18 @@ def test_rows_go_on_from_the_rows_they_are_told(changes):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_gpt_with_rotary_positions_and_its_own_head_computes_what_a_gemma_does():
+def test_a_gpt_with_rotary_positions_and_an_untied_head_computes_the_same_as_a_gemma():
     sizes = dict(n_layer=2, n_head=4, n_embd=C, norm="rmsnorm", mlp="geglu", block_size=16, vocab_size=11)
     gpt, gemma = make_gpt(std=0.3, **sizes, positions="rotary", tied=False), Gemma(GemmaConfig(**sizes, norm_eps=1e-5))
     gemma.transformer.load_state_dict(gpt.transformer.state_dict())
     with torch.no_grad():
         gemma.wte.weight.copy_(gpt.head.weight)
-        gpt.wte.weight.copy_(gpt.head.weight * C**0.5)  # Gemma's scale
+        gpt.wte.weight.copy_(gpt.head.weight * C**0.5)  # Gemma scales its embeddings
     tokens = torch.randint(11, (3, 16), generator=seeded())
     torch.testing.assert_close(gpt(tokens), gemma(tokens), atol=1e-5, rtol=1e-5)
 
 
-def test_a_pair_is_a_token_and_the_one_before_it():
+def test_a_pair_is_a_token_and_the_previous_one():
     model = make_gpt(**FAST)
     tokens = torch.tensor([[3, 7, 7]])
     assert model.pairs(tokens, None, 0).tolist() == [[3, 3 * 11 + 7, 7 * 11 + 7]]
@@ -258,14 +260,14 @@ def test_initialisation_follows_its_table():
             assert p.std().item() == pytest.approx(expected, rel=0.05), name
 
 
-def test_blocks_start_by_adding_nothing_if_asked():
+def test_with_zero_initialised_outputs_blocks_are_the_identity():
     model = make_gpt()
     init_weights(model, seeded(), zero=True)
     x = randn(B, T, C)
     assert all(torch.equal(block(x), x) for block in model.transformer.blocks)
 
 
-def test_initial_loss_is_near_guessing_and_the_seed_decides_the_weights():
+def test_initial_loss_is_near_that_of_guessing_and_the_seed_determines_the_weights():
     model = make_gpt(n_embd=128, vocab_size=65)
     tokens = torch.randint(65, (8, 17), generator=seeded())
     assert model(tokens[:, :-1], tokens[:, 1:]).mean().item() == pytest.approx(math.log(65), abs=0.1)
@@ -274,12 +276,12 @@ def test_initial_loss_is_near_guessing_and_the_seed_decides_the_weights():
     assert not torch.equal(model.wte.weight, other.wte.weight)
 
 
-def test_a_model_given_targets_returns_the_nats_of_each():
+def test_a_model_given_targets_returns_the_cross_entropy_of_each():
     model = make_gpt(std=0.3)
     tokens, targets = torch.randint(11, (2, 2, 16), generator=seeded())
     nats = -model(tokens).log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
     torch.testing.assert_close(model(tokens, targets), nats)
-    places = torch.tensor([[3, 0, 15], [5, 5, 6]])  # the head is computed there alone
+    places = torch.tensor([[3, 0, 15], [5, 5, 6]])  # only these positions go through the head
     torch.testing.assert_close(model(tokens, targets.gather(1, places), places), nats.gather(1, places))
     torch.testing.assert_close(model(tokens, places=places), model(tokens)[[[0], [1]], places])
     seen = []
@@ -289,14 +291,14 @@ def test_a_model_given_targets_returns_the_nats_of_each():
     torch.testing.assert_close(model(tokens, targets), torch.stack((torch.zeros(16), nats[1])))
 
 
-def test_counts():
+def test_counts_of_parameters_and_flops():
     model = make_gpt()
-    # embeddings and positions; per block four C x C and two C x 4C matrices, two gains; the final gain
+    # token and position embeddings; per block: four C x C and two C x 4C matrices, two gains; the last norm's gain
     assert count_parameters(model) == 11 * C + 16 * C + 2 * (4 * C * C + 8 * C * C + 2 * C) + C
     flops = 6 * (count_parameters(model) - 16 * C) + 12 * 2 * C * 16
     fast = make_gpt(**FAST)
     assert count_parameters(fast) == count_parameters(model) - 16 * C + 11 * 11 * C + 11 * C
-    assert flops_per_token(model, 16) == flops_per_token(fast, 16) == flops  # what is looked up costs nothing
+    assert flops_per_token(model, 16) == flops_per_token(fast, 16) == flops  # lookup tables cost no FLOPs
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -306,9 +308,9 @@ def test_counts():
     (dict(n_layer=0), "n_layer = 0: must be at least 1"), (dict(dropout=1.0), "dropout = 1.0: must be below 1"),
     (dict(block_size=0), "block_size = 0: must be at least 1"),
     (dict(positions="sine"), "positions = 'sine': must be one of learned, rotary"),
-    (dict(positions="rotary", n_embd=36, n_head=4), "head_dim = 9: rotary positions turn pairs, so it must be even"),
-    (dict(bigrams=True, vocab_size=50257), "a vocabulary of 50,257 has 2,525,766,049 pairs"),
+    (dict(positions="rotary", n_embd=36, n_head=4), "head_dim = 9: rotary positions rotate pairs of channels"),
+    (dict(bigrams=True, vocab_size=50257), "bigrams = True: vocab_size = 50,257 is above 512; set"),
 ])
-def test_impossible_shapes_are_refused(changes, message):
+def test_invalid_configs_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         GPTConfig(**changes)

@@ -1,3 +1,5 @@
+"""optimizer.py: Muon and AdamW against PyTorch's own, parameter groups and their rates, and clipping."""
+
 from dataclasses import replace
 
 import pytest
@@ -24,10 +26,10 @@ def make_gpt():
 @pytest.mark.parametrize("shape", [(5, 48, 48), (5, 32, 96), (5, 96, 32)])
 def test_orthogonalized_matrices_keep_their_singular_vectors_and_have_values_near_1(shape):
     matrices = torch.randn(shape, generator=seeded())
-    matrices[0] *= 1e-3  # the length does not count
+    matrices[0] *= 1e-3  # the norm of a matrix does not matter
     found = orthogonalized(matrices).float()
     u, values, vh = torch.linalg.svd(matrices, full_matrices=False)
-    inner = u.mT @ found @ vh.mT  # (5, r, r): the new values on its diagonal, and nothing else
+    inner = u.mT @ found @ vh.mT  # (5, r, r), diagonal: the new singular values
     new = inner.diagonal(dim1=1, dim2=2)
     assert (inner - torch.diag_embed(new)).abs().max() < 0.06
     assert 0.6 < new[values > 0.2 * values[:, :1]].min() and new.max() < 1.3
@@ -56,13 +58,13 @@ def test_steps_equal_those_of_torchs_muon_and_adamw():
 
 
 def groups_of(model, settings):
-    """{(which optimizer, scale, weight decay): names of its parameters}."""
+    """{(optimizer's name, scale, weight decay): names of the parameters}."""
     names = {p: name for name, p in model.named_parameters()}
     return {(kind, group["scale"], group["weight_decay"]): {names[p] for p in group["params"]}
             for kind, optimizer in make_optimizers(model, settings).items() for group in optimizer.param_groups}
 
 
-def test_a_group_is_one_rate_one_decay_and_one_optimizer():
+def test_parameters_are_grouped_by_rate_decay_and_optimizer():
     model, scale = make_gpt(), SETTINGS.muon_lr / SETTINGS.learning_rate
     groups = groups_of(model, SETTINGS)
     assert groups.keys() == {("muon", scale, 0.1), ("optimizer", 1, 0.1), ("optimizer", 1, 0.0)}
@@ -71,7 +73,7 @@ def test_a_group_is_one_rate_one_decay_and_one_optimizer():
     assert groups_of(model, replace(SETTINGS, optimizer="adamw")).keys() == {("optimizer", 1, 0.1), ("optimizer", 1, 0)}
 
 
-def test_a_part_has_a_rate_of_its_own_and_none_is_frozen():
+def test_parts_have_rates_of_their_own_and_rate_0_freezes():
     model, scale = make_gpt(), SETTINGS.muon_lr / SETTINGS.learning_rate
     rates = {"wte": 0.0, "transformer": 0.5}
     freeze(model, rates)

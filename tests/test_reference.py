@@ -1,4 +1,4 @@
-"""Against Hugging Face transformers: a tiny random GPT-2, written to disk in the published layout."""
+"""A tiny random GPT-2, saved by Hugging Face transformers, loads, samples and fine-tunes as there."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ PROMPT = "the king sees a "
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory, text):
-    """(folder, their model): weights far from zero, so that a wrong mapping can't hide."""
+    """(folder, transformers' model). Its weights are large, so that a wrong mapping of names changes the logits."""
     folder = tmp_path_factory.mktemp("hub") / "tiny-gpt2"
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -45,13 +45,13 @@ def test_logits_equal_those_of_transformers(published):
     tokens = torch.randint(tokenizers["tokenizer"].vocab_size, (3, 48), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = theirs(tokens).logits
-        assert expected.std() > 0.3  # a scale at which 1e-5 means something
+        assert expected.std() > 0.3  # large enough for the tolerance of 1e-5 to mean something
         assert (ours(tokens) - expected).abs().max() < 1e-5
         cropped, _ = files.load(str(folder), block_size=20)
         assert (cropped(tokens[:, :20]) - expected[:, :20]).abs().max() < 1e-5
 
 
-def test_shards_and_the_old_layout_of_the_hub_load_too(published, tmp_path):
+def test_sharded_files_and_the_old_layout_of_the_hub_load_too(published, tmp_path):
     folder, theirs = published
     theirs.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
@@ -68,7 +68,7 @@ def test_shards_and_the_old_layout_of_the_hub_load_too(published, tmp_path):
         assert all(torch.equal(found[name], expected[name]) for name in expected), layout
 
 
-def test_sampling_continues_as_transformers_does(published, capsys):
+def test_greedy_sampling_equals_transformers(published, capsys):
     folder, theirs = published
     fast = transformers.AutoTokenizer.from_pretrained(folder)
     ids = fast(PROMPT, return_tensors="pt")
@@ -78,7 +78,7 @@ def test_sampling_continues_as_transformers_does(published, capsys):
     assert capsys.readouterr().out == fast.decode(expected[0]) + "\n"
 
 
-def test_weights_that_do_not_fit_are_named(published, tmp_path):
+def test_missing_and_unexpected_weights_are_named(published, tmp_path):
     folder, theirs = published
     shutil.copytree(folder, tmp_path / "bad")
     state = {name: tensor.clone() for name, tensor in theirs.state_dict().items() if name != "lm_head.weight"}
@@ -88,7 +88,7 @@ def test_weights_that_do_not_fit_are_named(published, tmp_path):
         files.load(str(tmp_path / "bad"))
 
 
-def test_weights_come_in_the_precision_asked_for(published):
+def test_weights_are_loaded_in_the_requested_dtype(published):
     expected = files.load(str(published[0]))[0].state_dict()
     found = files.load(str(published[0]), dtype=torch.bfloat16)[0].state_dict()
     assert all(torch.equal(found[name], expected[name].to(torch.bfloat16)) for name in expected)
@@ -106,7 +106,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(published, tmp_p
 
 @pytest.mark.parametrize("key, value", [("activation_function", "relu"), ("model_type", "llama"),
                                         ("tie_word_embeddings", False)])
-def test_other_models_are_refused_by_name(published, tmp_path, key, value):
+def test_unsupported_models_are_refused(published, tmp_path, key, value):
     folder, _ = published
     shutil.copytree(folder, tmp_path / "other")
     config = json.loads((folder / "config.json").read_text())
@@ -124,7 +124,7 @@ def test_fine_tuning_starts_from_the_published_weights(published, tmp_path, text
     folder, theirs = published
     (tmp_path / "words.txt").write_text(text, encoding="utf-8")
     texts.prepare([tmp_path / "words.txt"], tmp_path / "words", "bpe:350")
-    shutil.copy(folder / "tokenizer.json", tmp_path / "words")  # same merges
+    shutil.copy(folder / "tokenizer.json", tmp_path / "words")  # it has the same merges
     changes = dict(dataset=str(tmp_path / "words"), init_from=str(folder), max_iters=1, learning_rate=1e-30, min_lr=0.0)
     settings = settings_for("text", **{**tiny, **changes}, out_dir=str(tmp_path / "out"))
     train.main(settings, {"block_size": 32})

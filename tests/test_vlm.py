@@ -1,4 +1,4 @@
-"""vlm.py against transformers, on a tiny random PaliGemma; its caches, its answers, its losses."""
+"""vlm.py: a tiny random PaliGemma against Hugging Face transformers, its caches and answers, and contrastive losses."""
 
 import dataclasses
 import functools
@@ -43,7 +43,7 @@ CLOSE = dict(atol=1e-4, rtol=0)
 GREEDY = functools.partial(pick_tokens, temperature=0)
 
 
-# The published model and its tokenizer, as fixtures.
+# The fixtures of test_published.py: a model in the published layout, and its tokenizer.
 theirs, folder, loaded = test_published.theirs, test_published.folder, test_published.loaded
 ours, tokenizer = test_published.ours, test_published.tokenizer
 
@@ -83,7 +83,7 @@ def test_siglip_features_equal_transformers(ours, theirs):
 
 @torch.no_grad()
 @pytest.mark.parametrize("n_kv_head", [4, 2, 1])
-def test_gemma_logits_equal_transformers_uncached_and_cached(n_kv_head):
+def test_gemma_logits_equal_transformers_with_and_without_caches(n_kv_head):
     config = transformers.GemmaConfig(**{**TEXT, "num_key_value_heads": n_kv_head})
     theirs = randomize(transformers.GemmaForCausalLM(config))
     model = Gemma(GemmaConfig(n_layer=2, n_head=4, n_kv_head=n_kv_head, head_dim=10, n_embd=24, n_hidden=40,
@@ -123,9 +123,9 @@ def test_paligemma_prefill_and_every_decode_step_equal_transformers(ours, theirs
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("places", [lambda a, b: a, torch.arange], ids=["the first slot", "all slots"])
-def test_cached_logits_equal_uncached_ones_behind_an_image_and_padding(ours, tokenizer, places):
-    """Written at an int, then the keys are those so far; at a tensor, then all slots are keys, under a mask."""
+@pytest.mark.parametrize("start", [lambda a, b: a, torch.arange], ids=["start is an int", "start is a tensor"])
+def test_cached_outputs_equal_uncached_ones_after_an_image_and_padding(ours, tokenizer, start):
+    """start is an int (the keys are the slots filled so far) or a tensor (all slots are keys, under a mask)."""
     tokens, padding = pad_left(make_prompts(tokenizer))
     image, caches, T = ours.encode(make_images()), ours.make_caches(3, tokens.size(1) + 6), tokens.size(1)
     answer = torch.randint(VOCAB, (3, 4), generator=seeded())
@@ -133,13 +133,13 @@ def test_cached_logits_equal_uncached_ones_behind_an_image_and_padding(ours, tok
     expected = ours.hidden(torch.cat((tokens, answer), dim=1), **row)[:, T:]
     ours.hidden(tokens, caches, image=image, padding=padding)
     for i in range(4):
-        found = ours.hidden(answer[:, i:i + 1], caches, places(T + i, T + i + 1), image=image, padding=padding)
+        found = ours.hidden(answer[:, i:i + 1], caches, start(T + i, T + i + 1), image=image, padding=padding)
         torch.testing.assert_close(found[:, 0], expected[:, i], **CLOSE)
 
 
 @torch.no_grad()
 def test_training_mask_and_loss_equal_transformers(ours, theirs, processor, tokenizer):
-    """Two rows whose prefixes and answers differ in length: padded on the left there, on the right here."""
+    """Two rows whose prefixes and answers differ in length: transformers pads them on the left, we on the right."""
     prefixes, answers = ["caption en", "ocr"], ["cat", "two dogs"]
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
     batch = processor(images=[picture, picture], text=prefixes, suffix=answers, return_tensors="pt", padding=True)
@@ -160,14 +160,14 @@ def test_training_mask_and_loss_equal_transformers(ours, theirs, processor, toke
     nats = ours(images, tokens, targets, prefix=prefix)
     assert (nats[targets == -100] == 0).all()
     torch.testing.assert_close(nats.sum() / (targets != -100).sum(), expected.loss, **CLOSE)
-    places = torch.tensor([[len(row) - 1, len(row)] for row in rows])  # the head is computed there alone
+    places = torch.tensor([[len(row) - 1, len(row)] for row in rows])  # only these positions go through the head
     torch.testing.assert_close(ours(images, tokens, targets.gather(1, places), places, prefix), nats.gather(1, places))
     causal = ours(images, tokens, prefix=torch.zeros_like(prefix))
-    assert (causal - logits).abs().max() > 0.1  # the prefix does look ahead
+    assert (causal - logits).abs().max() > 0.1  # the prefix does attend to later tokens
 
 
 @torch.no_grad()
-def test_padded_batch_equals_transformers_and_each_row_alone(ours, theirs, tokenizer):
+def test_a_padded_batch_equals_transformers_and_each_row_alone(ours, theirs, tokenizer):
     images, prompts = make_images(), make_prompts(tokenizer)
     expected = theirs(**their_inputs(images, prompts)).logits
     tokens, padding = pad_left(prompts)
@@ -179,7 +179,7 @@ def test_padded_batch_equals_transformers_and_each_row_alone(ours, theirs, token
 
 
 @torch.no_grad()
-def test_bfloat16_is_as_near_to_float32_as_transformers(folder, theirs, ours, tokenizer):
+def test_bfloat16_is_as_close_to_float32_as_in_transformers(folder, theirs, ours, tokenizer):
     image, prompt = make_images(1), make_prompts(tokenizer)[:1]
     half, _ = files.load(str(folder), dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
@@ -191,8 +191,8 @@ def test_bfloat16_is_as_near_to_float32_as_transformers(folder, theirs, ours, to
     assert 0 < ours_off < 1.1 * theirs_off < 0.1 * exact.std()
 
 
-def test_rotation_in_the_papers_form_is_ours_after_permuting_rows():
-    """Su et al. (equation 15) turn neighbours (2i, 2i + 1), we turn (i, i + D/2): the same scores if q and k agree."""
+def test_rotation_as_in_the_paper_equals_ours_with_permuted_rows():
+    """Su et al. (equation 15) rotate pairs (2i, 2i + 1), we (i, i + D/2). With q and k permuted, scores agree."""
     D, T, C = 8, 5, 12
     x = torch.randn(T, C, generator=seeded())
     q_proj, k_proj = torch.randn(2, D, C, generator=seeded(1))
@@ -241,7 +241,7 @@ def test_a_paligemma_trains_from_its_initialisation():
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
-def test_its_own_checkpoint_loads_back(ours, tokenizer, tmp_path):
+def test_a_saved_checkpoint_loads_back(ours, tokenizer, tmp_path):
     config = {"model_type": "paligemma", "model": dataclasses.asdict(ours.config), "settings": {"task": "image-text"}}
     with checkpoint.Writer(tmp_path, background=False) as writer:
         writer.save(["last"], ours, {"tokenizer": tokenizer}, config, {})
@@ -261,7 +261,7 @@ def test_prompts_are_tokenized_as_transformers_does(processor, tokenizer):
     for prompt in ("caption en", "detect cat", "<loc0007> cat", "", "two lines\nof cats", "ends in one\n"):
         ids = processor(images=picture, text=f"<image>{prompt}", return_tensors="pt").input_ids[0].tolist()
         assert ids == [IMAGE] * N + encode_prompt(tokenizer, prompt).tolist()
-    apart = [*tokenizer.encode_controls("<bos>ends in one\n"), *tokenizer.encode("\n")]  # as the paper wants it
+    apart = [*tokenizer.encode_controls("<bos>ends in one\n"), *tokenizer.encode("\n")]  # as in the paper
     assert encode_prompt(tokenizer, "ends in one\n").tolist() != apart
     assert encode_prompt(tokenizer, "detect cat").tolist() == [*tokenizer.encode_controls("<bos>detect cat"),
                                                                   *tokenizer.encode("\n")]
@@ -269,7 +269,7 @@ def test_prompts_are_tokenized_as_transformers_does(processor, tokenizer):
         encode_prompt(tokenizer, "<image>caption en")
 
 
-def test_locations_and_segments_are_one_token_each(tokenizer):
+def test_each_location_or_segment_is_one_token(tokenizer):
     ids = tokenizer.encode_controls("<loc0000><loc1023><seg000><seg127>")
     assert ids.tolist() == [IMAGE + 1, IMAGE + 1024, IMAGE + 1025, IMAGE + 1152]
     assert tokenizer.decode(ids) == "<loc0000><loc1023><seg000><seg127>"
@@ -277,7 +277,7 @@ def test_locations_and_segments_are_one_token_each(tokenizer):
 
 
 @torch.no_grad()
-def test_greedy_answers_equal_transformers_token_for_token_padded_and_alone(ours, theirs, tokenizer):
+def test_greedy_answers_equal_transformers_in_a_padded_batch_and_alone(ours, theirs, tokenizer):
     images, prompts = make_images(), make_prompts(tokenizer)
     inputs = their_inputs(images, prompts)
     expected = theirs.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -302,7 +302,7 @@ def sigmoid_formula(images, texts, log_scale, bias):
 
 
 @pytest.mark.parametrize("block", [1, 5, 12, 100])
-def test_blockwise_sigmoid_loss_equals_the_whole_with_its_gradients(block):
+def test_blockwise_sigmoid_loss_and_its_gradients_equal_the_formula(block):
     inputs, references = pairs(), pairs()
     nats, expected = vlm.sigmoid_nats(*inputs, block=block), sigmoid_formula(*references)
     torch.testing.assert_close(nats, expected)
@@ -312,8 +312,8 @@ def test_blockwise_sigmoid_loss_equals_the_whole_with_its_gradients(block):
         torch.testing.assert_close(x.grad, reference.grad)
 
 
-def test_blocks_hold_no_more_than_their_share_of_scores():
-    """What autograd keeps for the backward pass does not grow with the number of scores."""
+def test_sigmoid_loss_does_not_keep_the_whole_score_matrix():
+    """autograd keeps fewer numbers for the backward pass than there are scores."""
     def kept(block):
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
@@ -331,8 +331,8 @@ def test_softmax_loss_equals_the_formula():
 
 
 @pytest.mark.parametrize("nats", [vlm.sigmoid_nats, lambda *inputs: vlm.softmax_nats(*inputs[:3])])
-def test_losses_are_computed_in_float32_where_16_bits_are_automatic(nats):
-    """Steps of bfloat16 would be all that the choice of the best could see."""
+def test_losses_are_float32_under_autocast(nats):
+    """In bfloat16, the losses of two checkpoints could be too coarse to compare."""
     inputs = pairs()
     expected = nats(*inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -341,7 +341,7 @@ def test_losses_are_computed_in_float32_where_16_bits_are_automatic(nats):
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
 
-def test_the_softmax_loss_starts_and_ends_its_scale_as_clip_does():
+def test_the_scale_of_the_softmax_loss_starts_and_is_clamped_as_in_clip():
     images, texts, _, _ = pairs()
     scales = (torch.tensor(value).log() for value in (100.0, 300.0))
     torch.testing.assert_close(*(vlm.softmax_nats(images, texts, scale) for scale in scales))
@@ -364,8 +364,8 @@ dist.destroy_process_group()
 """
 
 
-def test_two_ranks_have_the_loss_and_gradients_of_one():
-    """Summed over ranks, as the update has it; a row's gradient is on one rank only, and whole there."""
+def test_two_ranks_compute_the_loss_and_gradients_of_one():
+    """Losses and parameter gradients are summed over the ranks. The gradient of a row is complete on its own rank."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
