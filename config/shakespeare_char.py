@@ -1,4 +1,4 @@
-"""Tiny Shakespeare, one character at a time: the classic small GPT (10.65M parameters).
+"""Tiny Shakespeare, one character at a time: the classic small GPT (10.75M parameters).
 
     python train.py config/shakespeare_char.py
 

@@ -25,7 +25,7 @@ DOCUMENTED = [path for folder in (ROOT, *FOLDERS[:-2]) for path in folder.glob("
 DOCUMENTED += (ROOT / "config").glob("*/*.py")
 TEXTS = [README, *PAGES, *(path.read_text(encoding="utf-8") for path in ROOT.glob("data/*/README.md")),
          *(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "" for path in DOCUMENTED),
-         *(figures.filled(entry, row, 1, "out/figure").replace("&&", "\n") for entry in FIGURES
+         *(figures.filled(entry, row, 1, ".").replace("&&", "\n") for entry in FIGURES
            for row in entry["rows"].values())]
 TOOLS = ("bench", "scaling", "compare", "versus", "figures")
 COMMAND = (r"(?:python|torchrun(?: --\S+)+) ((?:(?:train|sample|evaluate|prepare)\.py|-m tools\.(?:" + "|".join(TOOLS) +

@@ -108,8 +108,8 @@ def measure(name, entry, row, number):
     for seed in entry.get("seeds", [0]):
         folder = ROOT / "out" / "figures" / name / f"row{number}-seed{seed}"
         output = run(filled(entry, row, seed, folder.as_posix()), folder)
-        found.append({what: value(find, output) for what, find in entry["find"].items()})
-    return {what: statistics.fmean(one[what] for one in found) for what in entry["find"]}
+        found.append({what: value(find, output) for what, find in entry["find"].items() if what in row})
+    return {what: statistics.fmean(one[what] for one in found) for what in found[0]}
 
 
 def holds(entry, what, measured, claimed):
