@@ -178,7 +178,7 @@ def test_sixteen_bit_weights_sample_too(trained, capsys):
 
 @pytest.mark.parametrize("setting, message", [
     (dict(temperature=-1.0), "temperature = -1.0: must be at least 0"),
-    (dict(top_p=0.0), "top_p = 0.0: must lie above"),
+    (dict(top_p=0.0), "top_p = 0.0: must be above 0 and at most 1"),
     (dict(num_samples=0), "num_samples = 0"),
     (dict(max_new_tokens=0), "max_new_tokens = 0"),
 ])

@@ -389,7 +389,7 @@ def test_a_model_is_published_into_a_new_folder_or_over_a_published_one(tmp_path
     for name in ("", tmp_path / "new", tmp_path / "empty", tmp_path / "published"):
         check_publish(str(name))
     for name in ("foreign", "notes", "run", "notes/notes.txt"):
-        with pytest.raises(UserError, match=f"publish = .*{name}: holds something else than a published model"):
+        with pytest.raises(UserError, match=f"publish = .*{name}: holds something other than a published PaliGemma"):
             check_publish(str(tmp_path / name))
 
 

@@ -328,7 +328,7 @@ def test_parts_have_their_own_rates():
     ("image-text", dict(init_decoder="nosuch"), "init_decoder = nosuch: is not the folder of a run"),
     ("contrastive", dict(block_size=8), "block_size = 8: the longest caption of .* has"),
     ("contrastive", dict(micro_batch_size=2), "scores each row against all others, so every worker takes one piece"),
-    ("contrastive", dict(shard=True, resume="auto"), "shard = True: not for --task=contrastive"),
+    ("contrastive", dict(shard=True, resume="auto"), "shard = True: the scalar parameters of --task=contrastive"),
     ("image-text", dict(init_from="out/nothing"), "init_from = out/nothing"),
 ])
 def test_what_does_not_fit_is_named(task, changes, message, small, tmp_path, monkeypatch):

@@ -532,9 +532,9 @@ def test_wandb_logs_offline_and_without_a_login_nothing_is_moved(tmp_path, tiny,
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(FAST, shard=True), "optimizer = 'muon': not with --shard, for it needs whole matrices"),
-    (dict(FAST, learning_rate=0.0, min_lr=0.0), "nor with --learning_rate=0"),
-    (dict(shard=True, dtype="float16"), "shard = True: not with --dtype=float16"),
+    (dict(FAST, shard=True), "optimizer = 'muon': needs whole matrices; leave out --shard"),
+    (dict(FAST, learning_rate=0.0, min_lr=0.0), "learning_rate = 0: does not work with --optimizer=muon"),
+    (dict(shard=True, dtype="float16"), "shard = True: does not work with --dtype=float16"),
 ])
 def test_parts_that_do_not_go_together_are_refused(changes, message, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun sets it
