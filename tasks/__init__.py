@@ -14,12 +14,11 @@ from tasks import settings
 
 
 class Row(NamedTuple):
-    """Where a task's class is, the settings that it adds to each command, and the published models that it loads."""
     module: str
-    cls: str
-    training: type  # the settings that it adds to those of train.py,
-    sampling: type  # of sample.py,
-    evaluating: type  # and of evaluate.py
+    cls: str  # the Task in that module
+    training: type  # the settings that the task adds to train.py's
+    sampling: type  # to sample.py's
+    evaluating: type  # to evaluate.py's
     published: tuple  # values of model_type in the config.json of published models
 
 
@@ -38,10 +37,7 @@ def task_class(name):
 
 
 def task_of(config, folder):
-    """The name of the task that a model belongs to. config: its config.json, ours or a published model's.
-
-    folder: where the config.json lies, for the error. Raises UserError if no task knows the model.
-    """
+    """The task for the config.json, ours or a published model's, in `folder`. Raises UserError if there is none."""
     saved, model_type = config.get("settings"), config.get("model_type")
     if isinstance(saved, dict) and saved.get("task") in TASKS:
         return saved["task"]
@@ -68,8 +64,7 @@ def find_task(name):
 def elsewhere(settings_of, trained=False):
     """The function `elsewhere` for configurator.parse: it says which tasks have a setting, or returns "".
 
-    settings_of(row): the settings that the command takes from a Row. trained: the command loads a model, which decides
-    the task.
+    settings_of(row): the command's settings in a Row. trained: the command loads a model, which decides the task.
     """
     def tasks_with(name):
         tasks = [task for task, row in TASKS.items()
@@ -78,8 +73,7 @@ def elsewhere(settings_of, trained=False):
             return ""
         if trained and TASKS.keys() - tasks == {"text"}:
             return "this model reads text only"
-        if trained:
-            return f"it is only for models of the task {' and '.join(tasks)}"
-        return f"it is only for {' and '.join(f'--task={task}' for task in tasks)}"
+        names = tasks if trained else [f"--task={task}" for task in tasks]
+        return f"it is only for {'models of the task ' * trained}{' and '.join(names)}"
 
     return tasks_with

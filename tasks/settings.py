@@ -54,7 +54,7 @@ class Text:
     n_embd: int = 64  # width: channels of a token's vector
     block_size: int = 64  # context length in tokens
     bias: bool = False  # whether linear layers and LayerNorms have a bias
-    mlp: Literal["", "gelu", "geglu", "relu2"] = ""  # gelu, geglu (gated) or relu2 (ReLU squared); empty: the model's own
+    mlp: Literal["", "gelu", "geglu", "relu2"] = ""  # gelu, geglu (gated) or relu2 (squared); empty: the model's own
     positions: Literal["", "learned", "rotary"] = ""  # learned or rotary; empty: the model's own
     tied: bool = True  # use the token embedding as the output head too
     bigrams: bool = False  # also embed each pair of neighbouring tokens; for small vocabularies

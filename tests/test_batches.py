@@ -152,7 +152,7 @@ def test_captions_end_in_the_last_place_and_their_images_are_distinct(pairs):
     with pytest.raises(UserError, match="no rows of kind \"caption\""):
         task.encode(task.dataset.rows["train"][:1])
     task.tokenizers = {"tokenizer": ByteTokenizer()}
-    with pytest.raises(UserError, match="a tokenizer of kind byte has no token that ends an answer"):
+    with pytest.raises(UserError, match="a byte tokenizer has no token to end an answer with"):
         task.encode(task.dataset.rows["train"])
 
 

@@ -203,8 +203,8 @@ def test_the_model_decides_which_settings_there_are(trained):
     assert settings.top_k == 3
     for argument, message in (
             ("--image=a.png", "unknown setting --image on the command line; this model reads text only"),
-            ("--draw=a.png", "unknown setting --draw on the command line; it is for models of the task image-text"
-                             " alone"),
+            ("--draw=a.png", "unknown setting --draw on the command line; it is only for models of the task"
+                             " image-text"),
             ("--out_dir=none", "there is no checkpoint in none: train one first, python train.py --out_dir=none"),
             ("--prompt=FILE:none.txt", "prompt = FILE:none.txt: there is no such file")):
         with pytest.raises(UserError) as error:

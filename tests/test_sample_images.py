@@ -154,8 +154,8 @@ def test_a_name_with_a_comma_is_one_picture_and_an_empty_name_is_refused(publish
     shutil.copy(photos[0], named)
     run(published, image=str(named), attention=str(tmp_path / "map.png"))
     assert capsys.readouterr().out.endswith("map.png\n") and (tmp_path / "map.png").exists()
-    for image, message in ((f"{photos[0]},,{photos[1]}", "names no file, and the model looks at images"),
-                           ("", "names no file, and the model looks at images"), ("c,d.png", "image = c: there is no")):
+    for image, message in ((f"{photos[0]},,{photos[1]}", "names no file, and this model needs one"),
+                           ("", "names no file, and this model needs one"), ("c,d.png", "image = c: there is no")):
         with pytest.raises(UserError, match=message):
             sample.check(sampling(image=image), {})
 
@@ -186,7 +186,7 @@ def test_in_python_a_picture_is_asked_about(loaded, photos):
 
 
 def test_what_does_not_fit_together_is_one_line(published, photos):
-    with pytest.raises(UserError, match="the model is asked about an image: add --image=FILE"):
+    with pytest.raises(UserError, match="this model answers prompts about an image: add --image=FILE"):
         run(published)
     with pytest.raises(UserError, match="image = none.png: can't be read"):
         run(published, image=f"{photos[0]},none.png")
