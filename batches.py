@@ -3,7 +3,7 @@
 Nothing here keeps state. So a run resumes from its step number alone, an evaluation can't disturb the order of
 training, and the rows of a batch do not depend on the number of workers.
 
-Axes: B batch, T tokens of a row, S height and width of an image in pixels.
+Axes: B batch, n images of a data set, S height and width of an image in pixels.
 """
 
 import contextlib
@@ -100,9 +100,9 @@ def to_device(array, device):
     return tensor.to(device)
 
 
-def random_offsets(n_tokens, block_size, count, *key):
-    """The offsets (count,) of random windows of block_size + 1 tokens: a pure function of the key, two integers."""
-    generator = np.random.Generator(np.random.Philox(key=np.array(key, dtype=np.uint64)))
+def random_offsets(n_tokens, block_size, count, seed, step):
+    """The offsets (count,) of random windows of block_size + 1 tokens: a pure function of (seed, step)."""
+    generator = np.random.Generator(np.random.Philox(key=np.array((seed, step), dtype=np.uint64)))
     return generator.integers(0, n_tokens - block_size, size=count)
 
 

@@ -52,7 +52,7 @@ def find_task(name):
     """The name of a model's task. name: the folder of a run, a checkpoint or a published model, or a hub name."""
     checkpoints = [which + suffix for which in ("best", "last") for suffix in ("", ".new", ".old")]
     for folder in (Path(name), *(Path(name) / checkpoint for checkpoint in checkpoints)):
-        with contextlib.suppress(OSError, ValueError, TypeError):  # it is missing or damaged: try the next one
+        with contextlib.suppress(OSError, ValueError, TypeError):  # the file is missing or damaged: try the next one
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             return task_of(dict(config), folder)
     if not Path(name).is_dir():

@@ -60,7 +60,7 @@ class ContrastiveTask(WithImages):
         super().fit(model)
         longest, most = max(data.ids.shape[1] for data in self.data.values()), model.config.text.block_size
         if longest > most:
-            raise UserError(f"block_size = {most}: the longest caption of {self.dataset.folder} has {longest} tokens")
+            raise UserError(f"block_size = {most}: the longest caption of {self.dataset.folder} needs {longest}")
 
     def shape(self, model):
         return {**super().shape(model), "pair_loss": model.config.loss}

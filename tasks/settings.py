@@ -130,7 +130,7 @@ def check_publish(folder):
     if not os.path.exists(folder) or os.path.isdir(folder) and not os.listdir(folder):
         return
     with contextlib.suppress(OSError), open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-        if "paligemma" in file.read() and not os.path.exists(os.path.join(folder, "SHA256SUMS")):  # of a checkpoint
+        if "paligemma" in file.read() and not os.path.exists(os.path.join(folder, "SHA256SUMS")):  # a checkpoint has it
             return
     raise UserError(f"publish = {folder}: holds something other than a published PaliGemma; name a new folder")
 
