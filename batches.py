@@ -1,9 +1,9 @@
-"""Rows of a batch as a pure function of (seed, step), and fixed ones for evaluation; prepared data sets, opened.
+"""Prepared data sets, and which of their rows make up a batch: a pure function of (seed, step), or fixed to evaluate.
 
-Nothing here has a state: to resume a run only its step number is needed, evaluation can't disturb the order of
-training, and one worker or four see the same rows.
+Nothing here keeps state. So a run resumes from its step number alone, an evaluation can't disturb the order of
+training, and the rows of a batch do not depend on the number of workers.
 
-Axes: B batch, T tokens of a row, S height and width of an image in pixels.
+Axes: B batch, n images of a data set, S height and width of an image in pixels.
 """
 
 import contextlib
@@ -19,9 +19,9 @@ from configurator import UserError
 # Text
 
 class Dataset:
-    """A prepared folder: memory-mapped token ids of its splits, and its meta.
+    """A prepared folder of text. splits: {"train": ids, "val": ids}, memory-mapped. meta: the content of meta.json.
 
-    Raises UserError if the folder's files don't fit its meta.json.
+    Raises UserError if the files don't fit meta.json.
     """
 
     def __init__(self, folder):
@@ -45,18 +45,19 @@ class Dataset:
         return arrays[0] if len(arrays) == 1 else Joined(arrays)
 
     def tokens(self, split, block_size):
-        """The ids of one split. Raises UserError if they are fewer than one window of block_size + 1."""
+        """The ids of one split. Raises UserError if there are too few for one window of block_size + 1."""
         tokens = self.splits[split]
         if len(tokens) <= block_size:
-            other, most = "larger" if split == "val" else "smaller", min(map(len, self.splits.values())) - 1
+            change = "larger" if split == "val" else "smaller"
+            longest = max(1, min(map(len, self.splits.values())) - 1)
             raise UserError(f"the {split} split of {self.folder} has {len(tokens)} tokens, and block_size ="
-                            f" {block_size} needs {block_size + 1}: use a longer text, a {other} --val_fraction in"
-                            f" prepare.py, or --block_size={max(1, most)}")
+                            f" {block_size} needs {block_size + 1}: use a longer text, a {change} --val_fraction in"
+                            f" prepare.py, or --block_size={longest}")
         return tokens
 
 
 class Joined:
-    """One-dimensional arrays, one after the other, to be read as one by slices."""
+    """One-dimensional arrays, one after the other, that are sliced as if they were one array."""
 
     def __init__(self, arrays):
         self.arrays, self.ends = arrays, np.cumsum([len(array) for array in arrays])
@@ -65,26 +66,26 @@ class Joined:
         return int(self.ends[-1])
 
     def __getitem__(self, window):
-        i = np.searchsorted(self.ends, window.start, side="right")
+        i = np.searchsorted(self.ends, window.start, side="right")  # the array that the window starts in
         first, end = self.ends[i] - len(self.arrays[i]), self.ends[i]
         piece = self.arrays[i][window.start - first:window.stop - first]
         return piece if window.stop <= end else np.concatenate((piece, self[end:window.stop]))
 
 
-NEEDED = {"text": ("dtype", "train_tokens", "val_tokens"),
-          "image-text": ("image_size", "images", "train_rows", "val_rows")}
+META_KEYS = {"text": ("dtype", "train_tokens", "val_tokens"),
+             "image-text": ("image_size", "images", "train_rows", "val_rows")}
 
 
 def read_meta(folder, kind):
-    """What meta.json says. Raises UserError if it is damaged, or of another kind of data set: text, or image-text."""
+    """The content of meta.json. Raises UserError if it is damaged, or not of this kind: "text" or "image-text"."""
     path = folder / "meta.json"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         found = meta.get("kind", "text")
-        is_whole = all(name in meta for name in NEEDED.get(found, ()))
+        complete = all(name in meta for name in META_KEYS.get(found, ()))
     except (OSError, ValueError, AttributeError):
-        is_whole = False
-    if not is_whole:
+        complete = False
+    if not complete:
         raise UserError(f"{path} is damaged: prepare the data set again")
     if found != kind:
         raise UserError(f"{folder} is a data set of kind {found}, and this model needs one of kind {kind}: name another"
@@ -94,29 +95,29 @@ def read_meta(folder, kind):
 
 def to_device(array, device):
     tensor = torch.from_numpy(array)
-    if device.type == "cuda":  # pinned memory lets the copy run beside the computation
+    if device.type == "cuda":  # from pinned memory the copy runs beside the computation
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
-def random_offsets(n_tokens, block_size, count, *key):
-    """Where `count` random windows of block_size + 1 tokens start: a pure function of the key (two integers)."""
-    generator = np.random.Generator(np.random.Philox(key=np.array(key, dtype=np.uint64)))
+def random_offsets(n_tokens, block_size, count, seed, step):
+    """The offsets (count,) of random windows of block_size + 1 tokens: a pure function of (seed, step)."""
+    generator = np.random.Generator(np.random.Philox(key=np.array((seed, step), dtype=np.uint64)))
     return generator.integers(0, n_tokens - block_size, size=count)
 
 
 def read_windows(tokens, offsets, block_size, device):
-    """{tokens, targets}: (len(offsets), block_size) int64 tensors; targets are the tokens one place on."""
+    """{"tokens", "targets"}: int64 (len(offsets), block_size). The target of each token is the next token."""
     windows = np.stack([tokens[offset:offset + block_size + 1] for offset in offsets]).astype(np.int64)
     windows = to_device(windows, device)
     return {"tokens": windows[:, :-1], "targets": windows[:, 1:]}
 
 
 def fixed_windows(n_tokens, block_size, batch_size, limit=0):
-    """Batches of (offsets, length) that score every token but the first once, in windows side by side.
+    """A list of batches (offsets, length) of adjacent windows, in which every token but the first is a target once.
 
-    The last window may be shorter and then makes a batch of its own. limit > 0 caps the tokens scored: an evenly
-    spread subset of the windows stands for a huge split.
+    length: tokens of each window: block_size, except that the last window may be shorter, in a batch of its own.
+    limit: most tokens to score, in evenly spread windows; 0: all.
     """
     offsets = np.arange(0, n_tokens - 1, block_size)
     if limit and n_tokens - 1 > limit:
@@ -125,17 +126,18 @@ def fixed_windows(n_tokens, block_size, batch_size, limit=0):
     lengths = np.minimum(block_size, n_tokens - 1 - offsets)
     whole = offsets[lengths == block_size]
     batches = [(whole[i:i + batch_size], block_size) for i in range(0, len(whole), batch_size)]
-    return batches + [(offsets[-1:], int(lengths[-1]))] * (len(whole) < len(offsets))
+    rest = [(offsets[-1:], int(lengths[-1]))] if len(whole) < len(offsets) else []
+    return batches + rest
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Images with text
 
 class ImageTextDataset:
-    """A prepared folder of images with text: memory-mapped images, the rows of the splits, and its meta.
+    """A prepared folder of images with text. images: uint8 (n, S, S, 3), memory-mapped. meta: from meta.json.
 
-    images: uint8 (n, S, S, 3). rows: {"train": [...], "val": [...]} of dicts with image (its index), prompt, answer,
-    kind, and the original width and height in pixels. Raises UserError if the files don't fit meta.json.
+    rows: {"train": [...], "val": [...]} of dicts with image (an index), prompt, answer, kind, and the original width
+    and height in pixels. Raises UserError if the files don't fit meta.json.
     """
 
     def __init__(self, folder):
@@ -153,7 +155,7 @@ class ImageTextDataset:
 
     def read_rows(self, split):
         path, count = self.folder / f"{split}.jsonl", self.meta[f"{split}_rows"]
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # it is gone, or damaged
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # the file is missing or damaged
             with open(path, encoding="utf-8") as file:
                 rows = [json.loads(line) for line in file]
             if len(rows) == count and all(row["image"] < self.meta["images"] for row in rows):
@@ -162,16 +164,15 @@ class ImageTextDataset:
 
 
 def read_images(images, indices, device):
-    """Of uint8 (n, S, S, 3) those at the indices, as float32 (B, 3, S, S) in [-1, 1]."""
+    """The images (n, S, S, 3), uint8, at B indices, as float32 (B, 3, S, S) in [-1, 1]."""
     pixels = to_device(images[indices], device)
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, S, S, 3) -> (B, 3, S, S)
 
 
 def shuffled_rows(n_rows, count, seed, step):
-    """Which `count` rows make up the batch of a step: a pure function of (seed, step).
+    """The indices (count,) of a step's rows: a pure function of (seed, step). Raises UserError for too few rows.
 
-    An epoch is n_rows // count steps, without replacement; the next one has an order of its own. Raises UserError if
-    there are fewer than `count` rows.
+    An epoch is n_rows // count steps, without replacement. Each epoch has its own order.
     """
     if not 0 < count <= n_rows:
         raise UserError(f"batch_size = {count}: must be from 1 to {n_rows}, the number of training rows")
@@ -182,12 +183,12 @@ def shuffled_rows(n_rows, count, seed, step):
 @functools.lru_cache(maxsize=2)
 def epoch_order(n_rows, seed, epoch):
     order = np.random.Generator(np.random.Philox(key=np.array((seed, epoch), dtype=np.uint64))).permutation(n_rows)
-    order.flags.writeable = False  # the cache's own
+    order.flags.writeable = False  # the cache hands out this very array
     return order
 
 
 def fixed_rows(n_rows, batch_size, limit=0):
-    """Batches of indices that go over all rows once, in order; limit > 0: over an evenly spread subset of so many."""
+    """A list of batches of row indices, in order. limit: most rows to take, evenly spread; 0: all."""
     rows = np.arange(n_rows)
     if limit and n_rows > limit:
         rows = rows[np.arange(limit) * n_rows // limit]

@@ -1,10 +1,10 @@
-"""What a trained model scores on a whole split: deterministic, twice the same run gives the same digits.
+"""Scores a trained model on a whole split. Deterministic: the same command gives the same digits.
 
-    python evaluate.py --out_dir=out                    also on a CPU; the best checkpoint, on the validation split
+    python evaluate.py --out_dir=out                    the best checkpoint, on the validation split; also on a CPU
     torchrun --nproc_per_node=2 evaluate.py --out_dir=out
 
-Prints one table, and writes it as evaluation.json into the out directory. Beside a text's loss on the whole split
-stands nanoGPT's estimate, the mean over random windows, under its own name: the two are different measures.
+Prints one table and writes it to evaluation.json in the out directory. For text, `loss` is the mean over the whole
+split, and `random_window_loss` is nanoGPT's estimate, the mean over random windows. They are different measures.
 """
 
 from dataclasses import dataclass
@@ -18,16 +18,16 @@ from tasks import TASKS, elsewhere, find_task
 
 @dataclass(frozen=True)
 class Settings:
-    out_dir: str = "out"  # a run's folder, or one checkpoint's
-    checkpoint: Literal["best", "last"] = "best"  # which of the run's two
-    dataset: str = ""  # another data set, with the same tokenizer; default: the one it was trained on
-    split: Literal["val", "train"] = "val"  # which part of the data set
+    out_dir: str = "out"  # the folder of a run, or of one checkpoint
+    checkpoint: Literal["best", "last"] = "best"  # which checkpoint of the run: best or last
+    dataset: str = ""  # another data set, made with the same tokenizer; empty: the one that the model was trained on
+    split: Literal["val", "train"] = "val"  # which part of the data set: val or train
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the computation
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
 
 
 def own_settings(values):
-    """The class of the settings that the model's task adds."""
+    """The dataclass of settings that the model's task adds. values: {name: value} of the settings above."""
     check_run(values["out_dir"])
     return TASKS[find_task(values["out_dir"])].evaluating
 
@@ -64,7 +64,7 @@ def main(settings):
         try:
             write_json(path, result)
             print(f"written to {path}")
-        except OSError as error:  # a run of somebody else's
+        except OSError as error:  # the folder may belong to somebody else
             print(f"{path} can't be written: {error.strerror}")
     world.close()
 

@@ -1,19 +1,19 @@
-"""What a trained model writes: one or many continuations of a prompt, in one batch; answers about images, if it sees.
+"""Samples from a trained model: continuations of a prompt, one or many in a batch, or answers about images.
 
     python sample.py --out_dir=out --prompt="ROMEO:"            one sample, shown as it is written
     python sample.py --out_dir=out --num_samples=10             ten at once
     python sample.py --out_dir=out --prompt=FILE:scene.txt      the prompt from a file; --prompt=- reads stdin
     python sample.py --init_from=gpt2 --prompt="Once upon"      a published GPT-2 (by name, or its local folder)
 
-A PaliGemma, published or trained here (--out_dir), is asked about an image; its answers are best at temperature 0:
+A PaliGemma, published or trained here (--out_dir), answers prompts about an image, best at temperature 0:
 
     python sample.py --init_from=google/paligemma-3b-pt-224 --image=photo.jpg --prompt="caption en" --temperature=0
     ... --image=a.jpg,b.jpg                                     one prompt for several images, in one batch
     ... --prompt="detect cat ; dog" --draw=boxes.png            the answer's boxes in pixels, and on the image
-    ... --attention=map.png                                     where it looked for each token of its answer
+    ... --attention=map.png                                     a heat map of where it looked, for each token it wrote
     ... --dtype=bfloat16 --device=cpu                           half the memory: 6 GB for the 3 billion parameters
 
-Needs nothing but the out directory, whose task decides which settings there are.
+The out directory is all that is needed. The task of its model decides which settings there are.
 """
 
 from dataclasses import dataclass
@@ -28,28 +28,28 @@ from tasks.settings import image_files
 @dataclass(frozen=True)
 class Settings:
     # the model
-    out_dir: str = "out"  # a run's folder, or one checkpoint's
-    checkpoint: Literal["best", "last"] = "best"  # which of the run's two
+    out_dir: str = "out"  # the folder of a run, or of one checkpoint
+    checkpoint: Literal["best", "last"] = "best"  # which checkpoint of the run: best or last
     init_from: str = ""  # instead of out_dir: gpt2, gpt2-medium, -large, -xl, a hub id, or a published model's folder
     # the prompt
-    prompt: str = ""  # the text to continue; FILE:path reads a file, - reads stdin; empty: a fresh start
+    prompt: str = ""  # the text to continue; FILE:path reads a file, - reads stdin; empty: start a new text
     # the machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of weights and cache; auto: float32 on a CPU
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of weights and KV cache; auto: float32 on a CPU
 
 
 def own_settings(values):
-    """The class of the settings that the model's task adds."""
+    """The dataclass of settings that the model's task adds. values: {name: value} of the settings above."""
     if not values["init_from"]:
         check_run(values["out_dir"])
     return TASKS[find_task(values["init_from"] or values["out_dir"])].sampling
 
 
 def check(settings, given):
-    """Raises UserError for a file that isn't there."""
+    """Raises UserError for an image or a prompt file that does not exist."""
     for path in image_files(settings.image) if hasattr(settings, "image") else ():
         if not path:
-            raise UserError(f"image = {settings.image!r}: names no file, and the model looks at images: --image=FILE")
+            raise UserError(f"image = {settings.image!r}: names no file, and this model needs one: add --image=FILE")
         if not Path(path).is_file():
             raise UserError(f"image = {path}: there is no such file")
     if settings.prompt.startswith("FILE:") and not Path(settings.prompt.removeprefix("FILE:")).exists():
@@ -70,7 +70,7 @@ def read_prompt(prompt):
     path = 0 if prompt == "-" else prompt.removeprefix("FILE:")  # 0: standard input
     try:
         if path == prompt:
-            return prompt.encode().decode()  # the shell may give bytes that are no text
+            return prompt.encode().decode()  # raises for bytes on the command line that are not UTF-8
         with open(path, encoding="utf-8-sig") as file:
             return file.read()
     except (OSError, UnicodeError) as error:
@@ -81,8 +81,8 @@ def main(settings):
     prompt, device = read_prompt(settings.prompt), pick_device(settings.device)
     dtype = weights_dtype(settings.dtype, device)
     task, model, _ = load(settings.init_from or settings.out_dir, device, dtype, settings.checkpoint)
-    requests = [{"text": prompt, "image": path} for path in image_files(getattr(settings, "image", ""))
-                for _ in range(getattr(settings, "num_samples", 1))]
+    images, count = image_files(getattr(settings, "image", "")), getattr(settings, "num_samples", 1)
+    requests = [{"text": prompt, "image": path} for path in images for _ in range(count)]
     pieces = task.sample(model, requests, settings)
     if len(requests) == 1:
         for _, piece in pieces:

@@ -1,4 +1,4 @@
-"""What can be trained: TASKS, the only table. Nothing here imports torch before it is needed.
+"""TASKS, the table of everything that can be trained. Importing this module does not import torch.
 
 A new task is a file with a subclass of `task.Task`, its settings in settings.py, and a row here.
 """
@@ -15,11 +15,11 @@ from tasks import settings
 
 class Row(NamedTuple):
     module: str
-    cls: str
-    training: type  # its settings for train.py
-    sampling: type  # for sample.py
-    evaluating: type  # for evaluate.py
-    published: tuple  # the model_type of published models that it samples and fine-tunes
+    cls: str  # the Task in that module
+    training: type  # the settings that the task adds to train.py's
+    sampling: type  # to sample.py's
+    evaluating: type  # to evaluate.py's
+    published: tuple  # values of model_type in the config.json of published models
 
 
 TASKS = {
@@ -37,41 +37,43 @@ def task_class(name):
 
 
 def task_of(config, folder):
-    """The task that a config.json belongs to, our own or a published model's. Raises UserError if none does."""
-    settings, kind = config.get("settings"), config.get("model_type")
-    if isinstance(settings, dict) and settings.get("task") in TASKS:
-        return settings["task"]
+    """The task for the config.json, ours or a published model's, in `folder`. Raises UserError if there is none."""
+    saved, model_type = config.get("settings"), config.get("model_type")
+    if isinstance(saved, dict) and saved.get("task") in TASKS:
+        return saved["task"]
     for name, row in TASKS.items():
-        if kind in row.published:
+        if model_type in row.published:
             return name
-    known = ", ".join(kind for row in TASKS.values() for kind in row.published)
-    raise UserError(f"{folder}: model_type = {kind!r}, but only {known} can be loaded")
+    known = " and ".join(each for row in TASKS.values() for each in row.published)
+    raise UserError(f"{folder}: model_type = {model_type!r}, but only {known} can be loaded")
 
 
 def find_task(name):
-    """The task of a run's folder, a checkpoint's, or a published model's folder or name."""
-    names = [which + suffix for which in ("best", "last") for suffix in ("", ".new", ".old")]
-    for folder in (Path(name), *(Path(name) / which for which in names)):
-        with contextlib.suppress(OSError, ValueError, TypeError):
+    """The name of a model's task. name: the folder of a run, a checkpoint or a published model, or a hub name."""
+    checkpoints = [which + suffix for which in ("best", "last") for suffix in ("", ".new", ".old")]
+    for folder in (Path(name), *(Path(name) / checkpoint for checkpoint in checkpoints)):
+        with contextlib.suppress(OSError, ValueError, TypeError):  # the file is missing or damaged: try the next one
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             return task_of(dict(config), folder)
     if not Path(name).is_dir():
         from published.files import GPT2, locate, read_config
         return "text" if name in GPT2 else task_of(read_config(locate(name)), name)
-    return "text"  # a damaged run: what is wrong is said when it is loaded
+    return "text"  # the run is damaged: loading it will say how
 
 
 def elsewhere(settings_of, trained=False):
-    """A function for configurator.parse: which tasks an unknown setting belongs to. settings_of: of a Row.
+    """The function `elsewhere` for configurator.parse: it says which tasks have a setting, or returns "".
 
-    trained: the command uses a trained model, which decides the task.
+    settings_of(row): the command's settings in a Row. trained: the command loads a model, which decides the task.
     """
-    def place(name):
+    def tasks_with(name):
         tasks = [task for task, row in TASKS.items()
                  if any(field == name or field.startswith(f"{name}.") for field in flat_fields(settings_of(row)))]
+        if not tasks:
+            return ""
         if trained and TASKS.keys() - tasks == {"text"}:
             return "this model reads text only"
-        names = " and ".join(tasks if trained else [f"--task={task}" for task in tasks])
-        return f"it is for {'models of the task ' * trained}{names} alone" if tasks else ""
+        names = tasks if trained else [f"--task={task}" for task in tasks]
+        return f"it is only for {'models of the task ' * trained}{' and '.join(names)}"
 
-    return place
+    return tasks_with

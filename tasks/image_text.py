@@ -1,9 +1,9 @@
-"""The image-text task: answers to prompts about images, by a PaliGemma, new or published.
+"""The image-text task: a PaliGemma, new or published, answers prompts about images.
 
     python train.py config/vlm_shapes.py
     python sample.py --out_dir=out/vlm_shapes --image=photo.jpg --prompt=caption --temperature=0
 
-Axes: B batch, T tokens of a row, A tokens of the longest answer, N image tokens.
+Axes: B batch, n rows of a split, T tokens of a row, A tokens of the longest answer, N image tokens, C channels.
 """
 
 import dataclasses
@@ -29,14 +29,14 @@ from tasks.task import Task, load
 from tokenizer import Transcript, transcribe
 from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig, image_attention, init_parts
 
-TOWER = ("n_layer", "n_head", "n_embd", "patch_size")  # settings of the vision tower's shape
+VISION_SHAPE = ("n_layer", "n_head", "n_embd", "patch_size")  # the settings that shape the vision tower
 
 
 class WithImages(Task):
     """What the tasks with images share: a data set of images with text, and a vision tower.
 
-    encode(rows) makes arrays of a split's rows, with `images`, the number of each row's image, and `ids`, (n, T). TEXT
-    names the settings that shape what reads the text.
+    A subclass has encode(rows), which turns the rows of a split into arrays, among them `images` (n,), the index of
+    each row's image, and `ids` (n, T). Its TEXT_SHAPE names the settings that shape the part that reads text.
     """
 
     def open(self, folder, world):
@@ -54,13 +54,13 @@ class WithImages(Task):
     def fit(self, model):
         self.n_patches, size = model.config.vision.n_patches, model.config.vision.image_size
         if size != self.dataset.image_size:
-            raise UserError(f"the images of {self.dataset.folder} have {self.dataset.image_size} pixels, and the model"
-                            f" sees {size}: prepare them for it, python prepare.py FOLDER --image_size={size}"
+            raise UserError(f"the images of {self.dataset.folder} have {self.dataset.image_size} pixels, but the model"
+                            f" reads {size}: prepare them in that size, python prepare.py FOLDER --image_size={size}"
                             " --name=NEW")
 
     def shape(self, model):
-        text = {name: getattr(model.config.text, name) for name in self.TEXT}
-        return text | {f"vision.{name}": getattr(model.config.vision, name) for name in TOWER}
+        text = {name: getattr(model.config.text, name) for name in self.TEXT_SHAPE}
+        return text | {f"vision.{name}": getattr(model.config.vision, name) for name in VISION_SHAPE}
 
     def pick(self, step):
         return shuffled_rows(len(self.data["train"].images), self.settings.batch_size, self.settings.seed, step)
@@ -72,20 +72,20 @@ class WithImages(Task):
 
 
 class Rows(NamedTuple):
-    """Questions and answers as token ids, each row padded on the right to the longest."""
+    """Prompts and answers as token ids, each row padded on the right to the length of the longest."""
     images: np.ndarray  # (n,) index of the row's image
     ids: np.ndarray  # (n, T + 1): prompt, answer, eos, padding
-    prefix: np.ndarray  # (n,) tokens of the prompt
-    lengths: np.ndarray  # (n,) tokens of prompt, answer and eos
+    prefix: np.ndarray  # (n,) how many tokens the prompt has
+    lengths: np.ndarray  # (n,) how many tokens prompt, answer and eos have together
 
 
 class ImageTextTask(WithImages):
     models = {"paligemma": (PaliGemma, PaliGemmaConfig)}
-    TEXT = ("n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "bias")
-    rows_are = "the rows of the training split"
+    TEXT_SHAPE = ("n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "bias")
+    rows_label = "the training rows"
 
     def encode(self, rows):
-        """The `Rows` of a split, or of some of its rows."""
+        """The `Rows` of a split."""
         prompts = {prompt: encode_prompt(self.tokenizer, prompt) for prompt in {row["prompt"] for row in rows}}
         answers = {answer: with_eos(self.tokenizer, answer) for answer in {row["answer"] for row in rows}}
         prefix = np.array([len(prompts[row["prompt"]]) for row in rows])
@@ -98,7 +98,8 @@ class ImageTextTask(WithImages):
 
     def build(self, generator):
         s = self.settings
-        text = GemmaConfig(**{name: getattr(s, name) for name in self.TEXT}, vocab_size=self.tokenizer.vocab_size)
+        shape = {name: getattr(s, name) for name in self.TEXT_SHAPE}
+        text = GemmaConfig(**shape, vocab_size=self.tokenizer.vocab_size)
         model = PaliGemma(PaliGemmaConfig(self.vision_config(), text, s.dropout))
         init_parts(model, generator)
         if s.init_vision:
@@ -109,11 +110,10 @@ class ImageTextTask(WithImages):
         return model
 
     def copy_part(self, setting, name, ours):
-        """Fills our part of the model with the part `name` of that run's which the setting names; returns its task and
-        model. Raises UserError unless both have the same parameters."""
+        """Fills `ours` with the part `name` of the run that `setting` names. Returns that run's task and model."""
         run = getattr(self.settings, setting)
         if not checkpoint.is_run(run):
-            raise UserError(f"{setting} = {run}: is not the folder of a run that has saved")
+            raise UserError(f"{setting} = {run}: is not the folder of a run with a checkpoint; train one first")
         task, model, _ = load(run)
         theirs = getattr(model, name, torch.nn.Module())
         wanted, found = ({key: tuple(p.shape) for key, p in part.named_parameters()} for part in (ours, theirs))
@@ -125,12 +125,13 @@ class ImageTextTask(WithImages):
         return task, model
 
     @torch.no_grad()
-    def copy_embeddings(self, theirs, its_tokenizer, ours):
-        """Tokens that stand for the same text in both vocabularies start with the same vector."""
-        known = {its_tokenizer.decode([i]): i for i in range(its_tokenizer.vocab_size)}
+    def copy_embeddings(self, theirs, their_tokenizer, ours):
+        """Copies the vectors of tokens that stand for the same text in both vocabularies."""
+        known = {their_tokenizer.decode([i]): i for i in range(their_tokenizer.vocab_size)}
         for i in range(self.tokenizer.vocab_size):
-            if (j := known.get(self.tokenizer.decode([i]))) is not None:
-                ours[i] = theirs[j]
+            text = self.tokenizer.decode([i])
+            if text in known:
+                ours[i] = theirs[known[text]]
 
     def fit(self, model):
         super().fit(model)
@@ -147,39 +148,40 @@ class ImageTextTask(WithImages):
         return self.gather(self.data["train"], rows)
 
     def gather(self, data, rows):
-        """The arguments {images, tokens (B, T), targets (B, A), places (B, A), prefix (B,)} of these rows, and the
-        targets' weights (B, A): 1 where a token of an answer or its eos is, 0 where the answer is shorter.
+        """(the model's arguments, the targets' weights) for some rows of `data`.
 
-        T and A fit the longest of these rows; on a GPU, where one shape is faster than many, the longest of all.
+        Arguments: images (B, 3, H, W), tokens (B, T), targets and places (B, A), prefix (B,). Weights (B, A): 1 for an
+        answer and its eos, 0 for padding. T and A fit the longest of these rows, or on a GPU, where one shape is faster
+        than many, of the split.
         """
         device, prefix = self.world.device, data.prefix[rows]
         among = slice(None) if device.type == "cuda" else rows
         T, A = data.lengths[among].max() - 1, (data.lengths - data.prefix)[among].max()
-        places = prefix[:, None] - 1 + np.arange(A)  # (B, A): what comes at the next place is predicted here
+        places = prefix[:, None] - 1 + np.arange(A)  # (B, A): the target of a place is the token after it
         weights = places < data.lengths[rows, None] - 1
         places = np.minimum(places, T - 1)
         targets = np.take_along_axis(data.ids[rows], places + 1, axis=1)
-        arguments = {"images": read_images(self.dataset.images, data.images[rows], device)}
-        for name, array in (("tokens", data.ids[rows, :T]), ("targets", targets), ("places", places),
-                            ("prefix", prefix)):
-            arguments[name] = to_device(array, device)
+        arrays = {"tokens": data.ids[rows, :T], "targets": targets, "places": places, "prefix": prefix}
+        arguments = {name: to_device(array, device) for name, array in arrays.items()}
+        arguments["images"] = read_images(self.dataset.images, data.images[rows], device)
         return arguments, to_device(weights, device).float()
 
     @torch.no_grad()
     def evaluate(self, model, split, world, dtype, limit=0):
-        """The mean nats of the tokens of all answers."""
+        """{"loss": mean nats of the tokens of all answers}."""
         data, total, count = self.data[split], 0.0, 0
-        most = max(1, limit // data.ids.shape[1]) if limit else 0  # rows
-        for rows, counts in world.share(fixed_rows(len(data.images), self.settings.batch_size, most)):
+        most_rows = max(1, limit // data.ids.shape[1]) if limit else 0
+        for rows, weight in world.share(fixed_rows(len(data.images), self.settings.batch_size, most_rows)):
             arguments, weights = self.gather(data, rows)
+            weights *= weight  # 1, or 0 for rows that another rank counts
             with autocast(world.device, dtype):
-                total += (model(**arguments) * weights).sum().item() * counts
-            count += int(weights.sum()) * counts
+                total += (model(**arguments) * weights).sum().item()
+            count += int(weights.sum())
         total, count = world.sum(total, count)
         return {"loss": total / count}
 
     def details(self, model, split, world, dtype, settings, found):
-        """Exact matches for each kind of question, with the image and without it; overlap of boxes."""
+        """Shares of exactly right answers, with the images and with blanked ones, and mean IoUs of boxes, by kind."""
         rows = self.dataset.rows[split]
         with autocast(world.device, dtype):
             seen, blind = (self.answers(model, rows, blank) for blank in (False, True))
@@ -187,16 +189,16 @@ class ImageTextTask(WithImages):
         for kind in (*sorted({row["kind"] for row in rows}), ""):
             chosen = [i for i, row in enumerate(rows) if kind in ("", row["kind"])]
             label = f" {kind}" if kind else ""
-            result[f"exact{label}"] = exact(seen, rows, chosen)
-            result[f"exact{label} (image blanked)"] = exact(blind, rows, chosen)
-            boxed = [i for i in chosen if pictures.parse_boxes(rows[i]["answer"], 1, 1)] if kind else []
-            if boxed:
+            result[f"exact{label}"] = exact_share(seen, rows, chosen)
+            result[f"exact{label} (image blanked)"] = exact_share(blind, rows, chosen)
+            boxed = [i for i in chosen if pictures.parse_boxes(rows[i]["answer"], 1, 1)]
+            if kind and boxed:
                 overlaps = [pictures.box_iou(seen[i], rows[i]["answer"]) for i in boxed]
                 result[f"box IoU{label}"] = sum(overlaps) / len(overlaps)
         return result
 
     def answers(self, model, rows, blank=False, batch_size=64):
-        """The model's greedy answers to rows of the data set, as texts. blank: grey instead of every image."""
+        """The model's greedy answers to rows of the data set, a list of texts. blank: show it grey images instead."""
         longest = max(len(with_eos(self.tokenizer, row["answer"])) for row in rows)
         pick, found = functools.partial(pick_tokens, temperature=0), []
         for start in watched(range(0, len(rows), batch_size), "answering"):
@@ -205,14 +207,14 @@ class ImageTextTask(WithImages):
             prompts = [encode_prompt(self.tokenizer, row["prompt"]) for row in batch]
             texts = [Transcript(self.tokenizer) for _ in batch]
             with torch.inference_mode():
-                image = model.encode(images * (not blank))
-            for _ in transcribe(self.steps(model, image, prompts, longest, pick), texts):
+                image = model.encode(torch.zeros_like(images) if blank else images)
+            for _ in transcribe(self.steps(model, image, prompts, longest, pick), texts):  # it fills the texts
                 pass
             found += [str(text).strip() for text in texts]
         return found
 
     def steps(self, model, image, prompts, count, pick):
-        """The steps of `generate` after each prompt, at most `count`. image: (B, N, C); prompts: B lists of ids."""
+        """The tokens (B,) that `generate` yields, at most `count` times. image: (B, N, C); prompts: B arrays of ids."""
         tokens, padding = (x.to(image.device) for x in pad_left(prompts))
         N, T, most = image.size(1), tokens.size(1), model.config.block_size
         if N + T >= most:
@@ -222,14 +224,13 @@ class ImageTextTask(WithImages):
                         padding=padding if padding.any() else None)
 
     def sample(self, model, requests, sampling):
-        """Each answer; with `draw` or `attention`, pictures of it. The requests are one batch, and each picture is read
-        once."""
+        """Yields the answers to all requests, as one batch; then what `draw` and `attention` wrote for the first."""
         if not all(request.get("image") for request in requests):
-            raise UserError("the model is asked about an image: add --image=FILE")
+            raise UserError("this model answers prompts about an image: add --image=FILE")
         device, paths = next(model.parameters()).device, list(dict.fromkeys(r["image"] for r in requests))
         found = [pictures.read_image(path) for path in paths]
         images = torch.stack([pictures.pixels(picture, model.config.vision.image_size) for picture in found]).to(device)
-        prompts = [encode_prompt(self.tokenizer, r["text"].rstrip("\r\n")) for r in requests]  # which end in a newline
+        prompts = [encode_prompt(self.tokenizer, r["text"].rstrip("\r\n")) for r in requests]  # files end in newlines
         with torch.inference_mode():
             image = model.encode(images)[[paths.index(r["image"]) for r in requests]]  # (B, N, C)
         texts = [Transcript(self.tokenizer, sampling.stop) for _ in requests]
@@ -238,10 +239,10 @@ class ImageTextTask(WithImages):
             yield from ((row, f"{request['image']}: ") for row, request in enumerate(requests))
         yield from transcribe(steps, texts)
         if sampling.draw:
-            yield 0, "\n"  # apart, for an error that may come
+            yield 0, "\n"  # before draw_boxes, whose error then has a line of its own
             yield 0, draw_boxes(found[0], str(texts[0]), sampling.draw)
         if sampling.attention:
-            ids = texts[0].ids or [self.tokenizer.eos]  # an empty answer has its end
+            ids = texts[0].ids or [self.tokenizer.eos]  # an empty answer shows its eos
             weights = image_attention(model, images, prompts[0], ids)
             names = [self.tokenizer.decode([i]) for i in ids]
             yield 0, "\n"
@@ -249,7 +250,7 @@ class ImageTextTask(WithImages):
                                   sampling.attention)
 
     def show(self, model, short=False):
-        """Answers to ten questions of the validation split. short: to three."""
+        """Ten prompts of the validation split with the model's answers, as text. short: three of them."""
         rows, count = self.dataset.rows["val"], 3 if short else 10
         rows = [rows[i] for i in range(0, len(rows), max(1, len(rows) // count))][:count]
         return "\n".join(f"{row['prompt']} {answer}" + f"  (right: {row['answer']})" * (answer != row["answer"].strip())
@@ -260,51 +261,49 @@ class ImageTextTask(WithImages):
         return f"{super().command(out_dir)} --image=FILE {shlex.quote(f'--prompt={prompt}')} --temperature=0"
 
     def finish(self):
-        """Writes the run's best model in the published layout, for transformers to load, if the settings say where."""
-        if folder := self.settings.publish:
+        """Writes the run's best model to the folder --publish, in a layout that transformers can load."""
+        if self.settings.publish:
             task, model, _ = load(self.settings.out_dir)
             merge_lora(model)
-            paligemma.save(model, task.tokenizer, folder)
-            print(f"published in {folder}")
+            paligemma.save(model, task.tokenizer, self.settings.publish)
+            print(f"published in {self.settings.publish}")
 
     def cost(self, model):
-        """Of full training: what freezing saves is not deducted. Logits are computed of the answers alone."""
+        """(tokens, FLOPs) of an update with all parameters trained; frozen ones are not deducted."""
         data, vision, decoder = self.data["train"], model.vision, model.decoder
-        n = self.n_patches + data.lengths.mean()  # tokens of a row that stand for something
-        unscored = self.n_patches + data.prefix.mean()
+        n = self.n_patches + data.lengths.mean()  # tokens of a row without padding
+        unscored = self.n_patches + data.prefix.mean()  # no logits are computed for the image and the prompt
         per_row = n * flops_per_token(decoder, n) - 6 * unscored * decoder.wte.weight.numel()
         per_row += self.n_patches * flops_per_token(vision, self.n_patches)
         return round(self.settings.batch_size * n), self.settings.batch_size * per_row
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-
 def encode_prompt(tokenizer, prompt):
-    """The ids of "<bos>", the prompt and a newline.
+    """The ids of "<bos>", the prompt and a newline. Raises UserError for a prompt with control tokens of its own.
 
-    The newline is tokenized together with the prompt, as published code does it, where the paper wants it apart. In
-    Gemma's vocabulary no word contains a newline, but a run of them is one token: the ids differ only for a prompt
-    that itself ends in a newline. Raises UserError for a prompt that has control tokens of its own.
+    The newline is tokenized together with the prompt, as in the published code; the paper tokenizes it separately. In
+    Gemma's vocabulary only runs of newlines contain one, so the ids differ only for prompts that end in a newline.
     """
     check_controls(prompt)
     return tokenizer.encode_controls(f"<bos>{prompt}\n")
 
 
 def with_eos(tokenizer, text):
+    """The ids of the text and eos. Raises UserError for a text with control tokens, or a tokenizer without eos."""
     if tokenizer.eos is None:
-        raise UserError(f"a tokenizer of kind {tokenizer.kind} has no token that ends an answer, which images need")
+        raise UserError(f"a {tokenizer.kind} tokenizer has no token to end an answer with: prepare the images again")
     check_controls(text)
     return np.append(tokenizer.encode_controls(text), tokenizer.eos)
 
 
 def check_controls(text):
-    """Raises UserError for tokens that are put around the texts of an image: text with them would be read otherwise."""
+    """Raises UserError for a text with a control token, such as <eos>: the model would take it for the real one."""
     if found := [name for name in CONTROLS if name in text]:
-        raise UserError(f"{text!r}: leave out {found[0]}: what stands around a text, and the image, come by themselves")
+        raise UserError(f"{text!r}: leave out {found[0]}: control tokens are added where they belong")
 
 
 def pad_left(prompts):
-    """Prompts of different lengths as one batch: tokens (B, T), and how many of each row are padding (B,)."""
+    """(tokens (B, T), padding (B,)) of B arrays of ids. padding: how many zeros come before a row's ids."""
     T = max(map(len, prompts))
     padding = torch.tensor([T - len(ids) for ids in prompts])
     tokens = torch.zeros(len(prompts), T, dtype=torch.long)
@@ -313,13 +312,13 @@ def pad_left(prompts):
     return tokens, padding
 
 
-def exact(answers, rows, chosen):
-    """The share of the chosen rows whose answer is right."""
+def exact_share(answers, rows, chosen):
+    """The share of the chosen rows, given by index, to which the answer is exactly right."""
     return sum(answers[i] == rows[i]["answer"].strip() for i in chosen) / len(chosen)
 
 
 def draw_boxes(picture, answer, path):
-    """Draws the answer's boxes on the picture into the file `path`; returns them in words."""
+    """Writes the picture with the answer's boxes to the file `path`. Returns the boxes in pixels, as text."""
     boxes = pictures.parse_boxes(answer, *picture.size)
     if not boxes:
         return f"there is no box in the answer, so {path} was not written"
@@ -329,11 +328,11 @@ def draw_boxes(picture, answer, path):
 
 
 def save_picture(picture, path):
-    """Returns what there is to say of it."""
+    """Writes a PIL image to the file `path`. Returns a line that says so. Raises UserError if it can't be written."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)
-    except (OSError, ValueError, OverflowError) as error:  # of the disk; without a number: of the format
-        size = "" if getattr(error, "errno", None) else f"; a .png holds its {picture.width} x {picture.height} pixels"
-        raise UserError(f"{path} can't be written: {checkpoint.reason(error)}{size}") from None
+    except (OSError, ValueError, OverflowError) as error:  # without errno: the format can't hold so large a picture
+        hint = "" if getattr(error, "errno", None) else f"; a .png holds its {picture.width} x {picture.height} pixels"
+        raise UserError(f"{path} can't be written: {checkpoint.reason(error)}{hint}") from None
     return f"wrote {path}"

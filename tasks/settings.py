@@ -1,6 +1,6 @@
-"""The settings that each task adds to those of every run, of every sample and of every evaluation; free of torch.
+"""The settings that each task adds to those of train.py, sample.py and evaluate.py. Importing them imports no torch.
 
-A setting that does nothing for the task, the model or the optimizer at hand is refused.
+A setting that would do nothing for the chosen task, model or optimizer is refused.
 """
 
 import contextlib
@@ -11,10 +11,10 @@ from typing import Literal
 from configurator import UserError, check_idle, check_ranges, check_shape
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Training: beside train.Settings, whose fields the checks may read too
+# For train.py, joined with train.Settings: the checks of a class may read those fields too
 
 def check_training(settings):
-    """Raises UserError for settings of train.py that can't be right, or that do nothing beside the others."""
+    """Raises UserError for a field of train.Settings that is out of range, contradicts another, or would do nothing."""
     check_ranges(settings, batch_size=1, micro_batch_size=0, max_iters=1, learning_rate=0.0, min_lr=0.0, muon_lr=0.0,
                  warmup_iters=0, lr_decay_iters=0, weight_decay=0.0, beta1=0.0, beta2=0.0, grad_clip=0.0,
                  eval_interval=1, eval_tokens=0, log_interval=1, max_minutes=0.0, save_minutes=0.0, max_grad_norm=0.0,
@@ -26,12 +26,13 @@ def check_training(settings):
         if getattr(settings, name) >= 1:
             raise UserError(f"{name} = {getattr(settings, name)}: must be below 1")
     if settings.shard and settings.dtype == "float16":
-        raise UserError("shard = True: not with --dtype=float16")
+        raise UserError("shard = True: does not work with --dtype=float16; use --dtype=bfloat16")
     if settings.optimizer == "adamw":
         check_idle(settings, "is for --optimizer=muon", "muon_lr")
-    elif settings.shard or not settings.learning_rate:
-        raise UserError("optimizer = 'muon': not with --shard, for it needs whole matrices, nor with"
-                        " --learning_rate=0")
+    elif settings.shard:
+        raise UserError("optimizer = 'muon': needs whole matrices; leave out --shard, or use --optimizer=adamw")
+    elif not settings.learning_rate:
+        raise UserError("learning_rate = 0: does not work with --optimizer=muon, whose rate falls in proportion to it")
     if settings.init_from == "scratch":
         check_idle(settings, "is for fine-tuning with --init_from", "lora_rank")
     if not settings.wandb:
@@ -49,15 +50,15 @@ class Text:
     model: str = "gpt"  # gpt, gemma, or another name in MODELS of tasks/text.py
     n_layer: int = 2  # blocks
     n_head: int = 2  # attention heads
-    n_kv_head: int = 0  # key-value heads, each of which serves several attention heads; 0: n_head
-    n_embd: int = 64  # width
-    block_size: int = 64  # tokens of context
-    bias: bool = False  # in linear layers and LayerNorms
-    mlp: Literal["", "gelu", "geglu", "relu2"] = ""  # GPT-2's, gated, or the square of ReLU; default: the model's own
-    positions: Literal["", "learned", "rotary"] = ""  # default: the model's own
-    tied: bool = True  # the embedding matrix is also the output head
-    bigrams: bool = False  # an embedding of each pair of neighbours too; for small vocabularies
-    zero_init: bool = False  # blocks start by adding nothing: what leads out of them is zero
+    n_kv_head: int = 0  # key-value heads, each shared by several attention heads; 0: as many as n_head
+    n_embd: int = 64  # width: channels of a token's vector
+    block_size: int = 64  # context length in tokens
+    bias: bool = False  # whether linear layers and LayerNorms have a bias
+    mlp: Literal["", "gelu", "geglu", "relu2"] = ""  # gelu, geglu (gated) or relu2 (squared); empty: the model's own
+    positions: Literal["", "learned", "rotary"] = ""  # learned or rotary; empty: the model's own
+    tied: bool = True  # use the token embedding as the output head too
+    bigrams: bool = False  # also embed each pair of neighbouring tokens; for small vocabularies
+    zero_init: bool = False  # start the last matrices of each block at zero, so that it adds nothing at first
 
     def __post_init__(self):
         check_sizes(self)
@@ -69,46 +70,46 @@ class Text:
 class Vision:
     n_layer: int = 4  # blocks
     n_head: int = 4  # attention heads
-    n_embd: int = 128  # width
-    patch_size: int = 8  # pixels of both sides of a patch
+    n_embd: int = 128  # width: channels of a patch's vector
+    patch_size: int = 8  # side of a square patch, in pixels
 
 
 @dataclass(frozen=True)
 class Contrastive:
     # the model: a vision tower and a text encoder
     n_layer: int = 2  # blocks of the text encoder
-    n_head: int = 2  # its attention heads
-    n_embd: int = 64  # its width
-    block_size: int = 64  # tokens of the longest caption
-    pair_loss: Literal["sigmoid", "softmax"] = "sigmoid"  # SigLIP's or CLIP's
+    n_head: int = 2  # attention heads of the text encoder
+    n_embd: int = 64  # width of the text encoder
+    block_size: int = 64  # most tokens of a caption
+    pair_loss: Literal["sigmoid", "softmax"] = "sigmoid"  # sigmoid: SigLIP's loss; softmax: CLIP's
     vision: Vision = Vision()  # the vision tower
 
     def __post_init__(self):
         check_sizes(self)
-        check_length(self)
+        check_sample_tokens(self)
         if self.shard:
-            raise UserError("shard = True: not for --task=contrastive, whose single numbers can't be divided")
+            raise UserError("shard = True: the scalar parameters of --task=contrastive can't be sharded; leave it out")
 
 
 @dataclass(frozen=True)
 class ImageText:
     # the model: a vision tower and a decoder
     n_layer: int = 2  # blocks of the decoder
-    n_head: int = 2  # its attention heads
-    n_kv_head: int = 0  # its key-value heads, each of which serves several attention heads; 0: n_head
-    n_embd: int = 64  # its width
-    block_size: int = 64  # image tokens and text
-    bias: bool = False  # in its linear layers
-    init_vision: str = ""  # a contrastive run's folder, whose vision tower the model starts with
-    init_decoder: str = ""  # a text run's folder (--model=gemma), whose blocks its decoder starts with
-    publish: str = ""  # a folder to write the best model to at the end, in the published layout
+    n_head: int = 2  # attention heads of the decoder
+    n_kv_head: int = 0  # its key-value heads, each shared by several attention heads; 0: as many as n_head
+    n_embd: int = 64  # width of the decoder
+    block_size: int = 64  # context length: image tokens and text tokens together
+    bias: bool = False  # whether the decoder's linear layers have a bias
+    init_vision: str = ""  # folder of a contrastive run; the model starts with its vision tower
+    init_decoder: str = ""  # folder of a text run with --model=gemma; the decoder starts with its blocks
+    publish: str = ""  # folder to write the best model to at the end, in the layout of published PaliGemmas
     vision: Vision = Vision()  # the vision tower
 
     def __post_init__(self):
         check_sizes(self)
         if self.init_from != "scratch":
             check_idle(self, "is for a model that starts from scratch", "init_vision", "init_decoder")
-        check_length(self)
+        check_sample_tokens(self)
         check_publish(self.publish)
 
 
@@ -118,71 +119,71 @@ def check_sizes(settings):
     check_shape(settings.n_embd, settings.n_head, getattr(settings, "n_kv_head", 0), settings.dropout)
 
 
-def check_length(settings):
-    """Raises UserError for a length of the sample, where it has none."""
+def check_sample_tokens(settings):
+    """Raises UserError for a sample_tokens other than 0 or the default: the task's samples have their own length."""
     if settings.sample_tokens:
-        check_idle(settings, f"what --task={settings.task} shows has its own length; 0 shows nothing", "sample_tokens")
+        check_idle(settings, f"the samples of --task={settings.task} have their own length; 0: none", "sample_tokens")
 
 
 def check_publish(folder):
-    """Raises UserError for a folder that holds anything but a published PaliGemma."""
+    """Raises UserError unless the folder is missing, is empty, or holds a published PaliGemma, to be replaced."""
     if not os.path.exists(folder) or os.path.isdir(folder) and not os.listdir(folder):
         return
     with contextlib.suppress(OSError), open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-        if "paligemma" in file.read() and not os.path.exists(os.path.join(folder, "SHA256SUMS")):
+        if "paligemma" in file.read() and not os.path.exists(os.path.join(folder, "SHA256SUMS")):  # a checkpoint has it
             return
-    raise UserError(f"publish = {folder}: holds something else than a published model; name a new folder")
+    raise UserError(f"publish = {folder}: holds something other than a published PaliGemma; name a new folder")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Sampling: beside sample.Settings
+# For sample.py, joined with sample.Settings
 
 def check_model(settings):
-    """Raises UserError where the settings name two models, or a checkpoint that isn't there."""
-    if not hasattr(settings, "checkpoint"):  # those of the end of a run, whose model is at hand
+    """Raises UserError if the settings name two models, or a checkpoint that does not exist."""
+    if not hasattr(settings, "checkpoint"):  # not from a command line: the caller has loaded the model
         return
     if getattr(settings, "init_from", ""):
-        check_idle(settings, "is of a run, and --init_from names a model without one", "out_dir", "checkpoint")
+        check_idle(settings, "does nothing beside --init_from", "out_dir", "checkpoint")
     elif os.path.isfile(os.path.join(settings.out_dir, "SHA256SUMS")):
-        check_idle(settings, "--out_dir is one checkpoint's folder", "checkpoint")
+        check_idle(settings, "--out_dir already is the folder of one checkpoint", "checkpoint")
     elif settings.checkpoint == "last" and not any(os.path.isdir(os.path.join(settings.out_dir, f"last{suffix}"))
                                                    for suffix in ("", ".new", ".old")):
-        raise UserError(f"checkpoint = 'last': there is none in {settings.out_dir}; leave it out")
+        raise UserError(f"checkpoint = 'last': {settings.out_dir} has no such checkpoint; leave it out")
 
 
 @dataclass(frozen=True)
 class Writing:
     # the text
-    num_samples: int = 1  # how many answers to the prompt
-    max_new_tokens: int = 500  # length of each sample; about an image at most what the model's positions leave
-    temperature: float = 0.8  # below 1 is bolder, above 1 wilder; 0 always takes the likeliest token
+    num_samples: int = 1  # how many samples to write; with images, for each of them
+    max_new_tokens: int = 500  # most tokens of a sample; an answer about an image also ends at the model's block_size
+    temperature: float = 0.8  # below 1 is safer, above 1 wilder; 0 always takes the likeliest token
     top_k: int = 200  # choose among the k likeliest tokens only; 0: all
-    top_p: float = 1.0  # choose among the likeliest tokens that reach this probability together
+    top_p: float = 1.0  # choose among the fewest likeliest tokens whose probabilities reach this sum; 1: all
     stop: str = ""  # end a sample before this text
     seed: int = 1337  # same seed, same samples
 
     def __post_init__(self):
         check_model(self)
         check_ranges(self, num_samples=1, max_new_tokens=1, temperature=0.0, top_k=0, top_p=0.0, seed=0)
-        if self.num_samples > 100_000:  # the command holds all of them
+        if self.num_samples > 100_000:  # all of them are kept in memory
             raise UserError(f"num_samples = {self.num_samples}: must be at most 100,000")
         if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p = {self.top_p}: must lie above 0 and not above 1")
+            raise UserError(f"top_p = {self.top_p}: must be above 0 and at most 1")
         if self.temperature == 0:
-            check_idle(self, "temperature = 0 takes the likeliest token", "top_k", "top_p", "seed")
+            check_idle(self, "temperature = 0 always takes the likeliest token", "top_k", "top_p", "seed")
 
 
-def image_files(named):
-    """The files that --image names: the one of this name, or several, between commas."""
-    return [named] if os.path.isfile(named) else named.split(",")
+def image_files(image):
+    """The list of paths in --image, which are separated by commas; a file whose own name has commas is one path."""
+    return [image] if os.path.isfile(image) else image.split(",")
 
 
 @dataclass(frozen=True)
 class Answering(Writing):
     # the image
-    image: str = ""  # a picture's file; several with commas, each of which gets the prompt
-    draw: str = ""  # where to draw the boxes of the answer on the image: a .png or .jpg
-    attention: str = ""  # where to draw, for each token of the answer, what of the image it came from: a .png or .jpg
+    image: str = ""  # an image file, or several separated by commas: each gets the prompt
+    draw: str = ""  # a .png or .jpg to write: the image with the boxes of the answer
+    attention: str = ""  # a .png or .jpg to write: for each token of the answer, where in the image the model looked
 
     def __post_init__(self):
         super().__post_init__()
@@ -200,21 +201,21 @@ class Answering(Writing):
 @dataclass(frozen=True)
 class Matching:
     # the image
-    image: str = ""  # a picture's file; several with commas, each of which is compared with the captions of --prompt
+    image: str = ""  # an image file, or several separated by commas: each is compared with the captions in --prompt
 
     def __post_init__(self):
         check_model(self)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Evaluating: beside evaluate.Settings
+# For evaluate.py, joined with evaluate.Settings
 
 @dataclass(frozen=True)
 class Windows:
-    # the estimate from windows at random places
-    random_windows: int = 200  # batches of the estimate; 0: none
+    # the estimate from random windows
+    random_windows: int = 200  # batches of random windows; 0: no estimate
     batch_size: int = 64  # windows per batch
-    seed: int = 1337  # of their places
+    seed: int = 1337  # decides where the windows are
 
     def __post_init__(self):
         check_model(self)

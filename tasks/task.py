@@ -1,4 +1,4 @@
-"""The contract of a task: it brings data, batches, loss, measures and samples; train.py brings the one loop.
+"""Task, the interface of train.py's one loop to data, batches, loss, measures and samples; and `load`, for a model.
 
     task, model, config = load("out")                any run, checkpoint or published model, ready to be used
     print(task.write(model, "ROMEO:", max_new_tokens=100))
@@ -23,15 +23,15 @@ from tasks import TASKS, task_class, task_of
 
 
 class Task:
-    """rows are what a batch is made of, everywhere: positions of windows, or numbers of examples."""
+    """A batch is made of rows, given by number: the offset of a window of text, or the index of an example."""
 
-    best = ("loss", min)  # the measure of `evaluate` that picks the checkpoint `best`
-    whole = False  # True: each row is scored against all others, so a worker's share of an update is one piece
+    best = ("loss", min)  # the measure of `evaluate` that picks the checkpoint `best`, and whether less is better
+    whole = False  # True: each row is scored against all others of the update, so a worker can't cut its share further
     models = {}  # model_type: (class, class of its configuration)
-    rows_are = "the rows"  # what `where` calls them
+    rows_label = "the rows"  # begins the text that `where` returns
 
     def __init__(self, settings, tokenizers=None, source=""):
-        """Opens no data. tokenizers: of the model `source` to go on from, by name; None: the data set's."""
+        """Opens no data. tokenizers: {name: tokenizer} of the model loaded from `source`; None: the data set's own."""
         self.settings, self.tokenizers, self.source = settings, tokenizers, source
 
     def __repr__(self):
@@ -45,90 +45,87 @@ class Task:
         """Opens the data set in `folder`. Raises UserError unless it fits the task and its tokenizers."""
 
     def build(self, generator):
-        """A new model of the settings' shape."""
+        """Returns a new model of the shape that the settings name. generator: for its initial weights."""
 
     def fit(self, model):
-        """Called with the model before the first batch. Raises UserError unless model and data belong together."""
+        """Called before the first batch. Raises UserError unless the model and the open data set fit together."""
 
     def shape(self, model):
-        """{setting: value} of what the model decides: these settings can't differ from it.
-
-        Raises UserError for a setting that does nothing for this model.
-        """
+        """{setting: value} as the model's configuration has them. Raises UserError for a setting that it lacks."""
         return {}
 
     def pick(self, step):
-        """The rows of the update after `step` updates: a pure function of (seed, step)."""
+        """The rows of an update, as a pure function of (seed, step). step: how many updates were made before it."""
 
     def weight(self, rows):
-        """The total weight of these rows' targets: known without drawing, and the same on all ranks."""
+        """The sum of the weights that `batch` would give these rows' targets, found without making the batch."""
         return len(rows)
 
     def batch(self, rows, generator):
-        """(the model's arguments by name, each target's weight), on the device. The generator draws masks and crops."""
+        """({argument of the model: tensor}, weight of each target), on the device. generator: for masks or crops."""
 
     def loss(self, model, arguments, weights):
         """(the weighted sum of the nats of all targets, {name: another such sum, for the log})."""
         return (model(**arguments) * weights).sum(), {}
 
     def evaluate(self, model, split, world, dtype, limit=0):
-        """{"loss": ...} of a split, shared among the ranks. limit: most tokens to score; 0: all of them."""
+        """{"loss": mean nats, name: other measure} of a split, the same on every rank. limit: most tokens; 0: all."""
 
     def details(self, model, split, world, dtype, settings, found):
-        """What evaluate.py tells besides. settings: the task's own for evaluating; found: what `evaluate` returned."""
+        """{name: value} that evaluate.py adds to `found`, the result of `evaluate`. settings: evaluate.py's."""
         return {}
 
     def sample(self, model, requests, sampling):
-        """Yields (number of a request, a piece of what is shown for it). Never needs the data.
+        """Yields (index of a request, next piece of its sample), without the data set.
 
         requests: [{"text": prompt, "image": path}]. sampling: the task's settings for sampling.
         """
 
     def write(self, model, text="", image="", **sampling):
-        """What is shown for one prompt, and one picture's file. sampling: settings such as temperature=0."""
+        """Returns the sample for one prompt, and one image file if the task has images. sampling: temperature=0, ..."""
         if sampling.get("num_samples", 1) != 1:
-            raise UserError(f"num_samples = {sampling['num_samples']}: write gives one; call it with other seeds")
+            raise UserError(f"num_samples = {sampling['num_samples']}: write returns one sample; call it for each seed")
         sampling = TASKS[self.settings.task].sampling(**sampling, **({"image": str(image)} if image else {}))
         return "".join(piece for _, piece in self.sample(model, [{"text": text, "image": str(image)}], sampling))
 
     def show(self, model, short=False):
-        """What a run shows at its end: an unconditioned sample. short: of at most 100 tokens, for an evaluation."""
+        """The text that a run shows at its end: a sample without prompt. short: at an evaluation, up to 100 tokens."""
         s = self.settings
         count = min(100, s.sample_tokens) if short else s.sample_tokens
         sampling = build(TASKS[s.task].sampling, {"max_new_tokens": count, "seed": s.seed})
         return "".join(piece for _, piece in self.sample(model, [{"text": ""}], sampling))
 
     def command(self, out_dir):
-        """The command that tries what was trained."""
+        """The shell command that samples from the run in out_dir."""
         return shlex.join(["python", "sample.py", f"--out_dir={out_dir}"])
 
     def finish(self):
         """Called on the main rank after the last save."""
 
     def where(self, rows):
-        """Which rows these are, in words."""
-        return f"{self.rows_are} {', '.join(map(str, rows))}"
+        """Text that names these rows, such as "the rows 3, 5"."""
+        return f"{self.rows_label} {', '.join(map(str, rows))}"
 
     def summary(self, model):
-        """The model and the data, in words."""
+        """Text that sums up the model and the data, shown when a run starts."""
         return f"model: {count_parameters(model) / 1e6:.2f}M parameters"
 
     def cost(self, model):
-        """(tokens, FLOPs) of an update; 0 FLOPs: unknown."""
+        """(tokens, FLOPs) of an update, over all workers. FLOPs are 0 if unknown."""
         return self.settings.batch_size, 0
 
     def fingerprint(self):
-        """What tells the data set from others: checksum and sizes, of its meta.json."""
+        """{name: value} by which a resumed run knows its data set: the checksum and sizes in meta.json."""
         meta = self.dataset.meta if hasattr(self, "dataset") else {}
         marks = ("sha256", "train_tokens", "val_tokens", "train_rows", "val_rows")
         return {name: meta[name] for name in marks if name in meta}
 
     def open_tokenizer(self, folder):
-        """Takes the data set's tokenizer, unless the model has one already; returns the data set's."""
-        found, n_ids = tokenizers.load(folder / "tokenizer.json"), self.dataset.meta.get("vocab_size")
-        if n_ids not in (None, found.vocab_size):
+        """Returns the data set's tokenizer, and makes it the task's unless a loaded model has brought its own."""
+        found, size = tokenizers.load(folder / "tokenizer.json"), self.dataset.meta.get("vocab_size")
+        if size not in (None, found.vocab_size):
             raise UserError(f"{folder / 'tokenizer.json'} has {found.vocab_size} tokens, and the data set was made with"
-                            f" {n_ids}: prepare it again")
+                            f" {size}: prepare the data set again")
         if self.tokenizers is None:
             self.tokenizers = {"tokenizer": found}
         return found
@@ -138,16 +135,17 @@ class Task:
 # Where models come from
 
 def load(name, device="cpu", dtype=torch.float32, which="best", settings=None, dropout=0.0, block_size=0):
-    """(task, model, config) of a run's folder, a checkpoint's, or a published model's; or of a published one's name.
+    """(task, model in eval mode, config). Raises UserError if the model is missing or damaged.
 
-    The model is in eval mode; config is config.json's. which: of a run's checkpoints, best or last. settings: None: the
-    run's. block_size: fewer positions than a published GPT-2 has (0: all). Raises UserError for a bad folder.
+    name: the folder of a run, a checkpoint or a published model, or a published model's name. which: a run's
+    checkpoint, best or last. settings: the task's; None: those of the run. block_size: how many positions to keep of a
+    published GPT-2; 0: all. config is what config.json holds; of a published model it has only the entry `model`.
     """
     if which not in ("best", "last"):
         raise UserError(f"which = {which}: must be best or last")
     if not Path(name).is_dir() or (Path(name) / "config.json").exists() and not checkpoint.is_run(name):
         model, found = load_published(name, device, dtype, block_size, dropout)
-        s = SimpleNamespace(task=next(row for row in TASKS if kind_of(model, task_class(row).models)))
+        s = SimpleNamespace(task=next(task for task in TASKS if model_type_of(model, task_class(task).models)))
         return task_class(s.task)(s, found, name), model, {"model": dataclasses.asdict(model.config)}
     folder = checkpoint.find_any(name, which)
     saved = checkpoint.load(folder)
@@ -163,24 +161,24 @@ def load(name, device="cpu", dtype=torch.float32, which="best", settings=None, d
     checkpoint.fill(model, saved.state, folder)
     found = code_of(model)
     if changed := [name for name, value in config.get("code", {}).items() if found.get(name, value) != value]:
-        say(f"{folder} was trained with other code of {', '.join(sorted(changed))}: it may compute something else")
+        say(f"the code of {', '.join(sorted(changed))} has changed since {folder} was trained: results may differ")
     return task, model, config
 
 
 def start(settings, given, folder, data, world):
-    """(task, model) of a run: from its checkpoint `folder`, from init_from, or new.
+    """(task, model) for a run: from its checkpoint `folder` if there is one, else from init_from, else new.
 
-    given: the settings that the user named. data: the data set's folder. task.settings are then what the run does.
-    Raises UserError where data, settings and model don't belong together.
+    given: {name: value} of the settings that the user named. data: the data set's folder. task.settings then have the
+    model's shape, and task.about is its part of config.json. Raises UserError where data, settings and model disagree.
     """
     s, generator = settings, torch.Generator().manual_seed(settings.seed)
-    device = "cpu" if s.shard else world.device  # a rank moves only its part of what is sharded
+    device = "cpu" if s.shard else world.device  # sharding moves to the device only the rank's own part
     if folder:
         task, model, config = load(folder, device, settings=s, dropout=s.dropout)
         task.open(data, world)
         if config.get("data", task.fingerprint()) != task.fingerprint():
-            raise UserError(f"{folder} was trained on other data than the data set {s.dataset} holds now: prepare it as"
-                            f" it was, or start a new run: {shlex.quote(f'--init_from={s.out_dir}')} --out_dir=NEW")
+            raise UserError(f"{folder} was trained on other data than the data set {s.dataset} holds now: restore the"
+                            f" old data, or start a new run: {shlex.quote(f'--init_from={s.out_dir}')} --out_dir=NEW")
     elif s.init_from != "scratch":
         model, its_tokenizers = initial(s, device, given.get("block_size", 0))
         task = task_class(s.task)(s, its_tokenizers, s.init_from)
@@ -198,24 +196,24 @@ def start(settings, given, folder, data, world):
             raise UserError(f"{name} = {given[name]!r}, but {s.init_from} has {decided[name]!r}: leave it out")
     task.settings = build(type(s), {**flat_values(dataclasses.asdict(s)), **decided})
     task.fit(model)
-    task.pick(0)  # raises what is wrong with batch_size, before an earlier run is moved
-    task.about = {"model_type": kind_of(model, task.models), "model": dataclasses.asdict(model.config),
-                  "code": code_of(model)}  # asked before the model is sharded, which changes its classes
+    task.pick(0)  # raises UserError for a bad batch_size, before an earlier run is moved away
+    task.about = {"model_type": model_type_of(model, task.models), "model": dataclasses.asdict(model.config),
+                  "code": code_of(model)}  # found before sharding, which changes the model's classes
     return task, model
 
 
 def initial(settings, device, block_size=0):
-    """(model, tokenizers) that init_from names: a run's or a checkpoint's folder, or a published model."""
+    """(model, tokenizers) that settings.init_from names, LoRA merged. Raises UserError if the task can't train it."""
     name, models = settings.init_from, task_class(settings.task).models
     task, model, _ = load(name, device, dropout=settings.dropout, block_size=block_size)
     merge_lora(model)
     model.requires_grad_(True)
-    if kind_of(model, models) is None:
+    if model_type_of(model, models) is None:
         raise UserError(f"init_from = {name}: is a {type(model).__name__}, and --task={settings.task} trains"
                         f" {' or '.join(cls.__name__ for cls, _ in models.values())}")
     return model, task.tokenizers
 
 
-def kind_of(model, models):
-    """The model_type of a model, or None."""
-    return next((kind for kind, (cls, _) in models.items() if type(model) is cls), None)
+def model_type_of(model, models):
+    """The key in `models`, a Task's, of the model's class, or None."""
+    return next((name for name, (cls, _) in models.items() if type(model) is cls), None)

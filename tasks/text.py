@@ -2,8 +2,8 @@
 
     python train.py config/shakespeare_char.py
 
-A language model is a row in MODELS. Its class has `config`, forward(tokens, targets=None, places=None) as
-`model.predict` has it, hidden(tokens, caches, start), logits(x), and make_caches(rows, size) or none.
+A language model is a row in MODELS. Its class has `config`, hidden(tokens, caches, start), logits(x), and
+forward(tokens, targets=None, places=None), which ends in `model.predict`. It may have make_caches(rows, size).
 
 Axes: B batch, T tokens of a window.
 """
@@ -24,7 +24,7 @@ from machine.device import autocast
 from machine.terminal import watched
 from model import GPT, GPTConfig, all_blocks, init_weights
 from run.cost import count_parameters, flops_per_token
-from tasks.task import Task, kind_of
+from tasks.task import Task, model_type_of
 from vlm import Gemma, GemmaConfig
 
 MODELS = {  # model_type: (class, class of its configuration)
@@ -32,20 +32,20 @@ MODELS = {  # model_type: (class, class of its configuration)
     "gemma": (Gemma, GemmaConfig),
 }
 SHAPE = ("n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "bias", "mlp", "positions", "tied", "bigrams")
-EVAL_TOKENS = 16384  # most tokens per batch of an evaluation: memory, not a result, depends on it
-EVAL_LOGITS = 2**27  # and most logits
+EVAL_TOKENS = 16384  # most tokens per batch of an evaluation: it limits memory and changes no result
+EVAL_LOGITS = 2**27  # most logits per batch, for the same reason
 
 
 class TextTask(Task):
     models = MODELS
-    rows_are = "the windows at the training tokens"
+    rows_label = "the windows at the training tokens"
 
     def open(self, folder, world):
         self.dataset, self.world = Dataset(folder), world
         found = self.open_tokenizer(folder)
         if not tokenizers.same_vocabulary(self.tokenizer, found):
-            raise UserError(f"the data set {folder} was made with another tokenizer than the model's: prepare its text"
-                            f" with that, python prepare.py SOURCE {quote(f'--tokenizer={self.source}')} --name=NEW")
+            raise UserError(f"the data set {folder} was made with another tokenizer than the model's: prepare it with"
+                            f" that one, python prepare.py SOURCE {quote(f'--tokenizer={self.source}')} --name=NEW")
 
     def build(self, generator):
         s = self.settings
@@ -67,10 +67,10 @@ class TextTask(Task):
             self.dataset.tokens(split, self.block_size)
 
     def shape(self, model):
-        kind, known = kind_of(model, MODELS), {field.name for field in dataclasses.fields(model.config)}
-        lacking = [name for name in (*SHAPE, "dropout") if name not in known]
-        check_idle(self.settings, f"a {kind} has no such setting", *lacking)
-        return {"model": kind, **{name: getattr(model.config, name) for name in SHAPE if name in known}}
+        model_type, known = model_type_of(model, MODELS), {field.name for field in dataclasses.fields(model.config)}
+        unknown = [name for name in (*SHAPE, "dropout") if name not in known]
+        check_idle(self.settings, f"a {model_type} has no such setting", *unknown)
+        return {"model": model_type, **{name: getattr(model.config, name) for name in SHAPE if name in known}}
 
     def pick(self, step):
         s, n = self.settings, len(self.dataset.splits["train"])
@@ -83,27 +83,27 @@ class TextTask(Task):
         windows = read_windows(self.dataset.splits["train"], rows, self.block_size, self.world.device)
         return windows, torch.ones(windows["targets"].shape, device=self.world.device)
 
-    def windows_at_once(self, model):
+    def eval_batch_size(self, model):
         return max(1, min(EVAL_TOKENS, EVAL_LOGITS // model.config.vocab_size) // self.block_size)
 
     @torch.no_grad()
     def evaluate(self, model, split, world, dtype, limit=0):
-        """Every token but the first is scored once, in windows side by side."""
-        tokens, T = self.dataset.tokens(split, self.block_size), self.block_size
-        at_once = self.windows_at_once(model)
+        """{"loss": the mean nats of all tokens but the first}, each scored once, in adjacent windows."""
+        tokens = self.dataset.tokens(split, self.block_size)
+        batches = fixed_windows(len(tokens), self.block_size, self.eval_batch_size(model), limit)
         totals, count = [torch.zeros(())], 0
-        for (offsets, length), counts in world.share(fixed_windows(len(tokens), T, at_once, limit)):
+        for (offsets, length), weight in world.share(batches):  # weight: 1, or 0 for a batch that another rank counts
             windows = read_windows(tokens, offsets, length, world.device)
             with autocast(world.device, dtype):
-                totals.append(counts * model(**windows).sum().cpu())
-            count += counts * windows["targets"].numel()
+                totals.append(weight * model(**windows).sum().cpu())
+            count += weight * windows["targets"].numel()
         total, count = world.sum(torch.stack(totals).double().sum(), count)
         return {"loss": total / count}
 
     @torch.no_grad()
     def details(self, model, split, world, dtype, settings, found):
-        """Beside the loss: perplexity, bits per character, and nanoGPT's estimate, the mean loss of random windows."""
-        tokens, total, at_once = self.dataset.tokens(split, self.block_size), 0.0, self.windows_at_once(model)
+        """Perplexity, bits per character, and nanoGPT's estimate: the mean loss of random windows."""
+        tokens, total, at_once = self.dataset.tokens(split, self.block_size), 0.0, self.eval_batch_size(model)
         for i in watched(range(world.rank, settings.random_windows, world.size), "random windows"):
             offsets = random_offsets(len(tokens), self.block_size, settings.batch_size, settings.seed, i)
             for start in range(0, len(offsets), at_once):
@@ -113,13 +113,13 @@ class TextTask(Task):
         count = settings.random_windows * settings.batch_size * self.block_size
         estimate = world.sum(total)[0] / count if count else None
         characters = self.dataset.meta[f"{split}_characters"]
-        perplexity = math.exp(found["loss"]) if found["loss"] < 700 else None  # more than a number can be
+        perplexity = math.exp(found["loss"]) if found["loss"] < 700 else None  # beyond that, exp overflows
         return {"tokens": len(tokens) - 1, "perplexity": perplexity,
                 "bits_per_char": found["loss"] / math.log(2) * len(tokens) / characters,
                 "random_window_loss": estimate}
 
     def sample(self, model, requests, sampling):
-        """Each prompt, and what continues it. Requests with the same prompt are one batch."""
+        """Yields each prompt and then its continuation. Requests with the same prompt are one batch."""
         device = next(model.parameters()).device
         pick, batches = picker(sampling, device), {}
         for index, request in enumerate(requests):
@@ -127,7 +127,7 @@ class TextTask(Task):
         for text, rows in batches.items():
             tokens = torch.from_numpy(prompt_tokens(self.tokenizer, text)).to(device).expand(len(rows), -1)  # (B, T)
             steps = generate(model, tokens, sampling.max_new_tokens, pick, self.tokenizer.eos)
-            first = next(steps)  # what it says on stderr comes before the prompt
+            first = next(steps)  # prints its notices before the prompt is shown
             yield from ((row, text) for row in rows)
             texts = [tokenizers.Transcript(self.tokenizer, sampling.stop) for _ in rows]
             for i, piece in tokenizers.transcribe(itertools.chain([first], steps), texts):
@@ -137,7 +137,7 @@ class TextTask(Task):
         s, n, (tokens, _) = self.settings, len(self.dataset.splits["train"]), self.cost(model)
         return (f"model: {count_parameters(model) / 1e6:.2f}M parameters; data: {n:,} tokens of {s.dataset};"
                 f" {tokens:,} tokens per update, {s.max_iters} updates = {tokens * s.max_iters / n:.1f} epochs\n"
-                f"a loss of {math.log(model.config.vocab_size):.4f} is guessing")
+                f"a model that guesses has a loss of {math.log(model.config.vocab_size):.4f}")
 
     def cost(self, model):
         tokens = self.settings.batch_size * self.block_size
@@ -145,7 +145,7 @@ class TextTask(Task):
 
 
 def prompt_tokens(tokenizer, prompt):
-    """The prompt's ids; for an empty one what a text starts with: the end of another, a new line, or id 0."""
+    """The prompt's ids, (T,). An empty prompt is one token that a text may follow: end of text, newline, or id 0."""
     if prompt:
         try:
             return tokenizer.encode(prompt)

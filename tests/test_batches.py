@@ -1,4 +1,4 @@
-"""batches.py, and how the tasks with images make batches of rows."""
+"""batches.py, and the batches that the tasks with images make."""
 
 import json
 import shutil
@@ -36,21 +36,21 @@ def test_offsets_are_a_pure_function_of_seed_and_step():
     assert not np.array_equal(one, random_offsets(1000, 10, 64, 7, 4))
     assert not np.array_equal(one, random_offsets(1000, 10, 64, 8, 3))
     many = random_offsets(13, 10, 2000, 0, 0)
-    assert set(many.tolist()) == {0, 1, 2}  # every window of 11 that fits into 13, and no other
+    assert set(many.tolist()) == {0, 1, 2}  # every window of 11 tokens that fits into 13, and no other
 
 
-def test_targets_are_the_tokens_one_place_on():
+def test_the_target_of_each_token_is_the_next_token():
     tokens = np.arange(100, dtype=np.uint16)
     batch = read_windows(tokens, np.array([0, 40, 95]), 4, CPU)
     assert batch["tokens"].tolist() == [[0, 1, 2, 3], [40, 41, 42, 43], [95, 96, 97, 98]]
     assert torch.equal(batch["targets"], batch["tokens"] + 1) and batch["tokens"].dtype == torch.int64
 
 
-def test_arrays_one_after_the_other_read_as_one():
+def test_joined_arrays_are_sliced_like_one_array():
     whole = np.arange(50, dtype=np.uint16)
     joined = Joined([whole[:7], whole[7:8], whole[8:31], whole[31:]])
     assert len(joined) == 50
-    for offsets in (np.arange(45), np.array([3]), random_offsets(50, 5, 20, 1, 2)):  # windows across one border, or two
+    for offsets in (np.arange(45), np.array([3]), random_offsets(50, 5, 20, 1, 2)):  # windows in up to three arrays
         one, other = (read_windows(tokens, offsets, 5, CPU) for tokens in (whole, joined))
         assert all(torch.equal(one[name], other[name]) for name in ("tokens", "targets"))
     with pytest.raises(IndexError):
@@ -71,10 +71,10 @@ def test_a_limit_keeps_an_even_spread_of_windows():
     windows = fixed_windows(100_001, 10, 8, limit=1000)
     offsets = np.concatenate([offsets for offsets, _ in windows])
     assert len(offsets) == 100 and (np.diff(offsets) == 1000).all() and len(windows) == 13
-    assert sum(len(o) * n for o, n in fixed_windows(95, 10, 8, limit=94)) == 94  # short enough: whole
+    assert sum(len(o) * n for o, n in fixed_windows(95, 10, 8, limit=94)) == 94  # the limit leaves nothing out
 
 
-def test_a_data_set_that_does_not_fit_is_named(dataset, tmp_path):
+def test_a_split_that_is_too_short_or_damaged_is_named(dataset, tmp_path):
     data = Dataset(dataset)
     assert data.meta["val_tokens"] == len(data.splits["val"])
     n = data.meta["val_tokens"]
@@ -90,7 +90,7 @@ def test_a_data_set_that_does_not_fit_is_named(dataset, tmp_path):
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """The folder of ten images with up to three rows of different lengths; the data set is in its folder out."""
+    """A folder of ten images with one to three rows each, of different lengths. Its folder `out` is the data set."""
     source, rows = tmp_path_factory.mktemp("pairs"), []
     for i in range(10):
         noise = np.random.default_rng(i).integers(0, 256, size=(9, 7, 3), dtype=np.uint8)
@@ -108,7 +108,7 @@ def opened(task, source):
     return task
 
 
-def test_targets_are_the_answer_and_its_end_alone(pairs):
+def test_only_the_answer_and_its_eos_are_scored(pairs):
     task, indices = opened(ImageTextTask, pairs), np.array([20, 3, 0])
     rows = [task.dataset.rows["train"][i] for i in indices]
     batch, weights = task.batch(indices, None)
@@ -121,7 +121,7 @@ def test_targets_are_the_answer_and_its_end_alone(pairs):
         places, targets, n = batch["places"][i, scored], batch["targets"][i, scored], len(row["answer"]) + 1
         assert task.tokenizer.decode(tokens[:prefix]) == f"<bos>{row['prompt']}\n"
         assert task.tokenizer.decode(targets) == f"{row['answer']}<eos>" and weights[i].sum() == n
-        assert places.tolist() == list(range(prefix - 1, prefix - 1 + n))  # each where the token before it is read
+        assert places.tolist() == list(range(prefix - 1, prefix - 1 + n))  # each target is predicted a place before it
         assert torch.equal(tokens[places[1:]], targets[:-1]) and not tokens[prefix + n:].any()
         with Image.open(pairs / f"{row['image']}.png") as picture:
             assert torch.equal(batch["images"][i], pixels(picture, 8))
@@ -141,9 +141,9 @@ def test_padding_changes_no_loss(pairs):
     torch.testing.assert_close(whole, sum(parts), rtol=1e-5, atol=0)
 
 
-def test_captions_end_in_the_last_place_and_their_images_are_distinct(pairs):
+def test_captions_are_padded_on_the_left_and_each_image_has_one(pairs):
     task = opened(ContrastiveTask, pairs)
-    assert task.data["train"].images.tolist() == [1, 2, 3, 4, 5, 6, 7]  # image 0 has none
+    assert task.data["train"].images.tolist() == [1, 2, 3, 4, 5, 6, 7]  # image 0 has no caption
     batch, weights = task.batch(np.array([6, 0]), None)
     assert set(batch) == {"images", "tokens", "padding"} and batch["images"].shape == (2, 3, 8, 8)
     texts = [task.tokenizer.decode(tokens[padding:]) for tokens, padding in zip(batch["tokens"], batch["padding"])]
@@ -152,11 +152,11 @@ def test_captions_end_in_the_last_place_and_their_images_are_distinct(pairs):
     with pytest.raises(UserError, match="no rows of kind \"caption\""):
         task.encode(task.dataset.rows["train"][:1])
     task.tokenizers = {"tokenizer": ByteTokenizer()}
-    with pytest.raises(UserError, match="a tokenizer of kind byte has no token that ends an answer"):
+    with pytest.raises(UserError, match="a byte tokenizer has no token to end an answer with"):
         task.encode(task.dataset.rows["train"])
 
 
-def test_an_epoch_has_each_row_once_in_an_order_of_its_own():
+def test_an_epoch_has_no_row_twice_and_an_order_of_its_own():
     steps = [shuffled_rows(23, 4, 7, step) for step in range(15)]
     for step, rows in enumerate(steps):
         assert np.array_equal(rows, shuffled_rows(23, 4, 7, step)) and len(rows) == 4
@@ -177,18 +177,18 @@ def test_evaluation_goes_over_all_rows_once_in_order():
 
 
 @pytest.mark.parametrize("content", [b"{", b"{}", b"[]", b"null", b"3", b"\xff", b"", b'{"kind": "image-text"}', None])
-def test_a_damaged_meta_is_one_line(pairs, dataset, tmp_path, content):
-    for source, of in ((dataset, Dataset), (pairs / "out", ImageTextDataset)):
-        folder = tmp_path / of.__name__
+def test_a_damaged_meta_json_is_named(pairs, dataset, tmp_path, content):
+    for source, cls in ((dataset, Dataset), (pairs / "out", ImageTextDataset)):
+        folder = tmp_path / cls.__name__
         shutil.copytree(source, folder)
         (folder / "meta.json").unlink()
         if content is not None:
             (folder / "meta.json").write_bytes(content)
         with pytest.raises(UserError, match="meta.json is damaged: prepare the data set again"):
-            of(folder)
+            cls(folder)
 
 
-def test_data_sets_say_what_they_are(pairs, dataset):
+def test_the_repr_of_a_data_set_has_its_folder_and_sizes(pairs, dataset):
     data = Dataset(dataset)
     n, m = (len(data.splits[split]) for split in ("train", "val"))
     assert repr(data) == f"Dataset({dataset}: {n:,} train tokens and {m:,} val tokens)"
@@ -196,7 +196,7 @@ def test_data_sets_say_what_they_are(pairs, dataset):
         f"ImageTextDataset({pairs / 'out'}: 21 train rows and 6 val rows, 10 images of 8 pixels)")
 
 
-def test_images_that_do_not_fit_are_named(pairs, dataset, tmp_path):
+def test_missing_and_damaged_files_of_a_data_set_of_images_are_named(pairs, dataset, tmp_path):
     data = ImageTextDataset(pairs / "out")
     for name, content, message in (("images.bin", b"xx", "images.bin does not hold the 10 images"),
                                    ("val.jsonl", b"{}\n" * 6, "val.jsonl does not hold the 6 rows"),

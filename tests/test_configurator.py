@@ -325,9 +325,9 @@ def test_help_documents_every_setting(monkeypatch):
     for cls in (*(script.Settings for script in (train, sample, evaluate, prepare)), *of_tasks):
         documented = help_text(cls, "")
         assert all(re.search(rf"  --{each.name}[.=].* +\S", documented) for each in fields(cls)), cls
-    with pytest.raises(UserError, match="unknown setting --pair_loss .* it is for --task=contrastive alone"):
+    with pytest.raises(UserError, match="unknown setting --pair_loss .* it is only for --task=contrastive"):
         parse(train.Settings, ["--pair_loss=softmax"], **train.HOW)
-    with pytest.raises(UserError, match="unknown setting --vision .* --task=contrastive and --task=image-text alone"):
+    with pytest.raises(UserError, match="setting --vision .* only for --task=contrastive and --task=image-text"):
         parse(train.Settings, ["--vision=3"], **train.HOW)
 
 

@@ -27,7 +27,7 @@ def run(out_dir, **settings):
     return json.loads((Path(out_dir) / "evaluation.json").read_text())
 
 
-def test_the_loss_is_that_of_every_token_of_the_split(trained, dataset):
+def test_the_loss_is_the_mean_over_all_tokens_of_the_split(trained, dataset):
     found = run(trained)
     model = load(Path(trained) / "best")[1]
     ids = torch.from_numpy(np.array(Dataset(dataset).splits["val"], dtype=np.int64))
@@ -42,7 +42,7 @@ def test_the_loss_is_that_of_every_token_of_the_split(trained, dataset):
     assert (found["step"], found["split"], found["checkpoint"]) == (40, "val", "best")
 
 
-def test_twice_the_same_digits_and_the_digits_of_training(trained):
+def test_an_evaluation_repeats_its_digits_and_those_of_training(trained):
     assert run(trained) == run(trained)
     assert run(trained)["loss"] == pytest.approx(checkpoint.read_config(Path(trained) / "best")["val_loss"], abs=1e-9)
 
@@ -54,8 +54,8 @@ def test_the_random_window_estimate_is_another_measure_with_its_own_seed(trained
     assert run(trained, random_windows=0)["random_window_loss"] is None
 
 
-def test_a_model_that_has_diverged_and_a_folder_that_is_not_ours_are_scored(trained, monkeypatch, capsys):
-    """Its perplexity is more than a number can be; and no evaluation.json can be written."""
+def test_a_diverged_model_and_a_folder_without_write_permission_are_scored(trained, monkeypatch, capsys):
+    """The perplexity would overflow and is None. The folder gets no evaluation.json."""
     def refuse(path, value):
         raise PermissionError(13, "Permission denied", str(path))
 
@@ -87,7 +87,7 @@ def test_bits_per_character_count_characters_not_tokens(trained, dataset, tmp_pa
         run(trained, dataset=str(tmp_path / "bpe"))
 
 
-def test_a_split_is_scored_under_one_line_of_progress(trained, monkeypatch):
+def test_an_evaluation_shows_its_progress_but_only_on_a_terminal(trained, monkeypatch):
     seen, real = [], terminal.progress
 
     def progress(total, what, unit=""):
@@ -101,7 +101,7 @@ def test_a_split_is_scored_under_one_line_of_progress(trained, monkeypatch):
     assert all(line.disable and line.disable is not None for _, _, line in seen)  # stderr is no terminal here
 
 
-def test_a_tokenizer_that_is_not_the_datas_is_one_line(trained, dataset, tmp_path):
+def test_a_tokenizer_json_that_does_not_fit_its_data_is_refused(trained, dataset, tmp_path):
     shutil.copytree(dataset, tmp_path / "data")
     CharTokenizer("abc").save(tmp_path / "data" / "tokenizer.json")
     with pytest.raises(UserError, match="tokenizer.json has 3 tokens, and the data set was made with"):

@@ -29,14 +29,14 @@ def test_one_sample_is_streamed_and_equals_the_first_of_many(trained, capsys, mo
     task, model, _ = load(trained)
     settings = settings_for("text", "sampling", max_new_tokens=60, temperature=0.0)
     pieces = list(task.sample(model, [{"text": "the king"}, {"text": "the"}, {"text": "the king"}], settings))
-    for row in (0, 2):  # requests may differ, and the pieces of each come in order
+    for row in (0, 2):  # the prompts may differ, and the pieces of each sample come in order
         mine = [piece for index, piece in pieces if index == row]
         assert "".join(mine) == one and sum(map(bool, mine)) == 61
     assert len("".join(piece for index, piece in pieces if index == 1)) == len("the") + 60
 
 
 def test_only_the_out_directory_is_needed(trained, tmp_path):
-    """Copied elsewhere, with nothing of the training left, and run as a user runs it."""
+    """A checkpoint is copied elsewhere, without the data or the rest of the run, and sampled by the command."""
     shutil.copytree(Path(trained) / "best", tmp_path / "moved" / "best")
     script = Path(sample.__file__)
     done = subprocess.run([sys.executable, script, f"--out_dir={tmp_path / 'moved'}", "--prompt=-", "--num_samples=2",
@@ -55,7 +55,7 @@ logits = model(torch.from_numpy(task.tokenizer.encode("the"))[None])  # (1, toke
 
 
 def test_a_trained_model_is_used_in_three_lines(trained, tmp_path, monkeypatch, capsys):
-    """Those of the README, if it has them; with the text that this model knows."""
+    """The lines are the README's, or PYTHON if it has none. The prompt is one whose characters this model knows."""
     shutil.copytree(trained, tmp_path / "out")
     monkeypatch.chdir(tmp_path)
     readme = (Path(sample.__file__).parent / "README.md").read_text(encoding="utf-8")
@@ -74,13 +74,13 @@ def test_a_trained_model_is_used_in_three_lines(trained, tmp_path, monkeypatch, 
         task.write(model, "the", temprature=0)
 
 
-def test_what_is_no_text_is_one_line_and_a_mark_is_no_text(trained, tmp_path, capsys):
+def test_a_prompt_that_is_not_utf8_is_refused_and_a_byte_order_mark_is_skipped(trained, tmp_path, capsys):
     with pytest.raises(UserError, match="prompt=the caf.: can't be read as UTF-8 text"):
-        run(trained, prompt="the caf\udce9")  # as Python has bytes of the command line that are not UTF-8
+        run(trained, prompt="the caf\udce9")  # how Python reads bytes on the command line that are not UTF-8
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(UserError, match="latin.txt: can't be read as UTF-8 text"):
         run(trained, prompt=f"FILE:{tmp_path / 'latin.txt'}")
-    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfthe\r\nking")  # as Windows' editors save it
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfthe\r\nking")  # as editors on Windows save it
     run(trained, prompt=f"FILE:{tmp_path / 'marked.txt'}")
     assert capsys.readouterr().out.startswith("the\nking")
 
@@ -96,7 +96,7 @@ def test_a_terminal_gets_no_control_characters(count, trained, capsys, monkeypat
     assert "\x1b" not in shown and "\u241b[2Jthe\tking\n" in shown
 
 
-def test_a_notice_does_not_cut_the_prompt(trained, capsys, monkeypatch):
+def test_a_notice_is_printed_before_the_prompt(trained, capsys, monkeypatch):
     real = tasks.text.generate
 
     def generate(*args):
@@ -120,7 +120,7 @@ def test_prompts_come_from_files_and_stdin(trained, tmp_path, capsys, monkeypatc
     assert len(capsys.readouterr().out) == 61
 
 
-def test_an_unknown_character_is_one_clear_line(trained, capsys):
+def test_an_unknown_character_is_named(trained, capsys):
     with pytest.raises(UserError, match=r"prompt: the character 'É' \(U\+00C9\), in .the É., is not among"):
         run(trained, prompt="the É")
     assert not capsys.readouterr().out
@@ -134,7 +134,7 @@ def test_the_seed_decides(trained, capsys):
     assert outs[0] == outs[1] != outs[2]
 
 
-def test_stop_ends_each_sample_before_it(trained, capsys):
+def test_each_sample_ends_before_the_stop_text(trained, capsys):
     run(trained, num_samples=4, max_new_tokens=200)
     whole = capsys.readouterr().out.split("\n" + "-" * 80 + "\n")[:-1]
     run(trained, num_samples=4, max_new_tokens=200, stop=" a")
@@ -142,7 +142,7 @@ def test_stop_ends_each_sample_before_it(trained, capsys):
 
 
 def grow(tokenizer, ids, stop=""):
-    """(the pieces shown, the final text) of a sample that gets these ids one by one."""
+    """(the pieces shown, the final text) of a Transcript that gets these ids one by one."""
     text, pieces = Transcript(tokenizer, stop), []
     for i in ids:
         text.append(int(i))
@@ -156,7 +156,7 @@ def test_streaming_never_shows_half_a_character_or_half_a_stop():
         pieces, text = grow(tokenizer, tokenizer.encode(said))
         assert "".join(pieces) == text == said and not any("\ufffd" in piece for piece in pieces)
         assert "🙂" in pieces
-    pieces, text = grow(ByteTokenizer(), b"ab\xf0\x9f")  # it ends inside a character
+    pieces, text = grow(ByteTokenizer(), b"ab\xf0\x9f")  # the sample ends inside a character
     assert "".join(pieces) == text == "ab\ufffd"
     chars = CharTokenizer("abc")
     pieces, text = grow(chars, chars.encode("abaabcab"), stop="abc")
@@ -165,7 +165,7 @@ def test_streaming_never_shows_half_a_character_or_half_a_stop():
     assert text == "".join(pieces) == "aab"
 
 
-def test_the_end_of_a_text_ends_the_sample():
+def test_an_end_of_text_token_ends_the_sample():
     bpe = BPETokenizer.train(["a b"], 257)
     _, text = grow(bpe, [*bpe.encode("a b"), bpe.eos, *bpe.encode("more")])
     assert text == "a b"
@@ -178,7 +178,7 @@ def test_sixteen_bit_weights_sample_too(trained, capsys):
 
 @pytest.mark.parametrize("setting, message", [
     (dict(temperature=-1.0), "temperature = -1.0: must be at least 0"),
-    (dict(top_p=0.0), "top_p = 0.0: must lie above"),
+    (dict(top_p=0.0), "top_p = 0.0: must be above 0 and at most 1"),
     (dict(num_samples=0), "num_samples = 0"),
     (dict(max_new_tokens=0), "max_new_tokens = 0"),
 ])
@@ -203,8 +203,8 @@ def test_the_model_decides_which_settings_there_are(trained):
     assert settings.top_k == 3
     for argument, message in (
             ("--image=a.png", "unknown setting --image on the command line; this model reads text only"),
-            ("--draw=a.png", "unknown setting --draw on the command line; it is for models of the task image-text"
-                             " alone"),
+            ("--draw=a.png", "unknown setting --draw on the command line; it is only for models of the task"
+                             " image-text"),
             ("--out_dir=none", "there is no checkpoint in none: train one first, python train.py --out_dir=none"),
             ("--prompt=FILE:none.txt", "prompt = FILE:none.txt: there is no such file")):
         with pytest.raises(UserError) as error:

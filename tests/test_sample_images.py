@@ -1,4 +1,4 @@
-"""sample.py asked about images, and what it draws: boxes, and where the decoder looked."""
+"""sample.py with images: its answers, and the pictures that it writes of boxes and of attention."""
 
 import copy
 import dataclasses
@@ -23,11 +23,11 @@ from tokenizer import BPETokenizer, Transcript
 from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig, attention_weights, image_attention
 
 Image = pytest.importorskip("PIL.Image")
-pytest.importorskip("transformers")  # which test_published needs
+pytest.importorskip("transformers")  # test_published needs it
 from test_published import make_tokenizer  # noqa: E402
 
 LINE = "-" * 80
-N, VOCAB = 9, 1256  # image tokens, tokens
+N, VOCAB = 9, 1256  # image tokens, size of the vocabulary
 
 
 def seeded(seed=0):
@@ -36,7 +36,7 @@ def seeded(seed=0):
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """The folder of a tiny random PaliGemma, with weights so large that its answers are varied."""
+    """The folder of a tiny random PaliGemma. Its weights are large, so that its answers vary."""
     model = PaliGemma(PaliGemmaConfig(
         ViTConfig(n_layer=2, n_head=2, n_embd=32, image_size=42, patch_size=14),
         GemmaConfig(n_layer=2, n_head=4, n_kv_head=2, head_dim=10, n_embd=24, vocab_size=VOCAB, block_size=64)))
@@ -50,13 +50,13 @@ def published(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(published):
-    """(task, model)."""
+    """(task, model) of the published folder."""
     return load(published)[:2]
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Two files, of different shapes and modes."""
+    """The paths of two pictures, which differ in size and mode."""
     folder, values = tmp_path_factory.mktemp("photos"), np.random.default_rng(0).integers(0, 256, (30, 60, 3))
     paths = [str(folder / "a.png"), str(folder / "b.png")]
     Image.fromarray(values.astype(np.uint8)).save(paths[0])
@@ -108,24 +108,24 @@ def test_an_answer_is_streamed_from_a_published_folder_and_from_a_run(published,
     assert found == [f"{photos[1]}: {expected_answer(loaded, photos[1], 'ocr')}", f"{photos[0]}: {answer[:-1]}"]
 
 
-def test_many_samples_of_many_images_are_one_batch_that_sees_each_once(published, loaded, photos, capsys, monkeypatch):
+def test_many_samples_of_many_images_encode_each_image_once(published, loaded, photos, capsys, monkeypatch):
     encoded, encode = [], PaliGemma.encode
     monkeypatch.setattr(PaliGemma, "encode", lambda self, images: encoded.append(len(images)) or encode(self, images))
     run(published, image=",".join(photos), num_samples=2)
     answers = [f"{path}: {expected_answer(loaded, path)}\n{LINE}\n" for path in photos for _ in range(2)]
     assert capsys.readouterr().out == "".join(answers) and answers[0] != answers[2]
-    assert encoded[0] == 2 and len(encoded) == 1 + len(answers)  # ours, and one for each expected answer
+    assert encoded[0] == 2 and len(encoded) == 1 + len(answers)  # one call by the command, one for each expected answer
     run(published, image=photos[0], num_samples=3, temperature=1.5)
     texts = capsys.readouterr().out.split(f"\n{LINE}\n")
     assert len(set(texts)) == 4 and texts.pop() == "" and all(text.startswith(f"{photos[0]}: ") for text in texts)
 
 
 def test_the_prompt_of_an_image_ends_in_one_newline(published, loaded, photos, capsys):
-    run(published, image=photos[0], prompt="ocr\r\n")  # as a file or `echo` has it
+    run(published, image=photos[0], prompt="ocr\r\n")  # as a file or `echo` ends it
     assert capsys.readouterr().out == expected_answer(loaded, photos[0], "ocr") + "\n"
 
 
-def test_an_answer_ends_at_eos_at_a_stop_and_where_the_positions_end(published, loaded, photos, capsys):
+def test_an_answer_ends_at_eos_at_the_stop_text_and_at_block_size(published, loaded, photos, capsys):
     answer = expected_answer(loaded, photos[0])
     run(published, image=photos[0], stop=answer[3:5])
     assert capsys.readouterr().out == answer[:answer.index(answer[3:5])] + "\n"
@@ -149,18 +149,18 @@ def test_weights_are_loaded_in_the_precision_that_is_asked_for(published, photos
     assert dtypes == [torch.bfloat16, torch.float32] and capsys.readouterr().out.count("\n") == 2
 
 
-def test_a_name_with_a_comma_is_one_picture_and_an_empty_name_is_refused(published, photos, tmp_path, capsys):
+def test_a_file_name_may_have_a_comma_and_an_empty_name_is_refused(published, photos, tmp_path, capsys):
     named = tmp_path / "a,b.png"
     shutil.copy(photos[0], named)
     run(published, image=str(named), attention=str(tmp_path / "map.png"))
     assert capsys.readouterr().out.endswith("map.png\n") and (tmp_path / "map.png").exists()
-    for image, message in ((f"{photos[0]},,{photos[1]}", "names no file, and the model looks at images"),
-                           ("", "names no file, and the model looks at images"), ("c,d.png", "image = c: there is no")):
+    for image, message in ((f"{photos[0]},,{photos[1]}", "names no file, and this model needs one"),
+                           ("", "names no file, and this model needs one"), ("c,d.png", "image = c: there is no")):
         with pytest.raises(UserError, match=message):
             sample.check(sampling(image=image), {})
 
 
-def test_where_a_picture_can_not_be_written(published, photos, tmp_path, monkeypatch):
+def test_a_picture_that_can_not_be_written_is_an_error(published, photos, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="map.png: is a folder; name a file"):
         (tmp_path / "map.png").mkdir()
         sampling(image=photos[0], attention=str(tmp_path / "map.png"))
@@ -173,20 +173,20 @@ def test_where_a_picture_can_not_be_written(published, photos, tmp_path, monkeyp
         run(published, image=photos[0], attention=str(tmp_path / "new.png"))
 
 
-def test_a_picture_that_its_format_does_not_hold_is_one_line(tmp_path):
+def test_a_picture_too_large_for_its_format_is_an_error(tmp_path):
     with pytest.raises(UserError, match="x.jpg can't be written: .*; a .png holds its 1 x 65501 pixels"):
         image_text.save_picture(Image.new("L", (1, 65_501)), tmp_path / "x.jpg")
     assert "wrote" in image_text.save_picture(Image.new("L", (1, 65_501)), tmp_path / "x.png")
 
 
-def test_in_python_a_picture_is_asked_about(loaded, photos):
+def test_write_returns_the_answer_about_an_image(loaded, photos):
     task, model = loaded
     assert task.write(model, "caption en", photos[0], max_new_tokens=12, temperature=0) == expected_answer(
         loaded, photos[0])
 
 
-def test_what_does_not_fit_together_is_one_line(published, photos):
-    with pytest.raises(UserError, match="the model is asked about an image: add --image=FILE"):
+def test_settings_that_do_not_fit_together_are_refused(published, photos):
+    with pytest.raises(UserError, match="this model answers prompts about an image: add --image=FILE"):
         run(published)
     with pytest.raises(UserError, match="image = none.png: can't be read"):
         run(published, image=f"{photos[0]},none.png")
@@ -201,7 +201,10 @@ def test_what_does_not_fit_together_is_one_line(published, photos):
 # Streaming
 
 def sentencepiece_like(strip):
-    """Gemma's kind of tokenizer.json: characters, a few words, bytes for the rest; Llama's also strips a space."""
+    """A small BPE of Gemma's kind: characters, a few words, bytes for the rest. strip: decoding drops a leading space.
+
+    Llama's tokenizer strips one, Gemma's does not.
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers
     vocab = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{i:02X}>" for i in range(256)), *"▁catdogshe\n", "▁c", "▁ca",
              "▁cat", "▁▁"]
@@ -228,7 +231,7 @@ def test_streamed_text_equals_the_whole_with_a_sentencepiece_tokenizer(strip):
         assert not any("\ufffd" in piece for piece in pieces) and text.ids == ids
         pieces.append(text.news(final=True))
         assert "".join(pieces) == str(text) == whole
-        assert max(map(len, pieces)) <= 4  # no piece waits for the end
+        assert max(map(len, pieces)) <= 4  # text is shown as soon as it is whole
 
 
 def test_each_token_is_decoded_a_bounded_number_of_times(monkeypatch):
@@ -266,7 +269,7 @@ def test_an_answer_without_boxes_says_so(published, photos, tmp_path, capsys):
 # Attention
 
 def spied(model, run):
-    """[(attention, its inputs, its output)] of the decoder's layers while run() runs."""
+    """[(attention module, its inputs, its output)], one for each layer of the decoder that run() calls, in order."""
     seen = []
     hooks = [block.attn.register_forward_hook(lambda *layer: seen.append(layer))
              for block in model.decoder.transformer.blocks]
@@ -298,13 +301,13 @@ def test_attention_weights_are_those_of_the_fused_kernel(published, dtype):
 
 
 @torch.no_grad()
-def test_a_token_is_shown_with_what_the_position_that_wrote_it_saw(loaded):
+def test_the_attention_of_a_token_is_that_of_the_position_that_wrote_it(loaded):
     (task, model), image = loaded, torch.rand(1, 3, 42, 42, generator=seeded())
     prompt = encode_prompt(task.tokenizer, "caption en").tolist()
     answer = torch.randint(VOCAB, (4,), generator=seeded()).tolist()
     looks = image_attention(model, image, prompt, answer)
     assert looks.shape == (4, N) and looks.min() > 0 and looks.sum(1).max() < 1
-    for i in range(4):  # the row as it was when this token was picked
+    for i in range(4):  # each row ends where it ended when token i was picked
         row = dict(tokens=torch.tensor([prompt + answer[:i]]), prefix=torch.tensor([len(prompt)]))
         layers = spied(model, lambda row=row: model.hidden(image=model.encode(image), **row))
         last = [attention_weights(attention, *inputs[:3])[0, :, -1, :N] for attention, inputs, _ in layers]
@@ -319,7 +322,7 @@ def test_the_heat_map_has_a_panel_for_each_token(published, photos, tmp_path, ca
     assert grid.size == (5 * (224 + 8), 3 * (112 + 8 + 22))  # the image and twelve tokens, five in a row
 
 
-def test_an_empty_answer_has_the_heat_map_of_its_end(published, photos, tmp_path, monkeypatch):
+def test_an_empty_answer_has_the_heat_map_of_its_eos(published, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(image_text, "generate", lambda *args, **how: iter([torch.tensor([1])]))
     run(published, image=photos[0], attention=str(tmp_path / "map.png"))
     assert Image.open(tmp_path / "map.png").width == 2 * (224 + 8)

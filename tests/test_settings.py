@@ -1,7 +1,7 @@
 """Each setting of each command and task changes what happens, or is refused in a line that names it.
 
-A setting without an entry in the tables below fails the test: say there what it changes. What only repeats a setting
-(config.json, the line of settings) is no change.
+A setting without an entry in the tables below fails the test: add one with a value that changes something. Places that
+only repeat the setting (config.json, the printed settings) don't count.
 """
 
 import json
@@ -33,8 +33,10 @@ ROOT = Path(train.__file__).parent
 
 
 class Change(SimpleNamespace):
-    """A value for the setting, in a run with the settings `beside` it; a run with these alone is what it is compared
-    with. refused: the line says so."""
+    """A value for the setting: a run with it and with the settings `beside` is compared with a run with `beside` alone.
+
+    refused: the value must instead raise a UserError that names the setting. In `beside`, a__b stands for a.b.
+    """
 
     def __init__(self, value, refused=False, **beside):
         super().__init__(value=value, refused=refused, beside={k.replace("__", "."): v for k, v in beside.items()})
@@ -45,23 +47,23 @@ def refused(value, **beside):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What a run does
+# What a command does
 
 def arguments(settings):
     return [f"--{name}={value}" for name, value in settings.items()]
 
 
-VOLATILE = ("ms", "tokens_per_s", "mfu", "seconds", "started", "ended")
+VOLATILE = ("ms", "tokens_per_s", "mfu", "seconds", "started", "ended")  # what differs between two equal runs
 
 
 class Lab:
-    """Runs commands in this process, in a folder of their own, and tells what they did; each only once."""
+    """Runs commands in this process, each in a new folder, and remembers what they did: none runs twice."""
 
     def __init__(self, folder):
         self.folder, self.known = folder, {}
 
     def outcome(self, command, settings):
-        """All that the command did, comparable; or the UserError that refused it."""
+        """All that the command did, as values that can be compared; or the UserError that it raised."""
         key = (command.__name__, *sorted(settings.items()))
         if key not in self.known:
             out = Path(tempfile.mkdtemp(dir=self.folder)) / "out"
@@ -72,6 +74,7 @@ class Lab:
         return self.known[key]
 
     def compare(self, command, base, name, change):
+        """Asserts that the change of the setting `name` makes a difference to the command, or is refused."""
         base = {**base, **change.beside}
         after = self.outcome(command, {**base, name: change.value})
         if change.refused:
@@ -85,9 +88,9 @@ class Lab:
 
 
 def train_run(settings, out):
-    """What a training run computes, shows and leaves."""
+    """What a training run computes, shows and leaves on disk."""
     calls, wandb = [], mock.MagicMock()
-    sys.modules["wandb"] = wandb  # which the fixture `lab` takes out again
+    sys.modules["wandb"] = wandb  # the fixture `lab` removes it
     out = Path(settings.get("out_dir", out))
     settings, given = parse(train.Settings, arguments({"out_dir": out, **settings}), **train.HOW)
     cls, open_writer, save = task_class(settings.task), checkpoint.Writer.__init__, checkpoint.Writer.save
@@ -129,7 +132,7 @@ def train_run(settings, out):
 
 
 def sample_run(settings, out):
-    """What sample.py prints and draws, and the precision of its weights."""
+    """What sample.py prints, the precision of its weights, and which pictures it writes."""
     said = []
     settings, _ = parse(sample.Settings, arguments(settings), **sample.HOW)
     cls = task_class(find_task(settings.out_dir))
@@ -147,7 +150,7 @@ def sample_run(settings, out):
 
 
 def evaluate_run(settings, out):
-    """The numbers in evaluation.json, which must be in the out directory."""
+    """The measures in the evaluation.json of the out directory."""
     settings, _ = parse(evaluate.Settings, arguments(settings), **evaluate.HOW)
     path = Path(settings.out_dir) / "evaluation.json"
     path.unlink(missing_ok=True)
@@ -157,7 +160,7 @@ def evaluate_run(settings, out):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What there is to run
+# Data sets and runs to start from
 
 CPU = dict(device="cpu", dtype="float32")
 BASES = {
@@ -171,7 +174,7 @@ BASES["contrastive"] = BASES["image-text"] = {
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """Data sets, a run of each task, and files, by name, in the current folder of these tests."""
+    """A Lab with two text data sets in its folder, which is the current one."""
     folder = tmp_path_factory.mktemp("lab")
     for name, seed in (("words", 0), ("others", 1)):
         (folder / f"{name}.txt").write_text(make_text(600, seed), encoding="utf-8")
@@ -184,6 +187,7 @@ def lab(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def with_images(lab):
+    """Adds two data sets of images, and their sources, to the lab's folder."""
     generate = runpy.run_path(str(ROOT / "data" / "shapes" / "generate.py"))["generate"]
     for name, count in (("shapes", 60), ("more", 70)):
         generate(lab.folder / f"{name}_source", images=count)
@@ -198,8 +202,8 @@ def base(lab, task, request):
     return {**BASES[task], "task": task, "dataset": f"data/{'words' if task == 'text' else 'shapes'}"}
 
 
-def runs_of(task, base):
-    """Makes one_task and two_task, and run_task, whose `best` is that of two_task."""
+def make_runs(task, base):
+    """Makes the runs one_TASK and two_TASK, and run_TASK, a copy of one_TASK with the checkpoint `best` of two_TASK."""
     if os.path.exists(f"run_{task}"):
         return
     for name, seed in (("one", 1), ("two", 2)):
@@ -212,12 +216,15 @@ def runs_of(task, base):
 @pytest.fixture
 def run(lab, task, base):
     """The folder of a run of the task, whose checkpoints best and last differ."""
-    if task == "image-text":  # whose parts come from other runs
-        runs_of("contrastive", {**base, "task": "contrastive"})
-        runs_of("gemma", {**BASES["text"], "dataset": "data/words", "model": "gemma"})
-    runs_of(task, base)
+    if task == "image-text":  # its parts may come from other runs
+        make_runs("contrastive", {**base, "task": "contrastive"})
+        make_runs("gemma", {**BASES["text"], "dataset": "data/words", "model": "gemma"})
+    make_runs(task, base)
     return f"run_{task}"
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
 
 TRAINING = {
     "task": refused("nonsense"), "out_dir": Change("elsewhere"), "dataset": Change("data/others"),
@@ -246,38 +253,43 @@ TRAINING = {
 }
 WITH_IMAGES = {
     "dataset": Change("data/more"), "block_size": Change(120), "eval_tokens": Change(200), "sample_tokens": Change(0)}
-ONLY = {
+OF_TASK = {  # entries that differ for one task
     "text": {},
     "contrastive": {**WITH_IMAGES, "micro_batch_size": refused(2), "init_from": Change("one_contrastive"),
                     "lora_rank": Change(2, init_from="one_contrastive")},
     "image-text": {**WITH_IMAGES, "init_from": Change("one_image-text"),
                    "lora_rank": Change(2, init_from="one_image-text")},
 }
-PART = {"text": "wte", "contrastive": "text", "image-text": "decoder"}  # that --rates gets
+PART = {"text": "wte", "contrastive": "text", "image-text": "decoder"}  # the part of the model that --rates names
 
 
+# Settings of every task that the task's own code reads.
 READ_BY_TASKS = ("batch_size", "micro_batch_size", "dropout", "lora_rank", "rates.*", "eval_tokens", "sample_tokens",
                  "init_from", "recompute", "shard", "dataset", "split", "prompt")
 
 
 def settings_of(command, kind):
-    """(task, setting) of all that a command has; of tasks with images, marked as slow, of what a task itself reads."""
+    """[(task, setting)]: every setting that the command has for text; for other tasks, marked as slow, only those that
+    the task adds or reads."""
+    found = []
     for task, row in TASKS.items():
         own = {*flat_fields(getattr(row, kind)), *READ_BY_TASKS}
         for name in flat_fields(joined(command.Settings, getattr(row, kind))):
             if task == "text":
-                yield task, name
+                found.append((task, name))
             elif name in own:
-                yield pytest.param(task, name, marks=pytest.mark.slow)
+                found.append(pytest.param(task, name, marks=pytest.mark.slow))
+    return found
 
 
 @pytest.mark.parametrize("task, name", settings_of(train, "training"))
 def test_each_setting_of_training_changes_the_run_or_is_refused(lab, base, run, task, name):
-    change = {**TRAINING, **ONLY[task]}[name]  # a new setting needs an entry
+    change = {**TRAINING, **OF_TASK[task]}[name]  # KeyError: a new setting needs an entry
     lab.compare(train_run, base, name.replace("*", PART[task]), change)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Sampling and evaluating
 
 SAMPLING = {
     "out_dir": Change("one_{task}"), "checkpoint": Change("last"), "init_from": refused("gpt2"),
@@ -287,7 +299,7 @@ SAMPLING = {
     "stop": Change("a"), "seed": Change(1),
     "image": Change("b.png"), "draw": Change("boxes.png"), "attention": Change("map.png"),
 }
-ABOUT_IMAGES = {
+SAMPLING_OF_TASK = {
     "text": {}, "image-text": {"prompt": Change("count"), "stop": Change("<"), "init_from": refused("one_image-text")},
     "contrastive": {"prompt": Change("a red star|a green circle"), "num_samples": refused(2),
                     "init_from": refused("one_contrastive")}}
@@ -299,7 +311,7 @@ EVALUATING = {
 
 
 def at(task, change):
-    """The change, whose value may name the task."""
+    """The change, with the task in place of {task} in its value."""
     value = change.value.format(task=task) if isinstance(change.value, str) else change.value
     return Change(value, change.refused, **change.beside)
 
@@ -313,7 +325,7 @@ def test_each_setting_of_sampling_changes_the_sample_or_is_refused(lab, run, tas
         for letter, number in (("a", 0), ("b", 1)):
             shutil.copy(f"shapes_source/images/{number:05}.png", f"{letter}.png")
         asked |= {"image": "a.png", "prompt": "caption" if task == "image-text" else "a red star|a blue circle"}
-    lab.compare(sample_run, asked, name, at(task, {**SAMPLING, **ABOUT_IMAGES[task]}[name]))
+    lab.compare(sample_run, asked, name, at(task, {**SAMPLING, **SAMPLING_OF_TASK[task]}[name]))
 
 
 @pytest.mark.parametrize("task, name", settings_of(evaluate, "evaluating"))
@@ -324,25 +336,26 @@ def test_each_setting_of_an_evaluation_changes_its_numbers_or_is_refused(lab, ru
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Preparing
 
 PREPARING = {
     "tokenizer": Change("bpe:300"), "name": Change("data/named_{task}"), "files": Change("a*"),
     "val_fraction": Change(0.3), "newlines": Change("keep"), "image_size": Change(24),
     "column": Change("other"), "processes": Change(1), "max_files": Change(1)}
-FOR_OTHERS = {  # what a kind of source has no use for
+IDLE = {  # settings that do nothing for a kind of source
     "texts": ("image_size", "column", "processes", "max_files"), "documents": ("newlines", "image_size"),
     "images": ("files", "newlines", "column", "processes", "max_files")}
 
 
 def make_sources(folder):
-    """A folder of each kind of source."""
-    for kind in ("texts", "documents"):
-        (folder / kind).mkdir()
-        for name, seed in (("a", 0), ("b", 1)):
-            rows = make_text(400, seed).splitlines()
-            (folder / "texts" / f"{name}.txt").write_bytes("\r\n".join(rows).encode()) if kind == "texts" else (
-                folder / "documents" / f"{name}.jsonl").write_text("".join(
-                    json.dumps({"text": row, "other": row.upper()}) + "\n" for row in rows))
+    """Makes a folder of each kind of source, which has the kind's name."""
+    (folder / "texts").mkdir()
+    (folder / "documents").mkdir()
+    for name, seed in (("a", 0), ("b", 1)):
+        rows = make_text(400, seed).splitlines()
+        (folder / "texts" / f"{name}.txt").write_bytes("\r\n".join(rows).encode())
+        documents = [json.dumps({"text": row, "other": row.upper()}) + "\n" for row in rows]
+        (folder / "documents" / f"{name}.jsonl").write_text("".join(documents))
     generate = runpy.run_path(str(ROOT / "data" / "shapes" / "generate.py"))["generate"]
     generate(folder / "images", images=20)
     captions = folder / "images" / "captions.jsonl"
@@ -351,7 +364,7 @@ def make_sources(folder):
 
 
 def prepare_run(settings, out):
-    """The bytes of all that is written, but for the records of it, and how many processes wrote documents."""
+    """(files of the data set but its records, how many processes wrote documents, whether --name was obeyed)."""
     settings = {"name": str(out), **settings}
     source, found = settings.pop("source"), []
     settings, _ = parse(prepare.Settings, arguments(settings))
@@ -368,15 +381,14 @@ def prepare_run(settings, out):
     return files, found, settings.name.startswith("data/named")
 
 
-@pytest.mark.skipif(not hasattr(prepare, "check_kind"), reason="prepare.py does not refuse idle settings yet")
-@pytest.mark.parametrize("kind", FOR_OTHERS)
+@pytest.mark.parametrize("kind", IDLE)
 @pytest.mark.parametrize("name", flat_fields(prepare.Settings))
 def test_each_setting_of_prepare_changes_the_data_or_is_refused(lab, kind, name):
     if not os.path.exists(kind):
         make_sources(lab.folder)
     change = Change("bpe:1500") if (kind, name) == ("images", "tokenizer") else PREPARING[name]
     base = {"source": kind, "tokenizer": "byte" if kind == "documents" else "char"}
-    lab.compare(prepare_run, base, name, refused(change.value) if name in FOR_OTHERS[kind] else at(kind, change))
+    lab.compare(prepare_run, base, name, refused(change.value) if name in IDLE[kind] else at(kind, change))
 
 
 def test_a_model_is_published_into_a_new_folder_or_over_a_published_one(tmp_path):
@@ -389,11 +401,11 @@ def test_a_model_is_published_into_a_new_folder_or_over_a_published_one(tmp_path
     for name in ("", tmp_path / "new", tmp_path / "empty", tmp_path / "published"):
         check_publish(str(name))
     for name in ("foreign", "notes", "run", "notes/notes.txt"):
-        with pytest.raises(UserError, match=f"publish = .*{name}: holds something else than a published model"):
+        with pytest.raises(UserError, match=f"publish = .*{name}: holds something other than a published PaliGemma"):
             check_publish(str(tmp_path / name))
 
 
-def test_a_share_for_validation_is_refused_where_the_rows_name_their_split():
+def test_val_fraction_is_refused_where_the_rows_name_their_split():
     rows = [{"where": "line", "image": split, "split": split} for split in ("train", "val")]
     images.split_images(rows, 0.1, "x")
     with pytest.raises(UserError, match="val_fraction = 0.3: the rows of x name their split; leave it out"):

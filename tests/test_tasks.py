@@ -1,4 +1,7 @@
-"""The tasks with images, on a small data set of shapes: they learn, resume, divide their batches, start from parts."""
+"""Tasks with images on a small data set of shapes: they learn, resume, divide their batches, start from other runs.
+
+At the end, a language model of one class and one row in a table.
+"""
 
 import dataclasses
 import json
@@ -55,7 +58,7 @@ def small(shapes):
                 eval_interval=6, log_interval=3, device="cpu", dtype="float32")
 
 
-KINDS = {"contrastive": dict(learning_rate=1e-3), "image-text": dict(n_kv_head=1)}
+KINDS = {"contrastive": dict(learning_rate=1e-3), "image-text": dict(n_kv_head=1)}  # the settings of one task alone
 
 
 def run(out_dir, small, task, **changes):
@@ -68,7 +71,7 @@ def log(out_dir):
 
 
 def opened(folder, dataset):
-    """(task, model) of a checkpoint, ready to be evaluated on the data set."""
+    """(task, model) of a checkpoint, with the data set open for an evaluation."""
     task, model, _ = load(folder)
     task.open(Path(dataset), ALONE)
     task.fit(model)
@@ -108,15 +111,15 @@ def test_a_resumed_run_equals_an_undisturbed_one(task, changes, small, tmp_path,
     torch.testing.assert_close(one, other, atol=0, rtol=0)
 
 
-def test_answers_of_different_length_weigh_alike_however_the_batch_is_divided(runs, small, tmp_path):
+def test_the_micro_batch_size_does_not_change_the_weight_of_an_answer(runs, small, tmp_path):
     found, whole = run(tmp_path, small, "image-text", micro_batch_size=3), log(runs["image-text"])
     for name in ("loss", "grad_norm"):
         assert [row[name] for row in found] == pytest.approx([row[name] for row in whole], abs=1e-4)
 
 
 @pytest.mark.slow
-def test_two_workers_score_each_pair_as_one_does(runs, small, tmp_path):
-    """And a run of two workers goes on with one."""
+def test_two_workers_score_pairs_as_one_worker_does(runs, small, tmp_path):
+    """Half of the run is made by two workers; one worker resumes it."""
     values = {**small, **KINDS["contrastive"], "task": "contrastive", "out_dir": str(tmp_path)}
     vision = values.pop("vision")
     arguments = [f"--{name}={value}" for name, value in values.items()]
@@ -151,14 +154,14 @@ def test_evaluation_counts_exact_answers_with_and_without_the_image(runs, monkey
     assert found["exact colour (image blanked)"] == 0 and 0 < found["exact"] < 1
 
 
-def test_greedy_answers_are_those_of_one_row_at_a_time(runs, shapes):
+def test_greedy_answers_do_not_depend_on_the_other_rows_of_the_batch(runs, shapes):
     task, model = opened(runs["image-text"] / "last", shapes)
     rows = task.dataset.rows["val"][:6]
     together = task.answers(model, rows)
     assert together == [task.answers(model, [row])[0][:len(a)] for row, a in zip(rows, together)]
 
 
-def test_the_command_that_a_run_offers_is_one_for_its_data(runs, shapes, tmp_path, capsys):
+def test_the_command_that_a_run_suggests_works_and_fits_its_data(runs, shapes, tmp_path, capsys):
     picture = shapes.parent / "source" / "images" / "00000.png"
     for folder in runs.values():
         line = opened(folder / "last", shapes)[0].command(f"{tmp_path}/a b").replace("FILE", str(picture))
@@ -183,7 +186,7 @@ def test_what_is_shown_at_an_evaluation_is_short(runs, shapes, trained):
     assert [len(task.show(model, short)) for short in (False, True)] == [150, 100]
 
 
-def test_a_run_goes_on_from_any_checkpoints_folder(runs, small, trained, tiny):
+def test_init_from_takes_the_folder_of_a_run_or_of_a_checkpoint(runs, small, trained, tiny):
     for folder, settings in ((trained, settings_for("text", **tiny)),
                              *((folder, settings_for(task, **small)) for task, folder in runs.items())):
         for name in ("", "best", "last"):
@@ -200,21 +203,21 @@ def test_a_limit_below_one_row_scores_one_row(runs, shapes):
         assert one != whole
 
 
-def test_box_overlap():
+def test_the_iou_of_boxes_counts_wrong_missing_and_extra_ones():
     box, half = "<loc0000><loc0000><loc0512><loc0512> cat", "<loc0000><loc0000><loc0512><loc0256> cat"
     assert pictures.box_iou(box, box) == 1 and pictures.box_iou(half, box) == 0.5
     assert pictures.box_iou(box.replace("cat", "dog"), box) == 0 and pictures.box_iou("", box) == 0
     assert pictures.box_iou(f"{box} ; {half}", box) == pytest.approx((1 + 0.5 + 1) / 3)  # a box too many costs
 
 
-def test_retrieval_counts_a_caption_that_says_the_same(shapes):
+def test_retrieval_accepts_an_equal_caption_of_another_image(shapes):
     task = ContrastiveTask(settings_for("contrastive", batch_size=16))
     task.open(shapes, ALONE)
     task.n_patches, data = 4, task.data["train"]
     n, same = len(data.images), {}
     ids = [same.setdefault(tuple(row), len(same)) for row in data.ids]
 
-    class Knowing(nn.Module):  # an oracle: one dimension per caption
+    class Oracle(nn.Module):  # each distinct caption, and its images, get a dimension of their own
         seen = 0
 
         def forward(self, images, tokens, padding, across_ranks):
@@ -227,7 +230,7 @@ def test_retrieval_counts_a_caption_that_says_the_same(shapes):
         def text(self, tokens, padding):
             return torch.eye(n)[[same[tuple(row)] for row in tokens.tolist()]]
 
-    found = task.details(Knowing(), "train", ALONE, torch.float32, None, {})
+    found = task.details(Oracle(), "train", ALONE, torch.float32, None, {})
     assert found["retrieval image to text"] == found["retrieval text to image"] == 1
     shared = {i for i in ids if ids.count(i) > 1}
     assert found.get("zero-shot classes", 0) == len(shared) and found.get("zero-shot", 1) == 1
@@ -254,7 +257,7 @@ def test_parts_come_from_other_runs_and_can_be_frozen(runs, small, tmp_path, dat
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """(the folder of a tiny published PaliGemma, its model, its tokenizer), which is not the data set's."""
+    """(folder, model, tokenizer) of a tiny published PaliGemma. The tokenizer differs from the data set's."""
     folder = tmp_path_factory.mktemp("published")
     special = (*images.CONTROLS, *pictures.LOCATIONS, *pictures.SEGMENTS)
     tokenizer = BPETokenizer.train(["read red circle square blue green"] * 9, 256 + len(special) + 9, special)
@@ -267,13 +270,13 @@ def published(tmp_path_factory):
 
 
 def tuning(small, published, out_dir, **changes):
-    """The settings that fine-tune the published model."""
+    """The settings of a run that fine-tunes the published model."""
     names = ("dataset", "batch_size", "max_iters", "eval_interval", "device")
     return settings_for("image-text", **{**{name: small[name] for name in names}, "init_from": str(published[0]),
                                          "learning_rate": 1e-2, "out_dir": str(out_dir), **changes})
 
 
-def test_a_fine_tuned_model_goes_on_and_is_evaluated_with_its_own_tokenizer(small, published, tmp_path):
+def test_a_fine_tuned_model_resumes_and_is_evaluated_with_its_own_tokenizer(small, published, tmp_path):
     train.main(tuning(small, published, tmp_path / "whole"), {})
     train.main(tuning(small, published, tmp_path / "parts", max_iters=6, lr_decay_iters=12), {})
     resume(tmp_path / "parts", "--max_iters=12")
@@ -289,7 +292,7 @@ def test_a_fine_tuned_model_goes_on_and_is_evaluated_with_its_own_tokenizer(smal
     assert not tokenizers.same_vocabulary(task.tokenizer, data_sets)
 
 
-def test_fine_tuning_by_lora_publishes_a_model_that_transformers_computes_alike(small, published, tmp_path):
+def test_a_model_tuned_by_lora_and_published_gives_the_same_logits_in_transformers(small, published, tmp_path):
     transformers = pytest.importorskip("transformers")
     _, model, tokenizer = published
     train.main(tuning(small, published, tmp_path / "out", lora_rank=3, rates={"vision": 0.0},
@@ -308,7 +311,7 @@ def test_fine_tuning_by_lora_publishes_a_model_that_transformers_computes_alike(
     assert (found - expected).abs().max() < 1e-5 < 1e-3 < (found - before).abs().max()
 
 
-def test_parts_have_their_own_rates():
+def test_parts_have_their_own_learning_rates():
     model = PaliGemma(PaliGemmaConfig(ViTConfig(n_layer=1, n_head=1, n_embd=8, image_size=8, patch_size=8),
                                       GemmaConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=9)))
     rates = {"vision": 0.0, "projector": 2.0, "decoder": 0.5}
@@ -326,18 +329,18 @@ def test_parts_have_their_own_rates():
      "vision.patch_size = 7: does not divide the images' 32 pixels; 2, 4, 8, 16, 32 do"),
     ("image-text", dict(init_vision="nosuch"), "init_vision = nosuch: is not the folder of a run"),
     ("image-text", dict(init_decoder="nosuch"), "init_decoder = nosuch: is not the folder of a run"),
-    ("contrastive", dict(block_size=8), "block_size = 8: the longest caption of .* has"),
+    ("contrastive", dict(block_size=8), "block_size = 8: the longest caption of .* needs"),
     ("contrastive", dict(micro_batch_size=2), "scores each row against all others, so every worker takes one piece"),
-    ("contrastive", dict(shard=True, resume="auto"), "shard = True: not for --task=contrastive"),
+    ("contrastive", dict(shard=True, resume="auto"), "shard = True: the scalar parameters of --task=contrastive"),
     ("image-text", dict(init_from="out/nothing"), "init_from = out/nothing"),
 ])
-def test_what_does_not_fit_is_named(task, changes, message, small, tmp_path, monkeypatch):
+def test_settings_that_do_not_fit_are_refused_by_name(task, changes, message, small, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=message):
         run(tmp_path, small, task, **changes)
 
 
-def test_a_model_to_start_from_decides_its_shape_and_must_be_the_tasks(runs, small, tmp_path):
+def test_init_from_decides_the_shape_and_must_name_a_model_of_the_task(runs, small, tmp_path):
     for name, asked, value in (("n_embd", 64, 32), ("vision.n_layer", 2, 1)):
         with pytest.raises(UserError, match=f"{name} = {asked}, but .* has {value}: leave it out"):
             train.main(settings_for("image-text", **small, init_from=str(runs["image-text"]),
@@ -361,7 +364,7 @@ class BigramConfig:
 
 
 class Bigram(nn.Module):
-    """The next token from the last one alone: no blocks, no cache."""
+    """Predicts the next token from the last one alone, without blocks and without a cache."""
 
     def __init__(self, config):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A new model and a new task move in with a class and a row, nothing else: they train, resume, sample and evaluate."""
+"""A new model, or a new task, needs a class and a row and no other change to train, resume, sample and evaluate."""
 
 import json
 import re
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 TOY_TASK = '''
-"""Whether the bits of a number sum to an odd one: a task in one file."""
+"""The parity of four bits: a task in one file."""
 
 from dataclasses import dataclass
 
@@ -74,7 +74,7 @@ class ParityTask(Task):
 
 @pytest.fixture
 def house(tmp_path):
-    """A copy of the project's code."""
+    """The folder of a copy of the project's code."""
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for name in tracked:
         if name.endswith((".py", ".c", ".json")) and not name.startswith(("tests/", "data/")):
@@ -84,13 +84,14 @@ def house(tmp_path):
 
 
 def add_row(path, table, row, more=""):
-    """Adds a row to a table of a file, and lines before the table."""
+    """Adds a row to a table, which is a dict in the file, and the text `more` before the table."""
     text = path.read_text()
     assert text.count(f"\n{table} = {{") == 1
     path.write_text(text.replace(f"\n{table} = {{", f"\n{more}\n{table} = {{\n{row}", 1))
 
 
-def say(house, *arguments):
+def python(house, *arguments):
+    """What the command prints. Fails if its exit status is not 0."""
     done = subprocess.run([sys.executable, *arguments], cwd=house, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -100,15 +101,15 @@ def rows(out_dir):
     return [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
 
 
-def lives(house, *settings):
-    """Trains, whole and resumed to the same numbers; evaluates; returns the losses."""
+def train_resume_evaluate(house, *settings):
+    """Checks that a resumed run has the losses of an undisturbed one, and that it is evaluated. Returns the losses."""
     common = (*settings, "--eval_interval=20", "--device=cpu", "--sample_tokens=20")
-    say(house, "train.py", *common, "--max_iters=40", "--lr_decay_iters=40", "--out_dir=whole")
-    say(house, "train.py", *common, "--max_iters=20", "--lr_decay_iters=40", "--out_dir=parts")
-    say(house, "train.py", "--resume", "--max_iters=40", "--out_dir=parts")
+    python(house, "train.py", *common, "--max_iters=40", "--lr_decay_iters=40", "--out_dir=whole")
+    python(house, "train.py", *common, "--max_iters=20", "--lr_decay_iters=40", "--out_dir=parts")
+    python(house, "train.py", "--resume", "--max_iters=40", "--out_dir=parts")
     whole, parts = ({row["step"]: row["loss"] for row in rows(house / name)} for name in ("whole", "parts"))
     assert whole == parts
-    say(house, "evaluate.py", "--out_dir=parts")
+    python(house, "evaluate.py", "--out_dir=parts")
     return list(whole.values())
 
 
@@ -119,9 +120,9 @@ def test_a_bigram_model_is_a_class_and_a_row_as_contributing_shows_them(house, d
     (house / "bigram.py").write_text(model)
     lines = row.strip().splitlines()
     add_row(house / "tasks" / "text.py", "MODELS", lines[1], lines[0])
-    losses = lives(house, f"--dataset={dataset}", "--model=bigram", "--learning_rate=0.1")
+    losses = train_resume_evaluate(house, f"--dataset={dataset}", "--model=bigram", "--learning_rate=0.1")
     assert losses[-1] < losses[0] - 0.5
-    assert len(say(house, "sample.py", "--out_dir=parts", "--max_new_tokens=30")) > 30
+    assert len(python(house, "sample.py", "--out_dir=parts", "--max_new_tokens=30")) > 30
     found = json.loads((house / "parts" / "evaluation.json").read_text())
     assert found["loss"] == pytest.approx(rows(house / "parts")[-1]["val_loss"], abs=1e-5)
     done = subprocess.run([sys.executable, "train.py", f"--dataset={dataset}", "--model=bigram", "--n_layer=3"],
@@ -135,7 +136,7 @@ def test_a_task_is_a_file_and_a_row(house, dataset):
     row = '    "parity": Row("tasks.parity", "ParityTask", settings.Nothing, settings.Nothing, settings.Nothing, ()),\n'
     path = house / "tasks" / "__init__.py"
     path.write_text(path.read_text().replace("TASKS = {\n", "TASKS = {\n" + row, 1))
-    losses = lives(house, "--task=parity", f"--dataset={dataset}", "--learning_rate=0.1")
+    losses = train_resume_evaluate(house, "--task=parity", f"--dataset={dataset}", "--learning_rate=0.1")
     assert losses[-1] < losses[0] / 2
-    assert say(house, "sample.py", "--out_dir=parts", "--prompt=1110").strip() == "odd"
+    assert python(house, "sample.py", "--out_dir=parts", "--prompt=1110").strip() == "odd"
     assert "errors" in json.loads((house / "parts" / "evaluation.json").read_text())
