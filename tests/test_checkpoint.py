@@ -157,5 +157,5 @@ def test_an_optimizer_goes_on_with_its_own_options(tmp_path):
     checkpoint.load_optimizer(other, saved, tmp_path)
     torch.testing.assert_close(other.state_dict()["state"], saved["state"], atol=0, rtol=0)
     assert other.param_groups[0]["weight_decay"] == 50.0
-    with pytest.raises(UserError, match="trainer.pt holds the optimizer of other parameters"):
+    with pytest.raises(UserError, match="trainer.pt holds the optimizer state of other parameters"):
         checkpoint.load_optimizer(torch.optim.AdamW([make(1).wte.weight]), saved, tmp_path)

@@ -237,7 +237,7 @@ def test_damage_is_noticed_and_the_checkpoint_before_is_taken(tmp_path, name, da
     assert checkpoint.find(tmp_path, "last") == tmp_path / "last.old"
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and ("is missing" if damage == "missing" else "is damaged") in said
-    assert name in said and f"using {tmp_path / 'last.old'} instead, of step 1" in said
+    assert name in said and f"using {tmp_path / 'last.old'} of step 1 instead" in said
     assert checkpoint.find_any(tmp_path).name == ("last" if name == "trainer.pt" else "last.old")
     DAMAGES[damage](tmp_path / "last.old" / name)
     with pytest.raises(UserError, match=f"{name}.*; there is no other checkpoint"):

@@ -37,7 +37,7 @@ def test_a_picture_shows_the_log(tmp_path):
     assert str(tmp_path) in words and "400 updates" in words
     assert curves.read_log(tmp_path)[-1]["seconds"] == pytest.approx(4.0)  # 400 updates of 10 ms
     assert "validation (best 2.2000 at step 300)" in words and "training (mean of each interval)" in words
-    assert {"0", "100", "400", "updates", "Learning rate", "Gradient's norm"} <= set(words)
+    assert {"0", "100", "400", "updates", "Learning rate", "Gradient norm"} <= set(words)
     (x, y), (x_last, y_last) = points(root, 1)[5], points(root, 1)[-1]  # of the validation: the best one, the last one
     ring = next(circle for circle in root.iter(f"{SVG}circle") if circle.get("fill") == "none")
     assert (float(ring.get("cx")), float(ring.get("cy"))) == (x, y) and y > y_last and x == 0.75 * x_last

@@ -110,5 +110,5 @@ def test_a_tokenizer_that_is_not_the_datas_is_one_line(trained, dataset, tmp_pat
 
 def test_a_published_model_is_no_run(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(UserError, match="is a published model, and no run: name it with --init_from"):
+    with pytest.raises(UserError, match="is a published model, not a run: name it with --init_from"):
         run(tmp_path)

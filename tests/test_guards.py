@@ -54,14 +54,14 @@ def test_ranks_add_their_shares():
     (math.nan, 1.0, {}, "the loss is nan .*: try a lower --learning_rate"),
     (1.0, math.inf, {}, "norm inf .*: try a lower --learning_rate"),
     (1.0, 99.0, dict(max_grad_norm=50.0), "norm 99.0000 .*: max_grad_norm = 50.0"),
-    (3.5, 1.0, dict(max_loss_rise=1.0), "its running mean is 2.0000, and max_loss_rise = 1.0"),
+    (3.5, 1.0, dict(max_loss_rise=1.0), "the running mean of the loss is 2.0000, and max_loss_rise = 1.0"),
 ])
 def test_the_first_unsound_update_is_named(loss, norm, settings, message):
     guard = make(step=10, saved={"mean_loss": 2.0}, **settings)
     record(guard, 2.0)
     record(guard, loss, norm=norm)
     record(guard, math.nan)
-    with pytest.raises(UserError, match=f"{message}.*; its batch is the rows 11") as error:
+    with pytest.raises(UserError, match=f"{message}.*; the batch is the rows 11") as error:
         guard.read()
     assert "at step 12: " in str(error.value)
 

@@ -40,7 +40,8 @@ def holder(tmp_path):
 def test_a_living_run_keeps_its_folder_and_a_dead_one_does_not(tmp_path, holder):
     process, child = holder
     before = (tmp_path / "out" / "run.lock").read_text()
-    with pytest.raises(UserError, match=f"out_dir = .*: process {process.pid} on .* has trained there since 2.*; wait"):
+    message = f"out_dir = .*: process {process.pid} on .* has been training there since 2.*; wait until it ends"
+    with pytest.raises(UserError, match=message):
         with lock.owned(tmp_path / "out"):
             pass
     assert (tmp_path / "out" / "run.lock").read_text() == before and os.listdir(tmp_path / "out") == ["run.lock"]
@@ -69,7 +70,7 @@ def test_a_file_system_without_locks_is_told_of_and_no_obstacle(tmp_path, monkey
 
     monkeypatch.setattr(lock, "lock", fails)
     with lock.owned(tmp_path):
-        assert "this file system has no locks (No locks available): start no second" in capsys.readouterr().err
+        assert "this file system has no locks (No locks available): never start a second" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_made_names_the_setting(tmp_path):
@@ -81,7 +82,7 @@ def test_a_folder_that_cannot_be_made_names_the_setting(tmp_path):
 
 def test_a_lock_that_is_no_file_is_named(tmp_path):
     (tmp_path / "run.lock").mkdir()
-    with pytest.raises(UserError, match="its run.lock is no file, delete it, or name another folder"):
+    with pytest.raises(UserError, match="run.lock in it is not a file: delete it, or name another folder"):
         with lock.owned(tmp_path):
             pass
 
@@ -92,7 +93,7 @@ def test_a_folder_that_is_moved_or_deleted_is_not_written_to_any_more(tmp_path):
     with lock.owned(folder):
         lock.require_owned(folder)
         folder.rename(tmp_path / "moved")
-        with pytest.raises(UserError, match="out_dir = .*out was moved or deleted while the run lived"):
+        with pytest.raises(UserError, match="out_dir = .*out was moved or deleted while the run was using it"):
             lock.require_owned(folder)
         folder.mkdir()
         (folder / "run.lock").touch()  # another run's

@@ -80,7 +80,7 @@ def test_shards_load_into_a_plain_model_and_into_both_kinds_of_optimizer(tmp_pat
     for other in (make_optimizers(loaded, train.Settings())["optimizer"], stepped(5, one_rank)[1]):
         checkpoint.load_optimizer(other, saved, tmp_path / "last")
         torch.testing.assert_close(moments(other), moments(optimizer), atol=0, rtol=0)
-    with pytest.raises(UserError, match="the optimizer of other parameters"):
+    with pytest.raises(UserError, match="the optimizer state of other parameters"):
         checkpoint.load_optimizer(torch.optim.AdamW(loaded.transformer.parameters()), saved, tmp_path / "last")
 
 

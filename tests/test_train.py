@@ -183,7 +183,7 @@ def test_a_folder_whose_run_lives_is_left_alone(tmp_path, tiny):
     living.stdout.readline()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     for start in (lambda: run(tmp_path, tiny), lambda: resume(tmp_path)):
-        with pytest.raises(UserError, match=f"process {living.pid} on .* has trained there since"):
+        with pytest.raises(UserError, match=f"process {living.pid} on .* has been training there since"):
             start()
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     living.communicate()
@@ -200,7 +200,7 @@ def test_a_run_whose_output_is_closed_saves_and_says_nothing_there(tmp_path, tin
     process.stdout.close()
     said = process.stderr.read()
     assert process.wait(timeout=60) == 141 and trainer(tmp_path)["step"] >= 2
-    assert re.fullmatch(r"\nstopped at step \d+ \(the output was closed\) and saved; go on with: .*\n", said)
+    assert re.fullmatch(r"\nstopped at step \d+ \(the output was closed\) and saved; resume with: .*\n", said)
 
 
 def test_pieces_of_any_size_do_not_change_the_curve(tmp_path, tiny, trained):
@@ -231,7 +231,7 @@ def test_a_signal_saves_and_the_run_can_be_resumed(tmp_path, tiny, long_run, nam
     process.send_signal(getattr(signal, name))
     out, _ = process.communicate(timeout=60)
     assert process.returncode == status
-    assert f"go on with: python train.py --resume --out_dir={tmp_path / 'parts'}" in out
+    assert f"resume with: python train.py --resume --out_dir={tmp_path / 'parts'}" in out
     stopped = trainer(tmp_path / "parts")["step"]
     assert 20 <= stopped < 1000
     subprocess.run(command("--resume", f"--out_dir={tmp_path / 'parts'}"), check=True, capture_output=True, timeout=120)
@@ -262,7 +262,7 @@ def breaking(monkeypatch, change, at=27):
 
 @pytest.mark.parametrize("change, settings, message", [
     (lambda loss, norm: (loss * math.nan, norm), {}, "the loss is nan .* at step 27: try a lower --learning_rate"),
-    (lambda loss, norm: (loss + 2, norm), dict(max_loss_rise=1.0), "at step 27: its running mean is .*_rise = 1.0"),
+    (lambda loss, norm: (loss + 2, norm), dict(max_loss_rise=1.0), "at step 27: the running mean of .*_rise = 1.0"),
 ])
 def test_a_step_that_is_not_sound_stops_the_run_which_can_be_replayed(tmp_path, tiny, monkeypatch, change, settings,
                                                                       message):
@@ -271,8 +271,8 @@ def test_a_step_that_is_not_sound_stops_the_run_which_can_be_replayed(tmp_path, 
         run(tmp_path, tiny, **settings)
     assert trainer(tmp_path)["step"] == 20 and rows(tmp_path)[-1]["step"] == 25  # noticed when looked at, named exactly
     tokens = batches.random_offsets(28_052, 32, 8, train.Settings.seed, 26)
-    assert f"its batch is the windows at the training tokens {', '.join(map(str, tokens))};" in str(error.value)
-    assert f"python train.py --resume --out_dir={tmp_path} replays what came after" in str(error.value)
+    assert f"the batch is the windows at the training tokens {', '.join(map(str, tokens))};" in str(error.value)
+    assert f"python train.py --resume --out_dir={tmp_path} goes on from there" in str(error.value)
     with pytest.raises(UserError) as again:
         run(tmp_path, tiny, **settings, resume=True, log_interval=1)
     assert str(again.value) == str(error.value) and rows(tmp_path)[-1]["step"] == 26
@@ -305,7 +305,7 @@ def test_a_folder_that_was_moved_is_left_alone(tmp_path, tiny, monkeypatch):
         return loss, norm
 
     breaking(monkeypatch, change)
-    with pytest.raises(UserError, match="out was moved or deleted while the run lived$"):
+    with pytest.raises(UserError, match="out was moved or deleted while the run was using it$"):
         run(tmp_path / "out", tiny)
     assert not (tmp_path / "out").exists() and trainer(tmp_path / "moved")["step"] == 20
 
@@ -320,7 +320,7 @@ def test_the_time_limit_saves_and_has_a_status_of_its_own(tmp_path, tiny, traine
     with pytest.raises(SystemExit) as stopped:
         run(tmp_path, tiny, max_minutes=1e-9, log_interval=1000)
     assert stopped.value.code == 75 and trainer(tmp_path)["step"] == 1
-    assert ("stopped at step 1 (--max_minutes=1e-09) and saved; go on with: python train.py --resume"
+    assert ("stopped at step 1 (--max_minutes=1e-09) and saved; resume with: python train.py --resume"
             f" --out_dir={tmp_path}") in capsys.readouterr().out
     assert json.loads((tmp_path / "run.json").read_text())["starts"][0]["why"] == "--max_minutes=1e-09"
     settings, _ = parse("--resume", f"--out_dir={tmp_path}")
@@ -367,12 +367,12 @@ def test_rates_may_change_in_a_resumed_run_but_not_the_parts_that_have_one(tmp_p
     run(tmp_path, tiny, max_iters=5, rates={"wte": 2.0, "wpe": 3.0}, sample_tokens=0)
     resume(tmp_path, "--max_iters=6", "--rates.wte=3", "--rates.wpe=2")  # moments stay with their parameters
     assert trainer(tmp_path)["step"] == 6 and recorded(tmp_path)["rates"] == {"wte": 3.0, "wpe": 2.0}
-    with pytest.raises(UserError, match="trainer.pt holds the optimizer of other parameters: .*--rates"):
+    with pytest.raises(UserError, match="trainer.pt holds the optimizer state of other parameters: .*--rates"):
         resume(tmp_path, "--max_iters=7", "--rates.wte=0")
     wide, narrow = (torch.optim.AdamW([torch.ones(size, requires_grad=True)]) for size in (3, 2))
     sum(wide.param_groups[0]["params"]).sum().backward()
     wide.step()
-    with pytest.raises(UserError, match="the optimizer of other parameters"):
+    with pytest.raises(UserError, match="the optimizer state of other parameters"):
         checkpoint.load_optimizer(narrow, wide.state_dict(), tmp_path)
 
 
