@@ -12,8 +12,8 @@ A run's folder holds two checkpoints: `last`, and `best`, which has the best val
     trainer.pt           the rest of the state that resuming needs; only in `last`; loading it runs no code
     SHA256SUMS           the checksums of these files, for `sha256sum -c SHA256SUMS`
 
-A save writes the folder `last.new`, with config.json as its last file. It then renames `last` to `last.old` and
-`last.new` to `last`. If it is killed, one of the three folders is a complete checkpoint.
+A save writes `last.new`, with config.json as its last file, then renames `last` to `last.old` and `last.new` to
+`last`. Whenever it is killed, one of them is a complete checkpoint.
 """
 
 import functools
@@ -44,6 +44,7 @@ from run.files import read_json, rename, to_json, write_text
 
 
 def versions():
+    """Returns what config.json and run.json record about the software."""
     return {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__,
             "platform": platform.platform()}
 
@@ -52,11 +53,11 @@ def versions():
 # Saving
 
 class Writer(AbstractContextManager):
-    """Saves a run's checkpoints. With background=True, `save` returns as soon as the tensors are copied to host memory.
+    """Saves a run's checkpoints. background: `save` waits only until the tensors are copied to host memory.
 
-    A save first waits for the previous one, and the end of the `with` block waits for the last one. If a write fails,
-    the next call or the end of the block raises its UserError. Any UserError that leaves the block gets a hint on how
-    to resume. sharded: the model's tensors are sharded, and all ranks make the same calls.
+    A save waits for the previous one, and the end of the `with` block for the last one. A failed write raises its
+    UserError in the next call or there. A UserError that leaves the block also says how to resume.
+    sharded: True if the model's tensors are sharded; then all ranks make the same calls.
     """
 
     def __init__(self, out_dir, background, sharded=False):
@@ -106,11 +107,10 @@ class Writer(AbstractContextManager):
 
 
 def write(out_dir, name, state, tokenizers, config, trainer, group=None):
-    """Writes the checkpoint out_dir/name, and keeps the previous one as NAME.old. See the top of this file.
+    """Writes the checkpoint out_dir/name; the previous one becomes NAME.old. If a write fails, that one stays as it is.
 
-    state: the model's tensors by name. trainer: contents of trainer.pt; with None it is not written, and the previous
-    checkpoint is deleted. group: the ranks that hold the shards of state and of trainer's optimizer; all of them call
-    this. Raises UserError if a file can't be written; the previous checkpoint then stays in place.
+    state: the model's tensors. trainer: for trainer.pt; None: there is none, and NAME.old is deleted. group: the ranks
+    that share the shards of state and trainer; all call this. Raises UserError if a file can't be written.
     """
     final, new, old = (Path(out_dir) / (name + suffix) for suffix in ("", ".new", ".old"))
     is_main = group is None or dist.get_rank() == 0
@@ -210,10 +210,10 @@ def find(out_dir, *names, sampling=False):
             verify(folder, sampling)
         except UserError as error:
             damaged.append(str(error))
-            continue
-        if damaged:
-            say(f"{'; '.join(damaged)}: using {folder} of step {read_config(folder).get('step')} instead")
-        return folder
+        else:
+            if damaged:
+                say(f"{'; '.join(damaged)}: using {folder} of step {read_config(folder).get('step')} instead")
+            return folder
     if damaged:
         raise UserError(f"{'; '.join(damaged)}; there is no other checkpoint to use instead")
     return None
@@ -235,10 +235,7 @@ def find_any(out_dir, preferred="best"):
 
 
 def verify(folder, sampling=False):
-    """Raises UserError for the first file of a checkpoint that is missing or damaged.
-
-    sampling: True to ignore trainer.pt and the optimizer's shards, which only resuming needs.
-    """
+    """Raises UserError if a file of a checkpoint is missing or damaged. sampling: skip what only resuming needs."""
     path = folder / "SHA256SUMS"
     try:
         lines = path.read_bytes().decode(errors="replace").splitlines()

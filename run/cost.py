@@ -14,9 +14,8 @@ def flops_per_token(model, block_size):
     6 per weight of a matrix product, and 12 per block, attention width and position (Chowdhery et al. 2022, PaLM,
     appendix B). Lookup tables cost nothing: positions, bigrams, and token embeddings that are not also the output head.
     """
-    names = ["wpe", "bigrams"]
-    if getattr(model, "head", None) is not None:  # the output head is a matrix of its own
-        names.append("wte")
+    untied = getattr(model, "head", None) is not None
+    names = ("wpe", "bigrams", "wte") if untied else ("wpe", "bigrams")
     tables = [getattr(model, name, None) for name in names]
     n = count_parameters(model) - sum(count_parameters(table) for table in tables if table is not None)
     width = sum(block.attn.n_head * block.attn.head_dim for block in all_blocks(model))

@@ -16,7 +16,7 @@ from run.files import read_json, write_text
 
 WIDTH, LEFT, INNER = 880, 76, 768  # pixels: the picture's width, a wide panel's left edge and width
 COLORS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#06b6d4", "#ca8a04", "#ec4899", "#64748b")
-KNOWN = {"step", "loss", "mean_loss", "val_loss", "lr", "grad_norm", "ms", "seconds", "tokens_per_s", "mfu"}  # others get a panel
+KNOWN = {"step", "loss", "mean_loss", "val_loss", "lr", "grad_norm", "ms", "seconds", "tokens_per_s", "mfu"}
 STYLE = """<style>
 text { font: 12px system-ui, "Segoe UI", "DejaVu Sans", sans-serif; fill: #57606a }
 .strong { font-weight: 600; fill: #1f2328 } .title { font-size: 17px } .page { fill: #fff; stroke: #d0d7de }
@@ -83,16 +83,15 @@ def draw(out_dir):
 
 
 def loss_range(curves, skip=0.1):
-    """Returns (low, high) for the axis. Values above it are rare peaks, far above the first loss, or in the first tenth.
-
-    skip: the share of the updates that counts as the steep start.
-    """
+    """Returns (low, high) of a loss axis. It may leave out rare peaks, losses far above the first one, and the steep
+    start, which is the first `skip` of the updates."""
     runs = [curve.points for curve in curves if curve.points]
     everything = sorted(y for points in runs for _, y in points)
     late = sorted(y for points in runs for x, y in points if x >= skip * points[-1][0])
     low, first = everything[0], max(points[0][1] for points in runs)
     high = min(late[math.ceil(0.99 * (len(late) - 1))], low + max(1.25 * (first - low), 0.5 * abs(low)))
-    return low, everything[-1] if len(everything) < 10 or everything[-1] - low < 1.6 * (high - low) else high
+    shows_all = len(everything) < 10 or everything[-1] - low < 1.6 * (high - low)
+    return low, everything[-1] if shows_all else high
 
 
 def ticks(low, high, count, logged=False):
@@ -148,10 +147,7 @@ def label(x, y, words, kind="", anchor="start"):
 
 
 def line(curve, width, longest, place):
-    """Returns SVG of a curve. If it has more points than fit, it shows their means per two pixels, over a min-max band.
-
-    longest: the x at the right edge. place(x, y): returns the position in pixels.
-    """
+    """Returns SVG of a curve. If it has too many points to show, draws their local means over a band of their range."""
     crowded, bins = len(curve.points) > width / 2, {}
     for x, y in curve.points:
         bins.setdefault(int(x / longest * width / 2) if crowded else x, []).append((x, y))

@@ -17,7 +17,7 @@ from configurator import UserError
 SECONDS = 1.0  # between two reads; also how long a signal to one of several workers may go unnoticed
 WINDOW = 100  # updates in the running mean of the loss
 RETRY = 75  # exit status of a run that saved and should be resumed: EX_TEMPFAIL
-LOST = 141  # exit status of a run whose output was closed: a shell's for SIGPIPE
+LOST = 141  # exit status of a run whose output was closed, as in a shell after SIGPIPE
 REASONS = {129: "SIGHUP", 130: "Ctrl-C", LOST: "the output was closed", 143: "SIGTERM", RETRY: "SIGUSR1"}
 SIGNALS = {getattr(signal, name): status  # Windows lacks two; clusters send SIGUSR1 before SIGTERM
            for name, status in (("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129), ("SIGUSR1", RETRY))
@@ -81,10 +81,7 @@ class Guard:
         return {"mean_loss": self.mean, "losses": (self.total, self.count)}
 
     def record(self, loss, norm, shown):
-        """Stores the results of an update until the next `read`. All are scalar tensors.
-
-        loss: this rank's share. norm: of the gradient, the same on all ranks. shown: {name: this rank's share}.
-        """
+        """Stores an update's scalar tensors until `read`. loss and shown are this rank's shares; norm is the total."""
         self.updates.append((loss, norm))
         self.shown = shown
 

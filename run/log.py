@@ -84,8 +84,7 @@ class Log(AbstractContextManager):
     def write(self, row, better, model):
         """Adds the row to log.jsonl, wandb and the terminal. After an evaluation, also updates the other files.
 
-        better: True if its validation measure is the best so far. model: to sample from after an evaluation; None for
-        no sample. Raises UserError if a file can't be written.
+        better: True if its validation measure is the best so far. model: to take a sample from then, or None.
         """
         if self.file is None:
             return
@@ -112,7 +111,7 @@ class Log(AbstractContextManager):
         self.write_file("run.json", to_json(self.record, indent=1))
 
     def write_file(self, name, text):
-        """Replaces the file's text; for log.jsonl, appends to it. Raises UserError if it can't."""
+        """Replaces the file's text; for log.jsonl, appends to it. Raises UserError if that fails."""
         require_owned(self.out_dir)
         try:
             if name == "log.jsonl":
@@ -225,7 +224,7 @@ def draw(out_dir):
 
 
 def start_wandb(out_dir, settings, name):
-    """Returns the wandb run with the id `name`; resuming continues its charts. Raises UserError if wandb can't start."""
+    """Returns the wandb run of id `name`; resuming continues its charts. Raises UserError if wandb can't start."""
     try:
         from wandb import errors, init
     except ImportError:  # also if Python finds a folder named wandb, of its logs
