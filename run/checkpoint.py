@@ -264,7 +264,7 @@ def digest(path, *version):
     return found.hexdigest()
 
 
-cached_digest = functools.lru_cache(maxsize=1000)(digest)  # `load` verifies a second time what `find` has verified
+cached_digest = functools.lru_cache(maxsize=1000)(digest)  # `find` and `load` both verify
 
 
 def resume_hint(out_dir):

@@ -33,13 +33,12 @@ class Curve(NamedTuple):
 
 
 def read_log(out_dir):
-    """Returns the rows of log.jsonl, {name: number}, with "seconds": the training time so far. [] if there is no log.
-
-    Skips damaged lines, and values that are not numbers below 1e100.
-    """
-    path, rows, last_step, seconds = Path(out_dir) / "log.jsonl", [], 0, 0.0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        with suppress(ValueError, AttributeError, RecursionError):
+    """Returns the rows of log.jsonl, {name: number}, with "seconds", the training time so far; [] if there is no log."""
+    path = Path(out_dir) / "log.jsonl"
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    rows, last_step, seconds = [], 0, 0.0
+    for line in lines:
+        with suppress(ValueError, AttributeError, RecursionError):  # a damaged line
             row = {k: v for k, v in json.loads(line).items() if type(v) in (int, float) and abs(v) < 1e100}
             if row.get("step", 0) >= 1 and "loss" in row:
                 seconds += max(0, row.get("ms", 0) / 1000 * (row["step"] - last_step))

@@ -41,7 +41,7 @@ def owned(folder, setting="out_dir", did="been training", wait=False):
             time.sleep(0.5)
         file.truncate(0)
         about = {"pid": os.getpid(), "host": platform.node(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
-        with contextlib.suppress(OSError):  # the disk is full, as the run's own files will report
+        with contextlib.suppress(OSError):  # a full disk: the run's own files will report it
             os.write(file.fileno(), json.dumps(about).encode())  # not file.write: closing would fail again
         OWNED[path] = file
         yield

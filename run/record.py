@@ -32,7 +32,8 @@ def set_aside(out_dir):
         moving.mkdir(exist_ok=True)
         for path in found:
             os.rename(path, moving / path.name)
-        aside = next(path for n in itertools.count(1) if not (path := out_dir / f"earlier.{n}").exists())
+        folders = (out_dir / f"earlier.{n}" for n in itertools.count(1))
+        aside = next(folder for folder in folders if not folder.exists())
         os.rename(moving, aside)
         print(f"moved the earlier run in {out_dir} to {aside}")
 
