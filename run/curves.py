@@ -33,7 +33,7 @@ class Curve(NamedTuple):
 
 
 def read_log(out_dir):
-    """Returns the rows of log.jsonl, {name: number}, with "seconds", the training time so far; [] if there is no log."""
+    """Returns the rows of log.jsonl, {name: number}, with "seconds", the training time so far; [] without a log."""
     path = Path(out_dir) / "log.jsonl"
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     rows, last_step, seconds = [], 0, 0.0
