@@ -22,7 +22,7 @@ n_embd = 768
 block_size = 1024
 
 batch_size = 512  # half a million tokens
-micro_batch_size = 32  # sequences in memory at a time: 16 pieces per batch, for up to 16 GPUs; on 64, use 8
+micro_batch_size = 32  # sequences in memory at a time: 16 per batch, for up to 16 GPUs; on 64, use 8
 max_iters = 19073  # 10.0 billion tokens
 learning_rate = 6e-4  # this, batch_size and beta2: Brown et al. 2020 (GPT-3), table 2.1 and appendix B
 min_lr = 6e-5

@@ -1,1 +1,1 @@
-"""What a run leaves, and what ends it."""
+"""The files of a training run, how it resumes, and what stops it."""

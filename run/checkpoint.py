@@ -1,19 +1,19 @@
-"""Checkpoints: saved atomically, checked and loaded strictly.
+"""Checkpoints: saved atomically, verified by checksum, loaded strictly.
 
     with Writer(out_dir, background=True) as writer:
         writer.save(["best", "last"], model, {"tokenizer": tokenizer}, config, trainer)
     saved = load(find_any(out_dir))
 
-A run's folder holds two checkpoints, `last` and `best` by validation. Each is a folder with all that sampling needs:
+A run's folder holds two checkpoints: `last`, and `best`, which has the best validation measure. Each is a folder:
 
     model.safetensors    the weights; a sharded run has the folders `model` and `optimizer` instead (run/shards.py)
-    tokenizer.json       text to ids and back; a model with several tokenizers has more files, tokenizer_NAME.json
-    config.json          the model's shape, the run's settings, step and losses, where the data came from
-    trainer.pt           what resuming needs besides (only in `last`); loads without running code
-    SHA256SUMS           the checksums of these files, as `sha256sum -c SHA256SUMS` reads them
+    tokenizer.json       text to ids and back; a model with several tokenizers also has tokenizer_NAME.json
+    config.json          the model's shape, the run's settings, step and losses, the data set's checksum
+    trainer.pt           the rest of the state that resuming needs; only in `last`; loading it runs no code
+    SHA256SUMS           the checksums of these files, for `sha256sum -c SHA256SUMS`
 
-A save writes `last.new`, config.json at the end, then renames `last` to `last.old` and `last.new` to `last`. So a
-complete checkpoint is found at any instant.
+A save writes `last.new`, with config.json as its last file, then renames `last` to `last.old` and `last.new` to
+`last`. Whenever it is killed, one of them is a complete checkpoint.
 """
 
 import functools
@@ -44,6 +44,7 @@ from run.files import read_json, rename, to_json, write_text
 
 
 def versions():
+    """Returns what config.json and run.json record about the software."""
     return {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__,
             "platform": platform.platform()}
 
@@ -52,29 +53,29 @@ def versions():
 # Saving
 
 class Writer(AbstractContextManager):
-    """Saves a run's checkpoints, in the background if wanted: the caller then waits for a copy in host memory only.
+    """Saves a run's checkpoints. background: `save` waits only until the tensors are copied to host memory.
 
-    A save waits for the one before. If a write fails, its UserError comes up in the next call or at the end of the
-    `with` block, which waits for the last write. A UserError that leaves the block says which checkpoint is kept.
-    sharded: the model is, and all ranks save together.
+    A save waits for the previous one, and the end of the `with` block for the last one. A failed write raises its
+    UserError in the next call or there. A UserError that leaves the block also says how to resume.
+    sharded: True if the model's tensors are sharded; then all ranks make the same calls.
     """
 
     def __init__(self, out_dir, background, sharded=False):
         self.out_dir, self.background = out_dir, background
         self.pool = ThreadPoolExecutor(1)
-        self.job = self.pool.submit(bool)  # a first job, which does nothing
-        self.group = dist.new_group(backend="gloo") if sharded else None  # the loop's messages go through another
+        self.job = self.pool.submit(bool)  # does nothing: the job that the first save waits for
+        self.group = dist.new_group(backend="gloo") if sharded else None  # training uses the default one meanwhile
 
     def save(self, names, model, tokenizers, config, trainer):
-        """Writes the checkpoints `names` in this order, all of the same state.
+        """Writes the same state as each of the checkpoints `names`, in this order.
 
-        tokenizers: by name; each name begins with "tokenizer". config: plain values for config.json.
+        tokenizers: {name: tokenizer}; each name begins with "tokenizer". config: plain values for config.json.
         trainer: tensors and plain values for trainer.pt, which only `last` gets.
         """
         assert all(name.startswith("tokenizer") for name in tokenizers)
         self.job.result()
         state = model.state_dict()
-        if self.background:  # copies into pinned memory, which PyTorch keeps for the next save, while the host goes on
+        if self.background:  # copies to pinned memory, which PyTorch reuses in the next save; waits once for all
             state, trainer = tree_map_only(
                 torch.Tensor, lambda value: value.detach().to("cpu", non_blocking=True, copy=True), (state, trainer))
             synchronize(next(model.parameters()).device)
@@ -89,7 +90,7 @@ class Writer(AbstractContextManager):
             self.job.result()
 
     def raise_pending(self):
-        """Raises the error of a finished write."""
+        """Raises the UserError of the last write if it has failed. Does not wait for one that is still running."""
         if self.job.done():
             self.job.result()
 
@@ -102,15 +103,14 @@ class Writer(AbstractContextManager):
             self.pool.shutdown()
         if isinstance(error, UserError):
             lock.require_owned(self.out_dir)
-            raise UserError(f"{error}; {kept(self.out_dir)}") from error
+            raise UserError(f"{error}; {resume_hint(self.out_dir)}") from error
 
 
 def write(out_dir, name, state, tokenizers, config, trainer, group=None):
-    """Writes the checkpoint out_dir/name. Whoever looks finds the old one or the new one, complete.
+    """Writes the checkpoint out_dir/name; the previous one becomes NAME.old. If a write fails, that one stays as it is.
 
-    state: the model's tensors. trainer: None if there is to be no trainer.pt; then the old one is not kept either.
-    group: the ranks that share the tensors of state and of trainer's optimizer; all of them call this.
-    Raises UserError if it can't be written; then the old one stays.
+    state: the model's tensors. trainer: for trainer.pt; None: there is none, and NAME.old is deleted. group: the ranks
+    that share the shards of state and trainer; all call this. Raises UserError if a file can't be written.
     """
     final, new, old = (Path(out_dir) / (name + suffix) for suffix in ("", ".new", ".old"))
     is_main = group is None or dist.get_rank() == 0
@@ -138,12 +138,12 @@ def write(out_dir, name, state, tokenizers, config, trainer, group=None):
                 clear(old)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         if is_main:
-            shutil.rmtree(new, ignore_errors=True)  # a full disk needs the room
+            shutil.rmtree(new, ignore_errors=True)  # frees space on a full disk
         raise UserError(f"{final} can't be written: {reason(error)}") from error
 
 
 def clear(folder):
-    """Deletes a folder. What can't be deleted, as NFS keeps what somebody reads, gets a name of its own till later."""
+    """Deletes a folder. If that fails (NFS keeps files that are open), renames it, and a later call deletes it."""
     for path in (folder, *folder.parent.glob(f"{folder.name}.*")):
         if path.is_symlink():
             path.unlink()
@@ -153,21 +153,21 @@ def clear(folder):
 
 
 def seal(folder, config):
-    """Completes a checkpoint: has its files reach the disk, adds their checksums, and config.json as the very last."""
+    """Completes a checkpoint: syncs its files to disk, then writes their checksums, and config.json at the very end."""
     text, sums = to_json(config, indent=1), {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         sums[path.relative_to(folder).as_posix()] = digest(path)
         with open(path, "rb+") as file:
             os.fsync(file.fileno())
-    sums["config.json"] = hashlib.sha256(text.encode()).hexdigest()  # the last line: it shows that none is missing
+    sums["config.json"] = hashlib.sha256(text.encode()).hexdigest()  # always the last line
     write_text(folder / "SHA256SUMS", "".join(f"{value}  {name}\n" for name, value in sums.items()))
-    for name in sums.keys() - {"config.json"}:  # safetensors writes what nobody else may read
+    for name in sums.keys() - {"config.json"}:  # safetensors' files are readable by their owner only
         os.chmod(folder / name, (folder / "SHA256SUMS").stat().st_mode)
     write_text(folder / "config.json", text)
 
 
 def reason(error):
-    """Why a write failed, in the system's words if there are any: torch and safetensors bury them."""
+    """Returns why a write failed: the operating system's words, if torch or safetensors have wrapped them in others."""
     said = re.sub(r".*: (.*) \(os error \d+\)", r"\1", str(error).partition("\n")[0])
     while error and not isinstance(error, OSError):
         error = error.__context__
@@ -178,21 +178,21 @@ def reason(error):
 # Finding
 
 def is_run(path):
-    """True for the folder of a run that has saved, and for a checkpoint's own folder."""
+    """Returns True for the folder of a run that has saved, and for a single checkpoint's folder."""
     return is_checkpoint(path) or bool(candidates(path, "best", "last"))
 
 
 def is_checkpoint(folder):
-    """True for a checkpoint's own folder, whatever its name, and even if its SHA256SUMS is gone."""
+    """Returns True for a single checkpoint's folder, whatever its name, and even if its SHA256SUMS is missing."""
     with suppress(UserError):
         return (Path(folder) / "SHA256SUMS").is_file() or "settings" in read_config(folder)
     return False
 
 
 def candidates(out_dir, *names):
-    """The checkpoints of these names, the one to prefer first. A save that is killed may leave three of a name.
+    """Returns the checkpoints that exist of these names, in order of preference: NAME, NAME.new, NAME.old.
 
-    A folder without config.json is an unfinished save and not listed, unless it has the final name: then it is damaged.
+    A NAME.new or NAME.old without config.json is an unfinished save and is left out. A NAME without it is damaged.
     """
     folders = [Path(out_dir) / (name + suffix) for name in names for suffix in ("", ".new", ".old")]
     return [folder for folder in folders
@@ -200,9 +200,9 @@ def candidates(out_dir, *names):
 
 
 def find(out_dir, *names, sampling=False):
-    """The first intact checkpoint of these names; a line on stderr names the damage of those before it.
+    """Returns the first intact checkpoint of these names, or None if there is none.
 
-    Returns None if there is none. Raises UserError if all are damaged. sampling: as in `verify`.
+    Says on stderr which damaged ones it skips. Raises UserError if all are damaged. sampling: as in `verify`.
     """
     damaged = []
     for folder in candidates(out_dir, *names):
@@ -210,35 +210,32 @@ def find(out_dir, *names, sampling=False):
             verify(folder, sampling)
         except UserError as error:
             damaged.append(str(error))
-            continue
-        if damaged:
-            say(f"{'; '.join(damaged)}: using {folder} instead, of step {read_config(folder).get('step')}")
-        return folder
+        else:
+            if damaged:
+                say(f"{'; '.join(damaged)}: using {folder} of step {read_config(folder).get('step')} instead")
+            return folder
     if damaged:
         raise UserError(f"{'; '.join(damaged)}; there is no other checkpoint to use instead")
     return None
 
 
 def find_any(out_dir, preferred="best"):
-    """The folder to sample or evaluate: `preferred`, or else the other of best and last; out_dir itself if it is one.
+    """Returns the checkpoint to sample or evaluate: `preferred`, or else the other of best and last.
 
-    Raises UserError if there is no checkpoint, or only damaged ones.
+    out_dir: a run's folder; if it is a checkpoint itself, it is returned. Raises UserError if no checkpoint is intact.
     """
     if is_checkpoint(out_dir):
         return Path(out_dir)
     if folder := find(out_dir, *dict.fromkeys((preferred, "best", "last")), sampling=True):
         return folder
     if (Path(out_dir) / "config.json").exists():
-        raise UserError(f"{out_dir} is a published model, and no run: name it with --init_from")
+        raise UserError(f"{out_dir} is a published model, not a run: name it with --init_from")
     raise UserError(f"there is no checkpoint in {out_dir}: train one first, python train.py"
                     f" config/shakespeare_char.py {shlex.quote(f'--out_dir={out_dir}')}")
 
 
 def verify(folder, sampling=False):
-    """Raises UserError that names the first file of a checkpoint that is missing or damaged.
-
-    sampling: trainer.pt and the optimizer's shards may be.
-    """
+    """Raises UserError if a file of a checkpoint is missing or damaged. sampling: skip what only resuming needs."""
     path = folder / "SHA256SUMS"
     try:
         lines = path.read_bytes().decode(errors="replace").splitlines()
@@ -251,7 +248,7 @@ def verify(folder, sampling=False):
                 continue
             found = path.stat()
             if cached_digest(path, found.st_ino, found.st_size, found.st_mtime_ns) != value:
-                raise ValueError("its checksum is not the one in SHA256SUMS")
+                raise ValueError("its checksum differs from SHA256SUMS")
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except (OSError, ValueError) as error:
@@ -259,7 +256,7 @@ def verify(folder, sampling=False):
 
 
 def digest(path, *version):
-    """The SHA-256 of a file. version: what changes with the file, for the cache."""
+    """Returns the SHA-256 of a file, in hexadecimal. version: values that change with the file, keys of the cache."""
     found = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(2**20):
@@ -267,15 +264,15 @@ def digest(path, *version):
     return found.hexdigest()
 
 
-cached_digest = functools.lru_cache(maxsize=1000)(digest)  # whoever finds a checkpoint loads it next
+cached_digest = functools.lru_cache(maxsize=1000)(digest)  # `find` and `load` both verify
 
 
-def kept(out_dir):
-    """In words, what a run that ends here leaves to go on from."""
+def resume_hint(out_dir):
+    """Returns the end of an error message: the step of the last save, and the command that resumes from it."""
     for folder in candidates(out_dir, "last"):
         with suppress(UserError):
             return (f"{folder} holds step {read_config(folder)['step']}: python train.py --resume"
-                    f" {shlex.quote(f'--out_dir={out_dir}')} replays what came after")
+                    f" {shlex.quote(f'--out_dir={out_dir}')} goes on from there")
     return "nothing was saved yet"
 
 
@@ -289,7 +286,7 @@ class Saved(NamedTuple):
 
 
 def load(folder):
-    """The Saved of a checkpoint's folder. Raises UserError if its files are damaged, or if it is no checkpoint."""
+    """Returns a checkpoint's folder as a Saved. Raises UserError if it is damaged or is not a checkpoint."""
     folder = Path(folder)
     verify(folder, sampling=True)
     whole = folder / "model.safetensors"
@@ -303,11 +300,11 @@ def read_config(folder):
 
 
 def unfilled(cls, config, device, dtype=torch.float32):
-    """A model whose parameters are allocated, once and in their place, but hold no values yet.
+    """Returns a model of class `cls` on the device, whose parameters have the dtype but no values yet.
 
-    A buffer that the model itself computed on the CPU keeps its values and its dtype, and moves to the device.
+    A buffer that the model creates explicitly on the CPU keeps its values and its dtype, and moves to the device.
     """
-    with torch.device("meta"), mock.patch.object(torch.nn.init, "normal_"):  # it imports sympy there: a second
+    with torch.device("meta"), mock.patch.object(torch.nn.init, "normal_"):  # on meta it imports sympy: a second
         model = cls(config)
 
     def allocate(tensor):
@@ -316,47 +313,50 @@ def unfilled(cls, config, device, dtype=torch.float32):
         kind = dtype if tensor.is_floating_point() else tensor.dtype
         return torch.empty(tensor.shape, dtype=kind, device=device)
 
-    return model._apply(allocate)  # to_empty imports sympy, too
+    return model._apply(allocate)  # to_empty would import sympy, too
 
 
 def fill(model, state, source):
-    """Copies the tensors of `state` into the model, and puts it into eval mode.
+    """Copies the tensors of `state` into the model, and puts it into eval mode. source: their origin, for messages.
 
-    Raises UserError that names every missing, unexpected and reshaped parameter of the weights of `source`.
+    Raises UserError that names every tensor that is missing, unexpected or of another shape.
     """
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        _, _, found = str(error).partition(":")  # the first of several lines names the class
+        _, _, found = str(error).partition(":")  # the text before it only names the class
         raise UserError(f"the weights of {source} do not fit: {' '.join(found.split())}") from None
     model.eval()
 
 
 def load_trainer(folder):
-    """What `Writer.save` got as trainer; nothing in the file is executed. Raises UserError if it is damaged."""
+    """Returns the `trainer` that `Writer.save` saved. Runs no code from the file. Raises UserError if it is damaged."""
     verify(folder)
     try:
         return torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a file that it rejects
-        raise UserError(f"{folder / 'trainer.pt'} can't be read ({type(error).__name__}); to go on from the weights"
-                        " alone, start a new run") from None
+    except Exception as error:  # torch raises many different errors for files that it rejects
+        raise UserError(f"{folder / 'trainer.pt'} can't be read ({type(error).__name__}): start a new run from the"
+                        f" weights with {shlex.quote(f'--init_from={folder}')}") from None
 
 
 def load_optimizer(optimizer, saved, folder):
-    """Fills the optimizer with the state `saved` in a checkpoint's trainer, and in the folder's shards if it has any.
+    """Loads an optimizer's state: `saved` from a checkpoint's trainer.pt, and the folder's optimizer shards, if any.
 
-    Either of the two may be sharded or not. The optimizer keeps its own options: weight decay and the like.
-    Raises UserError if the state is that of other parameters.
+    The saved state and the optimizer may each be sharded or not. The optimizer keeps its options, such as weight decay.
+    Raises UserError if the state belongs to other parameters.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    sizes, own_sizes = ([len(group["params"]) for group in groups]
-                        for groups in (saved["param_groups"], optimizer.param_groups))
-    if sizes != own_sizes or any(value.dim() and value.shape != parameters[number].shape
-                                 for number, entry in saved["state"].items() for value in entry.values()):
-        raise UserError(f"{folder / 'trainer.pt'} holds the optimizer of other parameters: resume with the --optimizer,"
-                        " --rates and --lora_rank that the run had")
-    state = {number: {name: shards.distribute(value, parameters[number]) for name, value in entry.items()}
-             for number, entry in saved["state"].items()}
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    error = UserError(f"{folder / 'trainer.pt'} holds the optimizer state of other parameters: resume with the run's"
+                      " own --optimizer, --rates and --lora_rank")
+    if sizes != [len(group["params"]) for group in saved["param_groups"]]:
+        raise error
+    state = {}
+    for number, entry in saved["state"].items():
+        p = parameters[number]
+        if any(value.dim() and value.shape != p.shape for value in entry.values()):
+            raise error
+        state[number] = {name: shards.distribute(value, p) for name, value in entry.items()}
     if (folder / "optimizer").is_dir():
         moments = shards.read(folder / "optimizer", like=lambda key: parameters[int(key.partition(".")[0])])
         for key, value in moments.items():

@@ -1,6 +1,6 @@
-"""The curves of a run as a picture, curves.svg in its folder; tools/compare.py draws several. Free of torch.
+"""Draws the curves of a run as curves.svg in its folder; tools/compare.py compares runs. Does not import torch.
 
-    python -c "from run.curves import draw; draw('out')"      draws it anew
+    python -c "from run.curves import draw; draw('out')"      draws the picture again
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import NamedTuple
 from configurator import UserError, flat_values
 from run.files import read_json, write_text
 
-WIDTH, LEFT, INNER = 880, 76, 768  # pixels: the picture, where its axes begin, and the longest of them
+WIDTH, LEFT, INNER = 880, 76, 768  # pixels: the picture's width, a wide panel's left edge and width
 COLORS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#06b6d4", "#ca8a04", "#ec4899", "#64748b")
 KNOWN = {"step", "loss", "mean_loss", "val_loss", "lr", "grad_norm", "ms", "seconds", "tokens_per_s", "mfu"}
 STYLE = """<style>
@@ -29,38 +29,38 @@ class Curve(NamedTuple):
     points: list  # of (x, y), from low to high x
     color: str
     name: str = ""  # in the legend
-    mark: tuple = ()  # a point with a ring around it
+    mark: tuple = ()  # a point to draw a ring around
 
 
 def read_log(out_dir):
-    """The rows of log.jsonl, each a dict of numbers below 1e100, with "seconds": the time of all updates up to there.
-
-    Lines that are no rows are skipped. [] where there is no log.
-    """
-    rows, path = [], Path(out_dir) / "log.jsonl"
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        with suppress(ValueError, AttributeError, RecursionError):
+    """Returns the rows of log.jsonl, {name: number}, with "seconds", the training time so far; [] without a log."""
+    path = Path(out_dir) / "log.jsonl"
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    rows, last_step, seconds = [], 0, 0.0
+    for line in lines:
+        with suppress(ValueError, AttributeError, RecursionError):  # a damaged line
             row = {k: v for k, v in json.loads(line).items() if type(v) in (int, float) and abs(v) < 1e100}
             if row.get("step", 0) >= 1 and "loss" in row:
-                step, seconds = (rows[-1]["step"], rows[-1]["seconds"]) if rows else (0, 0.0)
-                rows.append(row | {"seconds": seconds + max(0, row.get("ms", 0) / 1000 * (row["step"] - step))})
+                seconds += max(0, row.get("ms", 0) / 1000 * (row["step"] - last_step))
+                last_step = row["step"]
+                rows.append(row | {"seconds": seconds})
     return rows
 
 
 def read_settings(out_dir):
-    """{name: value} of a run's settings, flat; {} if they can't be read."""
+    """Returns a run's settings, {name: value} with names such as vision.n_layer; {} if they can't be read."""
     with suppress(UserError, AttributeError, KeyError, TypeError, RecursionError):
         return flat_values(read_json(Path(out_dir) / "run.json")["settings"])
     return {}
 
 
 def series(rows, name, instead="", x="step"):
-    """[(x, y)] of the rows that have a value of this name, or else of the second one."""
+    """Returns [(x, y)], where y is the row's value of `name`, or else of `instead`. Leaves out rows without either."""
     return [(row[x], row[name] if name in row else row[instead]) for row in rows if name in row or instead in row]
 
 
 def draw(out_dir):
-    """Writes curves.svg into a run's folder; nothing if its log.jsonl has no rows."""
+    """Writes curves.svg into a run's folder, unless its log has no rows."""
     if not (rows := read_log(out_dir)):
         return
     how = "mean of each interval" if "mean_loss" in rows[-1] else "last batch of each interval"
@@ -71,29 +71,30 @@ def draw(out_dir):
     parts = [panel((LEFT, 116, INNER, 300), "Loss in nats", losses, loss_range(losses))]
     names = [name for name in ("lr", "grad_norm", *sorted(set().union(*rows) - KNOWN)) if series(rows, name)]
     for i, name in enumerate(names):
-        title = {"lr": "learning rate", "grad_norm": "gradient's norm"}.get(name, name.replace("val_", "validation "))
+        title = {"lr": "learning rate", "grad_norm": "gradient norm"}.get(name, name.replace("val_", "validation "))
         box = (LEFT + i % 2 * (INNER + LEFT) / 2, 510 + i // 2 * 210, (INNER - LEFT) / 2, 120)
         curve = Curve(series(rows, name), COLORS[(2 + i) % len(COLORS)])
         parts.append(panel(box, title.replace("_", " ").capitalize(), [curve], logged=name == "grad_norm"))
     s, height = read_settings(out_dir), 470 + (len(names) + 1) // 2 * 210
-    told = [f"{name} {s[name]}" for name in ("task", "dataset", "n_layer", "n_embd", "optimizer", "seed") if name in s]
-    about = ", ".join([*told, f"{rows[-1]['step']:,} updates"])
+    shown = [f"{name} {s[name]}" for name in ("task", "dataset", "n_layer", "n_embd", "optimizer", "seed") if name in s]
+    about = ", ".join([*shown, f"{rows[-1]['step']:,} updates"])
     write_text(Path(out_dir) / "curves.svg", page(str(out_dir), about, parts, height))
 
 
 def loss_range(curves, skip=0.1):
-    """(low, high) that show the losses after this share of the updates: the fall before it, rare peaks, and what is far
-    above the first loss may leave the axes."""
+    """Returns (low, high) of a loss axis. It may leave out rare peaks, losses far above the first one, and the steep
+    start, which is the first `skip` of the updates."""
     runs = [curve.points for curve in curves if curve.points]
     everything = sorted(y for points in runs for _, y in points)
     late = sorted(y for points in runs for x, y in points if x >= skip * points[-1][0])
     low, first = everything[0], max(points[0][1] for points in runs)
     high = min(late[math.ceil(0.99 * (len(late) - 1))], low + max(1.25 * (first - low), 0.5 * abs(low)))
-    return low, everything[-1] if len(everything) < 10 or everything[-1] - low < 1.6 * (high - low) else high
+    shows_all = len(everything) < 10 or everything[-1] - low < 1.6 * (high - low)
+    return low, everything[-1] if shows_all else high
 
 
 def ticks(low, high, count, logged=False):
-    """[(value, text)] of about so many round numbers between two numbers, or between two logarithms."""
+    """Returns [(value, text)] of about `count` round numbers from low to high. logged: these are logarithms."""
     if logged:
         steps = (1,) if high - low > 2.5 else (1, 3)
         found = [n * 10.0 ** power for power in range(math.floor(low), math.ceil(high)) for n in steps]
@@ -106,9 +107,9 @@ def ticks(low, high, count, logged=False):
 
 
 def panel(box, title, curves, limits=None, unit="updates", logged=False):
-    """SVG of curves on their axes. box: left, top, width, height in pixels. limits: (low, high); None: all is shown.
+    """Returns SVG of axes with curves. box: left, top, width, height in pixels. limits: (low, high) of y; None: all y.
 
-    unit: of x. logged: the axis is logarithmic if the values differ by more than ten times.
+    unit: of x. logged: True for a logarithmic y axis if the largest value is more than ten times the smallest.
     """
     (left, top, width, height), points = box, [point for curve in curves for point in curve.points]
     values, longest = [y for _, y in points], max(x for x, _ in points)
@@ -132,35 +133,35 @@ def panel(box, title, curves, limits=None, unit="updates", logged=False):
         out.append(label(width * value / longest, height + 18, words, anchor="middle"))
     out.append(label(width, height + 36, unit, anchor="end"))
     if above := sum(scale(y) > high for y in values):
-        out.append(label(0, height + 36, f"points above the axes: {above:,}, up to {max(values):,.4g}"))
-    field = "".join(line(curve, width, longest, place) for curve in curves)  # cut off where it leaves the axes
+        out.append(label(0, height + 36, f"{above:,} points lie above, up to {max(values):,.4g}"))
+    field = "".join(line(curve, width, longest, place) for curve in curves)  # the inner svg clips them
     out.append(f'<svg x="-6" width="{width + 12}" height="{height}" viewBox="-6 0 {width + 12} {height}">{field}</svg>')
     return f'<g transform="translate({left} {top})">' + "\n".join(out) + "</g>"
 
 
 def label(x, y, words, kind="", anchor="start"):
-    """SVG of a text. Characters that XML does not allow become question marks."""
+    """Returns SVG of a text. Characters that XML does not allow become question marks."""
     words = escape("".join(c if c.isprintable() else "?" for c in words))
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{words}</text>'
 
 
 def line(curve, width, longest, place):
-    """SVG of a curve. Of more points than the width shows: the means of those that fall together, over their range."""
+    """Returns SVG of a curve. If it has too many points to show, draws their local means over a band of their range."""
     crowded, bins = len(curve.points) > width / 2, {}
     for x, y in curve.points:
         bins.setdefault(int(x / longest * width / 2) if crowded else x, []).append((x, y))
     bins = [(fmean(x for x, _ in points), [y for _, y in points]) for points in bins.values()]
     middle, above, below = ([place(x, pick(ys)) for x, ys in bins] for pick in (fmean, max, min))
-    way, band = (" ".join(f"{x:.1f},{y:.1f}" for x, y in points) for points in (middle, above + below[::-1]))
+    path, band = (" ".join(f"{x:.1f},{y:.1f}" for x, y in points) for points in (middle, above + below[::-1]))
     out = f'<polygon fill="{curve.color}" opacity="0.25" points="{band}"/>' if crowded else ""
-    out += f'<polyline fill="none" stroke="{curve.color}" stroke-width="1.8" stroke-linejoin="round" points="{way}"/>'
+    out += f'<polyline fill="none" stroke="{curve.color}" stroke-width="1.8" stroke-linejoin="round" points="{path}"/>'
     dots = [(*at, f'r="2.5" fill="{curve.color}"') for at in middle if len(middle) <= 40]
     dots += [(*place(*curve.mark), 'r="5" fill="none" stroke="#ef4444" stroke-width="2"')] if curve.mark else []
     return out + "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" {look}/>' for x, y, look in dots)
 
 
 def page(title, about, parts, height):
-    """The whole picture, an SVG file."""
+    """Returns the whole picture as the text of an SVG file. about: the line under the title. parts: of `panel`."""
     return f"""<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}">
 {STYLE}<rect class="page" x="0.5" y="0.5" width="{WIDTH - 1}" height="{height - 1}" rx="8"/>
 {label(24, 36, title, "strong title")}{label(24, 58, about)}

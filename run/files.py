@@ -1,4 +1,4 @@
-"""Text and JSON written whole: whoever looks finds the old file or the new one, never half of it."""
+"""Atomic writes of text and JSON files: a reader finds the old file or the new one, never half of one."""
 
 import errno
 import json
@@ -7,11 +7,11 @@ from pathlib import Path
 
 from configurator import UserError
 
-NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)  # where folders can't be synced: CIFS, some FUSE
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)  # this file system can't sync folders: CIFS, FUSE
 
 
 def read_json(path):
-    """Raises UserError if the file can't be read or is no JSON."""
+    """Returns the value in a JSON file. Raises UserError if the file can't be read or is not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -19,7 +19,7 @@ def read_json(path):
 
 
 def to_json(value, indent=None):
-    """The value as JSON and a line's end. Infinity and NaN, which JSON lacks, become null."""
+    """Returns the value as JSON, with a newline at the end. NaN and infinity, which JSON lacks, become null."""
     plain = json.loads(json.dumps(value), parse_constant=lambda name: None)
     return json.dumps(plain, ensure_ascii=False, allow_nan=False, indent=indent) + "\n"
 
@@ -29,7 +29,7 @@ def write_json(path, value):
 
 
 def write_text(path, text):
-    """Writes path.new and renames it to `path` when it has reached the disk."""
+    """Writes and syncs path.new, then renames it to `path`."""
     new = f"{path}.new"
     with open(new, "w", encoding="utf-8", newline="\n") as file:
         file.write(text)
@@ -39,7 +39,7 @@ def write_text(path, text):
 
 
 def rename(old, new):
-    """Has the new name of a file or folder reach the disk, where the system has a way to ask for that."""
+    """Renames a file or folder, and syncs the new name to disk where the system can."""
     os.replace(old, new)
     if os.name == "nt":
         return

@@ -1,4 +1,4 @@
-"""What a run tells: log.jsonl, run.json, samples.md, curves.svg, the terminal, and Weights & Biases if wanted."""
+"""Reports a run: log.jsonl, run.json, samples.md, curves.svg, the terminal, and Weights & Biases if wanted."""
 
 import os
 import re
@@ -18,89 +18,89 @@ from run.guards import REASONS
 from run.lock import require_owned
 from run.record import TIME, facts, read_record, rows_until, samples_until, set_aside
 
-WIDTH = 100  # columns of a line of the log, at most
+WIDTH = 100  # characters of a printed line, at most
 
 
 class Log(AbstractContextManager):
-    """Writes what the run leaves beside its checkpoints, and what it shows. Silent on all but the main rank.
+    """Writes the run's files except its checkpoints, and prints its progress. Writes only on the main rank.
 
-    step: of the checkpoint that the run goes on from; 0: it starts, and an earlier run in out_dir is moved away.
-    peak: a worker's FLOP/s, or None. Raises UserError if wandb is wanted but can't be had: before anything is moved.
+    step: updates made before this start; 0: a new run, which moves an earlier run's files into a folder of their own.
+    peak: FLOP/s of a worker's device, or None. Raises UserError if wandb is wanted but can't start, before any move.
     """
 
     def __init__(self, out_dir, task, model, step, peak, world):
         self.out_dir, self.task, self.settings, self.peak = out_dir, task, task.settings, peak
-        self.tokens, flops = task.cost(model)  # of an update
+        self.tokens, flops = task.cost(model)  # per update
         self.flops = flops / world.size
         self.file = self.wandb = None
         self.step = self.first_step = self.timed_from = step
-        self.n_timed, self.seconds_timed, self.pauses = 0, 0.0, []  # for the time left
+        self.n_timed, self.seconds_timed, self.pauses = 0, 0.0, []  # to estimate the time left
         self.began = time.perf_counter()
         if world.is_main:
             self.open(step, world)
-        self.began = self.looked = self.clock = time.perf_counter()  # what is above, wandb's start, is no part of a row
+        self.began = self.row_at = self.clock = time.perf_counter()  # the first row leaves out wandb's start
 
     def open(self, step, world):
-        """Takes what the run left in its folder up to `step`, and starts to write there."""
+        """Reads the run's files in out_dir, cuts them off after `step`, and opens log.jsonl."""
         s, path = self.settings, self.out_dir / "log.jsonl"
         self.out_dir.mkdir(parents=True, exist_ok=True)
         starts, self.earlier_seconds, best = read_record(self.out_dir / "run.json") if step else ([], 0.0, {})
         starts.append(facts(s, step, world))
-        results = {"best": best} if best.get("step", step + 1) <= step else {}  # even if the log is lost
+        results = {"best": best} if best.get("step", step + 1) <= step else {}  # kept even if log.jsonl is lost
         self.record = {"settings": flat_values(asdict(s)), "results": results, "starts": starts}
         if s.wandb:
             self.wandb = start_wandb(self.out_dir, s, starts[0]["id"])
         if not step:
             set_aside(self.out_dir)
         self.samples = samples_until(self.out_dir / "samples.md", step)
-        rows = list(rows_until(path, step))  # what came after the checkpoint will be written again
+        rows = list(rows_until(path, step))  # later rows will be computed again
         write_text(path, "".join(map(to_json, rows)))
         for row in rows:
             best = self.record["results"].get("best", {}).get(f"val_{self.task.best[0]}")
-            self.note(row, improves(self.task.best, row, best))
+            self.note_results(row, improves(self.task.best, row, best))
         self.file = open(path, "a", encoding="utf-8", buffering=1)
         self.write_record()
 
     def restart(self, step, evaluated=False):
-        """Counts the next row's time from here: after an evaluation or a save, which are no part of an update."""
+        """Starts timing the next row: after an evaluation or a save, whose time does not count as training time."""
         now = time.perf_counter()
         self.n_timed += step - self.timed_from
-        self.seconds_timed += self.looked - self.clock
-        self.pauses += [now - self.looked] * evaluated
+        self.seconds_timed += self.row_at - self.clock
+        if evaluated:
+            self.pauses.append(now - self.row_at)
         self.timed_from, self.clock = step, now
 
     def row(self, step, **values):
-        """A row with the mean time of the updates since `restart`. values: plain numbers, so the device is done."""
-        self.step, self.looked = step, time.perf_counter()
-        seconds = (self.looked - self.clock) / (step - self.timed_from)
-        if step == self.first_step + 1:  # it compiled and made room: no measure of what is to come
-            self.timed_from, self.clock = step, self.looked
+        """Returns a log row with the mean time of the updates since `restart`. values: read from the device already."""
+        self.step, self.row_at = step, time.perf_counter()
+        seconds = (self.row_at - self.clock) / (step - self.timed_from)
+        if step == self.first_step + 1:  # it includes compiling: leave it out of the estimate of the time left
+            self.timed_from, self.clock = step, self.row_at
         row = {"step": step, **values, "ms": 1000 * seconds, "tokens_per_s": self.tokens / seconds}
         if self.peak and self.flops:
             row["mfu"] = self.flops / seconds / self.peak
         return row
 
     def write(self, row, better, model):
-        """Adds the row to log.jsonl, wandb and the terminal; after an evaluation renews the other files too.
+        """Adds the row to log.jsonl, wandb and the terminal. After an evaluation, also updates the other files.
 
-        better: its validation measures are the best so far. model: writes a short sample then; None: it can't.
-        Raises UserError if a file can't be written.
+        better: True if its validation measure is the best so far. model: to take a sample from then, or None.
         """
         if self.file is None:
             return
-        self.keep("log.jsonl", to_json(row))
+        self.write_file("log.jsonl", to_json(row))
         if self.wandb:
             self.wandb.log(row, step=row["step"])
         print(self.line(row, better), flush=True)
-        self.note(row, better)
+        self.note_results(row, better)
         if measures(row):
             self.write_record()
-            if row["step"] < self.settings.max_iters:  # else a long sample follows, and `close` draws
-                self.look(row, model)
+            if row["step"] < self.settings.max_iters:  # the end has a long sample, and `close` draws
+                self.show_sample(row, model)
                 draw(self.out_dir)
 
-    def note(self, row, better):
-        """Takes the row's validation measures, if it has some, into the results."""
+    def note_results(self, row, better):
+        """Updates the results for run.json with the row's step, and with its validation measures if it has any."""
         results, found = self.record["results"], measures(row)
         results |= {"step": row["step"]} | ({"last": found} if found else {})
         if better:
@@ -108,10 +108,10 @@ class Log(AbstractContextManager):
 
     def write_record(self):
         self.record["results"]["seconds"] = round(self.earlier_seconds + time.perf_counter() - self.began, 3)
-        self.keep("run.json", to_json(self.record, indent=1))
+        self.write_file("run.json", to_json(self.record, indent=1))
 
-    def keep(self, name, text):
-        """Writes the file anew; log.jsonl it adds to."""
+    def write_file(self, name, text):
+        """Replaces the file's text; for log.jsonl, appends to it. Raises UserError if that fails."""
         require_owned(self.out_dir)
         try:
             if name == "log.jsonl":
@@ -122,8 +122,9 @@ class Log(AbstractContextManager):
             raise UserError(f"{self.out_dir / name} can't be written: {error.strerror}") from error
 
     def line(self, row, better):
-        """The row as one line: what matters least is left out where the terminal is narrow."""
+        """Returns the row as a line for the terminal; where that is narrow, the least important parts are left out."""
         last, measure, left = self.settings.max_iters, f"val_{self.task.best[0]}", self.seconds_left()
+        # Parts are (rank, text). The highest rank is left out first, rank 0 never.
         parts = [(0, f"step {row['step']:>{len(str(last))}}/{last}"), (0, f"loss {row['loss']:.4f}"),
                  (5, f"lr {row['lr']:.2e}"), (3, f"{row['ms']:.1f} ms"), (4, f"{row['tokens_per_s']:,.0f} tok/s")]
         if "mfu" in row:
@@ -139,26 +140,27 @@ class Log(AbstractContextManager):
         return " | ".join(paint(text, "32") if text.endswith(" best") else text for _, text in parts)
 
     def seconds_left(self):
-        """An estimate to the last update, from the second row on, else None.
+        """Returns an estimate of the seconds to the last update, or None before the second row.
 
-        It leaves out what happens once, and counts an evaluation as those before it; before the first as a forward
-        pass, a third of an update's time for as many tokens.
+        Assumes the mean time so far for updates and evaluations. Before the first evaluation, assumes a third of the
+        training time for each of its tokens: evaluations have no backward pass.
         """
         s, step = self.settings, self.step
-        n, seconds = self.n_timed + step - self.timed_from, self.seconds_timed + self.looked - self.clock
+        n, seconds = self.n_timed + step - self.timed_from, self.seconds_timed + self.row_at - self.clock
         if not n:
             return None
         pace, size = seconds / n, self.task.fingerprint()
-        tokens = size.get("val_tokens") or size.get("val_rows", 0) * self.tokens / s.batch_size
-        pause = pace / 3 * min(tokens, s.eval_tokens or tokens) / self.tokens
         if self.pauses:
             pause = sum(self.pauses) / len(self.pauses)
+        else:
+            tokens = size.get("val_tokens") or size.get("val_rows", 0) * self.tokens / s.batch_size
+            pause = pace / 3 * min(tokens, s.eval_tokens or tokens) / self.tokens
         evaluations = s.max_iters // s.eval_interval - step // s.eval_interval
         evaluations += s.max_iters % s.eval_interval > 0 and step < s.max_iters
         return round(pace * (s.max_iters - step) + pause * evaluations)
 
-    def look(self, row, model):
-        """Shows and keeps a short sample, if one is wanted and the task has one."""
+    def show_sample(self, row, model):
+        """Prints a short sample and adds it to samples.md, if one is wanted and the task has one."""
         if not self.settings.sample_tokens or model is None:
             return
         model.eval()
@@ -169,20 +171,20 @@ class Log(AbstractContextManager):
             self.keep_sample(f"step {row['step']}, loss {row['loss']:.4f}", text)
 
     def keep_sample(self, heading, text):
-        """Adds a text to samples.md, in a fence that no text can break."""
+        """Adds a sample to samples.md, in a code fence longer than any row of backticks in the text."""
         fence = "`" * (1 + max(2, *map(len, re.findall("`*", text))))
         section = f"## {heading}\n\n{fence}\n{text}\n{fence}\n\n"
-        if section not in self.samples:  # a finished run that is resumed
-            self.keep("samples.md", self.samples + section)
+        if section not in self.samples:  # not again when a finished run is resumed
+            self.write_file("samples.md", self.samples + section)
             self.samples += section
 
     def sync(self):
-        """Has the rows so far reach the disk: a checkpoint must not be ahead of its log."""
+        """Syncs log.jsonl to disk: a checkpoint must not be ahead of the log."""
         if self.file:
             os.fsync(self.file.fileno())
 
     def close(self, status, why):
-        """Notes in run.json that this start ended by itself, at which step, with which exit status, and why."""
+        """Notes the end of this start in run.json, and closes the log. why: the reason; "": that of the exit status."""
         if self.file is None:
             return
         self.file.close()
@@ -194,27 +196,27 @@ class Log(AbstractContextManager):
             self.wandb.finish()
 
     def __exit__(self, kind, error, traceback):
-        """Notes an error as the end of this start."""
+        """Closes the log with an error as the reason, if one leaves the `with` block."""
         if error and self.file and not self.file.closed:
             line = users_fault(error)
-            with suppress(OSError, UserError):  # that error is the one to show
+            with suppress(OSError, UserError):  # the first error is the one to show
                 self.close(130 if kind is KeyboardInterrupt else 2 if line else 1, line or kind.__name__)
 
 
 def measures(row):
-    """The validation measures of a row, by name."""
+    """Returns the validation measures of a row, {"val_loss": ...}; {} if it has none."""
     return {name: value for name, value in row.items() if name.startswith("val_")}
 
 
 def improves(measure, row, best):
-    """Whether the row's measure, as Task.best has it, is better than `best`; None: there was none before."""
+    """Returns True if the row's measure is better than `best` (None: no value yet). measure: (name, min or max)."""
     name, better = measure
     value = row.get(f"val_{name}")
     return isinstance(value, (int, float)) and (best is None or better(value, best) != best)
 
 
 def draw(out_dir):
-    """Renews curves.svg. No error in a picture may end a run."""
+    """Draws curves.svg. An error is only printed: no picture is worth the run."""
     try:
         curves.draw(out_dir)
     except Exception as error:
@@ -222,10 +224,10 @@ def draw(out_dir):
 
 
 def start_wandb(out_dir, settings, name):
-    """wandb's run of this id. A resumed run has the id of its first start, so that it goes on in the same charts."""
+    """Returns the wandb run of id `name`; resuming continues its charts. Raises UserError if wandb can't start."""
     try:
         from wandb import errors, init
-    except ImportError:  # not there, or a folder of its logs stands in for it
+    except ImportError:  # also if Python finds a folder named wandb, of its logs
         raise UserError("--wandb needs a package: pip install wandb") from None
     try:
         return init(project=settings.wandb_project, name=settings.wandb_name or None, id=name, resume="allow",
@@ -236,12 +238,12 @@ def start_wandb(out_dir, settings, name):
 
 
 def say_where(task, model, log, stopped, why):
-    """The end of a run: a sample, where everything lies, what to run next."""
+    """Prints a finished run's sample, files and next commands, or how to resume a stopped one. why: it stopped."""
     s, out_dir = task.settings, printable(task.settings.out_dir)
     folder = shlex.quote(out_dir)
     if stopped:
         stream = sys.stderr if getattr(sys.stdout, "lost", False) else sys.stdout
-        print(f"\nstopped at step {log.step} ({why}) and saved; go on with: python train.py --resume"
+        print(f"\nstopped at step {log.step} ({why}) and saved; resume with: python train.py --resume"
               f" --out_dir={folder}", file=stream)
         return
     if s.sample_tokens:

@@ -1,4 +1,4 @@
-"""Pictures: read, made into tensors, drawn on; and the boxes that an answer names.
+"""Reads images, makes tensors of them, draws boxes and attention on them, and parses the boxes in answers.
 
 Axes: B batch, H and W height and width in pixels, N patches of the image, A tokens of an answer.
 """
@@ -10,31 +10,31 @@ from typing import NamedTuple
 
 from configurator import UserError
 
-LOCATIONS = [f"<loc{i:04}>" for i in range(1024)]  # of box corners, in 1024ths of the image's height or width
-SEGMENTS = [f"<seg{i:03}>" for i in range(128)]  # codes of a mask inside its box
+LOCATIONS = [f"<loc{i:04}>" for i in range(1024)]  # box corners, in 1024ths of the image's height or width
+SEGMENTS = [f"<seg{i:03}>" for i in range(128)]  # codes of the mask inside a box
 
 
 def read_image(path):
-    """The picture at `path`, upright and in RGB. Raises UserError if there is none."""
+    """Returns the PIL image in the file, upright and in RGB. Raises UserError if it can't be read."""
     try:
         from PIL import Image
     except ImportError:
         raise UserError("images need Pillow: pip install pillow") from None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a size, or of damage, that it copes with
+            warnings.simplefilter("ignore")  # about large or damaged files that Pillow can read
             with Image.open(path) as image:
                 return to_rgb(image)
-    except Exception as error:  # Pillow's decoders raise nothing more specific
+    except Exception as error:  # Pillow's decoders raise many different errors
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"image = {path}: can't be read: {reason}") from None
 
 
 def to_rgb(image):
-    """A PIL image of any mode in RGB: turned as its EXIF says, its transparency on white, scaled to 8 bits."""
+    """Returns a PIL image of any mode in RGB: rotated as its EXIF says, transparency over white, scaled to 8 bits."""
     from PIL import Image, ImageOps
     image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":  # Pillow would cut all above 255
+    if image.mode[0] in "IF":  # Pillow would clip values above 255
         image = eight_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -43,19 +43,19 @@ def to_rgb(image):
 
 
 def eight_bits(image):
-    """A PIL image of integers up to 65535, or of floats up to 1, 255 or 65535: the least that holds them all."""
+    """Returns an image scaled to 8 bits. Integers go up to 65535; floats to 1, 255 or 65535: the least that fits."""
     import numpy as np
     from PIL import Image
     values = np.asarray(image)
     low, high = values.min(), values.max()
     most = next((most for most in (1, 255, 65535) if high <= most), 0) if image.mode == "F" else 65535
     if not 0 <= low <= high <= most:
-        raise UserError(f"its values go from {low:g} to {high:g}; from 0 to 1, to 255 or to 65535 is expected")
+        raise UserError(f"its values go from {low:g} to {high:g}; expected are 0 to 1, 0 to 255 or 0 to 65535")
     return image if most == 255 else Image.fromarray((values * (255 / most)).round().astype(np.uint8))
 
 
 def pixels(image, size):
-    """A PIL image as (3, size, size) in [-1, 1], float32; resized without regard to its proportions, as SigLIP does."""
+    """Returns a PIL image as (3, size, size), float32 in [-1, 1]. Stretches it to a square, as SigLIP does."""
     import numpy as np
     import torch
     from PIL import Image
@@ -64,7 +64,7 @@ def pixels(image, size):
 
 
 class Box(NamedTuple):
-    """Pixels from the left and top edges; not rounded."""
+    """Edges in pixels from the left and from the top of the image, not rounded."""
     left: float
     top: float
     right: float
@@ -73,9 +73,9 @@ class Box(NamedTuple):
 
 
 def parse_boxes(answer, width, height):
-    """The boxes in an answer such as "<loc0256><loc0128><loc0768><loc0512> cat ; <loc...> dog", in pixels.
+    """Returns the boxes in an answer such as "<loc0256><loc0128><loc0768><loc0512> cat ; <loc...> dog", in pixels.
 
-    An object's four locations are top, left, bottom, right. Segment tokens are skipped, and so is what is no box.
+    The four locations are top, left, bottom, right. Skips segment tokens, and parts that are not boxes.
     """
     boxes = []
     for part in answer.split(";"):
@@ -87,13 +87,13 @@ def parse_boxes(answer, width, height):
 
 
 def box_text(box, width, height):
-    """The inverse of `parse_boxes`, for one box: its four location tokens and the label."""
+    """Returns a box as text: four location tokens and the label. The inverse of `parse_boxes` for one box."""
     corners = (box.top / height, box.left / width, box.bottom / height, box.right / width)
     return "".join(LOCATIONS[min(1023, max(0, round(1024 * corner)))] for corner in corners) + f" {box.label}"
 
 
 def box_iou(answer, truth):
-    """For every box in either answer, its best overlap with a box of the same label in the other; the mean of these."""
+    """Returns the mean, over all boxes of both answers, of the best IoU with a box of that label in the other one."""
     found, right = parse_boxes(answer, 1, 1), parse_boxes(truth, 1, 1)
     best = []
     for boxes, others in ((found, right), (right, found)):
@@ -103,7 +103,7 @@ def box_iou(answer, truth):
 
 
 def overlap(a, b):
-    """Intersection over union of two boxes."""
+    """Returns the intersection over union (IoU) of two boxes."""
     width, height = min(a.right, b.right) - max(a.left, b.left), min(a.bottom, b.bottom) - max(a.top, b.top)
     shared = max(0.0, width) * max(0.0, height)
     areas = sum((box.right - box.left) * (box.bottom - box.top) for box in (a, b))
@@ -111,7 +111,7 @@ def overlap(a, b):
 
 
 def draw_boxes(image, boxes):
-    """A copy of a PIL image in RGB with the boxes and their labels on it."""
+    """Returns a copy of a PIL image in RGB, with boxes and labels drawn on it."""
     from PIL import ImageDraw
     image = to_rgb(image)
     draw, line = ImageDraw.Draw(image), max(2, min(image.size) // 150)
@@ -129,10 +129,10 @@ def draw_boxes(image, boxes):
 
 
 def draw_attention(image, weights, prompt, tokens, panel=224):
-    """A picture of a PIL image and its prompt, followed by a heat map on the image for each token of the answer.
+    """Returns a grid of panels: the PIL image with its prompt, then a heat map for each token of the answer.
 
-    weights: (A, N), of `image_attention`; each map is brightest at its own maximum. Beside a token stands the share of
-    its attention that the image had. panel: width in pixels of one map, whose height is at most twice that.
+    weights: (A, N), from `image_attention`; each map is scaled to its own maximum. The number beside a token is the
+    share of its attention on the image. panel: width of a panel in pixels; its height is at most twice that.
     """
     from PIL import Image
     image = to_rgb(image)
@@ -149,7 +149,7 @@ def draw_attention(image, weights, prompt, tokens, panel=224):
 
 
 def heat_map(image, weights):
-    """A PIL image in grey, and over it from red to yellow the weights (N,) of its patches, the largest opaque."""
+    """Returns a PIL image in grey under the weights (N,) of its patches: red to yellow, larger ones more opaque."""
     from PIL import Image, ImageOps
     side = math.isqrt(len(weights))
     heat = (weights / weights.max() * 255).round().byte().reshape(side, side)
@@ -159,7 +159,7 @@ def heat_map(image, weights):
 
 
 def caption(image, text, width, margin=4, line=22):
-    """A PIL image with a white margin and above it a line of text, all in pixels; text too long is cut off."""
+    """Returns a PIL image with a white margin, under a line of text, cut off if too long. Sizes are in pixels."""
     from PIL import Image, ImageDraw
     framed = Image.new("RGB", (width + 2 * margin, image.height + 2 * margin + line), "white")
     framed.paste(image, (margin, margin + line))

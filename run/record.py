@@ -1,4 +1,4 @@
-"""What a start of a run finds in its folder, and what it notes about itself: code, versions, machine, command."""
+"""Reads and sets aside the files of earlier starts, and collects the facts that run.json records about each start."""
 
 import itertools
 import json
@@ -19,26 +19,27 @@ from run import checkpoint
 from run.files import rename
 
 TIME = "%Y-%m-%dT%H:%M:%S%z"
-MOVING = "earlier.new"  # while this folder is there, the other files of the run are still to be moved into it
+MOVING = "earlier.new"  # if it exists, a move into earlier.N was cut short; the files beside it belong to it
 OURS = [name + suffix for suffix in ("", ".new", ".old", ".damaged") for name in (
     "last", "best", "log.jsonl", "run.json", "samples.md", "curves.svg", "evaluation.json")]
 
 
 def set_aside(out_dir):
-    """Moves an earlier run's files in out_dir into the first free folder earlier.N; goes on with a move cut short."""
+    """Moves an earlier run's files in out_dir to the first free earlier.N. Finishes a move that was cut short."""
     moving = out_dir / MOVING
     found = [path for name in OURS if (path := out_dir / name).exists()]
     if found or moving.exists():
         moving.mkdir(exist_ok=True)
         for path in found:
             os.rename(path, moving / path.name)
-        aside = next(path for n in itertools.count(1) if not (path := out_dir / f"earlier.{n}").exists())
+        folders = (out_dir / f"earlier.{n}" for n in itertools.count(1))
+        aside = next(folder for folder in folders if not folder.exists())
         os.rename(moving, aside)
-        print(f"{out_dir} held an earlier run: it is in {aside} now")
+        print(f"moved the earlier run in {out_dir} to {aside}")
 
 
 def rows_until(path, step):
-    """The rows of a log.jsonl up to a step. What is no row is left out, such as a line that a kill cut short."""
+    """Yields the rows of a log.jsonl up to a step. Skips damaged lines, such as one that a kill cut short."""
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
         with suppress(ValueError, TypeError, KeyError, RecursionError):
             row = json.loads(line)
@@ -47,28 +48,28 @@ def rows_until(path, step):
 
 
 def samples_until(path, step):
-    """The text of a samples.md up to its first heading of a later step."""
+    """Returns the text of a samples.md before its first heading of a later step."""
     text = path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
     headings = re.finditer(r"^## step (\d+), ", text, re.MULTILINE)
     return next((text[:found.start()] for found in headings if int(found[1]) > step), text)
 
 
 def read_record(path):
-    """(the starts that a run.json lists, their seconds, the best results); a damaged one becomes run.json.old."""
+    """Returns (starts, seconds so far, best results) of a run.json. Renames a damaged one to run.json.old."""
     if not path.exists():
         return [], 0.0, {}
     with suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
         found = json.loads(path.read_bytes())
         starts = [start | {} for start in found["starts"] if start["id"]]
-        best = {name: value + 0 for name, value in found["results"].get("best", {}).items()}  # numbers, each of them
+        best = {name: value + 0 for name, value in found["results"].get("best", {}).items()}  # + 0 fails for text
         return starts, float(found["results"]["seconds"]), best
     rename(path, f"{path}.old")
-    say(f"{path} was damaged: it is {path}.old now, and a new one begins")
+    say(f"{path} was damaged: renamed it to {path}.old, and started a new one")
     return [], 0.0, {}
 
 
 def facts(settings, step, world):
-    """What a start of the run runs on: versions, code, machine, command."""
+    """Returns the facts about this start for run.json: versions, code, machine, command. step: updates made before."""
     return {
         "id": os.urandom(4).hex(), "started": time.strftime(TIME), "step": step, "dtype": settings.dtype,
         "compile": settings.compile, "seed": settings.seed, "command": [sys.executable, *sys.argv], "git": git_state(),
@@ -77,7 +78,7 @@ def facts(settings, step, world):
 
 
 def git_state():
-    """The commit of this code, with "-dirty" if files differ from it; None if this is no git checkout."""
+    """Returns the git commit of this code, with "-dirty" if files differ from it; None outside a git checkout."""
     command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -1,4 +1,4 @@
-"""How a run is taken up again: from which checkpoint, with which settings."""
+"""Resuming a run: from which checkpoint, and with which settings."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,19 +9,19 @@ from run import checkpoint
 from run.files import rename
 from run.record import MOVING
 
-KEPT = ("task", "dataset", "init_from", "optimizer", "lora_rank")  # beside the task's own settings but these:
-FREE = ("publish",)
-OWN = {"mlp": "", "positions": ""}  # values that stand for the model's own
-RATE = ("max_iters", "lr_decay_iters", "lr_schedule", "learning_rate", "min_lr", "warmup_iters")  # what makes the rate
+FIXED = ("task", "dataset", "init_from", "optimizer", "lora_rank")  # a resumed run can't change these
+FREE = ("publish",)  # nor any of the task's settings, except these
+DEFAULTS = {"mlp": "", "positions": ""}  # values that mean: as the model has it
+RATE = ("max_iters", "lr_decay_iters", "lr_schedule", "learning_rate", "min_lr", "warmup_iters")  # of the learning rate
 
 
 def to_resume(out_dir, resume):
-    """The complete checkpoints to go on from; none if the run is to start. Raises UserError if there should be one.
+    """Returns the complete checkpoints to resume from, best choice first; [] to start a new run.
 
-    resume: False, True, or "auto", which starts where nothing was saved.
+    resume: the setting. With True, raises UserError if there is none; with "auto", a new run starts then.
     """
     folders = []
-    if resume and not (Path(out_dir) / MOVING).exists():  # what is left beside it belongs to a run being set aside
+    if resume and not (Path(out_dir) / MOVING).exists():  # if it exists, the files beside it are an earlier run's
         folders = checkpoint.candidates(out_dir, "last")
     if resume is True and not folders:
         raise UserError(f"there is nothing to resume in {out_dir}: no checkpoint; drop --resume to start")
@@ -29,7 +29,7 @@ def to_resume(out_dir, resume):
 
 
 def pick_up(out_dir, resume):
-    """The checkpoint to go on from, or None to start. Finishes a save that was killed between its two renames."""
+    """Returns the checkpoint to resume from, or None for a new run. Finishes a save that was killed between renames."""
     if not to_resume(out_dir, resume):
         return None
     for name in ("best", "last"):
@@ -37,17 +37,14 @@ def pick_up(out_dir, resume):
         if (new / "config.json").is_file() and not final.exists():
             rename(new, final)
     found, last = checkpoint.find(out_dir, "last"), out_dir / "last"
-    if found != last and last.exists():  # it is damaged, and the next save would keep it in the place of the one found
+    if found != last and last.exists():  # it is damaged; the next save must not rename it to last.old
         checkpoint.clear(out_dir / "last.damaged")
         rename(last, out_dir / "last.damaged")
     return found
 
 
 def earlier_settings(out_dir, resume):
-    """The settings of the run that is to be resumed, from its first intact checkpoint; {} if it is to start.
-
-    max_minutes is left out: it is for one start.
-    """
+    """Returns the settings of the run to resume, except max_minutes, which is for one start only; {} for a new run."""
     if not to_resume(out_dir, resume):
         return {}
     saved = flat_values(checkpoint.read_config(checkpoint.find(out_dir, "last"))["settings"])
@@ -56,38 +53,38 @@ def earlier_settings(out_dir, resume):
 
 
 def refuse_changes(saved, given, own, stand_in):
-    """Raises UserError for a setting that a resumed run can't change.
+    """Raises UserError if `given` changes a setting of the run that can't change. saved: the run's settings.
 
-    own: the class of the task's settings. stand_in: the data set that an absent one may have been replaced by.
+    own: the class of the task's settings. stand_in: the data set that replaces one that can't be downloaded.
     """
-    out_dir, kept = given.get("out_dir", "out"), {*KEPT, *flat_fields(own)} - {*FREE}
+    out_dir, fixed = given.get("out_dir", "out"), {*FIXED, *flat_fields(own)} - {*FREE}
     for name, asked in given.items():
         value = saved.get(name, asked)
-        if name in kept and asked not in (value, OWN.get(name)) and value != stand_in:
-            raise UserError(f"{name} = {asked!r}, but the run in {out_dir} has {value!r}: drop it to resume, or"
+        if name in fixed and asked not in (value, DEFAULTS.get(name)) and value != stand_in:
+            raise UserError(f"{name} = {asked!r}, but the run in {out_dir} has {value!r}: leave it out to resume, or"
                             f" start a new run with --init_from={out_dir}")
 
 
 def notes(folder, settings):
-    """Lines on what is special about the run: about its rate, and about going on from the checkpoint `folder`, or None.
+    """Yields lines to print at the start: about the learning rate, and about resuming from `folder` (None: a new run).
 
-    Raises UserError if the settings end before the checkpoint.
+    Raises UserError if max_iters is below the checkpoint's step.
     """
     s = settings
     if s.warmup_iters >= s.max_iters:
-        yield (f"warmup_iters = {s.warmup_iters}: the learning rate rises to the end, for max_iters = {s.max_iters}; a"
-               f" smaller one, such as --warmup_iters={s.max_iters // 10}, lets it reach its peak")
+        yield (f"warmup_iters = {s.warmup_iters}: the learning rate never reaches its peak in max_iters = {s.max_iters}"
+               f" updates; try a smaller one, such as --warmup_iters={s.max_iters // 10}")
     if not folder:
         return
     config = checkpoint.read_config(folder)
     step = config["step"]
     if s.max_iters < step:
-        raise UserError(f"max_iters = {s.max_iters}: the run in {s.out_dir} has made {step} updates already; name more,"
-                        f" or start a new run with --init_from={s.out_dir}")
+        raise UserError(f"max_iters = {s.max_iters}: the run in {s.out_dir} has already made {step} updates; choose a"
+                        f" larger one, or start a new run with --init_from={s.out_dir}")
     if s.max_iters == step:
-        yield f"the run in {s.out_dir} is finished: it has made its {step} updates; a larger --max_iters adds some"
+        yield f"the run in {s.out_dir} is finished, with {step} updates; a larger --max_iters continues it"
         return
-    yield f"going on from step {step}, with {folder}"
+    yield f"resuming from step {step}, checkpoint {folder}"
     old = SimpleNamespace(**{**vars(s), **config["settings"]})
     before, now = learning_rate(step, old), learning_rate(step, s)
     if abs(now - before) > 0.01 * before:

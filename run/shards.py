@@ -1,7 +1,7 @@
-"""The sharded parts of a checkpoint: each rank writes its part of every tensor, and any number of ranks reads them.
+"""Sharded tensors in checkpoints: each rank writes its part of every tensor, and any number of ranks can read them.
 
-The folders are torch.distributed.checkpoint's, in safetensors files: PyTorch's own format has a pickle, which could run
-code. All ranks call `write` together; the other functions each rank calls for itself.
+torch.distributed.checkpoint writes the folders, as safetensors files: its default format has a pickle, which could run
+code. All ranks must call `write` together. A rank may call the other functions alone.
 """
 
 import warnings
@@ -15,9 +15,9 @@ def is_sharded(tensor):
 
 
 def write(folder, state, trainer, group):
-    """Writes this rank's parts of the model's and the optimizer's tensors; waits until all ranks have written theirs.
+    """Writes this rank's shards of `state`, and of the optimizer in `trainer`; waits until all ranks have done so.
 
-    Returns the trainer without the tensors that were written. trainer: may be None.
+    Returns the trainer without the optimizer's sharded tensors. trainer: contents of trainer.pt, or None.
     """
     import torch.distributed.checkpoint as dcp
     parts = {"model": state}
@@ -28,7 +28,7 @@ def write(folder, state, trainer, group):
             moments |= {f"{number}.{name}": value for name, value in entry.items() if is_sharded(value)}
         parts["optimizer"] = moments
         trainer = trainer | {"optimizer": optimizer | {"state": rest}}
-    dist.barrier(group)  # until the main rank has cleared the place
+    dist.barrier(group)  # waits until the main rank has created the folder
     try:
         for name, tensors in parts.items():
             writer = dcp.HuggingFaceStorageWriter(str(folder / name), save_distributed=True)
@@ -39,20 +39,20 @@ def write(folder, state, trainer, group):
 
 
 def read(folder, like=None):
-    """{name: tensor} of all that the shards hold, whole; if `like` is given, each laid out as like(name) is."""
+    """Returns {name: tensor} of a folder of shards, whole tensors, or sharded like the tensors like(name) if given."""
     import torch.distributed.checkpoint as dcp
     reader = dcp.HuggingFaceStorageReader(str(folder))
     state = {}
     for name, found in reader.read_metadata().state_dict_metadata.items():
         state[name] = torch.empty_like(like(name)) if like else torch.empty(found.size, dtype=found.properties.dtype)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about each rank reading for itself
+        warnings.simplefilter("ignore")  # about reading without the other ranks
         dcp.load(state, storage_reader=reader, no_dist=True)
     return state
 
 
 def distribute(tensor, like):
-    """This rank's part of a tensor that every rank has, if `like` is sharded and has its shape; else the tensor."""
+    """Returns a whole tensor sharded like the tensor `like`; unchanged if `like` is whole or has another shape."""
     if not is_sharded(like) or tensor.shape != like.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor

@@ -1,9 +1,9 @@
-"""What the tests share: a small text that is the same on every machine, prepared as a data set, and a tiny run."""
+"""Fixtures for all tests: a small text that is the same on every machine, a data set made of it, and a tiny run."""
 
 import os
 
-GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # for test_cuda.py, whose commands see them
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # this process compares digits: all on the CPU
+GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # test_cuda.py passes them to its commands
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests compare exact numbers, so they run on the CPU
 
 import numpy as np
 import pytest
@@ -15,13 +15,13 @@ WORDS = ("the a some this every no king queen fool ghost lord lady storm sword n
 
 
 def make_text(n_words=6000, seed=0):
-    """Lines of random words: something to learn, and the same everywhere."""
+    """Returns lines of random words: something to learn, and the same on every machine."""
     picks = np.random.Generator(np.random.Philox(key=seed)).integers(0, len(WORDS), size=n_words)
     return "".join(WORDS[i] + ("\n" if n % 8 == 7 else " ") for n, i in enumerate(picks))
 
 
 def settings_for(task, kind="training", **values):
-    """The settings of a command for a task, checked: of train.py, or with another kind sampling's or evaluating's."""
+    """Returns train.py's settings for a task, checked; with kind "sampling" or "evaluating", those of that script."""
     import evaluate
     import sample
     import train
@@ -50,7 +50,7 @@ def dataset(tmp_path_factory, text):
 
 @pytest.fixture(scope="session")
 def tiny(dataset):
-    """Settings of a run that takes a second."""
+    """Settings of a run that takes about a second."""
     return dict(dataset=str(dataset), n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=8, max_iters=40,
                 warmup_iters=5, learning_rate=1e-2, min_lr=1e-3, eval_interval=20, log_interval=5, sample_tokens=20,
                 device="cpu", dtype="float32")

@@ -26,7 +26,7 @@ def save(out_dir, seed, name="last", tokenizers=None, trainer=None):
 
 
 def load(folder):
-    """(model, config) of a checkpoint that `save` or a Writer wrote of one of `make`'s models."""
+    """Returns (model, config) of a checkpoint folder that holds a model of `make`."""
     saved = checkpoint.load(folder)
     model = checkpoint.unfilled(GPT, GPTConfig(**SMALL), "cpu")
     checkpoint.fill(model, saved.state, folder)
@@ -34,14 +34,14 @@ def load(folder):
 
 
 def seal(folder):
-    """Writes the checksums of the files as they are now."""
+    """Renews the checksums after a test has changed files."""
     config = checkpoint.read_config(folder)
     for name in ("SHA256SUMS", "config.json"):
         (folder / name).unlink()
     checkpoint.seal(folder, config)
 
 
-def test_what_is_saved_is_loaded(tmp_path):
+def test_a_checkpoint_loads_what_was_saved(tmp_path):
     save(tmp_path, 3)
     model, config = load(checkpoint.find(tmp_path, "last"))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), make(3).parameters()))
@@ -49,11 +49,11 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert checkpoint.load_trainer(tmp_path / "last") == {"step": 3}
     assert checkpoint.load(tmp_path / "last").tokenizers["tokenizer"].decode([0, 2]) == "ac"
     assert sorted(os.listdir(tmp_path)) == ["last"]
-    assert len({path.stat().st_mode for path in (tmp_path / "last").iterdir()}) == 1  # whoever may read one reads all
+    assert len({path.stat().st_mode for path in (tmp_path / "last").iterdir()}) == 1  # the same file permissions
 
 
-def test_a_file_that_can_not_be_deleted_does_not_end_a_run(tmp_path, monkeypatch):
-    """As NFS keeps what somebody reads; the next save tries again."""
+def test_files_that_cannot_be_deleted_do_not_end_a_run(tmp_path, monkeypatch):
+    """NFS keeps files that are open. A later save deletes them."""
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.shutil, "rmtree", lambda path, ignore_errors: None)
         for step in (1, 2, 3):
@@ -73,7 +73,7 @@ def test_tokenizers_are_kept_by_name(tmp_path):
         checkpoint.load(tmp_path / "last")
 
 
-def test_which_checkpoint_is_taken(tmp_path):
+def test_the_preferred_checkpoint_is_found(tmp_path):
     assert checkpoint.find(tmp_path, "last") is None and not checkpoint.is_run(tmp_path)
     with pytest.raises(UserError, match="there is no checkpoint in .*: train one first"):
         checkpoint.find_any(tmp_path)
@@ -92,7 +92,7 @@ def test_which_checkpoint_is_taken(tmp_path):
     (lambda path: path.write_bytes(bytes(range(256))), "SHA256SUMS is damaged .its end is missing"),
     (lambda path: path.unlink(), "SHA256SUMS is missing"),
 ], ids=["empty", "bytes", "gone"])
-def test_damaged_checksums_are_named(damage, message, tmp_path):
+def test_a_damaged_checksum_file_is_named(damage, message, tmp_path):
     with checkpoint.Writer(tmp_path, background=False) as writer:
         writer.save(["best"], make(1), {"tokenizer": CharTokenizer("abc")}, {"settings": {}, "step": 1}, {})
     damage(tmp_path / "best" / "SHA256SUMS")
@@ -129,7 +129,7 @@ def test_weights_of_another_shape_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_a_model_computed_itself_is_left_alone(dtype):
+def test_buffers_that_a_model_computes_keep_their_values(dtype):
     class Rotary(torch.nn.Module):
         def __init__(self, size):
             super().__init__()
@@ -144,7 +144,7 @@ def test_what_a_model_computed_itself_is_left_alone(dtype):
     assert model.linear.weight.trace() == 5 and model.seen == 3
 
 
-def test_an_optimizer_goes_on_with_its_own_options(tmp_path):
+def test_an_optimizer_keeps_its_own_options_when_its_state_is_loaded(tmp_path):
     def stepped(**options):
         model = make(1)
         optimizer = torch.optim.AdamW(model.parameters(), **options)
@@ -157,5 +157,5 @@ def test_an_optimizer_goes_on_with_its_own_options(tmp_path):
     checkpoint.load_optimizer(other, saved, tmp_path)
     torch.testing.assert_close(other.state_dict()["state"], saved["state"], atol=0, rtol=0)
     assert other.param_groups[0]["weight_decay"] == 50.0
-    with pytest.raises(UserError, match="trainer.pt holds the optimizer of other parameters"):
+    with pytest.raises(UserError, match="trainer.pt holds the optimizer state of other parameters"):
         checkpoint.load_optimizer(torch.optim.AdamW([make(1).wte.weight]), saved, tmp_path)

@@ -110,5 +110,5 @@ def test_a_tokenizer_json_that_does_not_fit_its_data_is_refused(trained, dataset
 
 def test_a_published_model_is_no_run(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(UserError, match="is a published model, and no run: name it with --init_from"):
+    with pytest.raises(UserError, match="is a published model, not a run: name it with --init_from"):
         run(tmp_path)

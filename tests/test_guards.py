@@ -25,22 +25,22 @@ def record(guard, *losses, norm=1.0):
         guard.record(torch.tensor(loss), torch.tensor(norm), {"hits": torch.tensor(2 * loss)})
 
 
-def test_the_last_update_is_returned_and_the_mean_is_kept():
+def test_read_returns_the_last_update_and_the_mean_since_the_last_log_row():
     guard = make()
     assert guard.due(1) and not guard.due(0)
     record(guard, 3.0, 1.0)
     assert guard.read(logging=False) == {"loss": 1.0, "mean_loss": 2.0, "grad_norm": 1.0, "hits": 2.0}
     assert guard.mean == 2.0 and not guard.due(2)
     record(guard, 5.0, norm=2.0)
-    other = make(saved=guard.state, step=2)  # a resumed run's
+    other = make(saved=guard.state, step=2)  # as in a resumed run
     record(other, 5.0, norm=2.0)
     for each in (guard, other):
         assert each.read() == {"loss": 5.0, "mean_loss": 3.0, "grad_norm": 2.0, "hits": 10.0} and each.mean == 3.0
         record(each, 7.0)
-        assert each.read()["mean_loss"] == 7.0  # of the updates since the last row
+        assert each.read()["mean_loss"] == 7.0  # of the updates since the last log row
 
 
-def test_ranks_add_their_shares():
+def test_the_ranks_shares_are_summed():
     class Two(World):
         def sum(self, *numbers):
             return [2.0 * number for number in numbers]
@@ -54,14 +54,14 @@ def test_ranks_add_their_shares():
     (math.nan, 1.0, {}, "the loss is nan .*: try a lower --learning_rate"),
     (1.0, math.inf, {}, "norm inf .*: try a lower --learning_rate"),
     (1.0, 99.0, dict(max_grad_norm=50.0), "norm 99.0000 .*: max_grad_norm = 50.0"),
-    (3.5, 1.0, dict(max_loss_rise=1.0), "its running mean is 2.0000, and max_loss_rise = 1.0"),
+    (3.5, 1.0, dict(max_loss_rise=1.0), "the running mean of the loss is 2.0000, and max_loss_rise = 1.0"),
 ])
-def test_the_first_unsound_update_is_named(loss, norm, settings, message):
+def test_the_first_bad_update_is_named(loss, norm, settings, message):
     guard = make(step=10, saved={"mean_loss": 2.0}, **settings)
     record(guard, 2.0)
     record(guard, loss, norm=norm)
     record(guard, math.nan)
-    with pytest.raises(UserError, match=f"{message}.*; its batch is the rows 11") as error:
+    with pytest.raises(UserError, match=f"{message}.*; the batch is the rows 11") as error:
         guard.read()
     assert "at step 12: " in str(error.value)
 
@@ -74,7 +74,7 @@ def test_float16_may_skip_updates():
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows can't send these signals")
 @pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129), ("SIGUSR1", 75)])
-def test_a_signal_is_noted_and_the_handlers_come_back(name, status):
+def test_a_signal_sets_the_status_and_the_old_handlers_come_back(name, status):
     number, before = getattr(signal, name), signal.getsignal(getattr(signal, name))
     for workers, second_ends in ((1, status in (130, 143)), (2, False)):
         with make(World(0, workers, CPU)) as guard:
@@ -96,7 +96,7 @@ def test_a_hangup_that_is_ignored_at_the_start_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_the_clock_ends_the_run_and_saves():
+def test_time_limits_stop_the_run_and_ask_for_saves():
     assert make(max_minutes=1e-9).status == 75 and make(max_minutes=60.0).status == 0
     assert make(max_minutes=1e-9).reason(75) == "--max_minutes=1e-09"
     found = []
@@ -108,7 +108,7 @@ def test_the_clock_ends_the_run_and_saves():
     assert found == [True, False, False]
 
 
-def test_an_output_that_was_closed_is_noted_and_raises_nothing():
+def test_a_closed_output_sets_the_status_and_raises_nothing():
     reader, writer = os.pipe()
     with open(writer, "w") as stream, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", stream)
@@ -122,7 +122,7 @@ def test_an_output_that_was_closed_is_noted_and_raises_nothing():
         assert make().status == 141 and make().reason(141) == "the output was closed"
 
 
-def test_a_validation_loss_that_is_no_number_is_named():
+def test_a_measure_that_is_nan_is_named():
     require_finite("val_loss", 1.0, 3)
     with pytest.raises(UserError, match="val_bleu is nan at step 3: try a lower --learning_rate"):
         require_finite("val_bleu", math.nan, 3)

@@ -26,7 +26,7 @@ with owned(sys.argv[1]):
 
 @pytest.fixture
 def holder(tmp_path):
-    """A process that has the folder `out`, and a child of its own that outlives it: (process, the child's id)."""
+    """(process, child): a process that owns the folder `out`, and the id of its child, which outlives it."""
     process = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path / "out"], stdout=subprocess.PIPE, text=True,
                                cwd=ROOT)
     child = int(process.stdout.readline())
@@ -37,21 +37,22 @@ def holder(tmp_path):
         os.kill(child, 9)
 
 
-def test_a_living_run_keeps_its_folder_and_a_dead_one_does_not(tmp_path, holder):
+def test_a_folder_is_owned_until_its_process_ends(tmp_path, holder):
     process, child = holder
     before = (tmp_path / "out" / "run.lock").read_text()
-    with pytest.raises(UserError, match=f"out_dir = .*: process {process.pid} on .* has trained there since 2.*; wait"):
+    message = f"out_dir = .*: process {process.pid} on .* has been training there since 2.*; wait until it ends"
+    with pytest.raises(UserError, match=message):
         with lock.owned(tmp_path / "out"):
             pass
     assert (tmp_path / "out" / "run.lock").read_text() == before and os.listdir(tmp_path / "out") == ["run.lock"]
     threading.Timer(0.2, process.kill).start()
-    for wait in (True, False):  # the child lives, the file is there
+    for wait in (True, False):  # though the child is alive and the file exists
         with lock.owned(tmp_path / "out", wait=wait):
             assert process.wait() is not None
             assert f'"pid": {os.getpid()}' in (tmp_path / "out" / "run.lock").read_text()
 
 
-def test_a_known_data_set_that_another_run_prepares_is_waited_for(tmp_path, holder, monkeypatch):
+def test_a_run_waits_while_another_one_prepares_its_data_set(tmp_path, holder, monkeypatch):
     def end():
         (tmp_path / "out" / "digits").mkdir()
         (tmp_path / "out" / "digits" / "meta.json").touch()
@@ -63,13 +64,13 @@ def test_a_known_data_set_that_another_run_prepares_is_waited_for(tmp_path, hold
     assert known.ensure("digits") == "digits"
 
 
-def test_a_file_system_without_locks_is_told_of_and_no_obstacle(tmp_path, monkeypatch, capsys):
+def test_a_file_system_without_locks_is_reported_and_accepted(tmp_path, monkeypatch, capsys):
     def fails(file):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(lock, "lock", fails)
     with lock.owned(tmp_path):
-        assert "this file system has no locks (No locks available): start no second" in capsys.readouterr().err
+        assert "this file system has no locks (No locks available): never start a second" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_made_names_the_setting(tmp_path):
@@ -79,20 +80,20 @@ def test_a_folder_that_cannot_be_made_names_the_setting(tmp_path):
             pass
 
 
-def test_a_lock_that_is_no_file_is_named(tmp_path):
+def test_a_lock_that_is_not_a_file_is_named(tmp_path):
     (tmp_path / "run.lock").mkdir()
-    with pytest.raises(UserError, match="its run.lock is no file, delete it, or name another folder"):
+    with pytest.raises(UserError, match="run.lock in it is not a file: delete it, or name another folder"):
         with lock.owned(tmp_path):
             pass
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows moves no open file")
-def test_a_folder_that_is_moved_or_deleted_is_not_written_to_any_more(tmp_path):
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not move open files")
+def test_a_folder_that_was_moved_is_no_longer_owned(tmp_path):
     folder = tmp_path / "out"
     with lock.owned(folder):
         lock.require_owned(folder)
         folder.rename(tmp_path / "moved")
-        with pytest.raises(UserError, match="out_dir = .*out was moved or deleted while the run lived"):
+        with pytest.raises(UserError, match="out_dir = .*out was moved or deleted while the run was using it"):
             lock.require_owned(folder)
         folder.mkdir()
         (folder / "run.lock").touch()  # another run's
@@ -101,8 +102,8 @@ def test_a_folder_that_is_moved_or_deleted_is_not_written_to_any_more(tmp_path):
     lock.require_owned(folder)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows can't ask for it")
-def test_a_file_system_that_cannot_sync_a_folder_is_no_obstacle_but_a_broken_disk_is(tmp_path, monkeypatch):
+@pytest.mark.skipif(os.name == "nt", reason="Windows can't sync folders")
+def test_a_folder_that_cannot_be_synced_is_accepted_but_a_disk_error_is_not(tmp_path, monkeypatch):
     def fails(handle):
         if stat.S_ISDIR(os.fstat(handle).st_mode):
             raise OSError(number, os.strerror(number))

@@ -28,7 +28,7 @@ def make(out_dir, step=0, **settings):
     (40, ["step 1000/2000", "loss 2.5000", "val loss 2.4000 best"]),
     (80, ["step 1000/2000", "loss 2.5000", "0:10 left", "val loss 2.4000 best"]),
     (300, ["step 1000/2000", "loss 2.5000", "1234.5 ms", "0:10 left", "val loss 2.4000 best", "val exact 0.5000"])])
-def test_a_line_fits_and_keeps_what_matters(tmp_path, monkeypatch, columns, expected):
+def test_a_printed_line_fits_and_keeps_the_important_parts(tmp_path, monkeypatch, columns, expected):
     monkeypatch.setattr(log, "columns", lambda: columns)
     monkeypatch.setattr(Log, "seconds_left", lambda self: 10)
     row = {name: value for name, value in ROW.items() if name != "val_retrieval_image_to_text"}
@@ -39,7 +39,7 @@ def test_a_line_fits_and_keeps_what_matters(tmp_path, monkeypatch, columns, expe
 
 
 @pytest.mark.parametrize("step", [0, 500])
-def test_the_time_left_counts_what_is_to_come_alone(tmp_path, monkeypatch, step):
+def test_the_time_left_does_not_count_the_first_update(tmp_path, monkeypatch, step):
     """The first update takes a minute, the others 0.1 s, an evaluation 5 s."""
     now, found = [0.0], {}
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
@@ -53,11 +53,11 @@ def test_the_time_left_counts_what_is_to_come_alone(tmp_path, monkeypatch, step)
         if n % 10 == 0:
             record.restart(n, n % 250 == 0)
     assert row["ms"] == pytest.approx(100) and found[1][0] is None
-    assert found[10] == (103, pytest.approx(119))  # an evaluation is not known yet: as 30 forward passes
+    assert found[10] == (103, pytest.approx(119))  # before the first evaluation, it is taken for 30 forward passes
     assert all(abs(left - right) <= 0.6 for n, (left, right) in found.items() if n > 250)
 
 
-def test_samples_are_kept_and_cut_at_the_checkpoint(tmp_path):
+def test_samples_are_kept_up_to_the_checkpoint(tmp_path):
     texts = {10: "```\n## a heading\n\n```\nx\n```\n\n", 20: "plain\r\x1b[0m", 30: "````` `", 40: ""}
     record = make(tmp_path)
     for step, text in texts.items():
@@ -67,11 +67,11 @@ def test_samples_are_kept_and_cut_at_the_checkpoint(tmp_path):
     assert b"``````\n````` `\n``````\n" in whole and b"````\n```\n## a heading" in whole
     assert samples_until(path, 40).encode() == whole
     assert samples_until(path, 25).encode() == whole[:whole.index(b"## step 30")]
-    record.keep_sample("step 40, loss 1.0000", "")  # again
+    record.keep_sample("step 40, loss 1.0000", "")  # a second time
     assert path.read_bytes() == whole
 
 
-def test_damaged_records_are_no_obstacle(tmp_path, capsys):
+def test_damaged_records_are_skipped(tmp_path, capsys):
     path = tmp_path / "log.jsonl"
     path.write_bytes(b'{"step": 1}\n[1]\n7\n{"step": "a"}\n\xff\n{"step": 2, "x": 0.1}\n{"step": 3}\n{"step": 2, "l')
     assert list(rows_until(path, 2)) == [{"step": 1}, {"step": 2, "x": 0.1}]
@@ -80,12 +80,12 @@ def test_damaged_records_are_no_obstacle(tmp_path, capsys):
                  "[" * 100_000, '{"starts": [{"id": "a"}], "results": {"seconds": 3, "best": {"val_loss": "abc"}}}'):
         path.write_text(text)
         assert read_record(path) == ([], 0.0, {}) and (tmp_path / "run.json.old").read_text() == text
-    assert "was damaged: it is" in capsys.readouterr().err
+    assert "was damaged: renamed it to" in capsys.readouterr().err
     path.write_text('{"starts": [{"id": "a"}], "results": {"seconds": 3}}')
     assert read_record(path) == ([{"id": "a"}], 3.0, {})
 
 
-def test_the_best_result_outlives_a_lost_log_and_rows_that_hold_text(tmp_path):
+def test_the_best_result_survives_a_damaged_log(tmp_path):
     record = make(tmp_path)
     record.write({**ROW, "step": 5, "val_loss": 2.0}, True, None)
     record.write({**ROW, "step": 10, "val_loss": 1.0}, True, None)
@@ -97,7 +97,7 @@ def test_the_best_result_outlives_a_lost_log_and_rows_that_hold_text(tmp_path):
 
 @pytest.mark.parametrize("error, status, why", [(UserError("too large"), 2, "too large"), (KeyError(1), 1, "KeyError"),
                                                 (KeyboardInterrupt(), 130, "KeyboardInterrupt")])
-def test_an_error_is_noted_as_the_end(tmp_path, error, status, why):
+def test_an_error_is_recorded_as_the_end_of_the_start(tmp_path, error, status, why):
     with pytest.raises(type(error)):
         with make(tmp_path):
             raise error
@@ -105,7 +105,7 @@ def test_an_error_is_noted_as_the_end(tmp_path, error, status, why):
     assert (start["status"], start["why"], start["end_step"]) == (status, why, 0)
 
 
-def test_neither_a_number_that_is_none_nor_a_picture_that_fails_ends_a_run(tmp_path, monkeypatch, capsys):
+def test_an_infinite_norm_and_a_failing_picture_do_not_end_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(curves, "draw", lambda out_dir: 1 / 0)
     record = make(tmp_path)
     record.write({**ROW, "step": 1, "grad_norm": math.inf}, False, None)

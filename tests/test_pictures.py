@@ -1,4 +1,4 @@
-"""run/pictures.py: pixels as the models want them, whatever the file holds; boxes; heat maps."""
+"""run/pictures.py: the models' pixels from every kind of image file; boxes; heat maps."""
 
 import warnings
 
@@ -12,7 +12,7 @@ from run.pictures import Box
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("transformers")
-try:  # whose pixels Pillow makes; where torchvision is installed, it may round otherwise
+try:  # the processor that uses Pillow; the other one uses torchvision if installed, which may round differently
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil as SiglipProcessor
 except ImportError:
     from transformers import SiglipImageProcessor as SiglipProcessor
@@ -35,7 +35,7 @@ def picture(mode):
 
 
 def on_white(image):
-    """The formula for transparency: alpha * colour + (1 - alpha) * white."""
+    """Returns an image over white: alpha * colour + (1 - alpha) * white."""
     rgba = np.asarray(image.convert("RGBA")).astype(float)
     alpha = rgba[..., 3:] / 255
     return Image.fromarray((rgba[..., :3] * alpha + 255 * (1 - alpha)).round().astype(np.uint8))
@@ -52,12 +52,12 @@ def test_pixels_equal_the_reference_for_every_mode(mode, size):
     found = pictures.pixels(image, size)
     assert found.dtype == torch.float32 and found.shape == (3, size, size)
     off = (found - expected.pixel_values[0]).abs()
-    assert off.max() < (0.02 if transparent else 1e-6)  # the formula's rounding: a step or two of 2 / 255
+    assert off.max() < (0.02 if transparent else 1e-6)  # on_white rounds differently, by a step or two of 2 / 255
     assert transparent == (mode in ("LA", "RGBA") or mode.endswith("transparency"))
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
-def test_sixteen_bits_are_scaled_not_cut(mode):
+def test_sixteen_bits_are_scaled_not_clipped(mode):
     grey = np.random.default_rng(0).integers(0, 256, (40, 33), dtype=np.uint8)
     wide = grey.astype(np.uint16) * 257
     if mode == "I":
@@ -78,14 +78,14 @@ def test_floats_are_scaled_by_their_range(most, tmp_path):
     for bad in (-0.1, 70000, np.nan):
         values[0, 0] = bad
         Image.fromarray(values).save(tmp_path / "bad.tif")
-        with pytest.raises(UserError, match="bad.tif: can't be read: its values go from .* is expected"):
+        with pytest.raises(UserError, match="bad.tif: can't be read: its values go from .*; expected are 0 to 1"):
             pictures.read_image(tmp_path / "bad.tif")
 
 
-def test_the_first_frame_is_taken_and_nothing_is_warned_of(tmp_path, monkeypatch):
+def test_the_first_frame_is_read_without_a_warning(tmp_path, monkeypatch):
     red, blue = (Image.new("RGB", (30, 20), color) for color in ("red", "blue"))
     red.save(tmp_path / "moving.gif", save_all=True, append_images=[blue])
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # above it a warning, above its double an error
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # Pillow warns above this and fails above its double
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert pictures.read_image(tmp_path / "moving.gif").getpixel((3, 3)) == (255, 0, 0)
@@ -95,7 +95,7 @@ def test_the_first_frame_is_taken_and_nothing_is_warned_of(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_photos_are_turned_as_their_exif_says(orientation, tmp_path):
+def test_photos_are_rotated_as_their_exif_says(orientation, tmp_path):
     from transformers.image_utils import load_image
     image, exif = picture("RGB"), Image.Exif()
     exif[0x0112] = orientation
@@ -105,7 +105,7 @@ def test_photos_are_turned_as_their_exif_says(orientation, tmp_path):
     assert (expected.size == image.size) == (orientation < 5)
 
 
-def test_what_is_no_image_is_said_in_one_line(tmp_path):
+def test_files_that_are_not_images_are_named(tmp_path):
     (tmp_path / "text.png").write_text("no image")
     picture("RGB").save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:500])
@@ -115,7 +115,7 @@ def test_what_is_no_image_is_said_in_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("format", ["GIF", "PPM", "TIFF", "DDS", "JPEG", "PNG", "BMP", "WEBP", "TGA"])
-def test_a_damaged_image_is_one_line_whatever_pillow_raises(format, tmp_path):
+def test_a_damaged_image_is_reported_in_one_line_whatever_pillow_raises(format, tmp_path):
     picture("RGB").save(tmp_path / "x", format)
     whole, rng, refused = (tmp_path / "x").read_bytes(), np.random.default_rng(0), 0
     for _ in range(60):
@@ -145,11 +145,11 @@ def test_boxes_are_parsed_into_pixels():
     assert pictures.box_text(Box(-5, 0, 250, 100, "x"), 200, 100) == "<loc0000><loc0000><loc1023><loc1023> x"
 
 
-def test_boxes_are_drawn_where_they_are():
+def test_boxes_are_drawn_at_their_place():
     image = Image.new("L", (200, 100), 255)
     boxes = [Box(20, 30, 120, 90, "cat"), Box(190, 95, 150, 60, ""), Box(5, 5, 15, 15, "cat")]
     drawn = pictures.draw_boxes(image, boxes)
-    assert image.getpixel((20, 60)) == 255  # a copy was drawn on
+    assert image.getpixel((20, 60)) == 255  # draw_boxes has drawn on a copy
     assert drawn.mode == "RGB" and drawn.size == (200, 100)
     red, blue, white = (255, 0, 0), (0, 0, 255), (255, 255, 255)
     assert [drawn.getpixel(at) for at in ((20, 60), (120, 60), (70, 90), (70, 60))] == [red, red, red, white]
@@ -159,19 +159,19 @@ def test_boxes_are_drawn_where_they_are():
 
 
 @pytest.mark.parametrize("size", [(1, 5000), (20, 6000), (5000, 1)])
-def test_a_narrow_picture_gets_no_endless_heat_map(size, tmp_path):
+def test_the_heat_maps_of_a_narrow_image_have_a_limited_size(size, tmp_path):
     grid = pictures.draw_attention(Image.new("RGB", size, "red"), torch.rand(12, 9), "prompt", ["a"] * 12)
     assert grid.width == 5 * 232 and grid.height <= 3 * 478
     assert grid.getpixel((4, 26)) == (255, 0, 0)
     grid.save(tmp_path / "map.jpg")
 
 
-def test_many_heat_maps_are_as_wide_as_high():
+def test_many_heat_maps_form_a_square_grid():
     many = pictures.draw_attention(Image.new("RGB", (9, 9)), torch.rand(255, 4), "prompt", ["a"] * 255, panel=9)
     assert many.size == (16 * 17, 16 * 39)
 
 
-def test_the_heat_map_is_hot_where_the_weights_are():
+def test_a_heat_map_is_bright_where_the_weights_are_large():
     weights = torch.full((2, 9), 0.01)
     weights[0, 2] = weights[1, 6] = 0.5  # the upper right, the lower left
     gray = Image.new("RGB", (60, 60), (128, 128, 128))

@@ -1,4 +1,4 @@
-"""Sharded training (FSDP2): the numbers of one process, checkpoints that any number of ranks goes on from."""
+"""Sharded training (FSDP2) gives the numbers of one process, and any number of ranks can resume it."""
 
 import os
 import pickle
@@ -30,14 +30,14 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def one_rank():
-    """A process group of this process alone."""
+    """The World of a process group that has only this process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield World(0, 1, CPU)
     dist.destroy_process_group()
 
 
 def step(model):
-    """The model's AdamW after one update."""
+    """Makes one update of the model. Returns its AdamW."""
     optimizer = make_optimizers(model, train.Settings())["optimizer"]
     model(torch.tensor([[0, 1, 2]]), torch.tensor([[1, 2, 0]])).mean().backward()
     optimizer.step()
@@ -45,7 +45,7 @@ def step(model):
 
 
 def stepped(seed, world):
-    """A sharded model and its optimizer after one update."""
+    """Returns a sharded model and its optimizer, after one update."""
     model = make(seed)
     distributed.shard(model, models.all_blocks(model), torch.float32, world)
     return model, step(model)
@@ -59,13 +59,13 @@ def save(out_dir, world, step, background, names=("best", "last")):
 
 
 def moments(optimizer):
-    """The optimizer's state, whole."""
+    """Returns the optimizer's state as whole tensors."""
     return [{name: value.full_tensor() if is_sharded(value) else value for name, value in entry.items()}
             for entry in optimizer.state_dict()["state"].values()]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints in shards
+# Sharded checkpoints
 
 @pytest.mark.parametrize("background", [False, True])
 def test_shards_load_into_a_plain_model_and_into_both_kinds_of_optimizer(tmp_path, one_rank, background):
@@ -80,11 +80,11 @@ def test_shards_load_into_a_plain_model_and_into_both_kinds_of_optimizer(tmp_pat
     for other in (make_optimizers(loaded, train.Settings())["optimizer"], stepped(5, one_rank)[1]):
         checkpoint.load_optimizer(other, saved, tmp_path / "last")
         torch.testing.assert_close(moments(other), moments(optimizer), atol=0, rtol=0)
-    with pytest.raises(UserError, match="the optimizer of other parameters"):
+    with pytest.raises(UserError, match="the optimizer state of other parameters"):
         checkpoint.load_optimizer(torch.optim.AdamW(loaded.transformer.parameters()), saved, tmp_path / "last")
 
 
-def test_an_ordinary_optimizer_goes_on_in_shards(tmp_path, one_rank):
+def test_the_state_of_an_ordinary_optimizer_loads_into_a_sharded_one(tmp_path, one_rank):
     optimizer, sharded = step(make(1)), stepped(2, one_rank)[1]
     checkpoint.load_optimizer(sharded, optimizer.state_dict(), tmp_path)
     assert all(is_sharded(entry["exp_avg"]) for entry in sharded.state.values())
@@ -122,7 +122,7 @@ def test_a_damaged_shard_is_noticed(tmp_path, one_rank, name, damage, capsys):
         assert checkpoint.find_any(tmp_path).name == ("last" if name == "optimizer" else "last.old")
 
 
-def test_a_full_disk_is_one_line_from_shards_too(tmp_path, one_rank):
+def test_a_full_disk_is_reported_in_one_line_for_shards_too(tmp_path, one_rank):
     resource = pytest.importorskip("resource")
     save(tmp_path, one_rank, 1, False, names=["last"])
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -152,9 +152,9 @@ def test_a_pickle_among_the_shards_is_not_read(tmp_path, one_rank, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The loop
+# Training
 
-def test_all_ranks_share_equally_and_count_each_item_once():
+def test_ranks_get_equally_many_items_and_each_item_counts_once():
     for size in (1, 2, 3, 4):
         shares = [list(World(rank, size, CPU).share("abcde")) for rank in range(size)]
         assert len({len(share) for share in shares}) == 1
@@ -193,7 +193,7 @@ CHANGES = dict(micro_batch_size=4, grad_clip=0.3, dropout=0.1, lr_decay_iters=40
 
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory, tiny):
-    """Out directories of the same run: whole, by one process; its first half, by one process and by two, sharded."""
+    """Folder of three runs: `whole` by one process; its first half by one process (`plain`) or by two (`sharded`)."""
     base = tmp_path_factory.mktemp("halves")
     run(base / "whole", tiny, **CHANGES)
     run(base / "plain", tiny, **CHANGES, max_iters=20)
@@ -205,7 +205,7 @@ def halves(tmp_path_factory, tiny):
 @pytest.mark.slow
 @pytest.mark.parametrize("first, ranks, shard", [("sharded", 1, True), ("sharded", 2, True), ("sharded", 2, False),
                                                  ("plain", 2, True)])
-def test_a_run_goes_on_sharded_or_not_on_other_numbers_of_ranks(halves, tmp_path, first, ranks, shard):
+def test_a_run_resumes_sharded_or_not_on_any_number_of_ranks(halves, tmp_path, first, ranks, shard):
     out_dir = tmp_path / "run"
     shutil.copytree(halves / first, out_dir)
     torchrun(ranks, "--resume", f"--out_dir={out_dir}", "--max_iters=40", f"--shard={shard}")
@@ -215,7 +215,7 @@ def test_a_run_goes_on_sharded_or_not_on_other_numbers_of_ranks(halves, tmp_path
 
 
 @pytest.mark.slow
-def test_four_ranks_of_which_two_have_nothing_to_evaluate_and_one_nothing_to_train(tiny, tmp_path):
+def test_four_ranks_where_two_have_nothing_to_evaluate_and_one_has_nothing_to_train(tiny, tmp_path):
     wanted = {**tiny, **CHANGES, "micro_batch_size": 3}
     run(tmp_path / "one", wanted)
     said = torchrun(4, *as_arguments(wanted, shard=True, out_dir=str(tmp_path / "four")))
@@ -225,11 +225,11 @@ def test_four_ranks_of_which_two_have_nothing_to_evaluate_and_one_nothing_to_tra
 
 
 @pytest.mark.slow
-def test_an_image_text_model_in_shards_with_rates_of_its_parts(small, tmp_path):  # noqa: F811
+def test_a_sharded_image_text_model_with_rates_for_its_parts(small, tmp_path):  # noqa: F811
     wanted = {**small, **KINDS["image-text"], "rates": {"vision": 0.0, "projector": 2.0}}
     train.main(settings_for("image-text", **wanted, out_dir=str(tmp_path / "one")), {})
     two = differences(settings_for("image-text", **wanted, recompute=True, out_dir=str(tmp_path / "two")))
-    torchrun(2, *as_arguments(two), "--shard=True")  # which one worker alone is refused
+    torchrun(2, *as_arguments(two), "--shard=True")  # not in `two`: settings refuse it for one worker
     assert_equal_to_rounding(rows(tmp_path / "one"), rows(tmp_path / "two"))
     before, after = (weights(tmp_path / name) for name in ("one", "two"))
     torch.testing.assert_close(after, before, atol=1e-4, rtol=0)

@@ -330,7 +330,7 @@ def test_parts_have_their_own_learning_rates():
     ("image-text", dict(init_vision="nosuch"), "init_vision = nosuch: is not the folder of a run"),
     ("image-text", dict(init_decoder="nosuch"), "init_decoder = nosuch: is not the folder of a run"),
     ("contrastive", dict(block_size=8), "block_size = 8: the longest caption of .* needs"),
-    ("contrastive", dict(micro_batch_size=2), "scores each row against all others, so every worker takes one piece"),
+    ("contrastive", dict(micro_batch_size=2), "each row against all others, so every worker takes one micro-batch"),
     ("contrastive", dict(shard=True, resume="auto"), "shard = True: the scalar parameters of --task=contrastive"),
     ("image-text", dict(init_from="out/nothing"), "init_from = out/nothing"),
 ])

@@ -29,7 +29,7 @@ from tasks.text import TextTask
 
 ROOT = Path(train.__file__).parent
 CPU = torch.device("cpu")
-GOLDEN = {1: 3.2479, 10: 2.7495, 20: 2.6205, 40: 2.3558}  # losses of the tiny run: they change only on purpose
+GOLDEN = {1: 3.2479, 10: 2.7495, 20: 2.6205, 40: 2.3558}  # {step: loss} of the tiny run; change it only on purpose
 
 
 def run(out_dir, tiny, **changes):
@@ -38,12 +38,12 @@ def run(out_dir, tiny, **changes):
 
 
 def parse(*argv):
-    """(settings, given) of a command line of train.py."""
+    """Returns (settings, given) for a command line of train.py."""
     return configurator.parse(train.Settings, argv, **train.HOW)
 
 
 def resume(out_dir, *argv):
-    """Goes on with a run as the command line would, with the settings that it recorded."""
+    """Resumes a run as the command line does, with its recorded settings. Returns all rows of its log."""
     train.main(*parse("--resume", f"--out_dir={out_dir}", *argv))
     return rows(out_dir)
 
@@ -53,7 +53,7 @@ def rows(out_dir):
 
 
 def curve(found):
-    """What does not depend on time."""
+    """Returns log rows without the values that depend on time."""
     return [{name: row[name] for name in row if name not in ("ms", "tokens_per_s", "mfu")} for row in found]
 
 
@@ -66,7 +66,7 @@ def weights(out_dir, name="last"):
 
 
 def recorded(out_dir):
-    """The settings in the config.json of a run's last checkpoint."""
+    """Returns the settings in the config.json of a run's last checkpoint."""
     return checkpoint.read_config(Path(out_dir) / "last")["settings"]
 
 
@@ -87,12 +87,12 @@ def as_arguments(tiny, **changes):
     return [f"--{name}={value}" for name, value in {**tiny, **changes}.items()]
 
 
-def test_the_loss_curve_is_the_golden_one(trained):
+def test_the_loss_curve_is_the_recorded_one(trained):
     found = {row["step"]: row["loss"] for row in rows(trained)}
     assert {step: round(found[step], 4) for step in GOLDEN} == pytest.approx(GOLDEN, abs=2e-3)
 
 
-def test_the_log_has_what_it_promises(trained, tiny):
+def test_the_log_has_the_expected_rows_and_values(trained, tiny):
     found = rows(trained)
     assert [row["step"] for row in found] == [1, 5, 10, 15, 20, 25, 30, 35, 40]
     assert all({"step", "loss", "lr", "ms", "tokens_per_s", "grad_norm", "mfu"} <= row.keys() for row in found)
@@ -126,7 +126,7 @@ FAST = dict(optimizer="muon", positions="rotary", mlp="relu2", tied=False, bigra
             lr_schedule="linear")
 
 
-@pytest.mark.parametrize("changes", [  # few tokens in bfloat16, for CPUs without AMX are slow at it
+@pytest.mark.parametrize("changes", [  # few tokens in bfloat16, which is slow on CPUs without AMX
     dict(dropout=0.2, micro_batch_size=3),
     dict(FAST, dropout=0.2, dtype="bfloat16", n_layer=1, batch_size=2)])
 def test_resuming_gives_the_numbers_of_an_undisturbed_run(tmp_path, tiny, changes, monkeypatch):
@@ -145,13 +145,13 @@ def test_resuming_gives_the_numbers_of_an_undisturbed_run(tmp_path, tiny, change
         run(tmp_path / "parts", tiny, **changes)
     assert rows(tmp_path / "parts")[-1]["step"] == 30 and trainer(tmp_path / "parts")["step"] == 20
     with open(tmp_path / "parts" / "log.jsonl", "a") as file:
-        file.write('{"step": 33, "lo')  # a line that the kill cut short
+        file.write('{"step": 33, "lo')  # as if a kill had cut the line short
     run(tmp_path / "parts", tiny, **changes, resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     assert (tmp_path / "whole" / "samples.md").read_text() == (tmp_path / "parts" / "samples.md").read_text()
 
 
-def test_a_save_by_time_between_two_rows_is_as_good_to_go_on_from(tmp_path, tiny, trained, monkeypatch):
+def test_resuming_from_a_save_between_two_log_rows_gives_the_same_numbers(tmp_path, tiny, trained, monkeypatch):
     monkeypatch.setattr(guards, "SECONDS", 1e-9)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "evaluate", lambda *args: 1 / 0 if args[4] == 40 else {"val_loss": 2.0})
@@ -167,7 +167,7 @@ def raise_interrupt():
     raise KeyboardInterrupt
 
 
-def test_samples_at_evaluations_change_no_number(tmp_path, tiny, trained):
+def test_samples_at_evaluations_do_not_change_the_run(tmp_path, tiny, trained):
     run(tmp_path, tiny, sample_tokens=0)
     assert_same_run(tmp_path, trained)
     assert not (tmp_path / "samples.md").exists()
@@ -175,7 +175,7 @@ def test_samples_at_evaluations_change_no_number(tmp_path, tiny, trained):
     assert headings == [f"step 20, loss {rows(trained)[4]['loss']:.4f}", "step 40, the end"]
 
 
-def test_a_folder_whose_run_lives_is_left_alone(tmp_path, tiny):
+def test_a_folder_in_use_by_another_run_is_left_alone(tmp_path, tiny):
     run(tmp_path, tiny, max_iters=2, sample_tokens=0)
     holder = "import sys; from run.lock import owned\nwith owned(sys.argv[1]): print(1, flush=True), sys.stdin.read()"
     living = subprocess.Popen([sys.executable, "-c", holder, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -183,7 +183,7 @@ def test_a_folder_whose_run_lives_is_left_alone(tmp_path, tiny):
     living.stdout.readline()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     for start in (lambda: run(tmp_path, tiny), lambda: resume(tmp_path)):
-        with pytest.raises(UserError, match=f"process {living.pid} on .* has trained there since"):
+        with pytest.raises(UserError, match=f"process {living.pid} on .* has been training there since"):
             start()
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     living.communicate()
@@ -191,8 +191,8 @@ def test_a_folder_whose_run_lives_is_left_alone(tmp_path, tiny):
     assert (tmp_path / "earlier.1").exists()
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has other pipes")
-def test_a_run_whose_output_is_closed_saves_and_says_nothing_there(tmp_path, tiny):
+@pytest.mark.skipif(os.name == "nt", reason="Windows pipes behave differently")
+def test_a_run_whose_output_is_closed_saves_and_reports_on_stderr(tmp_path, tiny):
     process = subprocess.Popen(command(*as_arguments(tiny, max_iters=10**6, log_interval=1, out_dir=str(tmp_path))),
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for _ in range(6):
@@ -200,11 +200,11 @@ def test_a_run_whose_output_is_closed_saves_and_says_nothing_there(tmp_path, tin
     process.stdout.close()
     said = process.stderr.read()
     assert process.wait(timeout=60) == 141 and trainer(tmp_path)["step"] >= 2
-    assert re.fullmatch(r"\nstopped at step \d+ \(the output was closed\) and saved; go on with: .*\n", said)
+    assert re.fullmatch(r"\nstopped at step \d+ \(the output was closed\) and saved; resume with: .*\n", said)
 
 
-def test_pieces_of_any_size_do_not_change_the_curve(tmp_path, tiny, trained):
-    found = run(tmp_path, tiny, micro_batch_size=3)  # the last of three pieces is smaller
+def test_the_micro_batch_size_does_not_change_the_curve(tmp_path, tiny, trained):
+    found = run(tmp_path, tiny, micro_batch_size=3)  # the last of three micro-batches is smaller
     for a, b in zip(rows(trained), found):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], abs=1e-4)
@@ -231,7 +231,7 @@ def test_a_signal_saves_and_the_run_can_be_resumed(tmp_path, tiny, long_run, nam
     process.send_signal(getattr(signal, name))
     out, _ = process.communicate(timeout=60)
     assert process.returncode == status
-    assert f"go on with: python train.py --resume --out_dir={tmp_path / 'parts'}" in out
+    assert f"resume with: python train.py --resume --out_dir={tmp_path / 'parts'}" in out
     stopped = trainer(tmp_path / "parts")["step"]
     assert 20 <= stopped < 1000
     subprocess.run(command("--resume", f"--out_dir={tmp_path / 'parts'}"), check=True, capture_output=True, timeout=120)
@@ -249,7 +249,7 @@ def test_best_and_last_are_kept_apart(tmp_path, tiny, monkeypatch):
 
 
 def breaking(monkeypatch, change, at=27):
-    """From update `at` on, `change` makes another (loss, norm) of the update's."""
+    """From update `at` on, replaces (loss, norm) of an update by change(loss, norm)."""
     real = train.update
 
     def update(*args):
@@ -262,23 +262,22 @@ def breaking(monkeypatch, change, at=27):
 
 @pytest.mark.parametrize("change, settings, message", [
     (lambda loss, norm: (loss * math.nan, norm), {}, "the loss is nan .* at step 27: try a lower --learning_rate"),
-    (lambda loss, norm: (loss + 2, norm), dict(max_loss_rise=1.0), "at step 27: its running mean is .*_rise = 1.0"),
+    (lambda loss, norm: (loss + 2, norm), dict(max_loss_rise=1.0), "at step 27: the running mean of .*_rise = 1.0"),
 ])
-def test_a_step_that_is_not_sound_stops_the_run_which_can_be_replayed(tmp_path, tiny, monkeypatch, change, settings,
-                                                                      message):
+def test_a_bad_update_stops_the_run_and_can_be_replayed(tmp_path, tiny, monkeypatch, change, settings, message):
     breaking(monkeypatch, change)
     with pytest.raises(UserError, match=f"{message}.*last holds step 20") as error:
         run(tmp_path, tiny, **settings)
-    assert trainer(tmp_path)["step"] == 20 and rows(tmp_path)[-1]["step"] == 25  # noticed when looked at, named exactly
+    assert trainer(tmp_path)["step"] == 20 and rows(tmp_path)[-1]["step"] == 25  # found later, named exactly
     tokens = batches.random_offsets(28_052, 32, 8, train.Settings.seed, 26)
-    assert f"its batch is the windows at the training tokens {', '.join(map(str, tokens))};" in str(error.value)
-    assert f"python train.py --resume --out_dir={tmp_path} replays what came after" in str(error.value)
+    assert f"the batch is the windows at the training tokens {', '.join(map(str, tokens))};" in str(error.value)
+    assert f"python train.py --resume --out_dir={tmp_path} goes on from there" in str(error.value)
     with pytest.raises(UserError) as again:
         run(tmp_path, tiny, **settings, resume=True, log_interval=1)
     assert str(again.value) == str(error.value) and rows(tmp_path)[-1]["step"] == 26
 
 
-def test_no_number_is_saved_when_a_signal_comes_before_the_next_line_of_the_log(tmp_path, tiny, monkeypatch):
+def test_a_nan_is_not_saved_when_a_signal_comes_before_the_next_log_row(tmp_path, tiny, monkeypatch):
     def change(loss, norm):
         signal.raise_signal(signal.SIGINT)
         return loss * math.nan, norm
@@ -290,7 +289,7 @@ def test_no_number_is_saved_when_a_signal_comes_before_the_next_line_of_the_log(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows can't send these signals")
-def test_a_signal_in_the_last_sample_is_noted_as_the_end(tmp_path, tiny, monkeypatch):
+def test_a_signal_during_the_last_sample_is_recorded_as_the_end(tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(TextTask, "show", lambda *args: signal.raise_signal(signal.SIGTERM) or "text")
     with pytest.raises(SystemExit) as stopped:
         run(tmp_path, tiny, max_iters=5, sample_tokens=5)
@@ -298,29 +297,29 @@ def test_a_signal_in_the_last_sample_is_noted_as_the_end(tmp_path, tiny, monkeyp
     assert stopped.value.code == end["status"] == 143 and end["why"] == "SIGTERM" and trainer(tmp_path)["step"] == 5
 
 
-def test_a_folder_that_was_moved_is_left_alone(tmp_path, tiny, monkeypatch):
+def test_a_folder_that_was_moved_is_not_created_again(tmp_path, tiny, monkeypatch):
     def change(loss, norm):
         if (tmp_path / "out").exists():
             (tmp_path / "out").rename(tmp_path / "moved")
         return loss, norm
 
     breaking(monkeypatch, change)
-    with pytest.raises(UserError, match="out was moved or deleted while the run lived$"):
+    with pytest.raises(UserError, match="out was moved or deleted while the run was using it$"):
         run(tmp_path / "out", tiny, async_save=False)  # else the move may come in the middle of a save
     assert not (tmp_path / "out").exists() and trainer(tmp_path / "moved")["step"] == 20
 
 
-def test_a_validation_loss_that_is_no_number_stops_too(tmp_path, tiny, monkeypatch):
+def test_a_nan_validation_loss_stops_the_run(tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(TextTask, "evaluate", lambda *args: {"loss": math.nan})
     with pytest.raises(UserError, match="val_loss is nan at step 20: .*; nothing was saved yet"):
         run(tmp_path, tiny)
 
 
-def test_the_time_limit_saves_and_has_a_status_of_its_own(tmp_path, tiny, trained, capsys):
+def test_the_time_limit_saves_and_ends_with_status_75(tmp_path, tiny, trained, capsys):
     with pytest.raises(SystemExit) as stopped:
         run(tmp_path, tiny, max_minutes=1e-9, log_interval=1000)
     assert stopped.value.code == 75 and trainer(tmp_path)["step"] == 1
-    assert ("stopped at step 1 (--max_minutes=1e-09) and saved; go on with: python train.py --resume"
+    assert ("stopped at step 1 (--max_minutes=1e-09) and saved; resume with: python train.py --resume"
             f" --out_dir={tmp_path}") in capsys.readouterr().out
     assert json.loads((tmp_path / "run.json").read_text())["starts"][0]["why"] == "--max_minutes=1e-09"
     settings, _ = parse("--resume", f"--out_dir={tmp_path}")
@@ -329,7 +328,7 @@ def test_the_time_limit_saves_and_has_a_status_of_its_own(tmp_path, tiny, traine
     assert_same_run(trained, tmp_path)
 
 
-def test_auto_starts_and_goes_on(tmp_path, tiny, trained):
+def test_resume_auto_starts_and_resumes(tmp_path, tiny, trained):
     with pytest.raises(SystemExit):
         run(tmp_path, tiny, max_minutes=1e-9, resume="auto")
     for _ in range(2):  # the second has nothing left to do
@@ -367,39 +366,39 @@ def test_rates_may_change_in_a_resumed_run_but_not_the_parts_that_have_one(tmp_p
     run(tmp_path, tiny, max_iters=5, rates={"wte": 2.0, "wpe": 3.0}, sample_tokens=0)
     resume(tmp_path, "--max_iters=6", "--rates.wte=3", "--rates.wpe=2")  # moments stay with their parameters
     assert trainer(tmp_path)["step"] == 6 and recorded(tmp_path)["rates"] == {"wte": 3.0, "wpe": 2.0}
-    with pytest.raises(UserError, match="trainer.pt holds the optimizer of other parameters: .*--rates"):
+    with pytest.raises(UserError, match="trainer.pt holds the optimizer state of other parameters: .*--rates"):
         resume(tmp_path, "--max_iters=7", "--rates.wte=0")
     wide, narrow = (torch.optim.AdamW([torch.ones(size, requires_grad=True)]) for size in (3, 2))
     sum(wide.param_groups[0]["params"]).sum().backward()
     wide.step()
-    with pytest.raises(UserError, match="the optimizer of other parameters"):
+    with pytest.raises(UserError, match="the optimizer state of other parameters"):
         checkpoint.load_optimizer(narrow, wide.state_dict(), tmp_path)
 
 
-def test_an_earlier_run_is_moved_and_nothing_else(tmp_path, tiny, capsys):
+def test_an_earlier_run_is_moved_and_other_files_stay(tmp_path, tiny, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     first = run(tmp_path, tiny, max_iters=5)
     run(tmp_path, tiny, max_iters=6)
     run(tmp_path, tiny, max_iters=7)
     assert curve(rows(tmp_path / "earlier.1")) == curve(first) and (tmp_path / "notes.txt").exists()
     assert [trainer(tmp_path / folder)["step"] for folder in ("earlier.1", "earlier.2", ".")] == [5, 6, 7]
-    assert f"it is in {tmp_path / 'earlier.2'} now" in capsys.readouterr().out
+    assert f"moved the earlier run in {tmp_path} to {tmp_path / 'earlier.2'}" in capsys.readouterr().out
 
 
-def test_resume_takes_the_runs_own_settings_and_refuses_what_does_not_fit(tmp_path, tiny):
+def test_resume_takes_the_runs_own_settings_and_refuses_other_fixed_ones(tmp_path, tiny):
     run(tmp_path, tiny, max_iters=5)
     settings, _ = parse("--resume", f"--out_dir={tmp_path}", "--max_iters=9")
     assert (settings.n_embd, settings.dataset, settings.max_iters) == (32, tiny["dataset"], 9)
     assert train.earlier_settings({"out_dir": str(tmp_path)}) == {}
     for name, asked, value in (("n_embd", 64, 32), ("optimizer", "muon", "adamw"), ("init_from", "gpt2", "scratch"),
                                ("task", "contrastive", "text")):
-        message = f"{name} = {asked!r}, but the run in .* has {value!r}: drop it to resume, or start a new run with --i"
+        message = f"{name} = {asked!r}, but the run in .* has {value!r}: leave it out to resume, or start a new run"
         with pytest.raises(UserError, match=message):
             parse("--resume", f"--out_dir={tmp_path}", f"--{name}={asked}")
     with pytest.raises(UserError, match="nothing to resume in .*nowhere"):
         parse("--resume", f"--out_dir={tmp_path / 'nowhere'}")
-    parse("--resume", f"--out_dir={tmp_path}", "--mlp=", "--positions=", "--n_kv_head=0")  # the model's own
-    with pytest.raises(UserError, match="optimizer = 'muon', but the run in"):  # before what does not fit it
+    parse("--resume", f"--out_dir={tmp_path}", "--mlp=", "--positions=", "--n_kv_head=0")  # as the model has it
+    with pytest.raises(UserError, match="optimizer = 'muon', but the run in"):  # checked before --shard with muon
         parse("--resume", f"--out_dir={tmp_path}", "--optimizer=muon", "--shard")
 
 
@@ -407,7 +406,7 @@ def test_resume_takes_the_runs_own_settings_and_refuses_what_does_not_fit(tmp_pa
     (dict(beta2=0.5), lambda in_block, is_matrix: not (in_block and is_matrix)),
     (dict(weight_decay=0.9), lambda in_block, is_matrix: is_matrix),
     (dict(muon_lr=0.1), lambda in_block, is_matrix: in_block and is_matrix)])
-def test_a_resumed_run_applies_other_options_of_the_optimizers(tmp_path, muon_run, changes, changed):
+def test_a_resumed_run_applies_changed_optimizer_options(tmp_path, muon_run, changes, changed):
     for name in ("same", "other"):
         shutil.copytree(muon_run, tmp_path / name)
     resume(tmp_path / "same", "--max_iters=6")
@@ -427,8 +426,8 @@ def muon_run(tmp_path_factory, tiny):
 
 
 @pytest.mark.parametrize("first, second", [(12, 6), (6, 12)])
-def test_a_resumed_run_keeps_what_was_decided_at_its_start(tmp_path, tiny, monkeypatch, first, second):
-    """compile follows from the whole run's updates, dtype from the machine, micro_batch_size from the workers."""
+def test_a_resumed_run_keeps_the_choices_of_its_first_start(tmp_path, tiny, monkeypatch, first, second):
+    """They depend on max_iters (compile), the machine (dtype) and the number of workers (micro_batch_size)."""
     compiled, real = [], train.pick_compile
     monkeypatch.setattr(device, "CUDA_COMPILE_MIN_UPDATES", 10)
     monkeypatch.setattr(device, "has_triton", lambda: True)
@@ -447,26 +446,26 @@ def test_a_resumed_run_keeps_what_was_decided_at_its_start(tmp_path, tiny, monke
     assert [start["compile"] for start in starts] == 2 * [decided["compile"]]
 
 
-def test_a_piece_is_a_workers_share_of_the_first_start(capsys):
+def test_the_micro_batch_size_is_a_workers_share_of_the_batch(capsys):
     def size(workers, whole=False, **settings):
         task = SimpleNamespace(settings=train.Settings(**settings), whole=whole)
-        return train.piece_size(task, World(0, workers, CPU))
+        return train.pick_micro_batch_size(task, World(0, workers, CPU))
 
     assert [size(workers, batch_size=5) for workers in (1, 2, 4, 5)] == [5, 3, 2, 1]
-    assert "1 of 4 workers are idle: an update has 3 pieces of 2 rows" in capsys.readouterr().out
+    assert "1 of 4 workers are idle: an update has 3 micro-batches of 2 rows" in capsys.readouterr().out
     assert [size(workers, whole=True, batch_size=6) for workers in (1, 2)] == [0, 0]
     for settings in (dict(batch_size=5), dict(batch_size=6, micro_batch_size=3)):
-        with pytest.raises(UserError, match="every worker takes one piece: leave out --micro_batch_size, .* 2 divides"):
+        with pytest.raises(UserError, match="worker takes one micro-batch: leave out --micro_batch_size, .* 2 divides"):
             size(2, whole=True, **settings)
 
 
-def test_a_finished_run_can_be_resumed_for_more(tmp_path, tiny, capsys):
+def test_a_finished_run_can_be_extended(tmp_path, tiny, capsys):
     run(tmp_path, tiny, max_iters=20, lr_decay_iters=40)
-    run(tmp_path, tiny, max_iters=20, lr_decay_iters=40, resume=True)  # nothing to do, and nothing breaks
+    run(tmp_path, tiny, max_iters=20, lr_decay_iters=40, resume=True)  # there is nothing to do
     assert trainer(tmp_path)["step"] == 20 and len(rows(tmp_path)) == 5
     said = capsys.readouterr().out
-    assert f"the run in {tmp_path} is finished: it has made its 20 updates" in said and "\n0 updates in" in said
-    with pytest.raises(UserError, match="max_iters = 19: the run in .* has made 20 updates already"):
+    assert f"the run in {tmp_path} is finished, with 20 updates" in said and "\n0 updates in" in said
+    with pytest.raises(UserError, match="max_iters = 19: the run in .* has already made 20 updates"):
         resume(tmp_path, "--max_iters=19")
     run(tmp_path, tiny, max_iters=40, lr_decay_iters=40, resume=True)
     assert rows(tmp_path)[-1]["loss"] == pytest.approx(GOLDEN[40], abs=2e-3)
@@ -479,12 +478,12 @@ def test_a_finished_run_can_be_resumed_for_more(tmp_path, tiny, capsys):
 def test_training_can_start_from_an_earlier_run(tmp_path, tiny, trained, capsys):
     found = run(tmp_path, tiny, init_from=trained, max_iters=1)
     assert found[0]["loss"] < 2.5 < GOLDEN[1]
-    assert ("warmup_iters = 5: the learning rate rises to the end, for max_iters = 1; a smaller one, such as"
-            " --warmup_iters=0, lets it reach its peak") in capsys.readouterr().out
+    assert ("warmup_iters = 5: the learning rate never reaches its peak in max_iters = 1 updates; try a smaller one,"
+            " such as --warmup_iters=0") in capsys.readouterr().out
 
 
-def test_lora_trains_two_small_matrices_of_each_layer(tmp_path, tiny, trained):
-    """It is loaded, resumed, and merged where another run starts from it."""
+def test_lora_trains_only_its_two_small_matrices_per_layer(tmp_path, tiny, trained):
+    """Its checkpoint can be loaded, resumed, and merged when another run starts from it."""
     wanted = dict(tiny, init_from=trained, lora_rank=2, max_iters=10, dropout=0.1, sample_tokens=0)
     settings = settings_for("text", **wanted, out_dir=str(tmp_path / "whole"))
     _, model, *_ = train.train(settings, {}, World(0, 1, CPU))
@@ -504,24 +503,24 @@ def test_lora_trains_two_small_matrices_of_each_layer(tmp_path, tiny, trained):
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_a_part_with_the_rate_0_is_frozen_in_a_resumed_run_too(tmp_path, tiny, trained):
+def test_a_part_with_rate_0_stays_frozen_in_a_resumed_run(tmp_path, tiny, trained):
     run(tmp_path, tiny, init_from=trained, rates={"wte": 0.0}, max_iters=2, sample_tokens=0)
     resume(tmp_path, "--max_iters=4")
     before, after = weights(trained, "best"), weights(tmp_path)
     assert [name for name in after if torch.equal(after[name], before[name])] == ["wte.weight"]
 
 
-def test_wandb_logs_offline_and_without_a_login_nothing_is_moved(tmp_path, tiny, monkeypatch):
+def test_wandb_logs_offline_and_a_missing_login_moves_no_files(tmp_path, tiny, monkeypatch):
     wandb = pytest.importorskip("wandb")
     with monkeypatch.context() as patch, pytest.raises(UserError, match="--wandb needs a package: pip install wandb"):
-        patch.setitem(sys.modules, "wandb", ModuleType("wandb"))  # as a folder of that name is
+        patch.setitem(sys.modules, "wandb", ModuleType("wandb"))  # as if it were a folder of that name
         start_wandb(tmp_path, train.Settings(), "name")
     run(tmp_path, tiny, max_iters=4, sample_tokens=0)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     for name, value in (("MODE", "online"), ("SILENT", "true"), ("CONFIG_DIR", str(tmp_path / "none"))):
         monkeypatch.setenv(f"WANDB_{name}", value)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    wandb.teardown()  # it reads the environment once
+    wandb.teardown()  # wandb reads the environment only once
     with pytest.raises(UserError, match="--wandb: No API key .*; or set WANDB_MODE=offline, or leave --wandb out"):
         run(tmp_path, tiny, wandb=True)
     assert trainer(tmp_path)["step"] == 4 and not (tmp_path / "earlier.1").exists()
@@ -536,7 +535,7 @@ def test_wandb_logs_offline_and_without_a_login_nothing_is_moved(tmp_path, tiny,
     (dict(FAST, learning_rate=0.0, min_lr=0.0), "learning_rate = 0: does not work with --optimizer=muon"),
     (dict(shard=True, dtype="float16"), "shard = True: does not work with --dtype=float16"),
 ])
-def test_parts_that_do_not_go_together_are_refused(changes, message, monkeypatch):
+def test_settings_that_exclude_each_other_are_refused(changes, message, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun sets it
     with pytest.raises(UserError, match=message):
         settings_for("text", **changes)
@@ -556,7 +555,7 @@ def test_a_setting_that_does_nothing_is_refused(line, message):
         parse(*line.split())
 
 
-def test_a_setting_that_the_model_decides_or_lacks_is_refused(tmp_path, tiny, trained):
+def test_a_setting_that_the_model_can_not_have_is_refused(tmp_path, tiny, trained):
     with pytest.raises(UserError, match="n_layer = 3, but .*trained has 2: leave it out"):
         run(tmp_path, tiny, init_from=trained, n_layer=3)
     with pytest.raises(UserError, match="rates.head = 0.5: the model has no such part, only wte, wpe, transformer"):
@@ -583,7 +582,7 @@ def test_a_short_split_is_named_with_a_block_size_that_fits_both(tmp_path, tiny)
     ("prepare.py no_such.txt", "no_such.txt is not a file"),
     ("-m tools.bench --only=speed", "only = speed: must be some of peak"),
 ])
-def test_mistakes_on_the_command_line_are_one_line_and_come_at_once(without_torch, line, message):
+def test_mistakes_on_the_command_line_are_reported_before_torch_is_imported(without_torch, line, message):
     done = without_torch(*line.split())
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert re.match(f"error: {message}", done.stderr)
@@ -591,14 +590,14 @@ def test_mistakes_on_the_command_line_are_one_line_and_come_at_once(without_torc
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py", "prepare.py", "-m tools.bench",
                                     "-m tools.scaling"])
-def test_help_comes_at_once(without_torch, script):
+def test_help_does_not_import_torch(without_torch, script):
     done = without_torch(*script.split(), "--help")
     assert done.returncode == 0 and f"python {script}" in done.stdout, done.stderr
 
 
 @pytest.fixture
 def without_torch(tmp_path):
-    """A function that runs a script of ours, or -m and a module, where importing torch is an error."""
+    """A function that runs a script, or -m and a module, in a process where importing torch is an error."""
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
 
     def start(first, *arguments):

@@ -14,7 +14,7 @@ n_head = 25
 n_embd = 1600
 
 batch_size = 1024  # a million tokens
-micro_batch_size = 8  # sequences in memory at a time: 128 pieces per batch, for up to 128 GPUs
+micro_batch_size = 8  # sequences in memory at a time: 128 per batch, for up to 128 GPUs
 max_iters = 29700  # 31.1 billion tokens
 learning_rate = 2e-4
 min_lr = 2e-5

@@ -13,7 +13,7 @@ n_layer = 24
 n_head = 16
 n_embd = 1024
 
-micro_batch_size = 16  # sequences in memory at a time: 32 pieces per batch, for up to 32 GPUs; on 64, use 8
+micro_batch_size = 16  # sequences in memory at a time: 32 per batch, for up to 32 GPUs; on 64, use 8
 learning_rate = 3e-4
 min_lr = 3e-5
 

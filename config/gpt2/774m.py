@@ -13,7 +13,7 @@ n_layer = 36
 n_head = 20
 n_embd = 1280
 
-micro_batch_size = 16  # sequences in memory at a time: 32 pieces per batch, for up to 32 GPUs; on 64, use 8
+micro_batch_size = 16  # sequences in memory at a time: 32 per batch, for up to 32 GPUs; on 64, use 8
 max_iters = 29500  # 15.5 billion tokens
 learning_rate = 2.5e-4
 min_lr = 2.5e-5
