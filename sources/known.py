@@ -90,7 +90,7 @@ def ensure(dataset):
     meta = locate(dataset) / "meta.json"
     if meta.exists():
         return dataset
-    with owned(DATA, "dataset", "prepared data", wait=True):  # two runs may start at once
+    with owned(DATA, "dataset", "been preparing data", wait=True):  # two runs may start at once
         return dataset if meta.exists() else prepare_known(dataset, dataset, TOKENIZERS[dataset])
 
 
@@ -101,7 +101,7 @@ def prepare_known(name, target, tokenizer, val_fraction=0.1, image_size=48):
         raw, script = DATA / name / "source", f"data/{name}/generate.py"
         if target != name:
             claim(target, script)
-        with owned(raw, "dataset", "made images"):
+        with owned(raw, "dataset", "been making images"):
             print(f"generating {raw}", flush=True)
             runpy.run_path(str(ROOT / script))["generate"](raw)
             images.prepare(raw, locate(target), tokenizer, val_fraction, image_size, script)

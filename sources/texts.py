@@ -275,7 +275,7 @@ def writing(folder):
 
     Raises UserError if another process has the folder, or the disk is full.
     """
-    with owned(folder, "name", "prepared a data set"):
+    with owned(folder, "name", "been preparing a data set"):
         try:
             yield
         except OSError as error:

@@ -272,7 +272,7 @@ def test_two_processes_do_not_write_to_one_folder(files, in_process, tmp_path):
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], cwd=ROOT, stdin=subprocess.PIPE,
                              stdout=subprocess.PIPE)
     other.stdout.readline()
-    with pytest.raises(UserError, match="name = .*out: process .* has prepared a data set there since .*--name"):
+    with pytest.raises(UserError, match="name = .*out: process .* has been preparing a data set there since .*--name"):
         run(files, tmp_path / "out", tokenizer="byte")
     other.communicate(b"\n")
     run(files, tmp_path / "out", tokenizer="byte")

@@ -16,7 +16,8 @@ from configurator import parse, read_file
 from tools import bench, compare, figures, scaling, versus
 
 ROOT = Path(train.__file__).parent
-README, *PAGES = ((ROOT / f"{name}.md").read_text(encoding="utf-8") for name in ("README", "EXPERIMENTS", "CONTRIBUTING"))
+README, *PAGES = ((ROOT / name).read_text(encoding="utf-8") for name in
+                  ("README.md", "EXPERIMENTS.md", "CONTRIBUTING.md"))
 FIGURES = [entry for entry in json.loads((ROOT / "figures.json").read_text(encoding="utf-8"))["figures"].values()
            if entry["command"]]
 FOLDERS = sorted(path.parent for path in ROOT.glob("*/__init__.py")) + [ROOT / "config", ROOT / "data", ROOT / "tests"]
