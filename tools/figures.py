@@ -66,11 +66,11 @@ def rows_of(entry, wanted):
 # Measuring
 
 def run(command, folder):
-    """Runs a shell command in the repository and returns its output. Raises UserError if it fails."""
+    """Runs a bash command in the repository and returns its output. Raises UserError if it fails."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])  # `python` is this one
-    done = subprocess.run(command, shell=True, cwd=ROOT, env={**os.environ, "PATH": path}, encoding="utf-8",
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env={**os.environ, "PATH": path}, encoding="utf-8",
                           errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     (folder / "output.txt").write_text(done.stdout, encoding="utf-8")
     if done.returncode:
