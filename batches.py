@@ -117,7 +117,7 @@ def fixed_windows(n_tokens, block_size, batch_size, limit=0):
     """A list of batches (offsets, length) of adjacent windows, in which every token but the first is a target once.
 
     length: tokens of each window: block_size, except that the last window may be shorter, in a batch of its own.
-    limit: most tokens to score, in evenly spread windows; 0: all.
+    limit: score at most this many tokens, but at least one window, in evenly spread windows; 0: all.
     """
     offsets = np.arange(0, n_tokens - 1, block_size)
     if limit and n_tokens - 1 > limit:
@@ -188,7 +188,7 @@ def epoch_order(n_rows, seed, epoch):
 
 
 def fixed_rows(n_rows, batch_size, limit=0):
-    """A list of batches of row indices, in order. limit: most rows to take, evenly spread; 0: all."""
+    """A list of batches of row indices, in order. limit: take at most this many rows, evenly spread; 0: all."""
     rows = np.arange(n_rows)
     if limit and n_rows > limit:
         rows = rows[np.arange(limit) * n_rows // limit]

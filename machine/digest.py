@@ -19,7 +19,7 @@ class NoSource(Exception):
 
 
 def digests(model):
-    """{"model.Block": its digest, ...} for the project's classes among the model's modules. Raises NoSource."""
+    """{"model.Block": `digest` of that class, ...} for our own classes among the model's modules. Raises NoSource."""
     return {full_name(cls): digest(cls) for cls in {type(module) for module in model.modules()} if is_ours(cls)}
 
 
@@ -47,7 +47,7 @@ def digest(cls):
 
 
 def described(thing):
-    """(a class or function as text, the project's classes and functions that it uses)."""
+    """(text, code): a function's tokens or a class's name, with constants; our functions and classes that it uses."""
     if isinstance(thing, type):
         attributes = [item for base in thing.__mro__[::-1] if is_ours(base) for item in vars(base).items()]
         members = {name: unwrapped(value) for name, value in attributes if not name.startswith("__") or callable(value)}

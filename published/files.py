@@ -25,7 +25,7 @@ GPT2 = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gp
 
 
 class Source(NamedTuple):
-    """Where a parameter of ours is among the published tensors."""
+    """Which published tensor, or which rows of it, hold one parameter of ours."""
     name: str  # of the tensor, in the first layout
     turned: bool = False  # True if it is stored as (in, out), the transpose of ours
     rows: int = 0  # of the tensor (once it is turned), if ours is only a slice of it
@@ -82,9 +82,9 @@ def locate(name):
 
 
 def read_weights(folder, model, family, theirs):
-    """A state dict for the model from a published folder. Tensors that it has no use for keep their published names.
+    """A state dict for the model, from a folder. family: gpt2.py or paligemma.py. theirs: content of its config.json.
 
-    Those of .safetensors are views of the file, mapped into memory. Raises UserError if a file can't be read.
+    Tensors unknown to the model keep their names. Safetensors are memory-mapped. Raises UserError for unreadable files.
     """
     stored = {}  # {name in the first layout: (name in the file, tensor)}
     found = sorted(folder.glob(WEIGHTS[0])) or sorted(folder.glob(WEIGHTS[1]))

@@ -44,7 +44,7 @@ from run.files import read_json, rename, to_json, write_text
 
 
 def versions():
-    """Returns what config.json and run.json record about the software."""
+    """Returns the Python, PyTorch and NumPy versions and the platform, for config.json and run.json: {name: text}."""
     return {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__,
             "platform": platform.platform()}
 
@@ -107,10 +107,10 @@ class Writer(AbstractContextManager):
 
 
 def write(out_dir, name, state, tokenizers, config, trainer, group=None):
-    """Writes the checkpoint out_dir/name; the previous one becomes NAME.old. If a write fails, that one stays as it is.
+    """Writes the checkpoint out_dir/name. The previous one becomes NAME.old; a failed write leaves it intact.
 
-    state: the model's tensors. trainer: for trainer.pt; None: there is none, and NAME.old is deleted. group: the ranks
-    that share the shards of state and trainer; all call this. Raises UserError if a file can't be written.
+    state: the model's tensors. trainer: the content of trainer.pt; None: none is written, and NAME.old is deleted.
+    group: the ranks of a sharded run, which must all call this. Raises UserError if a file can't be written.
     """
     final, new, old = (Path(out_dir) / (name + suffix) for suffix in ("", ".new", ".old"))
     is_main = group is None or dist.get_rank() == 0
@@ -200,7 +200,7 @@ def candidates(out_dir, *names):
 
 
 def find(out_dir, *names, sampling=False):
-    """Returns the first intact checkpoint of these names, or None if there is none.
+    """Returns the folder of the first intact checkpoint of these names, or None if none of them exists.
 
     Says on stderr which damaged ones it skips. Raises UserError if all are damaged. sampling: as in `verify`.
     """

@@ -43,7 +43,7 @@ def to_rgb(image):
 
 
 def eight_bits(image):
-    """Returns an image scaled to 8 bits. Integers go up to 65535; floats to 1, 255 or 65535: the least that fits."""
+    """Returns an 8-bit image. White is 65535 for integers; for floats, the least of 1, 255, 65535 that none exceeds."""
     import numpy as np
     from PIL import Image
     values = np.asarray(image)
@@ -93,13 +93,13 @@ def box_text(box, width, height):
 
 
 def box_iou(answer, truth):
-    """Returns the mean, over all boxes of both answers, of the best IoU with a box of that label in the other one."""
+    """Returns the mean, over the boxes of both answer texts, of the best IoU with a box of its label in the other."""
     found, right = parse_boxes(answer, 1, 1), parse_boxes(truth, 1, 1)
     best = []
     for boxes, others in ((found, right), (right, found)):
         for box in boxes:
             best.append(max((overlap(box, other) for other in others if other.label == box.label), default=0.0))
-    return sum(best) / len(best) if best else float(answer == truth)
+    return sum(best) / len(best) if best else float(answer == truth)  # without boxes: 1 if the texts are equal
 
 
 def overlap(a, b):
@@ -131,8 +131,8 @@ def draw_boxes(image, boxes):
 def draw_attention(image, weights, prompt, tokens, panel=224):
     """Returns a grid of panels: the PIL image with its prompt, then a heat map for each token of the answer.
 
-    weights: (A, N), from `image_attention`; each map is scaled to its own maximum. The number beside a token is the
-    share of its attention on the image. panel: width of a panel in pixels; its height is at most twice that.
+    weights: (A, N) from `image_attention`, A tokens and N patches; each map is scaled to its own maximum. The number
+    beside a token is the share of its attention on the image. Each picture fits panel x 2 panel pixels, plus a margin.
     """
     from PIL import Image
     image = to_rgb(image)
@@ -159,11 +159,9 @@ def heat_map(image, weights):
 
 
 def caption(image, text, width, margin=4, line=22):
-    """Returns a PIL image with a white margin, under a line of text, cut off if too long. Sizes are in pixels."""
+    """Returns a PIL image under a line of text, in a frame width + 2 * margin pixels wide. Longer text is cut off."""
     from PIL import Image, ImageDraw
     framed = Image.new("RGB", (width + 2 * margin, image.height + 2 * margin + line), "white")
     framed.paste(image, (margin, margin + line))
     ImageDraw.Draw(framed).text((margin, margin), text, fill="black", font_size=14)
     return framed
-
-

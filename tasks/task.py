@@ -31,7 +31,7 @@ class Task:
     rows_label = "the rows"  # begins the text that `where` returns
 
     def __init__(self, settings, tokenizers=None, source=""):
-        """Opens no data. tokenizers: {name: tokenizer} of the model loaded from `source`; None: the data set's own."""
+        """tokenizers: {name: tokenizer} of the model loaded from `source`; None: `open` takes the data set's own."""
         self.settings, self.tokenizers, self.source = settings, tokenizers, source
 
     def __repr__(self):
@@ -69,7 +69,7 @@ class Task:
         return (model(**arguments) * weights).sum(), {}
 
     def evaluate(self, model, split, world, dtype, limit=0):
-        """{"loss": mean nats, name: other measure} of a split, the same on every rank. limit: most tokens; 0: all."""
+        """{"loss": mean nats, name: other measure} of a split, the same on every rank. limit: in tokens; 0: all."""
 
     def details(self, model, split, world, dtype, settings, found):
         """{name: value} that evaluate.py adds to `found`, the result of `evaluate`. settings: evaluate.py's."""
@@ -82,14 +82,14 @@ class Task:
         """
 
     def write(self, model, text="", image="", **sampling):
-        """Returns the sample for one prompt, and one image file if the task has images. sampling: temperature=0, ..."""
+        """Returns one sample. text: the prompt. image: a file, if the task has images. sampling: temperature=0, ..."""
         if sampling.get("num_samples", 1) != 1:
             raise UserError(f"num_samples = {sampling['num_samples']}: write returns one sample; call it for each seed")
         sampling = TASKS[self.settings.task].sampling(**sampling, **({"image": str(image)} if image else {}))
         return "".join(piece for _, piece in self.sample(model, [{"text": text, "image": str(image)}], sampling))
 
     def show(self, model, short=False):
-        """The text that a run shows at its end: a sample without prompt. short: at an evaluation, up to 100 tokens."""
+        """Text that a run shows at its end: a sample without prompt. short: at most 100 tokens, for an evaluation."""
         s = self.settings
         count = min(100, s.sample_tokens) if short else s.sample_tokens
         sampling = build(TASKS[s.task].sampling, {"max_new_tokens": count, "seed": s.seed})
@@ -100,7 +100,7 @@ class Task:
         return shlex.join(["python", "sample.py", f"--out_dir={out_dir}"])
 
     def finish(self):
-        """Called on the main rank after the last save."""
+        """Called on the main rank after the last save. Does nothing; a task may publish its model here."""
 
     def where(self, rows):
         """Text that names these rows, such as "the rows 3, 5"."""

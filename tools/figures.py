@@ -66,7 +66,10 @@ def rows_of(entry, wanted):
 # Measuring
 
 def run(command, folder):
-    """Runs a bash command in the repository and returns its output. Raises UserError if it fails."""
+    """Runs a bash command in the repository. Empties `folder`, and keeps the output there. Returns the output.
+
+    Raises UserError if the command fails.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])  # `python` is this one
@@ -103,7 +106,7 @@ def filled(entry, row, seed, out):
 
 
 def measure(name, entry, row, number):
-    """{what: the mean over the seeds} of a row of an entry, the row of this number."""
+    """{what: the mean over the seeds} of a row of an entry. number: which row it is, for the name of its folder."""
     found = []
     for seed in entry.get("seeds", [0]):
         folder = ROOT / "out" / "figures" / name / f"row{number}-seed{seed}"
@@ -113,7 +116,7 @@ def measure(name, entry, row, number):
 
 
 def holds(entry, what, measured, claimed):
-    """True or False; None where the figure depends on the machine. A ratio may be off by a factor, others by a sum."""
+    """Whether measured agrees with claimed; None without `within`, which is a factor for ratios, else a difference."""
     within = entry.get("within", {}).get(what)
     if within is None:
         return None

@@ -27,7 +27,7 @@ def at_equal_updates(a, b):
 
 
 def at_equal_time(a, b):
-    """The Pairs at the end of each pair's quicker run; [] if a slower one was not evaluated by then."""
+    """The Pairs at the end of each seed's quicker run; [] if a slower one has no evaluation by then. a, b: as above."""
     pairs = []
     for seed, runs in enumerate(zip(a, b), 1):
         curves = [series(rows, "val_loss", x="seconds") for rows in runs]
@@ -75,7 +75,7 @@ def t_inside(t, freedom):
 
 
 def verdict(pairs):
-    """What the pairs show, in words."""
+    """Text that says which of a and b is better, by how much, or that no difference is shown."""
     mean, half = interval([pair.b - pair.a for pair in pairs])
     if all(pair.a == pair.b for pair in pairs):
         return "no difference at all: the losses are the same numbers"
