@@ -131,10 +131,10 @@ def from_command_line(cls, doc, usual=None, **how):
 def parse(cls, argv, more=None, has_accelerator=None, base=None, refuse=None, check=None, elsewhere=None):
     """Returns (settings, given): an instance of the dataclass `cls`, and {name: value} of all that `argv` sets.
 
-    more(values) returns a second dataclass whose fields are settings too. It gets the values of the fields of `cls`.
-    has_accelerator(device) decides whether the files' `on_cpu` values apply. It is called only if there are any.
-    base(given) returns older values, which `argv` overrides, such as those of a resumed run.
-    refuse(older, given) is called if there are older values. Like check(settings, given), it may raise a UserError.
+    more(values) returns a dataclass, whose fields are settings too. values: {name: value} of the fields of `cls`.
+    has_accelerator(device): if it returns False, config files' `on_cpu` values apply. Called only if there are any.
+    base(given) returns {name: value} of older settings, such as a resumed run's, or {}. `argv` overrides them.
+    refuse(older, given), called only if there are older settings, and check(settings, given) may raise a UserError.
     elsewhere(name) returns a hint at where an unknown setting belongs, or "".
     Raises UserError for an unknown name, a value of the wrong type, or a file that can't be read.
     """
@@ -410,14 +410,14 @@ def help_text(cls, doc):
 
 
 def wrap(line, width):
-    """The line, broken to fit the width. What continues a setting's comment is indented to where the comment begins."""
+    """Returns the line with newlines that make it fit the width. A setting's comment continues below its own start."""
     start = re.match(r"  --\S* +| *", line).end()
     indent = " " * (start if not start or 6 < start < width - 30 else 8)
     return textwrap.fill(line, width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False) or line
 
 
 def help_lines(cls, prefix=""):
-    """Yields a line for each heading and each field in the source of a dataclass. prefix: of an inner one's names."""
+    """Yields a line of --help for each heading and field in a dataclass's source. prefix: goes before each name."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for part in reversed(cls.__mro__):
         source = inspect.getsource(part) if inspect.get_annotations(part) else ""  # a class from `joined` has no source

@@ -71,7 +71,7 @@ def main(settings, sources):
 
 
 def prepare_known_source(settings, source):
-    """Prepares a known data set, under its own name or settings.name. Returns (name, recipe)."""
+    """Prepares a known data set, under its own name or settings.name. Returns (name, path of a recipe in config/)."""
     name, is_corpus, has_images = settings.name or source, source in CORPORA, source in GENERATED
     check_kind(settings, "a known corpus" if is_corpus else "known images" if has_images else "a known text")
     if name == source:  # under its own name, a data set is the same for everyone
@@ -90,7 +90,7 @@ def prepare_known_source(settings, source):
 
 
 def prepare_own(settings, sources):
-    """Prepares files and folders, or a URL. Returns (name, recipe)."""
+    """Prepares files and folders, or a URL. Returns (the data set's name, path of a recipe in config/)."""
     is_url = len(sources) == 1 and "://" in sources[0]
     check_sources(settings, sources, is_url)
     paths = list(map(Path, sources))
@@ -136,7 +136,7 @@ def check_sources(settings, sources, is_url):
 
 
 def prepare_documents(settings, source, folder):
-    """Prepares the first max_files files of a documents.Source. Returns a recipe that suits the number of tokens."""
+    """Prepares the first max_files files of a documents.Source. Returns the path of a recipe for so many tokens."""
     source = source._replace(files=source.files[:settings.max_files or None])
     meta = documents.prepare(source, folder, settings.tokenizer, settings.val_fraction, settings.processes)
     return "config/gpt2.py" if meta["train_tokens"] > GPT2_TOKENS else text_recipe(settings.tokenizer)

@@ -39,14 +39,14 @@ class Settings:
 
 
 def own_settings(values):
-    """The dataclass of settings that the model's task adds. values: {name: value} of the settings above."""
+    """Returns the dataclass of settings that the model's task adds. values: {name: value} of the fields of Settings."""
     if not values["init_from"]:
         check_run(values["out_dir"])
     return TASKS[find_task(values["init_from"] or values["out_dir"])].sampling
 
 
 def check(settings, given):
-    """Raises UserError for an image or a prompt file that does not exist."""
+    """Raises UserError if an image or prompt file does not exist, or no image is given to a model that needs one."""
     for path in image_files(settings.image) if hasattr(settings, "image") else ():
         if not path:
             raise UserError(f"image = {settings.image!r}: names no file, and this model needs one: add --image=FILE")
@@ -66,7 +66,7 @@ from tasks.task import load
 
 
 def read_prompt(prompt):
-    """The text that --prompt stands for."""
+    """Returns the text of --prompt: the file after FILE:, standard input for -, else the prompt itself."""
     path = 0 if prompt == "-" else prompt.removeprefix("FILE:")  # 0: standard input
     try:
         if path == prompt:

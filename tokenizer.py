@@ -153,7 +153,7 @@ class BPETokenizer(Tokenizer):
 
 
 def short_words(texts):
-    """Yields the texts, cut after each run of LONGEST_WORD characters that are all white space, or all not."""
+    """Yields the texts in pieces, in which no word and no run of white space is longer than LONGEST_WORD characters."""
     with progress(None, "learning tokens", " characters") as bar:
         for text in texts:
             start = 0

@@ -165,7 +165,7 @@ def update(task, wrapped, optimizers, scaler, step, world, dtype):
 
 
 def train(settings, given, world):
-    """Sets up the run and trains. Returns (task, model, log, exit status if stopped early or else 0, guard)."""
+    """Sets up the run and trains. Returns (task, model, Log, exit status, Guard); status 0 unless stopped early."""
     # The task, its data and its model.
     out_dir, device = Path(settings.out_dir), world.device
     folder = world.from_main(lambda: resume.pick_up(out_dir, settings.resume))
@@ -226,7 +226,7 @@ def train(settings, given, world):
 
 
 def snapshot(task, row, best, guard, optimizers, scaler):
-    """Returns the contents of a checkpoint's config.json and trainer.pt. row: the log row of the last update."""
+    """Returns a checkpoint's config.json and trainer.pt as dicts. row: the last log row. best: the best measure yet."""
     s, step = task.settings, row["step"]
     config = {**task.about, "lora_rank": s.lora_rank, "settings": asdict(s), "dataset": s.dataset, "step": step,
               "data": task.fingerprint(), "val_loss": None, **measures(row), "versions": checkpoint.versions()}
@@ -235,9 +235,9 @@ def snapshot(task, row, best, guard, optimizers, scaler):
 
 
 def pick_micro_batch_size(task, world):
-    """Returns the micro_batch_size to record: the setting, or each worker's share of the batch at the first start.
+    """Returns the micro_batch_size to record: the setting, or if that is 0, batch_size / workers, rounded up.
 
-    For a task that scores each row against all others it is 0: each worker's share of the batch is one micro-batch.
+    For a task that scores each row against all others, returns 0: each worker then takes its share in one micro-batch.
     """
     s = task.settings
     if task.whole:

@@ -66,7 +66,7 @@ class PaliGemmaConfig:
 
     @property
     def block_size(self):
-        """The most positions of a row, including the image."""
+        """The longest sequence, in positions: image patches and text tokens together."""
         return self.text.block_size
 
 
@@ -141,7 +141,7 @@ class PaliGemma(nn.Module):
         self.decoder = Gemma(config.text)
 
     def forward(self, images, tokens, targets=None, places=None, prefix=None):
-        """images: (B, 3, H, W). tokens: (B, T), padded on the right. prefix: see `hidden`. The rest: see `predict`."""
+        """What `predict` returns. images: (B, 3, H, W). tokens: (B, T), padded on the right. prefix: see `hidden`."""
         x = self.hidden(tokens, image=self.encode(images), prefix=prefix)
         return predict(self.logits, x, targets, places)
 
@@ -306,7 +306,7 @@ def attention_weights(attention, x, mask, rope, first=0):
 # Contrastive losses
 
 def all_gather(x, across_ranks):
-    """(the rows of all ranks, the index of x's first row). All ranks need equally many rows. Differentiable."""
+    """(rows of all ranks, index of x's first); (x, 0) if not across_ranks. Differentiable. Ranks need equal len(x)."""
     if not across_ranks or not dist.is_initialized() or dist.get_world_size() == 1:
         return x, 0
     from torch.distributed.nn import functional as with_gradients

@@ -84,10 +84,10 @@ class World:
 
 
 def wrap(model, blocks, sharded, compiled, recompute, dtype, world):
-    """Prepares a model for training, and returns the module to call. The model's parameters keep their names.
+    """Returns the module to call in training: the model, moved to the device and, for several workers, wrapped in DDP.
 
-    recompute: each of `blocks` is computed again in the backward pass, which saves the memory of its activations.
-    Raises UserError if there are none. dtype: that of FSDP2's gathered parameters.
+    sharded: FSDP2 instead of DDP; it gathers parameters in `dtype`. The model's parameters keep their names.
+    recompute: compute each of `blocks` again in the backward pass, to save memory; raises UserError if there are none.
     """
     if recompute and not blocks:
         raise UserError(f"recompute = True: a {type(model).__name__} has no blocks to compute again; leave it out")
@@ -111,7 +111,7 @@ def shard(model, blocks, dtype, world):
     """Spreads the model's parameters over all ranks, in place: each block by itself, then the rest (FSDP2).
 
     Each rank keeps its part of the parameters, gradients and moments, in float32. It gathers a block's parameters, in
-    `dtype`, only while it computes that block. Gradients are summed in float32. The model may be on the CPU.
+    `dtype`, only while it computes that block. Gradients are averaged in float32. Moves the model to the device.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # a slow import: two seconds
     mesh = dist.init_device_mesh(world.device.type, (world.size,))
@@ -129,7 +129,7 @@ PATIENCE = 10  # seconds: by then, torchrun has ended the remaining workers
 
 @contextlib.contextmanager
 def others_explain():
-    """If this worker fails because another one has died, prints one line; that one and torchrun report the cause."""
+    """A context. If another worker has died, prints one line and exits with status 1: torchrun reports the cause."""
     try:
         yield
     except RuntimeError as error:
@@ -142,11 +142,11 @@ def others_explain():
 
 
 def store_of_this_start(store, rank, size):
-    """A part of `store` that no earlier start of the workers has written to: a PrefixStore, the same on every rank.
+    """Returns a PrefixStore: a part of `store` under a prefix that is new at each start and the same on every rank.
 
-    torchrun keeps one store over all its restarts. A restarted worker may read a dead peer's address from it and wait
-    30 minutes for that peer. So rank 0 picks a fresh prefix for each start and sends it to every rank that asks.
-    Requests left by dead workers are answered too, which does no harm. Raises UserError if a worker asks too late.
+    torchrun keeps one store over all its restarts. A restarted worker may read a dead worker's address from it and wait
+    30 minutes for it. So rank 0 picks a prefix at each start and sends it to every rank that asks. If a dead worker
+    asked, the answer does no harm. Raises UserError on rank 0 if a worker does not ask within ARRIVAL seconds.
     """
     token = uuid.uuid4().hex  # rank 0's is the prefix, another rank's marks its request
     if rank > 0:
@@ -170,7 +170,7 @@ def store_of_this_start(store, rank, size):
 def start(device_name="auto"):
     """Joins the other workers, if torchrun started several, and returns this process's World.
 
-    Raises UserError for more workers than GPUs on a machine, a GPU chosen by number, or an incomplete environment.
+    With several workers, raises UserError for too few GPUs, a device like cuda:1, or missing variables of torchrun.
     """
     device, size = pick_device(device_name), int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:

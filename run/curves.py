@@ -33,7 +33,7 @@ class Curve(NamedTuple):
 
 
 def read_log(out_dir):
-    """Returns the rows of log.jsonl, {name: number}, with "seconds", the training time so far; [] without a log."""
+    """Returns the rows of log.jsonl, [{name: number}]; [] without a log. Adds "seconds", the training time so far."""
     path = Path(out_dir) / "log.jsonl"
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     rows, last_step, seconds = [], 0, 0.0
@@ -82,8 +82,8 @@ def draw(out_dir):
 
 
 def loss_range(curves, skip=0.1):
-    """Returns (low, high) of a loss axis. It may leave out rare peaks, losses far above the first one, and the steep
-    start, which is the first `skip` of the updates."""
+    """Returns (low, high) for the y axis of a list of Curve. Rare peaks, losses far above the first one, and the steep
+    start may lie outside. skip: the share of the updates that counts as the start."""
     runs = [curve.points for curve in curves if curve.points]
     everything = sorted(y for points in runs for _, y in points)
     late = sorted(y for points in runs for x, y in points if x >= skip * points[-1][0])
@@ -94,7 +94,7 @@ def loss_range(curves, skip=0.1):
 
 
 def ticks(low, high, count, logged=False):
-    """Returns [(value, text)] of about `count` round numbers from low to high. logged: these are logarithms."""
+    """Returns [(value, text)] of about `count` round numbers, low to high. logged: low, high and values are log10s."""
     if logged:
         steps = (1,) if high - low > 2.5 else (1, 3)
         found = [n * 10.0 ** power for power in range(math.floor(low), math.ceil(high)) for n in steps]
@@ -107,9 +107,9 @@ def ticks(low, high, count, logged=False):
 
 
 def panel(box, title, curves, limits=None, unit="updates", logged=False):
-    """Returns SVG of axes with curves. box: left, top, width, height in pixels. limits: (low, high) of y; None: all y.
+    """Returns SVG of axes and a list of Curve. box: left, top, width, height in pixels. unit: of x.
 
-    unit: of x. logged: True for a logarithmic y axis if the largest value is more than ten times the smallest.
+    limits: (low, high) of y; None: all y. logged: logarithmic y axis, if the largest value is over 10 times the least.
     """
     (left, top, width, height), points = box, [point for curve in curves for point in curve.points]
     values, longest = [y for _, y in points], max(x for x, _ in points)
@@ -140,13 +140,13 @@ def panel(box, title, curves, limits=None, unit="updates", logged=False):
 
 
 def label(x, y, words, kind="", anchor="start"):
-    """Returns SVG of a text. Characters that XML does not allow become question marks."""
+    """Returns SVG of a text. Characters that XML does not allow become question marks. kind: classes in STYLE."""
     words = escape("".join(c if c.isprintable() else "?" for c in words))
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{words}</text>'
 
 
 def line(curve, width, longest, place):
-    """Returns SVG of a curve. If it has too many points to show, draws their local means over a band of their range."""
+    """Returns SVG of a Curve, with crowded points as means on a min-max band. width, longest, place: see `panel`."""
     crowded, bins = len(curve.points) > width / 2, {}
     for x, y in curve.points:
         bins.setdefault(int(x / longest * width / 2) if crowded else x, []).append((x, y))
@@ -161,7 +161,7 @@ def line(curve, width, longest, place):
 
 
 def page(title, about, parts, height):
-    """Returns the whole picture as the text of an SVG file. about: the line under the title. parts: of `panel`."""
+    """Returns the text of the SVG file. about: the line under the title. parts: strings of SVG, as from `panel`."""
     return f"""<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}">
 {STYLE}<rect class="page" x="0.5" y="0.5" width="{WIDTH - 1}" height="{height - 1}" rx="8"/>
 {label(24, 36, title, "strong title")}{label(24, 58, about)}

@@ -46,7 +46,7 @@ COUNTS = ("documents", "bytes", "train_characters", "train_tokens", "val_charact
 
 
 def prepare(source, folder, tokenizer_name, val_fraction=0.1, processes=0):
-    """Writes the shards of a Source that `folder` lacks, and returns the meta. processes: 0 is one per CPU core."""
+    """Writes the missing shards of a Source and meta.json. Returns meta.json's dict. processes: 0: one per CPU core."""
     suffixes = {Path(name).suffix.lower() for name, *_ in source.files}
     if ".parquet" in suffixes and not importlib.util.find_spec("pyarrow"):
         raise UserError("parquet files need pyarrow: pip install pyarrow")
@@ -179,7 +179,7 @@ def read_jsonl(path, column=""):
 
 
 def read_table(path, column=""):
-    """Yields the rows of a .csv, or of a .tsv with tabs between the fields. The first line names the columns."""
+    """Yields (where, {column: value}) for each row of a .csv or .tsv; line 1 names the columns. Ignores `column`."""
     csv.field_size_limit((1 << 31) - 1)
     with open(path, "rb") as file:
         check_start(path, file.peek())
