@@ -384,7 +384,7 @@ class GPT(nn.Module):
         return slice(start, end), causal_mask(keys[start:], keys)
 
     def pairs(self, tokens, caches, start):
-        """Indices into the bigram table, (B, T): previous token * V + token. Position 0 has previous token 0."""
+        """Indices (B, T) into the bigram table: previous token (0 at the start) * V + token. Sets caches.last."""
         before = torch.zeros_like(tokens[:, :1])
         if caches:
             first = start if isinstance(start, int) else start[:1]

@@ -81,12 +81,12 @@ class Guard:
         return {"mean_loss": self.mean, "losses": (self.total, self.count)}
 
     def record(self, loss, norm, shown):
-        """Stores an update's scalar tensors until `read`. loss and shown are this rank's shares; norm is the total."""
+        """Stores scalar tensors until `read`: this rank's shares of the loss and the logged `shown`; the total norm."""
         self.updates.append((loss, norm))
         self.shown = shown
 
     def due(self, step):
-        """Returns True if it is time to read; all ranks agree."""
+        """Returns True if it is time to call `read`, about once in SECONDS; all ranks agree."""
         return step >= self.next_read
 
     def read(self, logging=True):
@@ -114,7 +114,7 @@ class Guard:
         return {"loss": sums[n - 1], "mean_loss": mean, "grad_norm": norms[-1], **dict(zip(self.shown, sums[n:]))}
 
     def check_update(self, loss, norm):
-        """Counts an update. Raises UserError if it is bad: its loss or norm is NaN, infinite or above a limit."""
+        """Counts an update. Raises UserError if loss or norm is too large or not finite (a scaled norm may be)."""
         s = self.settings
         self.step += 1
         mean = loss if self.mean is None else self.mean

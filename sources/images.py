@@ -81,7 +81,7 @@ def prepare(path, folder, tokenizer_name="char", val_fraction=0.1, image_size=48
 
 
 def find_tables(path):
-    """The tables of captions in a folder: captions.jsonl, in upper or lower case, or metadata beside images; or []."""
+    """[captions.jsonl] of a folder, or else each metadata.* with images, in the folder or its train/, val/ or test/."""
     files = sorted(file for file in path.glob("*") if file.is_file())
     tables = [file for file in files if file.name.lower() == "captions.jsonl"]
     if not tables:
@@ -103,7 +103,7 @@ def read_rows(table, folder, column):
 
 
 def from_metadata(row, folder, column, where):
-    """Converts a row of Hugging Face's, such as {"file_name": "1.jpg", "text": "a cat"}, of a table in `folder`."""
+    """Turns a metadata row of `folder`, such as {"file_name": "1.jpg", "text": "a cat"}, into one of captions.jsonl."""
     names = [name for name in row if name == "file_name" or name.endswith("_file_name")]
     if len(names) != 1:
         raise UserError(f"{where}: {len(names)} columns name a file, among {', '.join(row)}: have just one, file_name")
@@ -115,7 +115,7 @@ def from_metadata(row, folder, column, where):
 
 
 def name_splits(rows):
-    """The rows, with the splits that their folders' names mean; test stands in for a missing val, or is left out."""
+    """The rows, with the splits that their folders name. If there is a val/, test/ is left out; else test/ is val."""
     folders = [row["image"].lower().split(os.sep)[:-1] for row in rows]
     splits = [next((SPLITS[name] for name in names if name in SPLITS), "") for names in folders]
     found = set(splits)
@@ -153,7 +153,7 @@ def check_row(row, folder):
 
 
 def split_images(rows, val_fraction, path):
-    """Checks the splits of the rows of the table `path`; where no row has one, the last val_fraction become "val"."""
+    """Checks the splits of rows. If none has one, sets them in place: "val" for the last val_fraction of the images."""
     if not any(row["split"] for row in rows):
         images = list(dict.fromkeys(row["image"] for row in rows))
         held_out = set(images[int(len(images) * (1 - val_fraction)):])
@@ -174,7 +174,7 @@ def split_images(rows, val_fraction, path):
 
 
 def write_rows(path, rows, size, folder):
-    """Writes train.jsonl.new, val.jsonl.new and images.bin.new, uint8 (n, size, size, 3). Returns n."""
+    """Writes train.jsonl.new, val.jsonl.new and images.bin.new, uint8 (n, size, size, 3). Returns the image count n."""
     from PIL import Image
     places = {}  # {image: (index, width, height)}, in pixels
     with (progress(len(rows), "rows") as bar,

@@ -77,7 +77,7 @@ def print_choice(taken, left_out):
 
 
 def files_in(folder, pattern):
-    """Yields the wanted paths in and below the folder, in order, except hidden ones and the folders that it enters."""
+    """Yields, in order, all wanted files below the folder, and the folders that can't be entered; no hidden ones."""
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
         is_open = path.is_dir() and not path.is_symlink() and os.access(path, os.R_OK)  # other folders are reported
@@ -98,7 +98,7 @@ def wanted(path, pattern):
 
 
 def why_no_text(path):
-    """A sentence that says why the file is not text in UTF-8; "" if it is."""
+    """A sentence that says why the file is not plain text in UTF-8; "" if it is."""
     try:
         if not path.is_file():
             return f"{path} is not a readable file, or is a link to a folder"
@@ -110,7 +110,7 @@ def why_no_text(path):
 
 
 def check_start(path, start):
-    """Raises UserError if a file that starts with these bytes is not text in UTF-8."""
+    """Raises UserError if the first bytes of a file, or its suffix, show that it is not plain text in UTF-8."""
     kind = next((kind for first, kind in FIRST_BYTES.items() if start.startswith(first)), "")
     remedy = "extract the text first"
     if kind.startswith("UTF"):
@@ -135,7 +135,7 @@ def stamp(path):
 def read_file(path, keep=False):
     """Yields the text of a file in pieces, for HTML only what a page shows. keep: line ends stay; else each is \\n.
 
-    Raises UserError if the file is not text in UTF-8.
+    Raises UserError if the file is not plain text in UTF-8.
     """
     with open(path, "rb") as raw:
         start = raw.read(4096)
@@ -237,7 +237,7 @@ def sample(texts, total):
 # Writing
 
 def prepare(paths, folder, tokenizer_name, val_fraction=0.1, source="", newlines="one"):
-    """Writes the data set of the files `paths` into `folder`, and returns its meta. Raises UserError for a bad text."""
+    """Writes a data set of the files; returns its meta. newlines: see prepare.py. Raises UserError for a bad text."""
     source, keep = str(source or paths[0]), newlines == "keep"
     with writing(folder):
         stamps = list(map(stamp, paths))

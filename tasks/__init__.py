@@ -37,7 +37,7 @@ def task_class(name):
 
 
 def task_of(config, folder):
-    """The task for the config.json, ours or a published model's, in `folder`. Raises UserError if there is none."""
+    """The name of the task for a config.json, ours or a published one, in `folder`. Raises UserError if none fits."""
     saved, model_type = config.get("settings"), config.get("model_type")
     if isinstance(saved, dict) and saved.get("task") in TASKS:
         return saved["task"]
@@ -62,9 +62,9 @@ def find_task(name):
 
 
 def elsewhere(settings_of, trained=False):
-    """The function `elsewhere` for configurator.parse: it says which tasks have a setting, or returns "".
+    """Returns `elsewhere` for configurator.parse: it takes a setting's name and returns which tasks have it, or "".
 
-    settings_of(row): the command's settings in a Row. trained: the command loads a model, which decides the task.
+    settings_of(row): the Row's settings for the command. trained: the command loads a model, which decides the task.
     """
     def tasks_with(name):
         tasks = [task for task, row in TASKS.items()

@@ -355,7 +355,7 @@ def measure_start(table):
 
 
 def measure_against(table):
-    """Two whole command lines, ours and the other program's, with their peak memory."""
+    """The command lines --ours and --against, each from its start to its exit, with their peak memory."""
     if table.settings.against:
         lines = {"ours": table.settings.ours, "theirs": table.settings.against}
         cases = {who: command(shell_words(line), ".") for who, line in lines.items()}

@@ -37,7 +37,7 @@ CLASSIC = ("task", "model", "n_kv_head", "mlp", "positions", "tied", "bigrams", 
 
 
 def read(arguments):
-    """(settings, model) of config files and --name=value, without the files' on_cpu; the model has shapes, no data.
+    """(settings, model) of config files and --name=value, ignoring the files' on_cpu. The model has shapes but no data.
 
     Raises UserError for a model that the formulas below don't describe.
     """
@@ -73,9 +73,9 @@ def activation_bytes(model, sequences, recompute=False, shard=False):
     q_proj, k_proj, v_proj and up_proj read them (8 C); q, k, v and the attention's output (8 C); the input and output
     of GELU (16 C); statistics of attention and norms (4 H + 16). With recompute, only the block's input is kept (4 C).
     Per token outside the blocks: the last norm and the head (6 C), the targets (8), log-probabilities in 32 bits (4 V).
-    At the peak come the gradients of these and of the logits (8 V), or in the forward pass the logits twice (6 V). The
-    16-bit copies of the weights last from forward to backward, unless sharding gathers them. Compare Korthikanti et al.
-    2022, whose 34 C has dropout's masks and no 32-bit residuals.
+    More at the peak: as backward starts, gradients of log-probabilities and logits in 32 bits (8 V); as forward ends,
+    logits in 16 and 32 bits (6 V). The 16-bit copies of the weights last from forward to backward, unless sharding
+    gathers them. Compare Korthikanti et al. 2022, whose 34 C has dropout's masks and no 32-bit residuals.
     """
     C, T, (V, _) = model.config.n_embd, sequences * model.config.block_size, model.wte.weight.shape
     table = 2 * V * C  # in 16 bits
@@ -134,7 +134,7 @@ TABLES = {"size, parameters, tokens, FLOPs, 1 H100, 8, 64, tokens (20 per parame
 
 
 def main(arguments):
-    """Prints two tables, and a sentence for each row: for the GPT-2 recipes, or for the settings in `arguments`."""
+    """Prints the TABLES and a `sentence` per model: for the GPT-2 recipes, or for the settings in `arguments`."""
     chosen = {"these settings": arguments} if arguments else {
         name: [str(CONFIG / file) for file in files] for name, files in RECIPES.items()}
     found = {name: read(argv) for name, argv in chosen.items()}

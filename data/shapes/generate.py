@@ -89,11 +89,11 @@ def make_things(rng, held_out):
 
 
 def make_names(rng, held_out):
-    """[(size, colour, shape)]. Some repeat the colour or shape of the one before, so that there is more to count."""
+    """[(size, colour, shape)] of one to three things. If held_out, the first is in HELD_OUT; if not, none is."""
     names, count = [], rng.choice(3, p=(0.2, 0.4, 0.4)) + 1
     while len(names) < count:
         size, colour, shape = rng.choice(list(SIDES)), rng.choice(list(COLOURS)), rng.choice(SHAPES)
-        like = rng.random()
+        like = rng.random()  # below 0.6: a colour or shape is repeated, so that there is more to count
         if held_out and not names:
             size, colour, shape = HELD_OUT[rng.integers(len(HELD_OUT))]
         elif names and like < 0.3:
@@ -134,7 +134,7 @@ def background(rng):
 
 
 def mask(shape, side):
-    """Where the shape covers its box: greyscale, (side, side), drawn large and averaged down."""
+    """The shape in its box, a greyscale image (side, side): 255 inside it, 0 outside. Drawn large and averaged down."""
     large = side * SUPERSAMPLING
     image = Image.new("L", (large, large))
     draw = ImageDraw.Draw(image)
@@ -165,20 +165,20 @@ def outline(shape):
 # Questions. Each function returns (prompt, answer), or None if there is no unambiguous question of its kind.
 
 def caption(things, rng):
-    """All things, from left to right."""
+    """Describes all things, from left to right."""
     phrases = [f"a {thing.size} {thing.name}" for thing in things]
     return "caption", " and ".join((", ".join(phrases[:-1]), phrases[-1])) if phrases[1:] else phrases[0]
 
 
 def colour(things, rng):
-    """Of the only thing of its shape."""
+    """Asks for the colour of a thing that is the only one of its shape."""
     shapes = [thing.shape for thing in things]
     thing = pick([thing for thing in things if shapes.count(thing.shape) == 1], rng)
     return thing and (f"what colour is the {thing.shape}?", thing.colour)
 
 
 def count(things, rng):
-    """Of all things, or of those of one shape or colour, which sometimes does not occur."""
+    """Asks for the number of all things, or of those of one shape or colour. That number is sometimes 0."""
     subject, seen = rng.integers(3), rng.random() < 0.75
     if subject == 0:
         return "how many shapes are there?", str(len(things))
@@ -190,7 +190,7 @@ def count(things, rng):
 
 
 def position(things, rng):
-    """Of a thing relative to another, if the centres are 8 pixels apart or more; or the quarter that a thing is in."""
+    """Asks where a thing is: on which side of another whose centre is 8 or more pixels away, or in which quarter."""
     single, options = unique(things), []
     for a, b in permutations(single, 2):
         (ax, ay), (bx, by) = a.centre, b.centre
@@ -208,7 +208,7 @@ def position(things, rng):
 
 
 def compare(things, rng):
-    """The colours or sizes of two things, or the numbers of things of two shapes."""
+    """Asks if two things have the same colour, if one is larger, or which of two shapes occurs more often."""
     counts = {shape: sum(thing.shape == shape for thing in things) for shape in {thing.shape for thing in things}}
     kinds = {"colour": [], "size": [], "number": []}
     for a, b in permutations(things, 2):
@@ -227,7 +227,7 @@ def compare(things, rng):
 
 
 def detect(things, rng):
-    """All things of one shape, or of one shape and colour, from left to right."""
+    """Asks for the boxes, from left to right, of all things of one shape, or of one shape and colour."""
     thing = pick(things, rng)
     label = thing.name if rng.random() < 0.5 else thing.shape
     found = [thing for thing in things if label in (thing.name, thing.shape)]
