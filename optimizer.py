@@ -74,7 +74,7 @@ def learning_rate(update, settings):
 
 
 def set_rates(optimizers, update, settings):
-    """Sets every group's learning rate for an update, counted from 1. Returns the learning rate at scale 1."""
+    """Sets each group's "lr" to "scale" times the learning rate of the update, counted from 1. Returns that rate."""
     lr = learning_rate(update, settings)
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:
@@ -83,7 +83,7 @@ def set_rates(optimizers, update, settings):
 
 
 def clip(model, most):
-    """Returns the norm of the model's gradient, then scales the gradient down to the norm `most` (0: no limit)."""
+    """Scales the gradient down to the norm `most` if it is larger (0: no limit). Returns the norm before scaling."""
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     if most:

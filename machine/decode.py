@@ -44,7 +44,7 @@ THREADS_FROM = 2**19  # steps of at least so many multiplications use several th
 
 @contextlib.contextmanager
 def fast_steps(model):
-    """Context in which decode.c takes short steps of the model's trunks, where it can.
+    """A context in which decode.c computes the model's trunks for a few tokens at a time, where it can.
 
     On CUDA it turns off cuDNN's attention, which takes 40 to 70 ms to plan for each new length of the cache.
     """
@@ -62,7 +62,7 @@ def fast_steps(model):
 
 
 def can_step(trunk):
-    """Whether decode.c can take steps of this trunk. Prints a line if only an edit of the code prevents it."""
+    """Whether decode.c can take steps of this trunk. Prints a line if only edited or unreadable source prevents it."""
     first, dtype = trunk.blocks[0], trunk.ln_f.weight.dtype
     known = dtype == torch.float32 or dtype == torch.bfloat16 and emulates_bfloat16()
     if trunk.training or not known or not untouched(trunk):
@@ -83,7 +83,7 @@ def can_step(trunk):
 
 
 def untouched(trunk):
-    """Whether the blocks are alike, and all modules are of known classes, without hooks or methods of their own."""
+    """True if blocks are alike, without cross-attention, and modules are of known classes, without hooks or patches."""
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks or trunk.blocks[0].cross_attn:
         return False
     for module in trunk.modules():
@@ -186,7 +186,7 @@ class Steps:
         self.decode.argtypes, self.decode.restype = [c_void_p] * 3 + [c_int] * 5, None
 
     def step(self, x, rope, start):
-        """The trunk's output for x, both (B, T, C). rope: (cos, sin), each (1, D), (T, D) or (B, 1, T, D), or None."""
+        """The output for x, (B, T, C), from slot `start`. rope: (cos, sin), (1, D), (T, D) or (B, 1, T, D), or None."""
         assert x.size(0) == self.rows and start + x.size(1) <= self.slots, \
             f"{x.size(0)} rows up to position {start + x.size(1)}: the caches have {self.rows} rows of {self.slots}"
         length = self.max_tokens // x.size(0)

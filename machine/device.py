@@ -46,7 +46,7 @@ def pick_device(name="auto"):
 
 
 def pick_dtype(name, device):
-    """(torch dtype, reason in words) for "auto", "float32", "bfloat16" or "float16".
+    """Returns (torch dtype, reason in words). "auto": bfloat16 where it is fast, else float16 on CUDA, else float32.
 
     Raises UserError for float16 without CUDA: it needs gradient scaling, which Quill does on CUDA alone.
     """
@@ -83,12 +83,12 @@ def has_amx():
 
 
 def emulates_bfloat16():
-    """True if this CPU has no instructions for matrix products in bfloat16."""
+    """True unless PyTorch finds AMX or AVX-512 instructions for bfloat16 on this CPU. Thus True on every Arm CPU."""
     return not (has_amx() or cpu_supports("avx512_bf16"))
 
 
 def pick_compile(choice, device, updates):
-    """(whether to compile, reason in words) for "auto", True or False. updates: those of the whole run."""
+    """(whether to compile, reason in words). "auto": on CUDA, if the whole run has enough updates for it to pay off."""
     if choice != "auto":
         return choice, "as set"
     if device.type == "cuda" and has_triton():
@@ -117,8 +117,8 @@ def device_name(device):
 def keep_freed_memory():
     """Tells glibc to keep freed memory for the next update; does nothing with another C library.
 
-    By default it returns the memory of large tensors to the system, and every update gets it back page by page, which
-    takes 6 to 8 % of a small model's update.
+    By default, glibc returns the memory of large tensors to the system. Every update must then request that memory
+    again, page by page, which takes 6 to 8 % of a small model's update.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -132,7 +132,7 @@ def synchronize(device):
 
 
 def peak_flops(device, dtype):
-    """Peak matrix-multiply speed in FLOP/s: from the table for a known GPU, measured on a CPU, else None."""
+    """Peak matrix-multiply speed in FLOP/s: a known GPU's at 16 bits, from the table; measured on a CPU; else None."""
     if device.type == "cuda" and dtype != torch.float32:
         name = torch.cuda.get_device_name(device)
         for key, peak in PEAK_FLOPS.items():

@@ -40,7 +40,7 @@ def first_name(theirs):
 
 
 def source(ours, theirs):
-    """The Source of our parameter. theirs: the config.json."""
+    """The Source of our parameter: where the published files have it. theirs: the config.json."""
     name = ours
     for our_part, their_part in NAMES:
         name = name.replace(our_part, their_part)

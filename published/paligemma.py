@@ -81,7 +81,7 @@ def load_tokenizer(path):
 
 
 def source(name, _=None):
-    """The Source of our parameter; it does not depend on config.json, the second argument."""
+    """The Source (where it is in the published files) of our parameter. The second argument, config.json, is unused."""
     for ours, theirs in NAMES:
         if name.startswith(ours):
             name = theirs + name.removeprefix(ours)
@@ -91,7 +91,7 @@ def source(name, _=None):
 
 
 def first_name(theirs):
-    """Puts "model" where the first layout has it. None for the tied output head and the unused pooling head."""
+    """A published tensor's name in the layout of NAMES. None for the tied output head and the unused pooling head."""
     name = theirs.removeprefix("model.")
     name = re.sub(r"^vision_tower\.(vision_model\.)?", "vision_tower.vision_model.", name)
     name = re.sub(r"^language_model\.(model\.)?", "language_model.model.", name)

@@ -11,8 +11,8 @@ def count_parameters(model):
 def flops_per_token(model, block_size):
     """Returns the FLOPs of one training token, forward and backward; 0 (unknown) for a model without blocks.
 
-    6 per weight of a matrix product, and 12 per block, attention width and position (Chowdhery et al. 2022, PaLM,
-    appendix B). Lookup tables cost nothing: positions, bigrams, and token embeddings that are not also the output head.
+    6 per parameter, plus 12 * blocks * attention width * block_size (Chowdhery et al. 2022, PaLM, appendix B). Lookup
+    tables cost nothing: positions, bigrams, and token embeddings that are not also the output head.
     """
     untied = getattr(model, "head", None) is not None
     names = ("wpe", "bigrams", "wte") if untied else ("wpe", "bigrams")

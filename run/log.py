@@ -160,7 +160,7 @@ class Log(AbstractContextManager):
         return round(pace * (s.max_iters - step) + pause * evaluations)
 
     def show_sample(self, row, model):
-        """Prints a short sample and adds it to samples.md, if one is wanted and the task has one."""
+        """Prints a short sample, if wanted, and adds it to samples.md, under a heading with the row's step and loss."""
         if not self.settings.sample_tokens or model is None:
             return
         model.eval()
@@ -184,7 +184,7 @@ class Log(AbstractContextManager):
             os.fsync(self.file.fileno())
 
     def close(self, status, why):
-        """Notes the end of this start in run.json, and closes the log. why: the reason; "": that of the exit status."""
+        """Notes the end of this start in run.json, and closes the log. why: the reason; "": taken from `status`."""
         if self.file is None:
             return
         self.file.close()
@@ -238,7 +238,7 @@ def start_wandb(out_dir, settings, name):
 
 
 def say_where(task, model, log, stopped, why):
-    """Prints a finished run's sample, files and next commands, or how to resume a stopped one. why: it stopped."""
+    """If stopped, prints why and how to resume. Else prints a sample, the files and commands, and calls task.finish."""
     s, out_dir = task.settings, printable(task.settings.out_dir)
     folder = shlex.quote(out_dir)
     if stopped:

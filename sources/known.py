@@ -85,7 +85,7 @@ def check_dataset(dataset):
 
 
 def ensure(dataset):
-    """Returns the name of a ready data set: `dataset`, prepared if missing, or BUILT_IN if it can't be downloaded."""
+    """Prepares `dataset` if missing. Returns it, or BUILT_IN if offline. Raises UserError as check_dataset does."""
     check_dataset(dataset)
     meta = locate(dataset) / "meta.json"
     if meta.exists():
@@ -95,7 +95,7 @@ def ensure(dataset):
 
 
 def prepare_known(name, target, tokenizer, val_fraction=0.1, image_size=48):
-    """Prepares a known data set (no corpus) as `target`. Returns `target`, or BUILT_IN if it can't be downloaded."""
+    """Prepares a known data set, but no corpus. Returns `target`. If offline: BUILT_IN, or raises if target != name."""
     if name in GENERATED:
         from sources import images  # imports numpy, which is slow
         raw, script = DATA / name / "source", f"data/{name}/generate.py"
@@ -125,7 +125,7 @@ def prepare_known(name, target, tokenizer, val_fraction=0.1, image_size=48):
 
 
 def known_text(name):
-    """(path, origin) of a known text. It is downloaded if it is missing, and its SHA-256 is checked."""
+    """(path, origin) of a known text: BUILT_IN from pydoc_data, others downloaded if missing and checked by SHA-256."""
     path = DATA / name / "input.txt"
     if name == BUILT_IN:
         from pydoc_data.topics import topics

@@ -181,7 +181,7 @@ class ImageTextTask(WithImages):
         return {"loss": total / count}
 
     def details(self, model, split, world, dtype, settings, found):
-        """Shares of exactly right answers, with the images and with blanked ones, and mean IoUs of boxes, by kind."""
+        """Shares of exact answers, with images and blanked ones, for all rows and each kind; mean box IoU per kind."""
         rows = self.dataset.rows[split]
         with autocast(world.device, dtype):
             seen, blind = (self.answers(model, rows, blank) for blank in (False, True))
@@ -261,7 +261,7 @@ class ImageTextTask(WithImages):
         return f"{super().command(out_dir)} --image=FILE {shlex.quote(f'--prompt={prompt}')} --temperature=0"
 
     def finish(self):
-        """Writes the run's best model to the folder --publish, in a layout that transformers can load."""
+        """If --publish is set, writes the run's best model to that folder, in a layout that transformers can load."""
         if self.settings.publish:
             task, model, _ = load(self.settings.out_dir)
             merge_lora(model)
@@ -313,12 +313,12 @@ def pad_left(prompts):
 
 
 def exact_share(answers, rows, chosen):
-    """The share of the chosen rows, given by index, to which the answer is exactly right."""
+    """The share of exactly right answers among the rows with the indices `chosen`. answers: a text for each row."""
     return sum(answers[i] == rows[i]["answer"].strip() for i in chosen) / len(chosen)
 
 
 def draw_boxes(picture, answer, path):
-    """Writes the picture with the answer's boxes to the file `path`. Returns the boxes in pixels, as text."""
+    """If the answer has boxes, writes the picture with them to `path`. Returns text: the boxes in pixels, or a note."""
     boxes = pictures.parse_boxes(answer, *picture.size)
     if not boxes:
         return f"there is no box in the answer, so {path} was not written"

@@ -111,7 +111,7 @@ def group(runs):
 
 
 def differing(groups):
-    """The names of the settings that differ between groups; with the marks, if settings don't tell the groups apart."""
+    """The names of settings that differ between groups; with differing MARKS, if some groups have equal settings."""
     def values(*names):
         return {repr([one.settings.get(name) for name in names]) for one in groups}
 
@@ -161,7 +161,7 @@ def print_table(lines, markdown):
 
 
 def draw_together(named, path, title, about):
-    """Writes one picture of several runs. named: {label: [the log's rows of a run]}; a label's runs share a colour."""
+    """Writes one picture of runs. named: {label: [log rows of each run]}, one colour per label. about: its subtitle."""
     n, top, parts = len(named), 92, []
     colors = COLORS if n <= len(COLORS) else [f"hsl({330 * i // n}, 65%, 52%)" for i in range(n)]
     for i, (name, color) in enumerate(zip(list(named)[:LEGEND], colors)):

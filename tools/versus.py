@@ -63,7 +63,7 @@ TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 # Training
 
 def settings_of(recipe, shared):
-    """{name: value} of a recipe, flat. Raises UserError for what train.py refuses or what the comparison chooses."""
+    """{name: value} of a recipe and `shared`. Raises UserError for what train.py refuses or the comparison sets."""
     words = [*shell_words(recipe), *shared]
     on_line = {text.partition("=")[0].lstrip("-") for text in words if text.startswith("-")}
     if on_line & {"help", "h"}:
@@ -121,7 +121,7 @@ def train(words, seed, folder, max_iters):
 
 
 def train_all(words, seeds, out, max_iters):
-    """{"a": [log rows of each seed's run], "b": ...}. a and b take turns, also at being the first of a pair."""
+    """Trains a and b in turns; a is first for odd seeds. Returns {"a": [the log rows of each seed's run], "b": ...}."""
     for seed in range(1, seeds + 1):
         for name in ("ab" if seed % 2 else "ba"):
             folder = out / name / f"seed{seed}"

@@ -86,7 +86,7 @@ def placed(scan, centre, size, angle):
 
 
 def make(index, seed, scans, splits):
-    """(image, the indices of its scans, split) of one number: a pure function of index and seed."""
+    """Image number `index`: (picture, indices of its scans, split). The same for the same index and seed."""
     rng = np.random.Generator(np.random.Philox(key=np.array((seed, index), dtype=np.uint64)))
     split = "val" if index % 10 == 9 else "train"
     chosen = rng.choice(splits[split], size=rng.integers(1, 5))
