@@ -59,9 +59,10 @@ def to_stderr(line):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Turns errors that the user can fix into one line on stderr and exit status 2. Bugs keep their traceback.
+    """In a `with` block, turns errors that the user can fix into one line on stderr and exit status 2.
 
-    If the reader of stdout has gone (`| head`), the command exits silently with status 141, as other programs do.
+    Bugs keep their traceback. Ctrl-C ends the command silently with status 130. If the reader of stdout has gone
+    (`| head`), the command ends silently with status 141, as other programs do.
     """
     try:
         yield
@@ -107,7 +108,8 @@ def users_fault(error):
 def from_command_line(cls, doc, usual=None, **how):
     """`parse` for a script: returns the same, but answers --help, and shows an error as one line.
 
-    usual: a dataclass that --help lists too if `more` fails for lack of a run. how: the arguments of `parse`.
+    doc: the script's docstring, for --help, which then ends the program. how: the arguments of `parse` after `argv`.
+    usual: a dataclass of settings that --help lists if `more` raises a UserError, as when there is no run to look at.
     """
     # Ctrl-C exits quietly outside `one_line_errors` too, while slow modules are imported.
     sys.excepthook = lambda kind, *rest: sys.exit(130) if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
@@ -281,7 +283,11 @@ def build(cls, values):
 
 
 def typed(layers, fields, elsewhere=None, strict=True):
-    """Yields the layers, converted. fields: from `flat_fields`. Unknown names are skipped, or if strict a UserError."""
+    """Yields the layers whose names are in `fields` (from `flat_fields`), each value converted to its field's type.
+
+    Raises UserError for any other name, except a file's functions, classes and modules; strict=False skips them all.
+    elsewhere: as in `parse`.
+    """
     for layer in layers:
         name = layer.name if layer.name in fields else re.sub(r"\..*", ".*", layer.name)  # rates.head is in rates.*
         if name in fields:
@@ -305,7 +311,10 @@ def advice(name, fields, dashes):
 
 
 def convert(layer, kind, default):
-    """The layer's value as type `kind`, with ~ as the home folder. Raises UserError for an unfit one, such as NaN."""
+    """The layer's value as type `kind`, with ~ as the home folder. Raises UserError for an unfit one, such as NaN.
+
+    default: the field's; if it is a text that isn't empty, the value must not be empty either.
+    """
     value = read_value(layer, kind)
     shown = f"{layer.name} = {value!r}" + (f" in {layer.origin}" if layer.origin else "")
     if kind is float and not math.isfinite(value):

@@ -136,7 +136,10 @@ def check_sources(settings, sources, is_url):
 
 
 def prepare_documents(settings, source, folder):
-    """Prepares the first max_files files of a documents.Source. Returns the path of a recipe for so many tokens."""
+    """Prepares the first max_files files (0: all) of a documents.Source. Returns the path of a recipe in config/.
+
+    The recipe depends on the training tokens found: above GPT2_TOKENS, it trains a GPT-2 from scratch.
+    """
     source = source._replace(files=source.files[:settings.max_files or None])
     meta = documents.prepare(source, folder, settings.tokenizer, settings.val_fraction, settings.processes)
     return "config/gpt2.py" if meta["train_tokens"] > GPT2_TOKENS else text_recipe(settings.tokenizer)

@@ -210,7 +210,11 @@ def same_vocabulary(a, b):
 
 
 class Transcript:
-    """The text of a sample while it is generated: holds back unfinished characters, and ends at `stop` or at eos."""
+    """The text of a sample while it is generated. `append` adds one token id, and `news` returns the new text.
+
+    It holds back unfinished characters. It ends before the text `stop` (if that is not "") or the token eos: `ended`
+    is True then, and further ids are ignored.
+    """
 
     def __init__(self, tokenizer, stop=""):
         self.tokenizer, self.stop, self.ended = tokenizer, stop, False

@@ -47,7 +47,12 @@ def digest(cls):
 
 
 def described(thing):
-    """(text, code): a function's tokens or a class's name, with constants; our functions and classes that it uses."""
+    """Returns (text, code) of a function or a class.
+
+    text: the function's tokens or the class's name, then a line "name = value" for each constant that the function
+    reads or the class has as an attribute. code: a list of the project's own functions and classes among what the
+    function reads, or among the attributes of the class, such as its methods.
+    """
     if isinstance(thing, type):
         attributes = [item for base in thing.__mro__[::-1] if is_ours(base) for item in vars(base).items()]
         members = {name: unwrapped(value) for name, value in attributes if not name.startswith("__") or callable(value)}

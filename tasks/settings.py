@@ -139,7 +139,10 @@ def check_publish(folder):
 # For sample.py, joined with sample.Settings
 
 def check_model(settings):
-    """Raises UserError if the settings name two models, or a checkpoint that does not exist."""
+    """Raises UserError if the settings name two models, or checkpoint=last and the run has no such checkpoint.
+
+    checkpoint=best is not checked: if it is absent, `last` is loaded instead.
+    """
     if not hasattr(settings, "checkpoint"):  # not from a command line: the caller has loaded the model
         return
     if getattr(settings, "init_from", ""):

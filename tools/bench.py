@@ -366,7 +366,8 @@ def measure_against(table):
 def command(argv, folder, status=0):
     """A function that runs the command and returns its peak memory in bytes, or 0 if that is unknown.
 
-    It raises UserError if the command can't be started or ends with another status.
+    argv: the list of its words. folder: the working folder that it runs in. The function raises UserError if the
+    command can't be started, or ends with an exit status other than `status`.
     """
     def work():
         with tempfile.TemporaryFile() as output:
