@@ -104,7 +104,10 @@ class Source(NamedTuple):
 
 
 def local_source(location, paths, column="text"):
-    """The Source of files on this machine. Raises UserError if a path is not UTF-8."""
+    """The Source of the files `paths` on this machine. Raises UserError if a path is not UTF-8.
+
+    location: the paths given on the command line, as one text; meta.json shows it as the data set's source.
+    """
     names = list(map(os.path.abspath, paths))
     for name in names:
         if re.search("[\ud800-\udfff]", name):
@@ -161,7 +164,10 @@ def pick(row, column, where):
 
 
 def read_jsonl(path, column=""):
-    """Yields (where, {column: value}) for each row, like the other readers. where: the place, for error messages."""
+    """Yields (where, {column: value}) for each line of a .jsonl file. Ignores `column`, which only read_parquet needs.
+
+    where: the file and the line, for error messages. Raises UserError for a line that is not a JSON object.
+    """
     with open(path, "rb") as file:
         check_start(path, file.peek())
         for number, line in enumerate(file, start=1):

@@ -95,7 +95,11 @@ def ensure(dataset):
 
 
 def prepare_known(name, target, tokenizer, val_fraction=0.1, image_size=48):
-    """Prepares a known data set, but no corpus. Returns `target`. If offline: BUILT_IN, or raises if target != name."""
+    """Prepares the text or the images `name` (of KNOWN, BUILT_IN or GENERATED) as the data set `target`.
+
+    target: a data set's name or path, as for `locate`. Returns the data set to train on: `target`. If a download fails
+    for want of a network, returns BUILT_IN where target is name, and else raises Offline.
+    """
     if name in GENERATED:
         from sources import images  # imports numpy, which is slow
         raw, script = DATA / name / "source", f"data/{name}/generate.py"
@@ -125,7 +129,10 @@ def prepare_known(name, target, tokenizer, val_fraction=0.1, image_size=48):
 
 
 def known_text(name):
-    """(path, origin) of a known text: BUILT_IN from pydoc_data, others downloaded if missing and checked by SHA-256."""
+    """(path, origin) of a known text: BUILT_IN from pydoc_data, others downloaded if missing and checked by SHA-256.
+
+    origin: text that meta.json will show as the source: the URL, or "pydoc_data.topics of Python 3.12.1".
+    """
     path = DATA / name / "input.txt"
     if name == BUILT_IN:
         from pydoc_data.topics import topics

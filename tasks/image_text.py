@@ -150,9 +150,10 @@ class ImageTextTask(WithImages):
     def gather(self, data, rows):
         """(the model's arguments, the targets' weights) for some rows of `data`.
 
-        Arguments: images (B, 3, H, W), tokens (B, T), targets and places (B, A), prefix (B,). Weights (B, A): 1 for an
-        answer and its eos, 0 for padding. T and A fit the longest of these rows, or on a GPU, where one shape is faster
-        than many, of the split.
+        Arguments: images (B, 3, H, W); tokens (B, T), of prompt and answer; targets (B, A), the answer and its eos;
+        places (B, A), the index in `tokens` of the token before each target, at which it is predicted; prefix (B,), the
+        number of tokens in the prompt. Weights (B, A): 1 for a target, 0 for padding. T and A fit the longest of these
+        rows, or on a GPU, where one shape is faster than many, the longest of the split.
         """
         device, prefix = self.world.device, data.prefix[rows]
         among = slice(None) if device.type == "cuda" else rows
@@ -181,7 +182,11 @@ class ImageTextTask(WithImages):
         return {"loss": total / count}
 
     def details(self, model, split, world, dtype, settings, found):
-        """Shares of exact answers, with images and blanked ones, for all rows and each kind; mean box IoU per kind."""
+        """{name: value}: "rows", their number; "exact" and "exact (image blanked)", the shares of exact answers.
+
+        Each kind of rows (the data set names a kind for each row) adds its own shares, "exact KIND" and so on, and
+        "box IoU KIND", the mean of `box_iou` over its rows whose right answer has boxes.
+        """
         rows = self.dataset.rows[split]
         with autocast(world.device, dtype):
             seen, blind = (self.answers(model, rows, blank) for blank in (False, True))
@@ -214,7 +219,10 @@ class ImageTextTask(WithImages):
         return found
 
     def steps(self, model, image, prompts, count, pick):
-        """The tokens (B,) that `generate` yields, at most `count` times. image: (B, N, C); prompts: B arrays of ids."""
+        """The tokens (B,) that `generate` yields, at most `count` times. Raises UserError for too long a prompt.
+
+        image: (B, N, C), from model.encode. prompts: B arrays of ids, of any lengths. pick: see `generate`.
+        """
         tokens, padding = (x.to(image.device) for x in pad_left(prompts))
         N, T, most = image.size(1), tokens.size(1), model.config.block_size
         if N + T >= most:

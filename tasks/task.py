@@ -23,7 +23,7 @@ from tasks import TASKS, task_class, task_of
 
 
 class Task:
-    """A batch is made of rows, given by number: the offset of a window of text, or the index of an example."""
+    """Base class of all tasks. Rows, given by number, make a batch: offsets of text windows, or indices of examples."""
 
     best = ("loss", min)  # the measure of `evaluate` that picks the checkpoint `best`, and whether less is better
     whole = False  # True: each row is scored against all others of the update, so a worker can't cut its share further
@@ -100,7 +100,7 @@ class Task:
         return shlex.join(["python", "sample.py", f"--out_dir={out_dir}"])
 
     def finish(self):
-        """Called on the main rank after the last save. Does nothing; a task may publish its model here."""
+        """Called on the main rank when the run has made all updates and is saved. A task may publish its model here."""
 
     def where(self, rows):
         """Text that names these rows, such as "the rows 3, 5"."""
@@ -215,5 +215,5 @@ def initial(settings, device, block_size=0):
 
 
 def model_type_of(model, models):
-    """The key in `models`, a Task's, of the model's class, or None."""
+    """The model_type of a model: the key in `models`, which is Task.models, whose class the model has; else None."""
     return next((name for name, (cls, _) in models.items() if type(model) is cls), None)

@@ -63,7 +63,10 @@ TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 # Training
 
 def settings_of(recipe, shared):
-    """{name: value} of a recipe and `shared`. Raises UserError for what train.py refuses or the comparison sets."""
+    """{name: value} of all settings, defaults included, that train.py makes of a recipe and `shared`.
+
+    Leaves out seed, out_dir and resume. Raises UserError if one of these is named, and for what train.py refuses.
+    """
     words = [*shell_words(recipe), *shared]
     on_line = {text.partition("=")[0].lstrip("-") for text in words if text.startswith("-")}
     if on_line & {"help", "h"}:
@@ -121,7 +124,10 @@ def train(words, seed, folder, max_iters):
 
 
 def train_all(words, seeds, out, max_iters):
-    """Trains a and b in turns; a is first for odd seeds. Returns {"a": [the log rows of each seed's run], "b": ...}."""
+    """Trains a and b in turns; a is first for odd seeds. Returns {"a": [the log rows of each seed's run], "b": ...}.
+
+    words: {"a": arguments for train.py, "b": ...}. seeds: how many. max_iters: {"a": number of updates, "b": ...}.
+    """
     for seed in range(1, seeds + 1):
         for name in ("ab" if seed % 2 else "ba"):
             folder = out / name / f"seed{seed}"
