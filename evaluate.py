@@ -27,7 +27,7 @@ class Settings:
 
 
 def own_settings(values):
-    """The class of the further settings that the model's task has. values: {name: value} of those in Settings."""
+    """Returns the dataclass of settings that the model's task adds to Settings. values: {name: value} of Settings."""
     check_run(values["out_dir"])
     return TASKS[find_task(values["out_dir"])].evaluating
 

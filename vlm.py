@@ -94,7 +94,10 @@ class SigLIPConfig:
 
 
 def set_parts(config, **parts):
-    """Turns each part into an instance of its class (config.json holds dicts), and gives it the dropout of `config`."""
+    """Changes a frozen config in place: its field NAME becomes an instance of CLASS, with the dropout of `config`.
+
+    parts: NAME=CLASS. The field may be an instance already, or a dict of its fields, as in config.json.
+    """
     for name, cls in parts.items():
         part = getattr(config, name)
         if isinstance(part, dict):
@@ -141,7 +144,10 @@ class PaliGemma(nn.Module):
         self.decoder = Gemma(config.text)
 
     def forward(self, images, tokens, targets=None, places=None, prefix=None):
-        """What `predict` returns. images: (B, 3, H, W). tokens: (B, T), padded on the right. prefix: see `hidden`."""
+        """Returns the logits or the losses of the text: for targets, places and the result see model.py's `predict`.
+
+        images: (B, 3, H, W). tokens: (B, T), padded on the right. prefix: see `hidden`.
+        """
         x = self.hidden(tokens, image=self.encode(images), prefix=prefix)
         return predict(self.logits, x, targets, places)
 
@@ -150,12 +156,13 @@ class PaliGemma(nn.Module):
         return self.projector(self.vision(images))
 
     def hidden(self, tokens, caches=None, start=0, image=None, prefix=None, padding=None):
-        """The decoder trunk's output (B, T, C) for tokens (B, T) that follow the image (B, N, C).
+        """Returns the decoder trunk's output (B, T, C) for tokens (B, T) of the text, which follows the image.
 
-        caches: from `make_caches`. start: the number of text tokens in the caches; image is read only if it is 0. Or a
-        tensor (T,): the positions of these tokens in the text; then the caches must hold the image.
+        caches: from `make_caches`; None: nothing is kept. They hold the image and the text before `start`.
+        start: an int, the number of text tokens in the caches; or a tensor (T,), the positions of `tokens` in the text.
+        image: (B, N, C), from `encode`. It is needed if start is the int 0; otherwise it is in the caches already.
         prefix: (B,), how many tokens at the start of each text, padding included, attend in both directions; the image
-        always does, and later tokens attend backwards only. None: all these tokens, or none if start is a tensor.
+        always does, and later tokens attend backwards only. None: all of `tokens`, or none if start is a tensor.
         padding: (B,), the number of padding tokens at the left of each text; None: no padding.
         """
         N, mask = self.config.vision.n_patches, None
@@ -314,9 +321,9 @@ def all_gather(x, across_ranks):
 
 
 def agreement(images, texts, log_scale):
-    """The scaled dot product of each image with each text, (images, texts), in float32 even under autocast.
+    """Returns exp(log_scale) * images @ texts^T, (n images, n texts), in float32 even under autocast.
 
-    In bfloat16, losses could only differ in steps of 0.4 %.
+    images, texts: normalised vectors, (n, C). In bfloat16, losses could only differ in steps of 0.4 %.
     """
     with torch.autocast(images.device.type, enabled=False):
         return images.float() @ texts.float().T * log_scale.exp()
@@ -325,6 +332,7 @@ def agreement(images, texts, log_scale):
 def sigmoid_nats(images, texts, log_scale, bias, block=1024, across_ranks=True):
     """SigLIP's loss (Zhai et al. 2023, algorithm 1) of each image, (B,), in nats: is each text its own, yes or no?
 
+    An image's loss is the sum over all texts, of the other ranks too if across_ranks.
     images, texts: (B, C), not normalised; image i belongs to text i. log_scale, bias: scalar parameters, which start at
     log(10) and -10. Only the scores of `block` texts are in memory at a time, in the backward pass too.
     """
@@ -338,7 +346,10 @@ def sigmoid_nats(images, texts, log_scale, bias, block=1024, across_ranks=True):
 
 
 def pair_nats(images, texts, first, log_scale, bias):
-    """Each image's loss, summed over these texts, (B,). Image i belongs to text first + i, if that is among them."""
+    """Returns each image's loss, (B,), summed over a block of texts. images, texts: normalised, (n, C).
+
+    Image i belongs to texts[first + i]. If that index is negative or too large, its text is in another block.
+    """
     scores = agreement(images, texts, log_scale) + bias  # (B, block)
     rows, columns = (torch.arange(len(x), device=x.device) for x in (images, texts))
     right = columns == first + rows[:, None]  # (B, block)
@@ -346,8 +357,9 @@ def pair_nats(images, texts, first, log_scale, bias):
 
 
 def softmax_nats(images, texts, log_scale, across_ranks=True):
-    """CLIP's loss (Radford et al. 2021, figure 3) of each pair, (B,), in nats: image picks text, and text picks image.
+    """CLIP's loss (Radford et al. 2021, figure 3) of each pair, (B,), in nats.
 
+    It is the mean of two cross-entropies: the image picks its text among all texts, and the text picks its image.
     Arguments as in `sigmoid_nats`, but log_scale starts at log(1 / 0.07) and is clamped to log(100).
     """
     log_scale = log_scale.clamp(max=math.log(100))

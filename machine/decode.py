@@ -62,7 +62,10 @@ def fast_steps(model):
 
 
 def can_step(trunk):
-    """Whether decode.c can take steps of this trunk. Prints a line if only edited or unreadable source prevents it."""
+    """Returns True if decode.c can take steps of this trunk.
+
+    Prints a line if the only obstacle is that the source code of the trunk's classes was edited or can't be read.
+    """
     first, dtype = trunk.blocks[0], trunk.ln_f.weight.dtype
     known = dtype == torch.float32 or dtype == torch.bfloat16 and emulates_bfloat16()
     if trunk.training or not known or not untouched(trunk):
@@ -121,7 +124,7 @@ def library(dtype=torch.float32):
 
 
 def processor():
-    """The CPU's model and features, on which the result of -march=native depends."""
+    """Lines or a text that name the CPU's model and features, on which the result of -march=native depends."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
         return sorted({line for line in file if line.startswith(("model name", "flags", "Features", "CPU part"))})
     return platform.processor()

@@ -61,7 +61,7 @@ def load(name, device="cpu", dtype=torch.float32, block_size=0, dropout=0.0):
 
 
 def locate(name):
-    """The path of a folder, or of a model that is downloaded from the hub. Raises UserError if there is neither."""
+    """The path of folder `name`, or of the hub's model, downloaded if needed. Raises UserError if there is neither."""
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import errors, snapshot_download
@@ -84,7 +84,8 @@ def locate(name):
 def read_weights(folder, model, family, theirs):
     """A state dict for the model, from a folder. family: gpt2.py or paligemma.py. theirs: content of its config.json.
 
-    Tensors unknown to the model keep their names. Safetensors are memory-mapped. Raises UserError for unreadable files.
+    It also holds tensors that the model does not know, under their names in the file: `fill` then raises an error.
+    Safetensors are memory-mapped. Raises UserError for unreadable files.
     """
     stored = {}  # {name in the first layout: (name in the file, tensor)}
     found = sorted(folder.glob(WEIGHTS[0])) or sorted(folder.glob(WEIGHTS[1]))

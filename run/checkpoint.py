@@ -256,7 +256,7 @@ def verify(folder, sampling=False):
 
 
 def digest(path, *version):
-    """Returns the SHA-256 of a file, in hexadecimal. version: values that change with the file, keys of the cache."""
+    """Returns the SHA-256 of a file, in hex. version: unused here; a new value makes `cached_digest` read it again."""
     found = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(2**20):

@@ -146,7 +146,10 @@ def label(x, y, words, kind="", anchor="start"):
 
 
 def line(curve, width, longest, place):
-    """Returns SVG of a Curve, with crowded points as means on a min-max band. width, longest, place: see `panel`."""
+    """Returns SVG of a Curve. If its points are crowded, draws their means, on a band from minimum to maximum.
+
+    width: of the panel, in pixels. longest: the x at its right edge. place(x, y): returns a point's pixels in it.
+    """
     crowded, bins = len(curve.points) > width / 2, {}
     for x, y in curve.points:
         bins.setdefault(int(x / longest * width / 2) if crowded else x, []).append((x, y))

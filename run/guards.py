@@ -81,7 +81,10 @@ class Guard:
         return {"mean_loss": self.mean, "losses": (self.total, self.count)}
 
     def record(self, loss, norm, shown):
-        """Stores scalar tensors until `read`: this rank's shares of the loss and the logged `shown`; the total norm."""
+        """Stores the results of an update until `read`, as scalar tensors; of `shown`, only the last update's.
+
+        loss, shown {name: tensor}: this rank's parts of sums over all ranks. norm: of the gradient of all ranks.
+        """
         self.updates.append((loss, norm))
         self.shown = shown
 

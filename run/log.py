@@ -62,7 +62,10 @@ class Log(AbstractContextManager):
         self.write_record()
 
     def restart(self, step, evaluated=False):
-        """Starts timing the next row: after an evaluation or a save, whose time does not count as training time."""
+        """Starts timing the next row, after an evaluation or a save: their time does not count as training time.
+
+        evaluated: True after an evaluation; `seconds_left` needs the time that it took.
+        """
         now = time.perf_counter()
         self.n_timed += step - self.timed_from
         self.seconds_timed += self.row_at - self.clock

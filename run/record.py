@@ -55,7 +55,10 @@ def samples_until(path, step):
 
 
 def read_record(path):
-    """Returns (starts, seconds so far, best results) of a run.json. Renames a damaged one to run.json.old."""
+    """Returns (starts, seconds so far, best results) of a run.json; ([], 0.0, {}) if it is missing or damaged.
+
+    starts: the `facts` of each. best results: {"step": ..., "val_loss": ...}. Renames a damaged file to run.json.old.
+    """
     if not path.exists():
         return [], 0.0, {}
     with suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):

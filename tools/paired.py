@@ -27,7 +27,7 @@ def at_equal_updates(a, b):
 
 
 def at_equal_time(a, b):
-    """The Pairs at the end of each seed's quicker run; [] if a slower one has no evaluation by then. a, b: as above."""
+    """The Pairs at the last evaluation of each seed's quicker run; [] if the other has none by then. a, b: as above."""
     pairs = []
     for seed, runs in enumerate(zip(a, b), 1):
         curves = [series(rows, "val_loss", x="seconds") for rows in runs]
