@@ -130,7 +130,7 @@ class Learned(nn.Embedding):
 
 
 class Rotary(nn.Module):
-    """Rotary positions (Su et al. 2021): float32 tables of cos and sin. Channel i is paired with channel i + D/2."""
+    """Rotary positions (Su et al. 2021). Returns x as it is, and float32 (cos, sin). Channels i and i + D/2 pair up."""
 
     def __init__(self, config):
         super().__init__()
@@ -142,7 +142,7 @@ class Rotary(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def forward(self, x, positions):
-        return x, (self.cos[positions], self.sin[positions])
+        return x, (self.cos[positions], self.sin[positions])  # cos and sin: (T, D) or (B, 1, T, D)
 
 
 POSITIONS = {"learned": Learned, "rotary": Rotary}
@@ -357,7 +357,7 @@ class GPT(nn.Module):
         """The trunk's output (B, T, C) for tokens (B, T), with causal attention.
 
         caches: from `make_caches`; they hold the tokens before `start` and get these too. start: an int, the first
-        token's position, or a tensor (T,) of positions (see `KVCache.update`). Raises ValueError beyond block_size.
+        token's position (ValueError beyond block_size), or an unchecked tensor (T,) of them: see `KVCache.update`.
         """
         x = self.embed(tokens)  # (B, T, C)
         if self.bigrams is not None:

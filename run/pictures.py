@@ -43,7 +43,11 @@ def to_rgb(image):
 
 
 def eight_bits(image):
-    """Returns an 8-bit image. White is 65535 for integers; for floats, the least of 1, 255, 65535 that none exceeds."""
+    """Returns a PIL image of mode I or F, scaled so that white is 255. Raises UserError for values out of range.
+
+    White in the given image is 65535 if it has integers. If it has floats, white is 1, 255 or 65535: the smallest of
+    these that no value of the image exceeds.
+    """
     import numpy as np
     from PIL import Image
     values = np.asarray(image)

@@ -16,9 +16,10 @@ RATE = ("max_iters", "lr_decay_iters", "lr_schedule", "learning_rate", "min_lr",
 
 
 def to_resume(out_dir, resume):
-    """Returns the complete checkpoints to resume from, best choice first; [] to start a new run.
+    """Returns the folders of checkpoints to resume from, best choice first; [] to start a new run.
 
-    resume: the setting. With True, raises UserError if there is none; with "auto", a new run starts then.
+    Unfinished saves are left out; a checkpoint that is damaged is not. resume: the setting. With True, raises UserError
+    if there is no checkpoint; with "auto", a new run starts then.
     """
     folders = []
     if resume and not (Path(out_dir) / MOVING).exists():  # if it exists, the files beside it are an earlier run's
@@ -55,7 +56,8 @@ def earlier_settings(out_dir, resume):
 def refuse_changes(saved, given, own, stand_in):
     """Raises UserError if `given` changes a setting of the run that can't change. saved: the run's settings.
 
-    own: the class of the task's settings. stand_in: the data set that replaces one that can't be downloaded.
+    own: the class of the task's own settings, such as the model's shape; none of them can change, except FREE.
+    stand_in: the data set that replaces one that can't be downloaded; a run on it may be given the real one.
     """
     out_dir, fixed = given.get("out_dir", "out"), {*FIXED, *flat_fields(own)} - {*FREE}
     for name, asked in given.items():

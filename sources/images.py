@@ -43,11 +43,11 @@ SPLITS = {"train": "train", "training": "train", "validation": "val", "valid": "
 
 
 def prepare(path, folder, tokenizer_name="char", val_fraction=0.1, image_size=48, source="", column="text"):
-    """Turns the images and captions in `path` into a data set in `folder`; returns the dict that is its meta.json.
+    """Turns the images and captions in the folder `path` into a data set in `folder`; returns the dict of meta.json.
 
     tokenizer_name: char or byte (both one token per byte), or bpe:SIZE, learned from the training rows. source: the
-    origin that meta.json names, if not `path`. Raises UserError with the line of a row that can't be used; an earlier
-    data set in `folder` then stays as it is.
+    origin that meta.json names, if not `path`. column: of a metadata table, the column that holds the captions. Raises
+    UserError with the line of a row that can't be used; an earlier data set in `folder` then stays as it is.
     """
     tables = find_tables(path)
     if not tables:
@@ -81,7 +81,10 @@ def prepare(path, folder, tokenizer_name="char", val_fraction=0.1, image_size=48
 
 
 def find_tables(path):
-    """[captions.jsonl] of a folder, or else each metadata.* with images, in the folder or its train/, val/ or test/."""
+    """The tables of a folder, a list of paths: captions.jsonl alone, or else the metadata.jsonl, .csv and .tsv.
+
+    These may lie in the folder or in its train/, val/ or test/. One with no image in or below its folder is left out.
+    """
     files = sorted(file for file in path.glob("*") if file.is_file())
     tables = [file for file in files if file.name.lower() == "captions.jsonl"]
     if not tables:
@@ -92,7 +95,10 @@ def find_tables(path):
 
 
 def read_rows(table, folder, column):
-    """Yields dicts of image (a path in the folder), prompt, answer, kind, split ("" if none), where (file and line)."""
+    """Yields dicts of image (a path in the folder), prompt, answer, kind, split ("" if none), where (file and line).
+
+    column: of a metadata table, the column that holds the captions.
+    """
     for where, row in READERS[table.suffix.lower()](table, column):
         if table.stem.lower() == "metadata":
             row = from_metadata(row, table.parent.relative_to(folder), column, where)
@@ -103,7 +109,10 @@ def read_rows(table, folder, column):
 
 
 def from_metadata(row, folder, column, where):
-    """Turns a metadata row of `folder`, such as {"file_name": "1.jpg", "text": "a cat"}, into one of captions.jsonl."""
+    """Turns a metadata row, such as {"file_name": "1.jpg", "text": "a cat"}, into a row of captions.jsonl.
+
+    folder: the table's, as seen from the data set's folder; the image's path begins with it. column: holds the caption.
+    """
     names = [name for name in row if name == "file_name" or name.endswith("_file_name")]
     if len(names) != 1:
         raise UserError(f"{where}: {len(names)} columns name a file, among {', '.join(row)}: have just one, file_name")
@@ -115,7 +124,10 @@ def from_metadata(row, folder, column, where):
 
 
 def name_splits(rows):
-    """The rows, with the splits that their folders name. If there is a val/, test/ is left out; else test/ is val."""
+    """The rows, with the splits that their folders name. If there is a val/, test/ is left out; else test/ is val.
+
+    If all rows are in folders of one split, or of none, they are returned as they are, without a split.
+    """
     folders = [row["image"].lower().split(os.sep)[:-1] for row in rows]
     splits = [next((SPLITS[name] for name in names if name in SPLITS), "") for names in folders]
     found = set(splits)

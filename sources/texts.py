@@ -77,7 +77,7 @@ def print_choice(taken, left_out):
 
 
 def files_in(folder, pattern):
-    """Yields, in order, all wanted files below the folder, and the folders that can't be entered; no hidden ones."""
+    """Yields, in order, all wanted files below the folder, and folders that are links or unreadable; no hidden ones."""
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
         is_open = path.is_dir() and not path.is_symlink() and os.access(path, os.R_OK)  # other folders are reported
@@ -237,7 +237,10 @@ def sample(texts, total):
 # Writing
 
 def prepare(paths, folder, tokenizer_name, val_fraction=0.1, source="", newlines="one"):
-    """Writes a data set of the files; returns its meta. newlines: see prepare.py. Raises UserError for a bad text."""
+    """Writes a data set of the files; returns its meta. The last val_fraction of each file is for validation.
+
+    source: the origin that meta.json names; "": paths[0]. newlines: see prepare.py. Raises UserError for a bad text.
+    """
     source, keep = str(source or paths[0]), newlines == "keep"
     with writing(folder):
         stamps = list(map(stamp, paths))
@@ -300,13 +303,13 @@ def write_tokens(path, texts, tokenizer, digest):
 
 
 def stored(ids, tokenizer):
-    """The ids in the dtype of the .bin files."""
+    """The array `ids`, converted to the dtype of the .bin files."""
     assert not ids.size or 0 <= ids.min() <= ids.max() < tokenizer.vocab_size, "an id outside the vocabulary"
     return ids.astype(id_type(tokenizer))
 
 
 def id_type(tokenizer):
-    """The dtype of the ids in the .bin files."""
+    """The dtype of the ids in the .bin files, by name: "uint16" or "uint32"."""
     return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
 
 

@@ -62,9 +62,10 @@ def find_task(name):
 
 
 def elsewhere(settings_of, trained=False):
-    """Returns `elsewhere` for configurator.parse: it takes a setting's name and returns which tasks have it, or "".
+    """Returns a function for configurator.parse: from an unknown setting's name to a hint for the user, or "".
 
-    settings_of(row): the Row's settings for the command. trained: the command loads a model, which decides the task.
+    The hint names the tasks that have the setting, as --task=NAME, or as models of these tasks if `trained`: then the
+    command loads a model, which decides the task. settings_of(row): the Row's class of settings for the command.
     """
     def tasks_with(name):
         tasks = [task for task, row in TASKS.items()

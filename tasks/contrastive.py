@@ -69,7 +69,7 @@ class ContrastiveTask(WithImages):
         return self.gather(self.data["train"], rows), torch.ones(len(rows), device=self.world.device)
 
     def gather(self, data, rows):
-        """The model's arguments for some rows of `data`: images (B, 3, H, W), tokens (B, T), padding (B,)."""
+        """The model's arguments for rows of some `Captions`: images (B, 3, H, W), tokens (B, T), padding (B,)."""
         device = self.world.device
         return {"images": read_images(self.dataset.images, data.images[rows], device),
                 "tokens": to_device(data.ids[rows], device), "padding": to_device(data.padding[rows], device)}
@@ -96,10 +96,11 @@ class ContrastiveTask(WithImages):
         return sum(losses) / len(scored), cosines, data.ids[scored]
 
     def details(self, model, split, world, dtype, settings, found):
-        """Retrieval and zero-shot accuracy. Rows with equal captions are one class, and any row of the class is right.
+        """{name: share}: retrieval and zero-shot accuracy, and the number of zero-shot classes. Does not read `found`.
 
+        Rows with equal captions are one class, and any row of the class is right.
         Retrieval: the share of images whose nearest caption is right, and of captions whose nearest image is right.
-        Zero-shot: the share of images whose nearest caption is right, among the classes of two or more images alone.
+        Zero-shot: as image to text, with only the images and captions of classes of two or more images.
         """
         _, cosines, ids = self.score(model, split, dtype)
         _, labels, counts = np.unique(ids, axis=0, return_inverse=True, return_counts=True)
@@ -115,7 +116,7 @@ class ContrastiveTask(WithImages):
 
     @torch.inference_mode()
     def sample(self, model, requests, sampling):
-        """Yields, for each image, the prompt's captions (separated by |) with their probabilities, likeliest first."""
+        """Yields (index of a request, text): the captions in its prompt (a|b|c) with probabilities, likeliest first."""
         device = next(model.parameters()).device
         for row, request in enumerate(requests):
             captions = [caption.strip() for caption in request["text"].split("|") if caption.strip()]

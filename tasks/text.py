@@ -102,7 +102,7 @@ class TextTask(Task):
 
     @torch.no_grad()
     def details(self, model, split, world, dtype, settings, found):
-        """Perplexity, bits per character, and nanoGPT's estimate: the mean loss of random windows."""
+        """{name: value}: perplexity and bits per character of found["loss"], nanoGPT's mean loss of random windows."""
         tokens, total, at_once = self.dataset.tokens(split, self.block_size), 0.0, self.eval_batch_size(model)
         for i in watched(range(world.rank, settings.random_windows, world.size), "random windows"):
             offsets = random_offsets(len(tokens), self.block_size, settings.batch_size, settings.seed, i)
@@ -119,7 +119,7 @@ class TextTask(Task):
                 "random_window_loss": estimate}
 
     def sample(self, model, requests, sampling):
-        """Yields each prompt and then its continuation. Requests with the same prompt are one batch."""
+        """Yields (index of a request, text): its prompt, then its continuation in pieces. Equal prompts are a batch."""
         device = next(model.parameters()).device
         pick, batches = picker(sampling, device), {}
         for index, request in enumerate(requests):

@@ -107,7 +107,7 @@ def times(model, tokens):
 
 
 def sentence(s, model):
-    """What a recipe takes, in a sentence; the recipe's docstring has it."""
+    """A sentence with a recipe's parameters, tokens, times and memory on H100s. The recipe's docstring quotes it."""
     tokens = s.max_iters * s.batch_size * s.block_size
     one, eight, many = times(model, tokens)
     memory = state_bytes(model) + activation_bytes(model, s.micro_batch_size)

@@ -76,7 +76,7 @@ class Thing(NamedTuple):
 # What is in an image
 
 def make_things(rng, held_out):
-    """One to three things that don't touch, from left to right; at least one is in HELD_OUT if held_out, else none."""
+    """One to three Things that don't touch, from left to right; at least one is in HELD_OUT if held_out, else none."""
     names = make_names(rng, held_out)
     while True:
         things = []
@@ -115,7 +115,7 @@ def apart(a, b):
 # Drawing
 
 def render(things, rng):
-    """The image of the things. Each touches all four sides of its box."""
+    """The PIL image of the things, SIZE x SIZE pixels. Each touches all four sides of its box."""
     image = Image.fromarray(background(rng))
     for thing in things:
         colour = np.clip(np.array(COLOURS[thing.colour]) + rng.integers(-12, 13, size=3), 0, 255)
@@ -165,20 +165,20 @@ def outline(shape):
 # Questions. Each function returns (prompt, answer), or None if there is no unambiguous question of its kind.
 
 def caption(things, rng):
-    """Describes all things, from left to right."""
+    """("caption", a text that describes all things, from left to right)."""
     phrases = [f"a {thing.size} {thing.name}" for thing in things]
     return "caption", " and ".join((", ".join(phrases[:-1]), phrases[-1])) if phrases[1:] else phrases[0]
 
 
 def colour(things, rng):
-    """Asks for the colour of a thing that is the only one of its shape."""
+    """(prompt, answer) about the colour of a thing that is the only one of its shape; None if there is none."""
     shapes = [thing.shape for thing in things]
     thing = pick([thing for thing in things if shapes.count(thing.shape) == 1], rng)
     return thing and (f"what colour is the {thing.shape}?", thing.colour)
 
 
 def count(things, rng):
-    """Asks for the number of all things, or of those of one shape or colour. That number is sometimes 0."""
+    """(prompt, answer) about the number of all things, or of those of one shape or colour; sometimes 0."""
     subject, seen = rng.integers(3), rng.random() < 0.75
     if subject == 0:
         return "how many shapes are there?", str(len(things))
@@ -190,7 +190,10 @@ def count(things, rng):
 
 
 def position(things, rng):
-    """Asks where a thing is: on which side of another whose centre is 8 or more pixels away, or in which quarter."""
+    """(prompt, answer) about where a thing is; None if no question has a clear answer.
+
+    It asks on which side of another thing, whose centre is 8 or more pixels away, or in which quarter of the image.
+    """
     single, options = unique(things), []
     for a, b in permutations(single, 2):
         (ax, ay), (bx, by) = a.centre, b.centre
@@ -208,7 +211,10 @@ def position(things, rng):
 
 
 def compare(things, rng):
-    """Asks if two things have the same colour, if one is larger, or which of two shapes occurs more often."""
+    """(prompt, answer) that compares two things or shapes; None if no question has a clear answer.
+
+    It asks if two things have the same colour, if one is larger, or which of two shapes occurs more often.
+    """
     counts = {shape: sum(thing.shape == shape for thing in things) for shape in {thing.shape for thing in things}}
     kinds = {"colour": [], "size": [], "number": []}
     for a, b in permutations(things, 2):
@@ -227,7 +233,7 @@ def compare(things, rng):
 
 
 def detect(things, rng):
-    """Asks for the boxes, from left to right, of all things of one shape, or of one shape and colour."""
+    """("detect LABEL", boxes as text, from left to right) of all things of one shape, or one colour and shape."""
     thing = pick(things, rng)
     label = thing.name if rng.random() < 0.5 else thing.shape
     found = [thing for thing in things if label in (thing.name, thing.shape)]
