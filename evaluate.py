@@ -27,7 +27,7 @@ class Settings:
 
 
 def own_settings(values):
-    """Returns the dataclass of settings that the model's task adds to Settings. values: {name: value} of Settings."""
+    """Returns the class of the settings that the task of the model in the folder values["out_dir"] adds to Settings."""
     check_run(values["out_dir"])
     return TASKS[find_task(values["out_dir"])].evaluating
 

@@ -85,7 +85,7 @@ def used(function):
 
 @functools.cache
 def names_in(code):
-    """The names that a code object looks up, including those of the functions inside it."""
+    """The set of names of globals and attributes, not of local variables, in a code object and the functions inside."""
     inner = [names_in(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
     return set(code.co_names).union(*inner)
 
@@ -106,7 +106,7 @@ def is_our_module(name):
 
 @functools.cache
 def source_tokens(code):
-    """The tokens of a function's source, joined by spaces, without comments and docstrings. Raises NoSource."""
+    """The tokens of a code object's source, joined by spaces, without comments and docstrings. Raises NoSource."""
     lines = linecache.getlines(code.co_filename)[code.co_firstlineno - 1:]
     if not lines:
         raise NoSource(f"{code.co_name} in {code.co_filename}")

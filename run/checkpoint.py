@@ -183,16 +183,16 @@ def is_run(path):
 
 
 def is_checkpoint(folder):
-    """Returns True for a single checkpoint's folder, whatever its name, and even if its SHA256SUMS is missing."""
+    """Returns True for a checkpoint's folder, not a run's: one with SHA256SUMS, or with "settings" in config.json."""
     with suppress(UserError):
         return (Path(folder) / "SHA256SUMS").is_file() or "settings" in read_config(folder)
     return False
 
 
 def candidates(out_dir, *names):
-    """Returns the checkpoints that exist of these names, in order of preference: NAME, NAME.new, NAME.old.
+    """Returns the folders that exist of these checkpoints, in order of preference: NAME, NAME.new, NAME.old.
 
-    A NAME.new or NAME.old without config.json is an unfinished save and is left out. A NAME without it is damaged.
+    Leaves out an unfinished save: a NAME.new or NAME.old without config.json. Returns NAME even if it is damaged.
     """
     folders = [Path(out_dir) / (name + suffix) for name in names for suffix in ("", ".new", ".old")]
     return [folder for folder in folders

@@ -43,10 +43,10 @@ def to_rgb(image):
 
 
 def eight_bits(image):
-    """Returns a PIL image of mode I or F, scaled so that white is 255. Raises UserError for values out of range.
+    """Scales a PIL image of mode I or F so that white is 255. Returns mode L, or the given image if it is so already.
 
     White in the given image is 65535 if it has integers. If it has floats, white is 1, 255 or 65535: the smallest of
-    these that no value of the image exceeds.
+    these that no value of the image exceeds. Raises UserError for values below 0 or above 65535.
     """
     import numpy as np
     from PIL import Image
@@ -97,7 +97,10 @@ def box_text(box, width, height):
 
 
 def box_iou(answer, truth):
-    """Returns the mean, over the boxes of both answer texts, of the best IoU with a box of its label in the other."""
+    """Returns the mean, over the boxes of both answer texts, of the best IoU with a box of its label in the other.
+
+    A box whose label the other text lacks counts 0. If neither text has boxes: 1.0 if the texts are equal, else 0.0.
+    """
     found, right = parse_boxes(answer, 1, 1), parse_boxes(truth, 1, 1)
     best = []
     for boxes, others in ((found, right), (right, found)):
@@ -153,7 +156,7 @@ def draw_attention(image, weights, prompt, tokens, panel=224):
 
 
 def heat_map(image, weights):
-    """Returns a PIL image in grey under the weights (N,) of its patches: red to yellow, larger ones more opaque."""
+    """Returns a PIL image in grey under a heat map, red to yellow, whose opacity is weights (N,) / their maximum."""
     from PIL import Image, ImageOps
     side = math.isqrt(len(weights))
     heat = (weights / weights.max() * 255).round().byte().reshape(side, side)

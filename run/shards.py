@@ -39,7 +39,7 @@ def write(folder, state, trainer, group):
 
 
 def read(folder, like=None):
-    """Returns {name: tensor} of a folder of shards, whole tensors, or sharded like the tensors like(name) if given."""
+    """Returns {name: tensor} of a folder of shards: sharded like the tensor like(name), or whole if `like` is None."""
     import torch.distributed.checkpoint as dcp
     reader = dcp.HuggingFaceStorageReader(str(folder))
     state = {}

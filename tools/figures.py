@@ -40,7 +40,10 @@ class Settings:
 
 
 def choose(figures, names, settings):
-    """{name: entry} of the figures to measure. Raises UserError for an unknown name, or one without a command."""
+    """{name: entry} of the figures to measure: those with `names`, or all within settings.minutes if that is not 0.
+
+    Raises UserError if there are no names, and for an unknown name or one without a command.
+    """
     if settings.minutes:
         return {name: entry for name, entry in figures.items()
                 if entry["command"] and entry["minutes"] <= settings.minutes}
@@ -116,7 +119,11 @@ def measure(name, entry, row, number):
 
 
 def holds(entry, what, measured, claimed):
-    """Whether measured agrees with claimed; None without `within`, which is a factor for ratios, else a difference."""
+    """Whether the number `measured` agrees with `claimed`: True or False, or None if the entry has no `within` for it.
+
+    `within` is the largest factor between the two if `find` has two patterns and so gives a ratio. Otherwise it is the
+    largest difference.
+    """
     within = entry.get("within", {}).get(what)
     if within is None:
         return None

@@ -16,9 +16,9 @@ class Pair(NamedTuple):
 
 
 def at_equal_updates(a, b):
-    """The Pairs after the last step at which all runs were evaluated; [] if there is none.
+    """A list with a Pair for each seed: the losses at the last step at which all runs of a and b were evaluated.
 
-    a, b: for each seed, the rows of its run's log, as `read_log` returns them.
+    Returns [] if there is no such step. a, b: for each seed, the rows of its run's log, as `read_log` returns them.
     """
     curves = [[dict(series(rows, "val_loss")) for rows in runs] for runs in (a, b)]
     common = set.intersection(*(set(curve) for runs in curves for curve in runs))
@@ -27,7 +27,11 @@ def at_equal_updates(a, b):
 
 
 def at_equal_time(a, b):
-    """The Pairs at the last evaluation of each seed's quicker run; [] if the other has none by then. a, b: as above."""
+    """A list with a Pair for each seed: the losses at the second of the last evaluation of the run that ends first.
+
+    The loss of the other run at that second is interpolated. Returns [] if a run of any seed was not evaluated by then.
+    a, b: as in `at_equal_updates`.
+    """
     pairs = []
     for seed, runs in enumerate(zip(a, b), 1):
         curves = [series(rows, "val_loss", x="seconds") for rows in runs]
