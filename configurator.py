@@ -225,7 +225,11 @@ def refuse_idle(path, tree):
 
 
 def widened(cls, layers, more=None, base=None):
-    """(the class, the older values) for `parse`: `cls` with the fields from `more`, and what `base` returns."""
+    """Returns (`cls` joined with the dataclass from `more`, the older values from `base` as {name: value}, or {}).
+
+    layers: an iterable of Layer. more, base: the functions that `parse` takes. base gets what the layers set of the
+    fields of `cls`; more gets the defaults, overridden by the older values, then by the layers. on_cpu is left out.
+    """
     fields = flat_fields(cls)
     named = {layer.name: layer.value for layer in typed(layers, fields, strict=False) if not layer.on_cpu}
     older = flat_values(base(named)) if base else {}
@@ -327,7 +331,8 @@ def convert(layer, kind, default):
 
 
 def read_value(layer, kind):
-    """The layer's value as type `kind`: text is parsed; a file's value must have the type, or be an int for a float."""
+    """Returns the value of a Layer as type `kind`: text is parsed; a file's value must have the type, or be an int for
+    a float; a bare --flag is True. Raises UserError for a value that does not fit."""
     name, value = layer.name, layer.value
     if isinstance(value, numbers.Number) and hasattr(value, "item"):
         value = value.item()  # a NumPy scalar

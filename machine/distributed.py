@@ -129,7 +129,8 @@ PATIENCE = 10  # seconds: by then, torchrun has ended the remaining workers
 
 @contextlib.contextmanager
 def others_explain():
-    """A context. If another worker has died, prints one line and exits with status 1: torchrun reports the cause."""
+    """A context. If a RuntimeError in it has a text in LOST, so another worker has died, prints one line and exits with
+    status 1 after PATIENCE seconds, so that torchrun blames that worker, not this one. Other errors pass unchanged."""
     try:
         yield
     except RuntimeError as error:

@@ -246,7 +246,8 @@ def common_tokenizer(source, folder, name, val_fraction):
 
 
 def learned_from(files, name):
-    """The files that a tokenizer of this name is learned from; [] if it is not learned from text."""
+    """Returns the files that the tokenizer `name` is learned from: for char, all; for bpe:SIZE, the first ones, until
+    they have SAMPLE_BYTES together; for any other, which is not learned from text, []."""
     limit = math.inf if name == "char" else SAMPLE_BYTES if name.startswith("bpe:") else 0
     before = itertools.accumulate((file[1] for file in files), initial=0)
     return [file for file, size in zip(files, before) if size < limit]
