@@ -130,7 +130,7 @@ class Learned(nn.Embedding):
 
 
 class Rotary(nn.Module):
-    """Rotary positions (Su et al. 2021). Returns x as it is, and float32 (cos, sin). Channels i and i + D/2 pair up."""
+    """Rotary positions (Su et al. 2021). Returns x as it is, and cos, sin (T, D) or (B, 1, T, D) for `rotate`."""
 
     def __init__(self, config):
         super().__init__()

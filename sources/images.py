@@ -45,9 +45,9 @@ SPLITS = {"train": "train", "training": "train", "validation": "val", "valid": "
 def prepare(path, folder, tokenizer_name="char", val_fraction=0.1, image_size=48, source="", column="text"):
     """Turns the images and captions in the folder `path` into a data set in `folder`; returns the dict of meta.json.
 
-    tokenizer_name: char or byte (both one token per byte), or bpe:SIZE, learned from the training rows. source: the
-    origin that meta.json names, if not `path`. column: of a metadata table, the column that holds the captions. Raises
-    UserError with the line of a row that can't be used; an earlier data set in `folder` then stays as it is.
+    tokenizer_name: char or byte (both one token per byte); bpe:SIZE, learned from the training rows; or the folder or
+    tokenizer.json of an image-text model. source: the origin that meta.json names, if not `path`. column: as in
+    `read_rows`. Raises UserError if a row can't be used; an earlier data set in `folder` then stays as it is.
     """
     tables = find_tables(path)
     if not tables:
@@ -165,7 +165,11 @@ def check_row(row, folder):
 
 
 def split_images(rows, val_fraction, path):
-    """Checks the splits of rows. If none has one, sets them in place: "val" for the last val_fraction of the images."""
+    """Sets the splits of rows in place if no row has one: "val" for the last val_fraction of the images, else "train".
+
+    Then checks the splits: every row has one, all rows of an image have the same, and each split has an image. Raises
+    UserError if not, or if the rows have splits and val_fraction is not 0.1, its default. path: named in the errors.
+    """
     if not any(row["split"] for row in rows):
         images = list(dict.fromkeys(row["image"] for row in rows))
         held_out = set(images[int(len(images) * (1 - val_fraction)):])

@@ -77,7 +77,10 @@ def print_choice(taken, left_out):
 
 
 def files_in(folder, pattern):
-    """Yields, in order, all wanted files below the folder, and folders that are links or unreadable; no hidden ones."""
+    """Yields the paths of all files below the folder, sorted, that `wanted` accepts; hidden ones are left out.
+
+    A folder that is a link or can't be read counts as a file here, so that the caller can report it as left out.
+    """
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
         is_open = path.is_dir() and not path.is_symlink() and os.access(path, os.R_OK)  # other folders are reported
@@ -183,7 +186,7 @@ class Page(HTMLParser):
 
 
 def read(parts, keep=False):
-    """Yields the text of parts of files, (path, start, stop) in characters. Adds a newline between parts if missing."""
+    """Yields in pieces the text of parts (path, start, stop: characters); each starts a line. keep: see `read_file`."""
     last = "\n"
     for path, start, stop in parts:
         at, gap = 0, "" if last.endswith("\n") else "\n"
