@@ -141,11 +141,11 @@ def alike(matrices):
 
 
 def orthogonalized(matrices, steps=5):
-    """Approximates the nearest semi-orthogonal matrices, (N, rows, columns): singular values between about 0.7 and 1.2.
+    """Returns approximations of the nearest semi-orthogonal matrices: singular values between about 0.7 and 1.2.
 
-    matrices: (N, rows, columns), or a list of N. The Newton-Schulz iteration maps each singular value s to
-    a s + b s^3 + c s^5. Jordan's coefficients trade exact convergence to 1 for fast growth of small values.
-    It computes in bfloat16 where the device is fast at that.
+    matrices: (N, rows, columns), or a list of N. The result is (N, rows, columns), computed and returned in float32 on
+    a CPU without AMX, else in bfloat16. The Newton-Schulz iteration maps each singular value s to a s + b s^3 + c s^5.
+    Jordan's coefficients trade exact convergence to 1 for fast growth of small values.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     fast = torch.bfloat16 if matrices[0].device.type != "cpu" or has_amx() else torch.float32

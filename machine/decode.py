@@ -189,7 +189,10 @@ class Steps:
         self.decode.argtypes, self.decode.restype = [c_void_p] * 3 + [c_int] * 5, None
 
     def step(self, x, rope, start):
-        """The output for x, (B, T, C), from slot `start`. rope: (cos, sin), (1, D), (T, D) or (B, 1, T, D), or None."""
+        """Returns the trunk's output for x, both (B, T, C). Writes keys and values into the caches from slot `start`.
+
+        rope: (cos, sin), each (1, D), (T, D) or (B, 1, T, D); or None.
+        """
         assert x.size(0) == self.rows and start + x.size(1) <= self.slots, \
             f"{x.size(0)} rows up to position {start + x.size(1)}: the caches have {self.rows} rows of {self.slots}"
         length = self.max_tokens // x.size(0)

@@ -88,7 +88,7 @@ def emulates_bfloat16():
 
 
 def pick_compile(choice, device, updates):
-    """(whether to compile, reason in words). "auto": on CUDA, if the whole run has enough updates for it to pay off."""
+    """(whether to compile, reason in words). "auto": on CUDA with Triton, if the run has enough updates to repay it."""
     if choice != "auto":
         return choice, "as set"
     if device.type == "cuda" and has_triton():

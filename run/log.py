@@ -143,7 +143,7 @@ class Log(AbstractContextManager):
         return " | ".join(paint(text, "32") if text.endswith(" best") else text for _, text in parts)
 
     def seconds_left(self):
-        """Returns an estimate of the seconds to the last update, or None before the second row.
+        """Returns an estimate of the seconds to the last update; None if this start has made only one update.
 
         Assumes the mean time so far for updates and evaluations. Before the first evaluation, assumes a third of the
         training time for each of its tokens: evaluations have no backward pass.
@@ -163,7 +163,7 @@ class Log(AbstractContextManager):
         return round(pace * (s.max_iters - step) + pause * evaluations)
 
     def show_sample(self, row, model):
-        """Prints a short sample, if wanted, and adds it to samples.md, under a heading with the row's step and loss."""
+        """Prints a short sample and adds it to samples.md; does nothing if sample_tokens is 0 or the model is None."""
         if not self.settings.sample_tokens or model is None:
             return
         model.eval()
@@ -199,7 +199,7 @@ class Log(AbstractContextManager):
             self.wandb.finish()
 
     def __exit__(self, kind, error, traceback):
-        """Closes the log with an error as the reason, if one leaves the `with` block."""
+        """If an error leaves the `with` block, closes the log with it as the reason. Without one, closes nothing."""
         if error and self.file and not self.file.closed:
             line = users_fault(error)
             with suppress(OSError, UserError):  # the first error is the one to show

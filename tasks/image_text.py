@@ -85,7 +85,7 @@ class ImageTextTask(WithImages):
     rows_label = "the training rows"
 
     def encode(self, rows):
-        """The `Rows` of a split."""
+        """Returns the `Rows` of a split. rows: its dicts with image (an index), prompt and answer."""
         prompts = {prompt: encode_prompt(self.tokenizer, prompt) for prompt in {row["prompt"] for row in rows}}
         answers = {answer: with_eos(self.tokenizer, answer) for answer in {row["answer"] for row in rows}}
         prefix = np.array([len(prompts[row["prompt"]]) for row in rows])
@@ -126,7 +126,7 @@ class ImageTextTask(WithImages):
 
     @torch.no_grad()
     def copy_embeddings(self, theirs, their_tokenizer, ours):
-        """Copies the vectors of tokens that stand for the same text in both vocabularies."""
+        """Copies rows of the embedding table `theirs`, (V, C), into `ours`, for tokens with equal text in both."""
         known = {their_tokenizer.decode([i]): i for i in range(their_tokenizer.vocab_size)}
         for i in range(self.tokenizer.vocab_size):
             text = self.tokenizer.decode([i])
@@ -232,7 +232,11 @@ class ImageTextTask(WithImages):
                         padding=padding if padding.any() else None)
 
     def sample(self, model, requests, sampling):
-        """Yields the answers to all requests, as one batch; then what `draw` and `attention` wrote for the first."""
+        """Yields (index of a request, next piece of its answer). All requests are one batch.
+
+        If sampling.draw names a file, then writes the first image there, with the boxes of its answer. Likewise for
+        sampling.attention, with heat maps of where each token of the answer looks. Yields (0, a note) for each file.
+        """
         if not all(request.get("image") for request in requests):
             raise UserError("this model answers prompts about an image: add --image=FILE")
         device, paths = next(model.parameters()).device, list(dict.fromkeys(r["image"] for r in requests))

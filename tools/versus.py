@@ -65,6 +65,7 @@ TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 def settings_of(recipe, shared):
     """{name: value} of all settings, defaults included, that train.py makes of a recipe and `shared`.
 
+    recipe: one text, as quoted on the command line. shared: a list of arguments that both recipes have.
     Leaves out seed, out_dir and resume. Raises UserError if one of these is named, and for what train.py refuses.
     """
     words = [*shell_words(recipe), *shared]
@@ -103,7 +104,10 @@ def require_same_origin(folder, first):
 
 
 def train(words, seed, folder, max_iters):
-    """Starts or resumes a run that has not finished. Raises UserError if it fails, SystemExit if it is stopped."""
+    """Starts or resumes the run in `folder`, unless it has finished. words: a list of arguments for train.py.
+
+    Raises UserError if the run fails, SystemExit if it is stopped.
+    """
     rows = read_log(folder)
     if rows and rows[-1]["step"] >= max_iters and "val_loss" in rows[-1]:
         return
@@ -144,7 +148,10 @@ def train_all(words, seeds, out, max_iters):
 # Reporting
 
 def report(out, recipes, found):
-    """Prints the losses of each seed and what they show. found: {"updates": [Pair], "time": [Pair]}."""
+    """Prints the losses of each seed, and whether a or b is better. recipes: {"a": a recipe's text, "b": ...}.
+
+    found: {"updates": Pairs at equal updates, "time": Pairs at equal time}, lists with a Pair for each seed, or empty.
+    """
     for name in "ab":
         print(f"{name}: {recipes[name].strip() or 'the defaults of train.py'}")
     for where, pairs in found.items():
