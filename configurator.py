@@ -228,7 +228,8 @@ def widened(cls, layers, more=None, base=None):
     """Returns (`cls` joined with the dataclass from `more`, the older values from `base` as {name: value}, or {}).
 
     layers: an iterable of Layer. more, base: the functions that `parse` takes. base gets what the layers set of the
-    fields of `cls`; more gets the defaults, overridden by the older values, then by the layers. on_cpu is left out.
+    fields of `cls`; more gets the defaults, overridden by the older values, then by the layers. Neither gets a value
+    that is in a config file's `on_cpu`.
     """
     fields = flat_fields(cls)
     named = {layer.name: layer.value for layer in typed(layers, fields, strict=False) if not layer.on_cpu}

@@ -94,8 +94,9 @@ def loss_range(curves, skip=0.1):
 
 
 def ticks(low, high, count, logged=False):
-    """Returns [(value, text)] of about `count` round numbers, low to high. logged: low, high and values are log10s, and
-    `count` is ignored: the numbers are powers of 10, and 3 times each of them if high - low is at most 2.5."""
+    """Returns [(value, text)] of about `count` round numbers from low to high. logged: low, high and the returned
+    values are log10s, but a text is the number itself. `count` is then ignored: the numbers are the powers of 10, and 3
+    times each of them if high - low is at most 2.5."""
     if logged:
         steps = (1,) if high - low > 2.5 else (1, 3)
         found = [n * 10.0 ** power for power in range(math.floor(low), math.ceil(high)) for n in steps]

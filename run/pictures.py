@@ -43,7 +43,7 @@ def to_rgb(image):
 
 
 def eight_bits(image):
-    """Scales a PIL image of mode I or F so that white is 255. Returns mode L, or the given image if it is so already.
+    """Returns a PIL image of mode I or F in mode L, with white scaled to 255; unchanged if its white is 255 already.
 
     White in the given image is 65535 if it has integers. If it has floats, white is 1, 255 or 65535: the smallest of
     these that no value of the image exceeds. Raises UserError for values below 0 or above 65535.
@@ -156,7 +156,8 @@ def draw_attention(image, weights, prompt, tokens, panel=224):
 
 
 def heat_map(image, weights):
-    """Returns a PIL image in grey under a heat map, red to yellow, whose opacity is weights (N,) / their maximum."""
+    """Returns a PIL image in grey under a heat map, red to yellow, whose opacity is weights / their maximum. weights:
+    (N,), one for each patch, row by row; the image has as many rows of patches as columns."""
     from PIL import Image, ImageOps
     side = math.isqrt(len(weights))
     heat = (weights / weights.max() * 255).round().byte().reshape(side, side)

@@ -186,7 +186,8 @@ class Page(HTMLParser):
 
 
 def read(parts, keep=False):
-    """Yields in pieces the text of parts (path, start, stop: characters); each starts a line. keep: see `read_file`."""
+    """Yields in pieces the text of parts (path, start, stop: characters). Puts a newline before a part if the text
+    before it does not end with one. keep: see `read_file`."""
     last = "\n"
     for path, start, stop in parts:
         at, gap = 0, "" if last.endswith("\n") else "\n"

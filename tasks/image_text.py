@@ -232,7 +232,8 @@ class ImageTextTask(WithImages):
                         padding=padding if padding.any() else None)
 
     def sample(self, model, requests, sampling):
-        """Yields (index of a request, next piece of its answer). All requests are one batch.
+        """Yields (index of a request, next piece of its answer). All requests are one batch. If there are several,
+        first yields "FILE: ", the image's path, for each of them.
 
         If sampling.draw names a file, then writes the first image there, with the boxes of its answer. Likewise for
         sampling.attention, with heat maps of where each token of the answer looks. Yields (0, a note) for each file.

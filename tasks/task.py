@@ -203,7 +203,7 @@ def start(settings, given, folder, data, world):
 
 
 def initial(settings, device, block_size=0):
-    """(model, tokenizers) of load(settings.init_from), LoRA merged. Raises UserError if the task can't train it."""
+    """(model, tokenizers) from init_from, LoRA merged. block_size: see `load`. UserError if the task can't train it."""
     name, models = settings.init_from, task_class(settings.task).models
     task, model, _ = load(name, device, dropout=settings.dropout, block_size=block_size)
     merge_lora(model)

@@ -121,8 +121,8 @@ def measure(name, entry, row, number):
 def holds(entry, what, measured, claimed):
     """Whether the number `measured` agrees with `claimed`: True or False, or None if the entry has no `within` for it.
 
-    `within` is the largest factor between the two if `find` has two patterns and so gives a ratio. Otherwise it is the
-    largest difference.
+    what: the number's name, a key of the entry's `find` and `within`. `within` is the largest factor between the two if
+    `find` has two patterns for it and so gives a ratio. Otherwise it is the largest difference.
     """
     within = entry.get("within", {}).get(what)
     if within is None:

@@ -66,7 +66,8 @@ def settings_of(recipe, shared):
     """{name: value} of all settings, defaults included, that train.py makes of a recipe and `shared`.
 
     recipe: one text, as quoted on the command line. shared: a list of arguments that both recipes have.
-    Leaves out seed, out_dir and resume. Raises UserError if one of these is named, and for what train.py refuses.
+    Leaves out seed, out_dir and resume. Raises UserError if an argument such as --seed=2 names one of these (a config
+    file may set them), and for an unknown setting or an unfit value.
     """
     words = [*shell_words(recipe), *shared]
     on_line = {text.partition("=")[0].lstrip("-") for text in words if text.startswith("-")}
