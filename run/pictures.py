@@ -43,10 +43,10 @@ def to_rgb(image):
 
 
 def eight_bits(image):
-    """Returns a PIL image of mode I or F in mode L, with white scaled to 255; unchanged if its white is 255 already.
+    """Converts a PIL image of mode I, I;16 or F to mode L, 8 bits of grey, and returns it. White becomes 255.
 
-    White in the given image is 65535 if it has integers. If it has floats, white is 1, 255 or 65535: the smallest of
-    these that no value of the image exceeds. Raises UserError for values below 0 or above 65535.
+    White in an image of integers is 65535. In one of floats it is 1, 255 or 65535: the smallest of these that no value
+    exceeds. If it is 255, returns the image as it is, in mode F. Raises UserError for values below 0 or above 65535.
     """
     import numpy as np
     from PIL import Image

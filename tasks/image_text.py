@@ -233,10 +233,12 @@ class ImageTextTask(WithImages):
 
     def sample(self, model, requests, sampling):
         """Yields (index of a request, next piece of its answer). All requests are one batch. If there are several,
-        first yields "FILE: ", the image's path, for each of them.
+        the first piece of each is its image's path with a colon, such as "photo.jpg: ".
 
-        If sampling.draw names a file, then writes the first image there, with the boxes of its answer. Likewise for
-        sampling.attention, with heat maps of where each token of the answer looks. Yields (0, a note) for each file.
+        Then, if sampling.draw names a file, writes there the first request's image with the boxes in its answer, if the
+        answer has any. If sampling.attention names a file, writes heat maps there: where on that image each token of
+        that answer looks. For each of the two settings, yields (0, newline) and (0, text that says what was written).
+        Raises UserError if a request has no image.
         """
         if not all(request.get("image") for request in requests):
             raise UserError("this model answers prompts about an image: add --image=FILE")
