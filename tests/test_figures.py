@@ -66,7 +66,7 @@ def entry_of(output, **changes):
 @pytest.mark.parametrize("output, wrong", [("loss 9, loss 1.58", 0), ("loss 1.61", 1)])
 def test_a_figure_holds_or_does_not(output, wrong, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(figures, "ROOT", tmp_path)
-    assert figures.measure_all({"it": entry_of(output)}, figures.Settings(row="one")) == wrong
+    assert figures.measure_all({"it": entry_of(output)}, "one") == wrong
     assert ("DOES NOT HOLD" in capsys.readouterr().out) == bool(wrong)
 
 
@@ -76,7 +76,7 @@ def test_a_ratio_may_be_off_by_a_factor_and_a_time_is_not_judged(tmp_path, monke
                      find={"ratio": [r"ours ([\d,]+)", r"theirs ([\d,]+)"], "seconds": r"in (\d+) s"})
     for ratio, wrong in ((2.4, 0), (3.8, 0), (2.2, 1), (4.0, 1)):
         entry["rows"]["`one`"] |= {"ratio": ratio, "seconds": 99}
-        assert figures.measure_all({"it": entry}, figures.Settings()) == wrong
+        assert figures.measure_all({"it": entry}) == wrong
     assert "seconds 7, claimed 99: not judged" in capsys.readouterr().out
 
 
@@ -84,20 +84,37 @@ def test_the_mean_over_the_seeds_is_compared(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "ROOT", tmp_path)
     entry = entry_of("", command=f'"{sys.executable}" -c "print({{seed}} + 0.5)"', seeds=[1, 2],
                      find={"loss": r"([\d.]+)"}, rows={"one": {"loss": [1.9, 2.2]}})
-    assert figures.measure_all({"it": entry}, figures.Settings()) == 0
+    assert figures.measure_all({"it": entry}) == 0
     entry["rows"]["one"]["loss"] = [1.5, 1.7]
-    assert figures.measure_all({"it": entry}, figures.Settings()) == 1
+    assert figures.measure_all({"it": entry}) == 1
 
 
 def test_what_cannot_be_measured_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "ROOT", tmp_path)
     with pytest.raises(UserError, match="nothing that matches 'loss"):
-        figures.measure_all({"it": entry_of("no number")}, figures.Settings())
-    with pytest.raises(UserError, match="exit status 3: .*output.txt has its output"):
-        figures.measure_all({"it": entry_of("", command=f'"{sys.executable}" -c "exit(3)"')}, figures.Settings())
+        figures.measure_all({"it": entry_of("no number")})
+    with pytest.raises(UserError, match="exit status 3 of: echo .*: the cause .*output.txt has all of it"):
+        figures.measure_all({"it": entry_of("", command='echo the cause; exit 3')})
     with pytest.raises(UserError, match="row = two: there is no such row; there are: one"):
-        figures.measure_all({"it": entry_of("loss 1")}, figures.Settings(row="two"))
-    with pytest.raises(UserError, match="nothing: there is no such figure"):
-        figures.choose({}, ["nothing"], figures.Settings())
-    with pytest.raises(UserError, match="old: no command of this repository gives it: its code is gone"):
-        figures.choose({"old": {"command": None, "why": "its code is gone"}}, ["old"], figures.Settings())
+        figures.measure_all({"it": entry_of("loss 1")}, "two")
+
+
+@pytest.mark.parametrize("names, changes, message", [
+    ([], {}, "name a figure"), (["debug-mun"], {}, "debug-mun: there is no such figure; did you mean debug-muon?"),
+    (["debug-muon", "two-workers"], dict(row="Muon"), "name one figure"),
+    (["debug-muon"], dict(row="SGD"), "row = SGD: there is no such row; there are: AdamW; Muon"),
+    (["debug-muon"], dict(minutes=1.0), "minutes = 1: is in place of names; leave it out, or debug-muon"),
+    ([], dict(minutes=0.01), "minutes = 0.01: the quickest figure takes"),
+    ([], dict(minutes=1.0, row="Muon"), "row = 'Muon': it is for a figure that is named"),
+    ([next(name for name, entry in ENTRIES.items() if not entry["command"])], {}, "no command of this repository"),
+])
+def test_what_cannot_be_chosen_is_named_before_anything_runs(names, changes, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        figures.choose(ENTRIES, names, figures.Settings(**changes))
+
+
+def test_the_list_fits_the_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(figures, "columns", lambda: 80)
+    figures.main(["debug-muon"], figures.Settings(list=True))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines[:-1])) <= 80 and lines[0].startswith("debug-muon") and "100 updates" in lines[0]

@@ -86,7 +86,8 @@ def test_what_is_read_first_is_short():
 def test_the_whole_is_small():
     in_c = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.glob("machine/*.c"))
     total = in_c + lines(*CORE)
-    assert total <= 7950  # the aim is 5,300
+    most = 7950  # the aim is 5,300
+    assert total <= most, f"{total} lines: delete as many as you add, or raise the limit here and say why"
 
 
 def test_functions_are_neither_walls_nor_confetti():

@@ -72,6 +72,9 @@ def test_commands_parse(line, monkeypatch):
         for recipe in arguments[:2]:
             versus.settings_of(recipe, [text for text in arguments[2:] if not text.startswith(("--seeds=", "--out="))])
         return
+    if script == "tools.figures":
+        known = json.loads((ROOT / "figures.json").read_text(encoding="utf-8"))["figures"]
+        assert all(name in known for name in arguments if not name.startswith("-") and name != "NAME")
     if script in ("tools.compare", "tools.figures"):
         arguments = [argument for argument in arguments if argument.startswith("-")]
     command = {"train.py": train, "sample.py": sample, "evaluate.py": evaluate, "prepare.py": prepare,

@@ -13,7 +13,7 @@
 #SBATCH --open-mode=append
 
 set -euo pipefail
-out_dir=$1
+out_dir=${1:?usage: sbatch [options] tools/slurm.sh OUT_DIR [arguments of train.py]}
 shift
 if [ -d .venv ]; then source .venv/bin/activate; fi
 nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
