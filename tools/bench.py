@@ -250,7 +250,8 @@ def measure_train(table):
             for row in table.compare("train", cases).values():
                 seconds = row["median"] / 1000
                 row["tokens/s"], row["of peak"] = batch_size * T / seconds, peak and flops / seconds / peak
-                print(f"{'':44} {row['tokens/s']:,.0f} tokens/s" + (f", {row['of peak']:.0%} of peak" if peak and row["of peak"] < 1 else ""))
+                share = f", {row['of peak']:.0%} of peak" if peak and row["of peak"] < 1 else ""
+                print(f"{'':44} {row['tokens/s']:,.0f} tokens/s{share}")
 
 
 def measure_sample(table):
