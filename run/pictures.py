@@ -43,10 +43,10 @@ def to_rgb(image):
 
 
 def eight_bits(image):
-    """Converts a PIL image of mode I, I;16 or F to mode L, 8 bits of grey, and returns it. White becomes 255.
+    """Scales the values of a PIL image of mode I, I;16 or F, a grey one, so that its white becomes 255.
 
-    White in an image of integers is 65535. In one of floats it is 1, 255 or 65535: the smallest of these that no value
-    exceeds. If it is 255, returns the image as it is, in mode F. Raises UserError for values below 0 or above 65535.
+    White in an image of integers is 65535. In one of floats it is 1, 255 or 65535: the smallest that no value exceeds.
+    Returns mode L, or if white is 255 the image itself, in mode F. Raises UserError for values below 0 or above 65535.
     """
     import numpy as np
     from PIL import Image

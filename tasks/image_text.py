@@ -235,10 +235,10 @@ class ImageTextTask(WithImages):
         """Yields (index of a request, next piece of its answer). All requests are one batch. If there are several,
         the first piece of each is its image's path with a colon, such as "photo.jpg: ".
 
-        Then, if sampling.draw names a file, writes there the first request's image with the boxes in its answer, if the
-        answer has any. If sampling.attention names a file, writes heat maps there: where on that image each token of
-        that answer looks. For each of the two settings, yields (0, newline) and (0, text that says what was written).
-        Raises UserError if a request has no image.
+        sampling.draw and sampling.attention, if set, name files to write after the answer to a single request. draw:
+        the image with the answer's boxes, if it has any. attention: heat maps of where on the image each token of the
+        answer looks. Each of the two that is set then yields (0, newline) and (0, text that says what was written).
+        Raises UserError if a request has no image, or if its image or prompt can't be used.
         """
         if not all(request.get("image") for request in requests):
             raise UserError("this model answers prompts about an image: add --image=FILE")
