@@ -102,7 +102,7 @@ class TextTask(Task):
 
     @torch.no_grad()
     def details(self, model, split, world, dtype, settings, found):
-        """{name: number}: tokens scored, perplexity (None: too large), bits per character, mean of random windows or None."""
+        """{name: number}: tokens, perplexity (None: too large), bits per character, loss of random windows or None."""
         tokens, total, at_once = self.dataset.tokens(split, self.block_size), 0.0, self.eval_batch_size(model)
         for i in watched(range(world.rank, settings.random_windows, world.size), "random windows"):
             offsets = random_offsets(len(tokens), self.block_size, settings.batch_size, settings.seed, i)
