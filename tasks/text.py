@@ -21,6 +21,7 @@ from batches import Dataset, fixed_windows, random_offsets, read_windows
 from configurator import UserError, check_choices, check_idle
 from generate import generate, picker
 from machine.device import autocast
+from lecture import RUNGS
 from machine.terminal import watched
 from model import GPT, GPTConfig, all_blocks, init_weights
 from run.cost import count_parameters, flops_per_token
@@ -30,6 +31,7 @@ from vlm import Gemma, GemmaConfig
 MODELS = {  # model_type: (class, class of its configuration)
     "gpt": (GPT, GPTConfig),
     "gemma": (Gemma, GemmaConfig),
+    **RUNGS,  # the lecture's models
 }
 SHAPE = ("n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "bias", "mlp", "positions", "tied", "bigrams")
 EVAL_TOKENS = 16384  # most tokens per batch of an evaluation: it limits memory and changes no result

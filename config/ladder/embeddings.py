@@ -1,0 +1,10 @@
+"""Rung 2: a vector for each token and one for each position.
+
+    python train.py config/ladder.py config/ladder/embeddings.py
+"""
+
+out_dir = "out/ladder/embeddings"
+model = "embeddings"
+n_embd = 32
+learning_rate = 1e-3
+min_lr = 1e-3

@@ -1,0 +1,11 @@
+"""Rung 5: a feed-forward layer after the heads.
+
+    python train.py config/ladder.py config/ladder/feed_forward.py
+"""
+
+out_dir = "out/ladder/feed_forward"
+model = "feed-forward"
+n_embd = 32
+n_head = 4
+learning_rate = 1e-3
+min_lr = 1e-3

@@ -1,0 +1,11 @@
+"""Rung 4: four heads, each with a quarter of the channels.
+
+    python train.py config/ladder.py config/ladder/four_heads.py
+"""
+
+out_dir = "out/ladder/four_heads"
+model = "four-heads"
+n_embd = 32
+n_head = 4
+learning_rate = 1e-3
+min_lr = 1e-3

@@ -1,0 +1,10 @@
+"""Rung 3: one head of self-attention.
+
+    python train.py config/ladder.py config/ladder/one_head.py
+"""
+
+out_dir = "out/ladder/one_head"
+model = "one-head"
+n_embd = 32
+learning_rate = 1e-3
+min_lr = 1e-3

@@ -1,0 +1,12 @@
+"""Rung 6: three blocks with residual connections.
+
+    python train.py config/ladder.py config/ladder/residual.py
+"""
+
+out_dir = "out/ladder/residual"
+model = "residual"
+n_embd = 32
+n_head = 4
+n_layer = 3
+learning_rate = 1e-3
+min_lr = 1e-3
