@@ -361,12 +361,11 @@ def tell_heads(generator):
 
 def tell_norms(generator):
     x = 3 + 2 * torch.randn(32, 100, generator=generator)
-    by_batch, by_layer = BatchNorm(100)(x), LayerNorm(100)(x)
-    print(f"\nNorms of (32, 100): BatchNorm gives each column mean 0 and std {by_batch[:, 0].std(correction=0):.2f} (a row"
-          f" has {by_batch[0].mean():.2f} and {by_batch[0].std(correction=0):.2f}), LayerNorm gives each row mean 0 and std"
-          f" {by_layer[0].std(correction=0):.2f}.\nThey differ from"
-          f" PyTorch's by {(by_batch - nn.BatchNorm1d(100)(x)).abs().max():.0e} and"
-          f" {(by_layer - nn.LayerNorm(100)(x)).abs().max():.0e}.")
+    print("\nNorms of (32, 100), mean and standard deviation of the first column and of the first row:")
+    for ours, theirs in ((BatchNorm(100), nn.BatchNorm1d(100)), (LayerNorm(100), nn.LayerNorm(100))):
+        y = ours(x)
+        of_each = ", ".join(f"{one.mean().abs():.2f} and {one.std(correction=0):.2f}" for one in (y[:, 0], y[0]))
+        print(f"    {type(ours).__name__:9}  {of_each}; differs from PyTorch's by {(y - theirs(x)).abs().max():.0e}")
 
 
 def rounded(numbers):

@@ -20,8 +20,8 @@ import tokenizer as tokenizers
 from batches import Dataset, fixed_windows, random_offsets, read_windows
 from configurator import UserError, check_choices, check_idle
 from generate import generate, picker
-from machine.device import autocast
 from lecture import RUNGS
+from machine.device import autocast
 from machine.terminal import watched
 from model import GPT, GPTConfig, all_blocks, init_weights
 from run.cost import count_parameters, flops_per_token
