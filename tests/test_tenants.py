@@ -1,7 +1,6 @@
 """A new model, or a new task, needs a class and a row and no other change to train, resume, sample and evaluate."""
 
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +9,39 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+TOY_MODEL = '''
+"""A language model that knows how often each token occurs, and nothing else."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+from model import predict
+
+
+@dataclass(frozen=True)
+class UnigramConfig:
+    vocab_size: int
+    block_size: int
+
+
+class Unigram(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.scores = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, tokens, targets=None, places=None):
+        return predict(self.logits, self.hidden(tokens), targets, places)
+
+    def hidden(self, tokens, caches=None, start=0):
+        return self.scores.expand(*tokens.shape, -1)
+
+    def logits(self, x):
+        return x
+'''
 
 TOY_TASK = '''
 """The parity of four bits: a task in one file."""
@@ -114,20 +145,18 @@ def train_resume_evaluate(house, *settings):
 
 
 @pytest.mark.slow
-def test_a_bigram_model_is_a_class_and_a_row_as_contributing_shows_them(house, dataset):
-    blocks = re.findall(r"```python\n(.*?)```", CONTRIBUTING.split("**A model**")[1].split("**A task**")[0], re.DOTALL)
-    model, row = blocks[:2]
-    (house / "bigram.py").write_text(model)
-    lines = row.strip().splitlines()
-    add_row(house / "tasks" / "text.py", "MODELS", lines[1], lines[0])
-    losses = train_resume_evaluate(house, f"--dataset={dataset}", "--model=bigram", "--learning_rate=0.1")
+def test_a_model_is_a_class_and_a_row(house, dataset):
+    (house / "unigram.py").write_text(TOY_MODEL)
+    row = '    "unigram": (Unigram, UnigramConfig),'
+    add_row(house / "tasks" / "text.py", "MODELS", row, "from unigram import Unigram, UnigramConfig")
+    losses = train_resume_evaluate(house, f"--dataset={dataset}", "--model=unigram", "--learning_rate=0.1")
     assert losses[-1] < losses[0] - 0.5
     assert len(python(house, "sample.py", "--out_dir=parts", "--max_new_tokens=30")) > 30
     found = json.loads((house / "parts" / "evaluation.json").read_text())
     assert found["loss"] == pytest.approx(rows(house / "parts")[-1]["val_loss"], abs=1e-5)
-    done = subprocess.run([sys.executable, "train.py", f"--dataset={dataset}", "--model=bigram", "--n_layer=3"],
+    done = subprocess.run([sys.executable, "train.py", f"--dataset={dataset}", "--model=unigram", "--n_layer=3"],
                           cwd=house, capture_output=True, text=True)
-    assert done.returncode == 2 and "n_layer = 3: a bigram has no such setting" in done.stderr
+    assert done.returncode == 2 and "n_layer = 3: a unigram has no such setting" in done.stderr
 
 
 @pytest.mark.slow
