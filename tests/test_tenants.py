@@ -150,7 +150,7 @@ def test_a_model_is_a_class_and_a_row(house, dataset):
     row = '    "unigram": (Unigram, UnigramConfig),'
     add_row(house / "tasks" / "text.py", "MODELS", row, "from unigram import Unigram, UnigramConfig")
     losses = train_resume_evaluate(house, f"--dataset={dataset}", "--model=unigram", "--learning_rate=0.1")
-    assert losses[-1] < losses[0] - 0.5
+    assert losses[-1] < losses[0] - 0.2
     assert len(python(house, "sample.py", "--out_dir=parts", "--max_new_tokens=30")) > 30
     found = json.loads((house / "parts" / "evaluation.json").read_text())
     assert found["loss"] == pytest.approx(rows(house / "parts")[-1]["val_loss"], abs=1e-5)
