@@ -31,8 +31,10 @@ class Settings:
 if __name__ == "__main__":  # --help and typos answer before torch is imported
     SETTINGS, _ = from_command_line(Settings, __doc__)
 
+from run.cost import count_parameters
 from run.curves import read_log
 from run.files import read_json, write_text
+from tasks.task import load
 from tools.compare import draw_together
 from tools.versus import settings_of, train
 
@@ -60,17 +62,18 @@ LADDER = {
 
 class Result(NamedTuple):
     losses: list  # `random_window_loss` of each seed
-    parameters: str
+    parameters: int
     seconds: float  # of the updates, mean over the seeds
     text: str  # a line that the first seed's model writes
 
 
-def command(script, *arguments):
-    """Runs one of our commands in the repository and returns its output. Raises UserError if it fails."""
-    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, encoding="utf-8")
+def evaluate(folder):
+    """Returns the `random_window_loss` of a run, measured by evaluate.py. Raises UserError if that fails."""
+    done = subprocess.run([sys.executable, "evaluate.py", f"--out_dir={folder}", "--device=cpu"], capture_output=True,
+                          encoding="utf-8")
     if done.returncode:
-        raise UserError(f"{script} {' '.join(arguments)} failed: {done.stderr.strip() or done.stdout.strip()}")
-    return done.stdout
+        raise UserError(f"evaluate.py --out_dir={folder} failed: {done.stderr.strip()}")
+    return read_json(folder / "evaluation.json")["random_window_loss"]
 
 
 def climb(name, rung, settings):
@@ -80,15 +83,14 @@ def climb(name, rung, settings):
         folder = Path(settings.out) / name / f"seed{seed}"
         print(f"{name}, seed {seed}: ", end="", flush=True)
         train(words, seed, folder, settings_of(rung.recipe, [])["max_iters"])
-        command("evaluate.py", f"--out_dir={folder}", "--device=cpu")
-        losses.append(read_json(folder / "evaluation.json")["random_window_loss"])
+        losses.append(evaluate(folder))
         logs.append(read_log(folder))
         print(f"{losses[-1]:.3f} after {logs[-1][-1]['seconds']:.0f} s", flush=True)
     first = folder.with_name("seed1337")
-    text = command("sample.py", f"--out_dir={first}", "--device=cpu", "--max_new_tokens=90")
-    line = " / ".join(text.split("\n")).strip(" /")
-    parameters = (first / "output.txt").read_text(encoding="utf-8").partition("model: ")[2].partition(" parameters")[0]
-    return Result(losses, parameters, statistics.fmean(rows[-1]["seconds"] for rows in logs), line), logs
+    task, model, _ = load(first, "cpu")
+    text = " / ".join(task.write(model, "", max_new_tokens=90, seed=1337).split("\n")).strip(" /")
+    seconds = statistics.fmean(rows[-1]["seconds"] for rows in logs)
+    return Result(losses, count_parameters(model), seconds, text), logs
 
 
 def table(results, seeds):
@@ -99,7 +101,7 @@ def table(results, seeds):
     for name, (losses, parameters, seconds, _) in results.items():
         loss = f"{statistics.fmean(losses):.3f}" + (f" ({min(losses):.3f} to {max(losses):.3f})" if seeds > 1 else "")
         rung = LADDER[name]
-        yield f"| {name} | {rung.adds} | {parameters} | {loss} | {rung.lecture} | {seconds:.0f} s |"
+        yield f"| {name} | {rung.adds} | {parameters:,} | {loss} | {rung.lecture} | {seconds:.0f} s |"
 
 
 def page(results, seeds):
@@ -110,8 +112,8 @@ def page(results, seeds):
     return f"""# The lecture's ladder, from bigram to GPT
 
 `lecture.py` has the rungs, each a class that adds one thing to the rung before it. `python -m tools.ladder` trains them
-all and writes this page; here with {seeds} {'seed' if seeds == 1 else 'seeds'} on a CPU. The loss is the mean of random
-windows of the validation split, in nats, which is the lecture's measure too.
+all and writes this page. Here: {'one seed' if seeds == 1 else f'{seeds} seeds'}, one thread of a CPU. The loss is the mean of random windows of the
+validation split, in nats, which is the lecture's measure too.
 
 {lines}
 
