@@ -112,8 +112,8 @@ def page(results, seeds):
     return f"""# The lecture's ladder, from bigram to GPT
 
 `lecture.py` has the rungs, each a class that adds one thing to the rung before it. `python -m tools.ladder` trains them
-all and writes this page. Here: {'one seed' if seeds == 1 else f'{seeds} seeds'}, one thread of a CPU. The loss is the mean of random windows of the
-validation split, in nats, which is the lecture's measure too.
+all and writes this page. Here: {'one seed' if seeds == 1 else f'{seeds} seeds'}, one thread of a CPU. The loss is the
+mean of random windows of the validation split, in nats, which is the lecture's measure too.
 
 {lines}
 
@@ -145,7 +145,7 @@ def main(settings):
     print("\n" + "\n".join(table(results, settings.seeds)))
     draw_together(logs, PAGE.with_name("curves.svg"), "The lecture's ladder", "from the bigram model to the GPT")
     write_text(PAGE, page(results, settings.seeds))
-    print(f"written to {PAGE.relative_to(ROOT)}")
+    print(f"written to {PAGE}")
 
 
 if __name__ == "__main__":
