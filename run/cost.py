@@ -8,6 +8,12 @@ def count_parameters(model):
     return sum(p.numel() for p in model.parameters())
 
 
+def size_in_words(model):
+    """Returns text such as "10.75M parameters", or "4,225 parameters" of a small model."""
+    n = count_parameters(model)
+    return f"{n / 1e6:.2f}M parameters" if n >= 1e5 else f"{n:,} parameters"
+
+
 def flops_per_token(model, block_size):
     """Returns the FLOPs of one training token, forward and backward; 0 (unknown) for a model without blocks.
 

@@ -23,7 +23,7 @@ from machine.device import autocast
 from machine.terminal import watched
 from published import paligemma
 from run import checkpoint, pictures
-from run.cost import count_parameters, flops_per_token
+from run.cost import flops_per_token, size_in_words
 from sources.images import CONTROLS
 from tasks.task import Task, load
 from tokenizer import Transcript, transcribe
@@ -67,7 +67,7 @@ class WithImages(Task):
 
     def summary(self, model):
         n, s = len(self.data["train"].images), self.settings
-        return (f"model: {count_parameters(model) / 1e6:.2f}M parameters, {self.n_patches} image tokens; data:"
+        return (f"model: {size_in_words(model)}, {self.n_patches} image tokens; data:"
                 f" {n:,} rows of {s.dataset}; {s.max_iters} updates = {s.batch_size * s.max_iters / n:.1f} epochs")
 
 

@@ -18,7 +18,7 @@ from machine.digest import code_of
 from optimizer import freeze
 from published.files import load as load_published
 from run import checkpoint
-from run.cost import count_parameters
+from run.cost import size_in_words
 from tasks import TASKS, task_class, task_of
 
 
@@ -108,7 +108,7 @@ class Task:
 
     def summary(self, model):
         """Text that sums up the model and the data, shown when a run starts."""
-        return f"model: {count_parameters(model) / 1e6:.2f}M parameters"
+        return f"model: {size_in_words(model)}"
 
     def cost(self, model):
         """(tokens, FLOPs) of an update, over all workers. FLOPs are 0 if unknown."""

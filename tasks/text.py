@@ -24,7 +24,7 @@ from lecture import RUNGS
 from machine.device import autocast
 from machine.terminal import watched
 from model import GPT, GPTConfig, all_blocks, init_weights
-from run.cost import count_parameters, flops_per_token
+from run.cost import flops_per_token, size_in_words
 from tasks.task import Task, model_type_of
 from vlm import Gemma, GemmaConfig
 
@@ -137,7 +137,7 @@ class TextTask(Task):
 
     def summary(self, model):
         s, n, (tokens, _) = self.settings, len(self.dataset.splits["train"]), self.cost(model)
-        return (f"model: {count_parameters(model) / 1e6:.2f}M parameters; data: {n:,} tokens of {s.dataset};"
+        return (f"model: {size_in_words(model)}; data: {n:,} tokens of {s.dataset};"
                 f" {tokens:,} tokens per update, {s.max_iters} updates = {tokens * s.max_iters / n:.1f} epochs\n"
                 f"a model that guesses has a loss of {math.log(model.config.vocab_size):.4f}")
 

