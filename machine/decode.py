@@ -98,7 +98,8 @@ def untouched(trunk):
     for b in trunk.blocks:
         classes = [full_name(type(module)) for module in b.modules()]
         shapes = [p.shape for p in b.parameters()]
-        kinds.add((b.attn.n_head, b.attn.n_kv_head, b.attn.head_dim, b.ln_1.eps, b.ln_2.eps, *classes, *shapes))
+        eps = [module.eps for module in b.modules() if hasattr(module, "eps")]  # an edited block may have other norms
+        kinds.add((b.attn.n_head, b.attn.n_kv_head, b.attn.head_dim, *eps, *classes, *shapes))
     return len(kinds) == 1
 
 
