@@ -25,6 +25,7 @@ RECIPES = sorted((ROOT / "config").rglob("*.py"))
 DOCUMENTED = [path for folder in (ROOT, *FOLDERS[:-2]) for path in folder.glob("*.py") if path.stem != "configurator"]
 DOCUMENTED += (ROOT / "config").glob("*/*.py")
 TEXTS = [README, *PAGES, *(path.read_text(encoding="utf-8") for path in ROOT.glob("data/*/README.md")),
+         *(path.read_text(encoding="utf-8") for path in ROOT.glob("ideas/README.md")),
          *(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "" for path in DOCUMENTED),
          *(figures.filled(entry, row, 1, ".").replace("&&", "\n") for entry in FIGURES
            for row in entry["rows"].values())]
@@ -69,8 +70,11 @@ def test_commands_parse(line, monkeypatch):
         scaling.read(arguments)
         return
     if script == "tools.versus":
-        for recipe in arguments[:2]:
-            versus.settings_of(recipe, [text for text in arguments[2:] if not text.startswith(("--seeds=", "--out="))])
+        own = ("--seeds=", "--out=", "--patch=")
+        shared = [text for text in arguments if text.startswith("-") and not text.startswith(own)]
+        for recipe in (text for text in arguments if not text.startswith("-")):
+            versus.settings_of(recipe, shared)
+        assert all((ROOT / text.partition("=")[2]).is_file() for text in arguments if text.startswith("--patch="))
         return
     if script == "tools.figures":
         known = json.loads((ROOT / "figures.json").read_text(encoding="utf-8"))["figures"]

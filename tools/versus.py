@@ -3,10 +3,15 @@
     python -m tools.versus config/shakespeare_char.py config/shakespeare_char_fast.py --seeds=5
     python -m tools.versus config/shakespeare_char.py "config/shakespeare_char.py --dropout=0.1" --eval_interval=100
     python -m tools.versus "" " --optimizer=muon" --max_iters=100 --eval_interval=10     train.py's defaults and Muon
+    python -m tools.versus config/shakespeare_char.py --patch=ideas/qk_norm.patch        the code as it is, and changed
 
 A recipe is a quoted list of arguments for train.py; settings outside the quotes apply to both recipes. The runs of a
 and b take turns, so that a machine that slows down slows both. The same command continues a comparison that was
 stopped; with a higher --seeds it trains the missing runs. The runs, versus.json and versus.svg are in --out.
+
+--patch is a change of the code, as `git diff` writes it. One recipe is then enough: a is trained by the code as it is,
+b by a copy of it in --out/code, to which the patch is applied. The copy stays: python out/versus/code/sample.py
+--out_dir=out/versus/b/seed1 writes with a run of b.
 
 Two runs with the same seed see the same batches, so chance moves both losses alike, and their difference varies less
 than either loss: this is a paired t-test. The 95 % confidence interval contains the true mean difference in 19 of 20
@@ -20,6 +25,7 @@ end of its schedule by then, which is unfair to it: give the slower recipe the -
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -32,6 +38,7 @@ from configurator import UserError, check_ranges, flat_values, from_command_line
 class Settings:
     seeds: int = 5  # runs of each recipe, with --seed=1, 2, 3 and so on
     out: str = "out/versus"  # folder of the comparison: runs, versus.json, versus.svg
+    patch: str = ""  # file with a change of the code, applied to a copy of it that trains b; "": no change
 
     def __post_init__(self):
         check_ranges(self, seeds=1)
@@ -56,7 +63,45 @@ from tools.paired import at_equal_time, at_equal_updates, interval, verdict
 from train import HOW
 from train import Settings as Training
 
-TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The code with a patch
+
+def read_patch(path):
+    """The text of a patch, or None if `path` is "". Raises UserError if the file can't be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8") if path else None
+    except (OSError, ValueError) as error:
+        raise UserError(f"patch = {path}: can't be read: {error}") from None
+
+
+def patched_copy(path, folder):
+    """Copies the code into `folder`, in place of an earlier copy, and applies the patch at `path` to the copy.
+
+    The copy has the Python files and the packages of the repository; its data/ is a link to ours. Raises UserError if
+    the patch does not apply.
+    """
+    patch, data = read_patch(path), folder / "data"
+    if folder.exists() and not data.is_symlink():
+        raise UserError(f"{folder} is in the way of the code with the patch: choose another folder with --out")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    data.symlink_to(ROOT / "data", target_is_directory=True)
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, folder)
+    for package in ROOT.glob("*/__init__.py"):
+        shutil.copytree(package.parent, folder / package.parent.name, ignore=shutil.ignore_patterns("__pycache__"))
+    # Within a repository, git takes a patch's paths from the repository's root. So git must not look above the copy.
+    apart = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.resolve().parent)}
+    try:
+        done = subprocess.run(["git", "apply", "-"], cwd=folder, env=apart, input=patch.encode(), capture_output=True)
+    except FileNotFoundError:
+        raise UserError(f"patch = {path}: git applies it, and git is not installed") from None
+    if done.returncode:
+        why = done.stderr.decode(errors="replace").strip().partition("\n")[0].removeprefix("error: ")
+        raise UserError(f"patch = {path}: does not apply to the code as it is: {why}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -82,10 +127,14 @@ def settings_of(recipe, shared):
             if name not in ("seed", "out_dir", "resume")}
 
 
-def require_same(path, now):
-    """Raises UserError if the versus.json at `path` has other settings than `now`, {name: settings}, or is damaged."""
+def require_same(path, now, patch=None):
+    """Raises UserError if the versus.json at `path` has other settings than `now`, or another patch, or is damaged.
+
+    now: {name of a recipe: its settings}. patch: its text, or None.
+    """
     try:
-        earlier = {name: dict(read_json(path)["settings"][name]) for name in "ab"}
+        record = read_json(path)
+        earlier = {name: dict(record["settings"][name]) for name in "ab"}
     except (LookupError, TypeError, ValueError, RecursionError):
         raise UserError(f"{path} does not say what it compares: choose another folder with --out, or delete it if"
                         " the runs beside it are of these recipes") from None
@@ -94,6 +143,9 @@ def require_same(path, now):
         if changed := [one for one in names if earlier[name].get(one) != now[name].get(one)]:
             raise UserError(f"{path.parent} holds a comparison whose recipe {name} has another {', '.join(changed)}:"
                             " choose another folder with --out")
+    if record.get("patch") != patch:
+        raise UserError(f"{path.parent} holds a comparison with {'another' if record.get('patch') else 'no'} patch:"
+                        " choose another folder with --out")
 
 
 def require_same_origin(folder, first):
@@ -112,7 +164,7 @@ def train(words, seed, folder, max_iters):
     rows = read_log(folder)
     if rows and rows[-1]["step"] >= max_iters and "val_loss" in rows[-1]:
         return
-    command = [sys.executable, str(TRAIN), *words, f"--seed={seed}", f"--out_dir={folder}", "--resume=auto"]
+    command = [sys.executable, *words, f"--seed={seed}", f"--out_dir={folder}", "--resume=auto"]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "output.txt", "a", encoding="utf-8") as file, subprocess.Popen(command, stdout=file) as process:
         while process.poll() is None:
@@ -131,7 +183,7 @@ def train(words, seed, folder, max_iters):
 def train_all(words, seeds, out, max_iters):
     """Trains a and b in turns; a is first for odd seeds. Returns {"a": [the log rows of each seed's run], "b": ...}.
 
-    words: {"a": arguments for train.py, "b": ...}. seeds: how many. max_iters: {"a": number of updates, "b": ...}.
+    words: {"a": train.py and its arguments, "b": ...}. seeds: how many. max_iters: {"a": number of updates, "b": ...}.
     """
     for seed in range(1, seeds + 1):
         for name in ("ab" if seed % 2 else "ba"):
@@ -148,13 +200,15 @@ def train_all(words, seeds, out, max_iters):
 # ----------------------------------------------------------------------------------------------------------------------
 # Reporting
 
-def report(out, recipes, found):
+def report(out, recipes, patch, found):
     """Prints the losses of each seed, and whether a or b is better. recipes: {"a": a recipe's text, "b": ...}.
 
     found: {"updates": Pairs at equal updates, "time": Pairs at equal time}, lists with a Pair for each seed, or empty.
+    patch: the file that recipe b's code was changed by, or "".
     """
     for name in "ab":
-        print(f"{name}: {recipes[name].strip() or 'the defaults of train.py'}")
+        code = f", with {patch}" if patch and name == "b" else ""
+        print(f"{name}: {recipes[name].strip() or 'the defaults of train.py'}{code}")
     for where, pairs in found.items():
         if not pairs:
             print(f"\nat equal {where}, nothing can be said: not every run was evaluated by then; use a lower"
@@ -170,16 +224,21 @@ def report(out, recipes, found):
 
 
 def main(given, shared, settings):
+    if settings.patch and len(given) == 1:
+        given = given * 2
     if len(given) != 2:
         raise UserError(f"{len(given)} recipes; name two, each in quotes, with a blank in front of one that begins"
                         ' with a setting: python -m tools.versus "" " --optimizer=muon"')
-    recipes, out = dict(zip("ab", given)), Path(settings.out)
-    words = {name: [*shell_words(recipe), *shared] for name, recipe in recipes.items()}
+    recipes, out, patch = dict(zip("ab", given)), Path(settings.out), read_patch(settings.patch)
     record = {name: settings_of(recipe, shared) for name, recipe in recipes.items()}
     if (out / "versus.json").exists():
-        require_same(out / "versus.json", record)
+        require_same(out / "versus.json", record, patch)
     out.mkdir(parents=True, exist_ok=True)
-    record = {"recipes": recipes, "for both": shared, "settings": record}
+    if patch is not None:
+        patched_copy(settings.patch, out / "code")
+    folders = {"a": ROOT, "b": ROOT if patch is None else out / "code"}
+    words = {name: [str(folders[name] / "train.py"), *shell_words(recipe), *shared] for name, recipe in recipes.items()}
+    record = {"recipes": recipes, "for both": shared, "patch": patch, "settings": record}
     write_json(out / "versus.json", record)
     max_iters = {name: record["settings"][name]["max_iters"] for name in "ab"}
     runs = train_all(words, settings.seeds, out, max_iters)
@@ -189,12 +248,13 @@ def main(given, shared, settings):
         record[f"at equal {where}"] = {"b - a": mean, "95 %": half, "pairs": [pair._asdict() for pair in pairs]}
     write_json(out / "versus.json", record)
     words = {name: recipes[name].split() for name in "ab"}
+    words["b"] += ["with", settings.patch] if patch else []
     n = len(os.path.commonprefix(list(words.values())))  # words that both begin with, named once
     bare = "nothing more" if n else "the defaults"
     named = {f"{name}: {' '.join(words[name][n:]) or bare}": runs[name] for name in "ab"}
     about = f"two recipes, {settings.seeds} seeds each" + f": {' '.join(words['a'][:n])}, and" * (n > 0)
     draw_together(named, out / "versus.svg", str(out), about)
-    report(out, recipes, found)
+    report(out, recipes, settings.patch, found)
 
 
 if __name__ == "__main__":
