@@ -1,0 +1,104 @@
+"""ideas/: every patch is small, applies to the code as it is, and trains; versus compares the code with and without."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from configurator import UserError
+from tools import versus
+
+FOLDER = versus.ROOT / "ideas"
+PATCHES = sorted(FOLDER.glob("*.patch"))
+PAGE = (FOLDER / "README.md").read_text(encoding="utf-8")
+# In the folder of a changed code: the gradient is finite, and no cached step differs from the pass without a cache.
+CHECK = """
+import torch
+from model import GPT, GPTConfig, init_weights
+model = GPT(GPTConfig(n_layer=3, n_head=4, n_kv_head=2, n_embd=32, block_size=12, positions="rotary")).eval()
+init_weights(model, torch.Generator().manual_seed(1), std=0.3)
+tokens = torch.randint(65, (2, 12), generator=torch.Generator().manual_seed(2))
+model(tokens[:, :-1], tokens[:, 1:]).mean().backward()
+assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+with torch.no_grad():
+    whole, caches = model.hidden(tokens), model.make_caches(2)
+    parts = [model.hidden(tokens[:, :5], caches), model.hidden(tokens[:, 5:8], caches, 5)]
+    parts += [model.hidden(tokens[:, i:i + 1], caches, i) for i in range(8, 12)]
+torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-4)
+"""
+
+
+def changed_lines(patch):
+    return [line for line in patch.read_text(encoding="utf-8").splitlines() if re.match(r"[+-](?!\+\+|--)", line)]
+
+
+def test_there_are_eight_and_the_page_has_each():
+    assert len(PATCHES) == 8
+    assert re.findall(r"^## `(\w+)`", PAGE, re.MULTILINE) == re.findall(r"^\| `(\w+)`", PAGE, re.MULTILINE)
+    assert set(re.findall(r"^## `(\w+)`", PAGE, re.MULTILINE)) == {path.stem for path in PATCHES}
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda path: path.stem)
+def test_a_patch_is_small_and_applies(patch, tmp_path):
+    assert 0 < len(changed_lines(patch)) <= 25
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)  # as out/ lies within a repository
+    versus.patched_copy(str(patch), tmp_path / "code")
+    assert (tmp_path / "code" / "model.py").read_bytes() != (versus.ROOT / "model.py").read_bytes()
+    assert (tmp_path / "code" / "machine" / "decode.c").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda path: path.stem)
+def test_the_changed_code_trains(patch, tmp_path, tiny):
+    versus.patched_copy(str(patch), tmp_path / "code")
+    subprocess.run([sys.executable, "-c", CHECK], cwd=tmp_path / "code", check=True)
+    words = [f"--{name}={value}" for name, value in (tiny | {"max_iters": 4, "eval_interval": 4}).items()]
+    subprocess.run([sys.executable, "train.py", *words, f"--out_dir={tmp_path}/run"], cwd=tmp_path / "code", check=True)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 4 and rows[-1]["val_loss"] < 5
+
+
+PATCH = """--- a/model.py
++++ b/model.py
+@@ -1,1 +1,1 @@
+-{}
++# changed
+"""
+
+
+def test_a_patch_that_does_not_apply_is_one_line(tmp_path):
+    patch, code = tmp_path / "x.patch", tmp_path / "code"
+    for text, match in ((PATCH.format("not there"), "does not apply to the code as it is: patch failed: model.py:1$"),
+                        ("nothing", "does not apply to the code as it is: No valid patches")):
+        patch.write_text(text)
+        with pytest.raises(UserError, match=match):
+            versus.patched_copy(str(patch), code)  # the second time, in place of the first copy
+    with pytest.raises(UserError, match="no.patch: can't be read"):
+        versus.main([""], [], versus.Settings(out=str(tmp_path / "out"), patch=str(tmp_path / "no.patch")))
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match="mine is in the way"):
+        versus.patched_copy(str(patch), tmp_path / "mine")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_versus_trains_b_with_the_patch_and_goes_on(tmp_path, tiny, capsys):
+    patch, out = tmp_path / "x.patch", tmp_path / "out"
+    text = (FOLDER / "post_norm.patch").read_text(encoding="utf-8")
+    patch.write_text(text, encoding="utf-8")
+    recipe = " " + " ".join(f"--{name}={value}" for name, value in (tiny | {"eval_interval": 10}).items())
+    versus.main([recipe], ["--max_iters=20"], versus.Settings(seeds=1, out=str(out), patch=str(patch)))
+    assert f"with {patch}" in capsys.readouterr().out
+    code = {name: json.loads((out / name / "seed1/last/config.json").read_text())["code"] for name in "ab"}
+    assert {name for name in code["a"] if code["a"][name] != code["b"][name]} >= {"model.Block"}
+    logs = {path: path.stat().st_mtime_ns for path in out.glob("*/seed1/log.jsonl")}
+    versus.main([recipe], ["--max_iters=20"], versus.Settings(seeds=1, out=str(out), patch=str(patch)))
+    assert len(logs) == 2 and all(path.stat().st_mtime_ns == time for path, time in logs.items())
+    for changed, match in ((text.replace("as in 2017", "as it was"), "another patch"), ("", "another patch")):
+        patch.write_text(changed, encoding="utf-8")
+        with pytest.raises(UserError, match=match):
+            versus.main([recipe], ["--max_iters=20"], versus.Settings(out=str(out), patch=str(patch)))
+    with pytest.raises(UserError, match="another patch"):
+        versus.main([recipe] * 2, ["--max_iters=20"], versus.Settings(out=str(out)))
