@@ -28,6 +28,8 @@ TASKS = {
                        settings.Nothing, ()),
     "image-text": Row("tasks.image_text", "ImageTextTask", settings.ImageText, settings.Answering, settings.Nothing,
                       ("paligemma",)),
+    "arithmetic": Row("tasks.arithmetic", "ArithmeticTask", settings.Arithmetic, settings.Nothing, settings.Problems,
+                      ()),
 }
 
 

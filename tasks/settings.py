@@ -67,6 +67,21 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Arithmetic(Text):
+    # the problems
+    operations: str = "+"  # some of + - *
+    digits: int = 2  # most digits of an operand
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_sample_tokens(self)
+        if not self.operations or len(set(self.operations) & set("+-*")) < len(self.operations):
+            raise UserError(f"operations = {self.operations!r}: must be one or several of +, - and *, each once")
+        if not 1 <= self.digits <= 3:
+            raise UserError(f"digits = {self.digits}: must be from 1 to 3, for the problems are counted in memory")
+
+
+@dataclass(frozen=True)
 class Vision:
     n_layer: int = 4  # blocks
     n_head: int = 4  # attention heads
@@ -225,6 +240,15 @@ class Windows:
         check_ranges(self, random_windows=0, batch_size=1, seed=0)
         if not self.random_windows:
             check_idle(self, "is for --random_windows above 0", "batch_size", "seed")
+
+
+@dataclass(frozen=True)
+class Problems:
+    # the problems
+    test: bool = False  # also score the second held-out part, which no choice was made on: once, at the very end
+
+    def __post_init__(self):
+        check_model(self)
 
 
 @dataclass(frozen=True)
