@@ -38,8 +38,9 @@ COMMANDS = sorted({re.split("  +", line)[0].strip() for text in TEXTS
 
 
 def base_of(recipe):
-    """The recipe that this one goes on from: config/gpt2.py, if it lies in config/gpt2/; else none."""
-    return [recipe.parent.with_suffix(".py")] * (recipe.parent.name != "config")
+    """The recipe that this one goes on from, which its command names: config/gpt2.py, if it lies in config/gpt2/."""
+    base = recipe.parent.with_suffix(".py")
+    return [base] * (f"config/{base.name} config/" in recipe.read_text(encoding="utf-8"))
 
 
 def read(files, on_gpu):

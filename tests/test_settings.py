@@ -170,6 +170,8 @@ BASES = {
 BASES["contrastive"] = BASES["image-text"] = {
     **BASES["text"], "block_size": 128, "vision.n_layer": 1, "vision.n_head": 2, "vision.n_embd": 16,
     "vision.patch_size": 16, "learning_rate": 0.003, "sample_tokens": 300}
+BASES["arithmetic"] = {**BASES["text"], "operations": "+-*", "digits": 1, "sample_tokens": 300}
+DATA = {"text": "data/words", "arithmetic": "arithmetic"}  # of other tasks: data/shapes
 
 
 @pytest.fixture(scope="module")
@@ -197,9 +199,9 @@ def with_images(lab):
 @pytest.fixture
 def base(lab, task, request):
     """The settings of a small run of the task."""
-    if task != "text":
+    if task not in DATA:
         request.getfixturevalue("with_images")
-    return {**BASES[task], "task": task, "dataset": f"data/{'words' if task == 'text' else 'shapes'}"}
+    return {**BASES[task], "task": task, "dataset": DATA.get(task, "data/shapes")}
 
 
 def make_runs(task, base):
@@ -250,6 +252,8 @@ TRAINING = {
     "pair_loss": Change("softmax"), "init_vision": Change("one_contrastive"), "init_decoder": Change("one_gemma"),
     "publish": Change("published"), "vision.n_layer": Change(2), "vision.n_head": Change(1),
     "vision.n_embd": Change(32), "vision.patch_size": Change(8),
+    # of arithmetic
+    "operations": Change("+*"), "digits": Change(2),
 }
 WITH_IMAGES = {
     "dataset": Change("data/more"), "block_size": Change(120), "eval_tokens": Change(200), "sample_tokens": Change(0)}
@@ -259,8 +263,11 @@ OF_TASK = {  # entries that differ for one task
                     "lora_rank": Change(2, init_from="one_contrastive")},
     "image-text": {**WITH_IMAGES, "init_from": Change("one_image-text"),
                    "lora_rank": Change(2, init_from="one_image-text")},
+    "arithmetic": {"dataset": refused("data/words"), "init_from": Change("one_arithmetic"), "sample_tokens": Change(0),
+                   "lora_rank": Change(2, init_from="one_arithmetic")},
 }
-PART = {"text": "wte", "contrastive": "text", "image-text": "decoder"}  # the part of the model that --rates names
+# The part of the model that --rates names.
+PART = {"text": "wte", "contrastive": "text", "image-text": "decoder", "arithmetic": "wte"}
 
 
 # Settings of every task that the task's own code reads.
@@ -302,12 +309,15 @@ SAMPLING = {
 SAMPLING_OF_TASK = {
     "text": {}, "image-text": {"prompt": Change("count"), "stop": Change("<"), "init_from": refused("one_image-text")},
     "contrastive": {"prompt": Change("a red star|a green circle"), "num_samples": refused(2),
-                    "init_from": refused("one_contrastive")}}
+                    "init_from": refused("one_contrastive")},
+    "arithmetic": {"prompt": Change("2+3="), "init_from": refused("one_arithmetic")}}
 EVALUATING = {
     "out_dir": Change("one_{task}"), "checkpoint": Change("last"), "dataset": Change("data/others"),
     "split": Change("train"), "device": refused("meta"), "dtype": Change("bfloat16"),
-    "random_windows": Change(3), "batch_size": Change(5), "seed": Change(1),
+    "random_windows": Change(3), "batch_size": Change(5), "seed": Change(1), "test": Change(True),
 }
+EVALUATING_OF_TASK = {"text": {}, "arithmetic": {"dataset": refused("data/others")},
+                      **dict.fromkeys(("contrastive", "image-text"), {"dataset": Change("data/more")})}
 
 
 def at(task, change):
@@ -319,9 +329,11 @@ def at(task, change):
 @pytest.mark.parametrize("task, name", settings_of(sample, "sampling"))
 def test_each_setting_of_sampling_changes_the_sample_or_is_refused(lab, run, task, name):
     asked = dict(CPU, out_dir=run)
-    if task != "contrastive":
+    if task not in ("contrastive", "arithmetic"):
         asked |= {"max_new_tokens": 40}
-    if task != "text":
+    if task == "arithmetic":
+        asked["prompt"] = "7*8="
+    elif task != "text":
         for letter, number in (("a", 0), ("b", 1)):
             shutil.copy(f"shapes_source/images/{number:05}.png", f"{letter}.png")
         asked |= {"image": "a.png", "prompt": "caption" if task == "image-text" else "a red star|a blue circle"}
@@ -330,7 +342,7 @@ def test_each_setting_of_sampling_changes_the_sample_or_is_refused(lab, run, tas
 
 @pytest.mark.parametrize("task, name", settings_of(evaluate, "evaluating"))
 def test_each_setting_of_an_evaluation_changes_its_numbers_or_is_refused(lab, run, task, name):
-    change = EVALUATING[name] if task == "text" or name != "dataset" else Change("data/more")
+    change = {**EVALUATING, **EVALUATING_OF_TASK[task]}[name]
     asked = {"random_windows": 2, "batch_size": 4} if task == "text" else {}
     lab.compare(evaluate_run, {**CPU, "out_dir": run, **asked}, name, at(task, change))
 
