@@ -111,6 +111,14 @@ def test_exact_answers_are_those_that_the_model_writes(trained):
     assert report["exact by the best constant answer"] == max(map(answers.count, answers)) / len(rows)
 
 
+def test_problems_are_counted_by_operation_and_by_the_digits_of_the_larger_operand():
+    task = opened(digits=2, block_size=9)
+    model = task.build(torch.Generator().manual_seed(0))
+    kinds = [(i, len(str(max(a, b)))) for i, a, b, _ in zip(*(x.tolist() for x in task.solve(task.parts["test"])))]
+    found = task.score(model, "test", ALONE, torch.float32)[:, 2].tolist()
+    assert found == [kinds.count((i, digits)) for i in range(3) for digits in (1, 2)] and sum(found) == len(kinds)
+
+
 def test_a_resumed_run_equals_an_undisturbed_one(trained, tmp_path):
     run(tmp_path, max_iters=20, lr_decay_iters=60)
     resume(tmp_path, "--max_iters=60")
