@@ -35,7 +35,6 @@ EVAL_ROWS = 1024  # problems per batch of an evaluation: it changes no result
 
 class ArithmeticTask(TextTask):
     best = ("exact", max)
-    rows_label = "the problems with the numbers"
 
     def __init__(self, settings, tokenizers=None, source=""):
         super().__init__(settings, tokenizers, source)
@@ -109,7 +108,7 @@ class ArithmeticTask(TextTask):
             right = (logits.argmax(-1) == arguments["targets"]) | (weights == 0)  # (B, T)
             found = torch.stack((nats.sum(1), right.all(1), torch.ones_like(nats[:, 0])), dim=1)  # (B, 3)
             digits = np.searchsorted(10 ** np.arange(1, self.digits), np.maximum(a, b), side="right")  # less 1
-            np.add.at(totals, i * self.digits + digits, weight * found.double().cpu().numpy())
+            np.add.at(totals, i * self.digits + digits, weight * found.cpu().numpy())
         return np.reshape(world.sum(*totals.flat), totals.shape)
 
     def details(self, model, split, world, dtype, settings, found):
@@ -153,6 +152,9 @@ class ArithmeticTask(TextTask):
         found = self.answers(model, [problem for problem, _ in held_out])
         return "\n".join(problem + answer + f"  (right: {readable(right)})" * (answer != readable(right))
                          for (problem, right), answer in zip(held_out, found))
+
+    def where(self, rows):
+        return f"the problems {' '.join(problem for problem, _ in self.problems(rows))}"
 
     def command(self, out_dir):
         return f"{super().command(out_dir)} {shlex.quote(f'--prompt=7{self.operations[0]}5=')}"
