@@ -74,7 +74,7 @@ def elsewhere(settings_of, trained=False):
                  if any(field == name or field.startswith(f"{name}.") for field in flat_fields(settings_of(row)))]
         if not tasks:
             return ""
-        if trained and TASKS.keys() - tasks == {"text"}:
+        if trained and name == "image":
             return "this model reads text only"
         names = tasks if trained else [f"--task={task}" for task in tasks]
         return f"it is only for {'models of the task ' * trained}{' and '.join(names)}"

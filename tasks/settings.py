@@ -75,6 +75,8 @@ class Arithmetic(Text):
     def __post_init__(self):
         super().__post_init__()
         check_sample_tokens(self)
+        if self.dataset != "arithmetic":
+            raise UserError(f"dataset = {self.dataset}: --task=arithmetic makes its problems; add --dataset=arithmetic")
         if not self.operations or len(set(self.operations) & set("+-*")) < len(self.operations):
             raise UserError(f"operations = {self.operations!r}: must be one or several of +, - and *, each once")
         if not 1 <= self.digits <= 3:

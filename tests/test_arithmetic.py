@@ -151,9 +151,11 @@ def test_settings_that_do_not_fit_are_refused_by_name(changes, message, tmp_path
         run(tmp_path, **changes)
 
 
-def test_other_data_and_models_with_other_tokens_are_refused(dataset, tiny, tmp_path):
-    with pytest.raises(UserError, match="of kind text, and this model needs one of kind arithmetic"):
+def test_other_data_and_models_with_other_tokens_are_refused(trained, dataset, tiny, tmp_path):
+    with pytest.raises(UserError, match="dataset = .*: --task=arithmetic makes its problems; add --dataset=arithmetic"):
         run(tmp_path / "a", dataset=str(dataset))
+    with pytest.raises(UserError, match="of kind text, and this model needs one of kind arithmetic"):
+        evaluate.main(settings_for("arithmetic", "evaluating", out_dir=str(trained), dataset=str(dataset)))
     text = {name: value for name, value in tiny.items() if name in flat_fields(type(settings_for("text")))}
     train.main(settings_for("text", **{**text, "max_iters": 1}, out_dir=str(tmp_path / "text")), {})
     with pytest.raises(UserError, match="init_from = .*: its tokens are not the characters 0123456789"):
