@@ -24,8 +24,8 @@ FOLDERS = sorted(path.parent for path in ROOT.glob("*/__init__.py")) + [ROOT / "
 RECIPES = sorted((ROOT / "config").rglob("*.py"))
 DOCUMENTED = [path for folder in (ROOT, *FOLDERS[:-2]) for path in folder.glob("*.py") if path.stem != "configurator"]
 DOCUMENTED += (ROOT / "config").glob("*/*.py")
-TEXTS = [README, *PAGES, *(path.read_text(encoding="utf-8") for path in ROOT.glob("data/*/README.md")),
-         *(path.read_text(encoding="utf-8") for path in ROOT.glob("ideas/README.md")),
+OTHERS = [*ROOT.glob("data/*/README.md"), *ROOT.glob("config/ladder/*.md"), ROOT / "ideas" / "README.md"]
+TEXTS = [README, *PAGES, *(path.read_text(encoding="utf-8") for path in OTHERS),
          *(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "" for path in DOCUMENTED),
          *(figures.filled(entry, row, 1, ".").replace("&&", "\n") for entry in FIGURES
            for row in entry["rows"].values())]

@@ -78,7 +78,7 @@ def evaluate(folder):
 
 def climb(name, rung, settings):
     """Trains a rung with each seed, evaluates it and lets it write. Returns (its Result, the log rows of each run)."""
-    words, losses, logs = rung.recipe.split(), [], []
+    words, losses, logs = ["train.py", *rung.recipe.split()], [], []
     for seed in range(1337, 1337 + settings.seeds):
         folder = Path(settings.out) / name / f"seed{seed}"
         print(f"{name}, seed {seed}: ", end="", flush=True)
