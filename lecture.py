@@ -377,7 +377,7 @@ def main():
     generator = torch.Generator().manual_seed(1337)
     for tell in (tell_batches, tell_first_loss, tell_trick, tell_scaling, tell_heads, tell_norms):
         tell(generator)
-    print("\nThe rungs, of 65 characters, and their parameters:")
+    print("\nThe parameters of each rung, with 65 characters:")
     for name, (cls, config_cls) in RUNGS.items():
         print(f"    {name:14} {sum(p.numel() for p in cls(config_cls()).parameters()):6,}")
 

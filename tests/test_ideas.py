@@ -70,7 +70,7 @@ PATCH = """--- a/model.py
 
 def test_a_patch_that_does_not_apply_is_one_line(tmp_path):
     patch, code = tmp_path / "x.patch", tmp_path / "code"
-    for text, match in ((PATCH.format("not there"), "does not apply to the code as it is: patch failed: model.py:1$"),
+    for text, match in ((PATCH.format("not there"), "does not apply to the code as it is: patch failed: model.py:1 "),
                         ("nothing", "does not apply to the code as it is: No valid patches")):
         patch.write_text(text)
         with pytest.raises(UserError, match=match):
@@ -96,9 +96,14 @@ def test_versus_trains_b_with_the_patch_and_goes_on(tmp_path, tiny, capsys):
     logs = {path: path.stat().st_mtime_ns for path in out.glob("*/seed1/log.jsonl")}
     versus.main([recipe], ["--max_iters=20"], versus.Settings(seeds=1, out=str(out), patch=str(patch)))
     assert len(logs) == 2 and all(path.stat().st_mtime_ns == time for path, time in logs.items())
-    for changed, match in ((text.replace("as in 2017", "as it was"), "another patch"), ("", "another patch")):
+    for changed, match in ((text.replace("as in 2017", "as it was"), "another patch"), ("", "x.patch: is empty")):
         patch.write_text(changed, encoding="utf-8")
         with pytest.raises(UserError, match=match):
             versus.main([recipe], ["--max_iters=20"], versus.Settings(out=str(out), patch=str(patch)))
+    patch.write_text(text, encoding="utf-8")
+    (out / "code" / "model.py").write_text("# as if the code had been other then\n")
+    with pytest.raises(UserError, match="the code has changed since .*code was made"):
+        versus.main([recipe], ["--max_iters=20"], versus.Settings(out=str(out), patch=str(patch)))
+    assert not (out / "code.new").exists() and (out / "code" / "model.py").read_text().startswith("# as if")
     with pytest.raises(UserError, match="another patch"):
         versus.main([recipe] * 2, ["--max_iters=20"], versus.Settings(out=str(out)))

@@ -72,27 +72,51 @@ ROOT = Path(__file__).resolve().parent.parent
 def read_patch(path):
     """The text of a patch, or None if `path` is "". Raises UserError if the file can't be read."""
     try:
-        return Path(path).read_text(encoding="utf-8") if path else None
+        patch = Path(path).read_text(encoding="utf-8") if path else None
     except (OSError, ValueError) as error:
-        raise UserError(f"patch = {path}: can't be read: {error}") from None
+        why = error.strerror if isinstance(error, OSError) else "is not a text file"
+        raise UserError(f"patch = {path}: can't be read: {why}") from None
+    if patch == "":
+        raise UserError(f"patch = {path}: is empty")
+    return patch
 
 
 def patched_copy(path, folder):
-    """Copies the code into `folder`, in place of an earlier copy, and applies the patch at `path` to the copy.
+    """Copies the code into `folder` and applies the patch at `path` to the copy.
 
     The copy has the Python files and the packages of the repository; its data/ is a link to ours. Raises UserError if
-    the patch does not apply.
+    the patch does not apply, or if recipe b was trained by another copy, which then stays.
     """
-    patch, data = read_patch(path), folder / "data"
-    if folder.exists() and not data.is_symlink():
+    if folder.exists() and not (folder / "data").is_symlink():
         raise UserError(f"{folder} is in the way of the code with the patch: choose another folder with --out")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    data.symlink_to(ROOT / "data", target_is_directory=True)
+    new = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    (new / "data").symlink_to(ROOT / "data", target_is_directory=True)
     for file in ROOT.glob("*.py"):
-        shutil.copy(file, folder)
+        shutil.copy(file, new)
     for package in ROOT.glob("*/__init__.py"):
-        shutil.copytree(package.parent, folder / package.parent.name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(package.parent, new / package.parent.name, ignore=shutil.ignore_patterns("__pycache__"))
+    try:
+        apply(path, new)
+        if (folder.parent / "b").exists() and folder.exists() and code_in(new) != code_in(folder):
+            raise UserError(f"the code has changed since {folder} was made, which trained recipe b: undo that, or"
+                            " choose another folder with --out")
+    except UserError:
+        shutil.rmtree(new)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    new.rename(folder)
+
+
+def code_in(folder):
+    """{path: bytes} of the source files in a copy of the code."""
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*.*") if file.suffix in (".py", ".c")}
+
+
+def apply(path, folder):
+    """Applies the patch at `path` to the copy of the code in `folder`. Raises UserError if it does not apply."""
+    patch = read_patch(path)
     # Within a repository, git takes a patch's paths from the repository's root. So git must not look above the copy.
     apart = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.resolve().parent)}
     try:
@@ -101,7 +125,8 @@ def patched_copy(path, folder):
         raise UserError(f"patch = {path}: git applies it, and git is not installed") from None
     if done.returncode:
         why = done.stderr.decode(errors="replace").strip().partition("\n")[0].removeprefix("error: ")
-        raise UserError(f"patch = {path}: does not apply to the code as it is: {why}")
+        raise UserError(f"patch = {path}: does not apply to the code as it is: {why} (a patch may change the root's"
+                        " Python files and the packages)")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -227,8 +252,8 @@ def main(given, shared, settings):
     if settings.patch and len(given) == 1:
         given = given * 2
     if len(given) != 2:
-        raise UserError(f"{len(given)} recipes; name two, each in quotes, with a blank in front of one that begins"
-                        ' with a setting: python -m tools.versus "" " --optimizer=muon"')
+        raise UserError(f"{len(given)} recipes; name two, or one and a --patch, each in quotes, with a blank before"
+                        ' one that begins with a setting: python -m tools.versus "" " --optimizer=muon"')
     recipes, out, patch = dict(zip("ab", given)), Path(settings.out), read_patch(settings.patch)
     record = {name: settings_of(recipe, shared) for name, recipe in recipes.items()}
     if (out / "versus.json").exists():

@@ -1,4 +1,4 @@
-"""Rung 2: a vector for each token and one for each position.
+"""Rung 2: a vector for each token and one for each position. What differs from config/ladder.py, which comes first.
 
     python train.py config/ladder.py config/ladder/embeddings.py
 """

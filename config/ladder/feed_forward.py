@@ -1,4 +1,4 @@
-"""Rung 5: a feed-forward layer after the heads.
+"""Rung 5: a feed-forward layer after the heads. What differs from config/ladder.py, which comes first.
 
     python train.py config/ladder.py config/ladder/feed_forward.py
 """

@@ -1,4 +1,4 @@
-"""Rung 4: four heads, each with a quarter of the channels.
+"""Rung 4: four heads, each with a quarter of the channels. What differs from config/ladder.py, which comes first.
 
     python train.py config/ladder.py config/ladder/four_heads.py
 """

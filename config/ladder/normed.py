@@ -1,4 +1,4 @@
-"""Rung 7: LayerNorm before each layer and before the logits.
+"""Rung 7: LayerNorm before each layer and before the logits. What differs from config/ladder.py, which comes first.
 
     python train.py config/ladder.py config/ladder/normed.py
 """

@@ -1,4 +1,4 @@
-"""Rung 3: one head of self-attention.
+"""Rung 3: one head of self-attention. What differs from config/ladder.py, which comes first.
 
     python train.py config/ladder.py config/ladder/one_head.py
 """

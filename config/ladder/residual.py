@@ -1,4 +1,4 @@
-"""Rung 6: three blocks with residual connections.
+"""Rung 6: three blocks with residual connections. What differs from config/ladder.py, which comes first.
 
     python train.py config/ladder.py config/ladder/residual.py
 """
