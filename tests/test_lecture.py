@@ -93,6 +93,8 @@ def test_the_ladder_is_climbed_and_written_down(tmp_path, monkeypatch, capsys):
     rungs = {name: rung._replace(recipe=rung.recipe + short) for name, rung in rungs.items()}
     monkeypatch.setattr(ladder, "LADDER", rungs)
     monkeypatch.setattr(ladder, "PAGE", tmp_path / "README.md")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # main sets it, and changes the folder: for this test alone
+    monkeypatch.chdir(tmp_path)
     for _ in range(2):  # the second climb finds the runs
         ladder.main(ladder.Settings(seeds=2, out=str(tmp_path / "runs")))
     page = (tmp_path / "README.md").read_text()
