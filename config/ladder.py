@@ -2,7 +2,7 @@
 
     python train.py config/ladder.py
 
-Tiny Shakespeare, windows of 8 characters, no schedule, as in the lecture; half a minute on a CPU.
+Tiny Shakespeare, windows of 8 characters, no schedule, as in the lecture; about ten seconds on a CPU.
 """
 
 dataset = "shakespeare_char"

@@ -1,4 +1,4 @@
-"""Measurements and plans.
+"""Measurements, comparisons and plans.
 
     python -m tools.bench       how fast this machine trains, samples and starts
     python -m tools.scaling     what a GPT needs in memory, FLOPs and time, on paper

@@ -116,11 +116,11 @@ def code_in(folder):
 
 def apply(path, folder):
     """Applies the patch at `path` to the copy of the code in `folder`. Raises UserError if it does not apply."""
-    patch = read_patch(path)
+    text = read_patch(path)
     # Within a repository, git takes a patch's paths from the repository's root. So git must not look above the copy.
     apart = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.resolve().parent)}
     try:
-        done = subprocess.run(["git", "apply", "-"], cwd=folder, env=apart, input=patch.encode(), capture_output=True)
+        done = subprocess.run(["git", "apply", "-"], cwd=folder, env=apart, input=text.encode(), capture_output=True)
     except FileNotFoundError:
         raise UserError(f"patch = {path}: git applies it, and git is not installed") from None
     if done.returncode:
