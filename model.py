@@ -10,7 +10,7 @@ Axes: B batch, T query positions, S key positions, C channels (n_embd), H query 
 D head_dim, V vocabulary, A predicted positions.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from configurator import UserError, check_choices, check_ranges, check_shape
 from machine.attention import Dropout, attend, squared_relu
+from rotary import Rotary, rotate
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class TransformerConfig:
     norm_eps: float = 1e-5
     mlp: str = "gelu"  # a key of MLPS
     bias: bool = False  # biases in the linear layers and LayerNorms
+    qkv_bias: bool = False  # biases in q_proj, k_proj and v_proj, even if bias = False
     dropout: float = 0.0
     cross: bool = False  # every block has a cross-attention layer, which reads the memory
 
@@ -47,6 +49,7 @@ class GPTConfig(TransformerConfig):
     block_size: int = 64  # context length: the most tokens that the model reads at once
     positions: str = "learned"  # a key of POSITIONS
     rope_theta: float = 10000.0  # base of the wavelengths of rotary positions
+    rope_scaling: dict = field(default_factory=dict)  # stretches them: see rotary.py; {}: as they are
     tied: bool = True  # the embedding matrix is also the output head
     bigrams: bool = False  # add an embedding of each (previous token, token) pair; the table has vocab_size^2 rows
 
@@ -74,10 +77,20 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(config.n_embd))
         self.eps = config.norm_eps
 
+    def reset_parameters(self):
+        nn.init.zeros_(self.weight)
+
     def forward(self, x):
         y = x.float()
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         return (y * (1 + self.weight.float())).type_as(x)
+
+
+class PlainRMSNorm(nn.RMSNorm):
+    """x / rms(x) * weight, as in Llama: the same function, but the weight itself is the gain."""
+
+    def __init__(self, config):
+        super().__init__(config.n_embd, eps=config.norm_eps)
 
 
 class MLP(nn.Module):
@@ -91,7 +104,10 @@ class MLP(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x):
-        return self.dropout(self.down_proj(F.gelu(self.up_proj(x), approximate="tanh")))
+        return self.dropout(self.down_proj(self.inner(x)))  # (B, T, C) -> (B, T, n_hidden) -> (B, T, C)
+
+    def inner(self, x):
+        return F.gelu(self.up_proj(x), approximate="tanh")
 
 
 class GatedMLP(MLP):
@@ -101,20 +117,26 @@ class GatedMLP(MLP):
         super().__init__(config)
         self.gate_proj = nn.Linear(config.n_embd, self.up_proj.out_features, bias=config.bias)
 
-    def forward(self, x):
-        gate = F.gelu(self.gate_proj(x), approximate="tanh")
-        return self.dropout(self.down_proj(gate * self.up_proj(x)))
+    def inner(self, x):
+        return F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x)
+
+
+class SwiGLUMLP(GatedMLP):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020), as in Llama."""
+
+    def inner(self, x):
+        return F.silu(self.gate_proj(x)) * self.up_proj(x)
 
 
 class SquaredReLUMLP(MLP):
     """down(relu(up(x))^2) (So et al. 2021)."""
 
-    def forward(self, x):
-        return self.dropout(self.down_proj(squared_relu(self.up_proj(x))))
+    def inner(self, x):
+        return squared_relu(self.up_proj(x))
 
 
-NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
-MLPS = {"gelu": MLP, "geglu": GatedMLP, "relu2": SquaredReLUMLP}
+NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm, "plain_rmsnorm": PlainRMSNorm}
+MLPS = {"gelu": MLP, "geglu": GatedMLP, "swiglu": SwiGLUMLP, "relu2": SquaredReLUMLP}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -129,29 +151,7 @@ class Learned(nn.Embedding):
         return x + self.weight[positions], None
 
 
-class Rotary(nn.Module):
-    """Rotary positions (Su et al. 2021). Returns x as it is, and cos, sin (T, D) or (B, 1, T, D) for `rotate`."""
-
-    def __init__(self, config):
-        super().__init__()
-        D = config.head_dim or config.n_embd // config.n_head
-        rates = config.rope_theta ** (-torch.arange(0, D, 2, device="cpu").float() / D)  # (D/2,)
-        places = torch.arange(config.block_size + 1, device="cpu").float()  # one extra: PaliGemma counts from 1
-        angles = (places[:, None] * rates).repeat(1, 2)  # (block_size + 1, D)
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
-
-    def forward(self, x, positions):
-        return x, (self.cos[positions], self.sin[positions])  # cos and sin: (T, D) or (B, 1, T, D)
-
-
 POSITIONS = {"learned": Learned, "rotary": Rotary}
-
-
-def rotate(x, cos, sin):
-    """Returns x (B, H, T, D) with each pair (x[i], x[i + D/2]) rotated by its position's angle."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
 
 
 def causal_mask(q_pos, kv_pos, prefix=0):
@@ -180,9 +180,10 @@ class Attention(nn.Module):
         self.n_head = config.n_head
         self.n_kv_head = config.n_kv_head or config.n_head
         self.head_dim = config.head_dim or config.n_embd // config.n_head
-        self.q_proj = nn.Linear(config.n_embd, self.n_head * self.head_dim, bias=config.bias)
-        self.k_proj = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=config.bias)
-        self.v_proj = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=config.bias)
+        bias = config.bias or config.qkv_bias
+        self.q_proj = nn.Linear(config.n_embd, self.n_head * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=config.bias)
         self.dropout = Dropout(config.dropout)
 
@@ -313,10 +314,8 @@ def init_weights(model, generator=None, std=0.02, zero=False):
             module.weight.copy_(drawn)
             if getattr(module, "bias", None) is not None:
                 module.bias.zero_()
-        elif isinstance(module, nn.LayerNorm):
+        elif isinstance(module, tuple(NORMS.values())):
             module.reset_parameters()
-        elif isinstance(module, RMSNorm):
-            module.weight.zero_()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from configurator import check_choices, check_ranges
-from model import GPT, GPTConfig, Transformer, TransformerConfig, causal_mask, init_weights, predict, rotate
+from model import GPT, GPTConfig, Transformer, TransformerConfig, causal_mask, init_weights, predict
+from rotary import rotate
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configurations

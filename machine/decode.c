@@ -68,7 +68,8 @@ typedef struct {
     number *keys, *values;  /* (B, K, slots, D) */
 } Block;
 
-enum { GELU, GEGLU, RELU2 };
+enum { GELU, GEGLU, SWIGLU, RELU2 };
+enum { LAYERNORM, RMSNORM, PLAIN_RMSNORM };
 
 typedef struct {
     const Block *blocks;
@@ -76,7 +77,7 @@ typedef struct {
     float *x, *y, *q, *k, *v, *hidden, *gates, *scores;
     /* Buffers for the largest N: (N, C), (N, the larger of C and H D), (N, H D), (N, K D) twice, (N, F) twice, and
        (N, H, slots), where slots is rounded up to a multiple of 16. */
-    int32_t n_layer, n_embd, n_head, n_kv_head, head_dim, n_hidden, slots, rms, mlp;
+    int32_t n_layer, n_embd, n_head, n_kv_head, head_dim, n_hidden, slots, norm, mlp;
     float eps;
 } Trunk;
 
@@ -108,6 +109,12 @@ static inline vec exponential(vec x)
 static inline vec gelu(vec x)
 {
     return x / (1 + exponential(x * (-1.59576912f - 0.07135481f * x * x)));
+}
+
+/* x times its sigmoid. */
+static inline vec silu(vec x)
+{
+    return x / (1 + exponential(-x));
 }
 
 /* y[r][o] = x[r] . w[o] (+ bias[o]) (+ y[r][o] if add), for `rows` rows of x and `outs` rows of w, all of length n. */
@@ -150,7 +157,7 @@ static void linear(float *y, const float *x, Layer layer, int N, int in, int out
               out - o < OUTS ? out - o : OUTS);
 }
 
-/* y = LayerNorm(x), or RMSNorm(x) with the gain 1 + weight. x, y: (N, C). */
+/* y = LayerNorm(x), or RMSNorm(x) with the gain 1 + weight or weight. x, y: (N, C). */
 static void norm(float *y, const float *x, Layer layer, const Trunk *t, int N)
 {
     const int C = t->n_embd;
@@ -159,7 +166,7 @@ static void norm(float *y, const float *x, Layer layer, const Trunk *t, int N)
         const float *from = x + n * C;
         float *to = y + n * C;
         vec mean = {0}, square = {0};
-        if (!t->rms) {
+        if (t->norm == LAYERNORM) {
             for (int i = 0; i < C; i += LANES)
                 mean += load(from + i);
             mean = (vec){0} + sum(mean) / C;
@@ -168,7 +175,7 @@ static void norm(float *y, const float *x, Layer layer, const Trunk *t, int N)
             square += (load(from + i) - mean) * (load(from + i) - mean);
         const float scale = 1 / sqrtf(sum(square) / C + t->eps);
         for (int i = 0; i < C; i += LANES) {
-            const vec gain = get(layer.weight + i) + (float)t->rms;
+            const vec gain = get(layer.weight + i) + (float)(t->norm == RMSNORM);
             const vec bias = layer.bias ? get(layer.bias + i) : (vec){0};
             store(to + i, (load(from + i) - mean) * scale * gain + bias);
         }
@@ -240,7 +247,7 @@ static void attention(const Trunk *t, const Block *block, const float *cosine, c
     }
 }
 
-/* hidden = activation(hidden), or gelu(gates) * hidden. */
+/* hidden = activation(hidden), or activation(gates) * hidden. */
 static void activate(const Trunk *t, int N)
 {
     #pragma omp for schedule(static)
@@ -250,6 +257,8 @@ static void activate(const Trunk *t, int N)
             up = gelu(up);
         else if (t->mlp == GEGLU)
             up *= gelu(load(t->gates + i));
+        else if (t->mlp == SWIGLU)
+            up *= silu(load(t->gates + i));
         else
             up *= pick(up > 0, up, (vec){0});
         store(t->hidden + i, up);
@@ -275,7 +284,7 @@ void decode(const Trunk *t, const float *cosine, const float *sine, int ropes, i
             #pragma omp barrier
             norm(t->y, t->x, b->ln_2, t, N);
             linear(t->hidden, t->y, b->up_proj, N, C, F, 0);
-            if (t->mlp == GEGLU)
+            if (b->gate_proj.weight)
                 linear(t->gates, t->y, b->gate_proj, N, C, F, 0);
             #pragma omp barrier
             activate(t, N);

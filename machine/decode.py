@@ -36,7 +36,8 @@ KNOWN = json.loads(Path(__file__).with_suffix(".json").read_text())  # {"model.B
 FLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-shared", "-fPIC"]
 DTYPES = {torch.float32: [], torch.bfloat16: ["-DBFLOAT16"]}
 WIDTH = 16  # n_embd, head_dim and n_hidden must be multiples of it
-MLPS = {"model.MLP": 0, "model.GatedMLP": 1, "model.SquaredReLUMLP": 2}  # the numbers that decode.c gives them
+NORMS = {"model.LayerNorm": 0, "model.RMSNorm": 1, "model.PlainRMSNorm": 2}  # the numbers that decode.c gives them
+MLPS = {"model.MLP": 0, "model.GatedMLP": 1, "model.SwiGLUMLP": 2, "model.SquaredReLUMLP": 3}
 PYTORCH = {"torch.nn.modules.linear.Linear", "torch.nn.modules.container.ModuleList"}
 PROMPT_TOKENS = 128  # for more tokens at once, PyTorch's matrix products are faster
 THREADS_FROM = 2**19  # steps of at least so many multiplications use several threads
@@ -142,7 +143,7 @@ class Block(ctypes.Structure):
 
 class Trunk(ctypes.Structure):
     BUFFERS = ("x", "y", "q", "k", "v", "hidden", "gates", "scores")
-    SIZES = ("n_layer", "n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden", "slots", "rms", "mlp")
+    SIZES = ("n_layer", "n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden", "slots", "norm", "mlp")
     _fields_ = [("blocks", POINTER(Block)), ("ln_f", Layer), *((name, c_void_p) for name in BUFFERS),
                 *((name, c_int32) for name in SIZES), ("eps", c_float)]
 
@@ -181,8 +182,8 @@ class Steps:
         self.max_tokens = max(PROMPT_TOKENS, 2 * B)  # in one call of decode.c, over all rows
         self.buffers = {name: torch.zeros(self.max_tokens * widths[name]) for name in Trunk.BUFFERS}
         self.blocks = (Block * len(trunk.blocks))(*map(block, trunk.blocks, caches))
-        rms, kind = full_name(type(trunk.ln_f)) == "model.RMSNorm", MLPS[full_name(type(mlp))]
-        sizes = (len(trunk.blocks), C, H, K, D, F, slots, rms, kind)
+        norm, kind = NORMS[full_name(type(trunk.ln_f))], MLPS[full_name(type(mlp))]
+        sizes = (len(trunk.blocks), C, H, K, D, F, slots, norm, kind)
         pointers = [buffer.data_ptr() for buffer in self.buffers.values()]
         self.struct = Trunk(self.blocks, layer(trunk.ln_f), *pointers, *sizes, trunk.ln_f.eps)
         self.rows, self.slots, self.caches = B, slots, caches

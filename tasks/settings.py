@@ -54,7 +54,9 @@ class Text:
     n_embd: int = 64  # width: channels of a token's vector
     block_size: int = 64  # context length in tokens
     bias: bool = False  # whether linear layers and LayerNorms have a bias
-    mlp: Literal["", "gelu", "geglu", "relu2"] = ""  # gelu, geglu (gated) or relu2 (squared); empty: the model's own
+    norm: Literal["", "layernorm", "rmsnorm", "plain_rmsnorm"] = ""  # see NORMS in model.py; empty: the model's own
+    mlp: Literal["", "gelu", "geglu", "swiglu", "relu2"] = ""  # see MLPS in model.py; empty: the model's own
+    n_hidden: int = 0  # width inside the MLP; 0: 4 * n_embd
     positions: Literal["", "learned", "rotary"] = ""  # learned or rotary; empty: the model's own
     tied: bool = True  # use the token embedding as the output head too
     bigrams: bool = False  # also embed each pair of neighbouring tokens; for small vocabularies
@@ -133,6 +135,8 @@ class ImageText:
 def check_sizes(settings):
     """Raises UserError for sizes that no model can have."""
     check_ranges(settings, n_layer=1, n_head=1, n_embd=1, block_size=1)
+    if hasattr(settings, "n_hidden"):
+        check_ranges(settings, n_hidden=0)
     check_shape(settings.n_embd, settings.n_head, getattr(settings, "n_kv_head", 0), settings.dropout)
 
 

@@ -19,7 +19,9 @@ C, T, B = 64, 24, 5
 needs_compiler = pytest.mark.skipif(not decode.library(), reason="there is no C compiler")
 KINDS = [
     {}, dict(bias=True), dict(mlp="relu2", positions="rotary", tied=False, bigrams=True),
-    dict(norm="rmsnorm", mlp="geglu", positions="rotary", n_kv_head=2, head_dim=32), dict(n_kv_head=1, n_hidden=80)]
+    dict(norm="rmsnorm", mlp="geglu", positions="rotary", n_kv_head=2, head_dim=32), dict(n_kv_head=1, n_hidden=80),
+    dict(norm="plain_rmsnorm", mlp="swiglu", positions="rotary", n_kv_head=2, qkv_bias=True,
+         rope_scaling={"factor": 4.0})]
 
 
 def seeded(seed=0):

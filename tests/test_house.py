@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     {"configurator"},
     {"machine"},
-    {"lora"},
+    {"lora", "rotary"},
     {"model"},
     {"vlm"},
     {"optimizer", "tokenizer", "batches", "generate"},

@@ -15,16 +15,17 @@ from model import (
     GatedMLP,
     GPTConfig,
     KVCache,
+    PlainRMSNorm,
     RMSNorm,
-    Rotary,
     SquaredReLUMLP,
+    SwiGLUMLP,
     Transformer,
     TransformerConfig,
     causal_mask,
     init_weights,
     predict,
-    rotate,
 )
+from rotary import Rotary, rotate
 from run.cost import count_parameters, flops_per_token
 from vlm import Gemma, GemmaConfig
 
@@ -146,10 +147,15 @@ def test_norms_and_mlps_equal_their_formulas():
     torch.nn.init.normal_(norm.weight, generator=seeded())
     torch.testing.assert_close(norm(x), F.rms_norm(x, (C,), 1 + norm.weight, 1e-6))
     assert norm(x.bfloat16()).dtype == torch.bfloat16
-    mlp, gated = MLP(config), GatedMLP(config)
+    plain = PlainRMSNorm(config)
+    plain.weight.data = 1 + norm.weight.data
+    torch.testing.assert_close(plain(x), norm(x))
+    mlp, gated, swiglu = MLP(config), GatedMLP(config), SwiGLUMLP(config)
     torch.testing.assert_close(mlp(x), mlp.down_proj(F.gelu(mlp.up_proj(x), approximate="tanh")))
     inner = F.gelu(gated.gate_proj(x), approximate="tanh") * gated.up_proj(x)
     torch.testing.assert_close(gated(x), gated.down_proj(inner))
+    inner = swiglu.gate_proj(x) * swiglu.gate_proj(x).sigmoid() * swiglu.up_proj(x)
+    torch.testing.assert_close(swiglu(x), swiglu.down_proj(inner))
     squared = SquaredReLUMLP(config)
     expected = squared.down_proj(F.relu(squared.up_proj(x)).square())
     torch.testing.assert_close(squared(x), expected)
@@ -304,7 +310,7 @@ def test_counts_of_parameters_and_flops():
 @pytest.mark.parametrize("changes, message", [
     (dict(n_embd=100, n_head=3), r"n_embd = 100 does not divide into n_head = 3 heads: try n_embd = 99"),
     (dict(n_head=4, n_kv_head=3), "n_head = 4 does not divide into n_kv_head = 3 groups"),
-    (dict(norm="batchnorm"), "norm = 'batchnorm': must be one of layernorm, rmsnorm"),
+    (dict(norm="batchnorm"), "norm = 'batchnorm': must be one of layernorm, rmsnorm, plain_rmsnorm"),
     (dict(n_layer=0), "n_layer = 0: must be at least 1"), (dict(dropout=1.0), "dropout = 1.0: must be below 1"),
     (dict(block_size=0), "block_size = 0: must be at least 1"),
     (dict(positions="sine"), "positions = 'sine': must be one of learned, rotary"),
