@@ -4,9 +4,9 @@
     python sample.py --out_dir=out/ladder/addition --prompt=123+45=
 
 All problems have one length: 123+45=168 is the text "123+045=8610". Operands and answers have zeros in front, and the
-answer is reversed: a sum is worked out from its last digit, and a model writes from left to right. No problem is
-stored: its number gives its operation and operands. Held-out pairs of operands occur in no problem of training, in
-neither order.
+answer is reversed: a sum is worked out from its last digit, and a model writes from left to right. With --working, the
+rows of a long multiplication come before the answer. No problem is stored: its number gives its operation and operands.
+Held-out pairs of operands occur in no problem of training, in neither order.
 
 Axes: B batch, T tokens of a problem and its answer but the last, V vocabulary, n problems.
 """
@@ -42,7 +42,9 @@ class ArithmeticTask(TextTask):
         largest = 10**self.digits - 1
         extremes = [OPERATIONS[sign](a, largest) for sign in self.operations for a in (0, largest)]
         self.width = max(len(str(answer)) for answer in extremes)  # characters of an answer
-        self.block_size = 2 * self.digits + 2 + self.width - 1  # T
+        self.working = self.digits * (self.digits + 1) if settings.working else 0  # characters of it
+        self.written = self.working + self.width  # characters that the model writes
+        self.block_size = 2 * self.digits + 2 + self.written - 1  # T
 
     def open(self, folder, world):
         read_meta(folder, "arithmetic")
@@ -66,37 +68,48 @@ class ArithmeticTask(TextTask):
     def problem(self, a, sign, b):
         return f"{a:0{self.digits}}{sign}{b:0{self.digits}}="
 
+    def rows_of(self, a, sign, b):
+        """The rows of a long multiplication, each reversed: a times each digit of b. Zeros for other operations."""
+        factors = [int(digit) if sign == "*" else 0 for digit in reversed(f"{b:0{self.digits}}")]
+        return "".join(f"{a * factor:0{self.digits + 1}}"[::-1] for factor in factors)
+
     def problems(self, rows):
-        """[(problem, answer)] as a model reads and writes them: ("123+045=", "8610"), or ("012-045=", "330-")."""
-        return [(self.problem(a, self.operations[i], b), f"{answer:0{self.width}}"[::-1])
-                for i, a, b, answer in zip(*(array.tolist() for array in self.solve(rows)))]
+        """[(problem, what is written)] as a model reads and writes them: ("123+045=", "8610"), or ("012-045=", "330-").
+
+        With working: ("47*36=", "2821412961"), for 47 * 6 = 282, 47 * 3 = 141 and 1692.
+        """
+        found = []
+        for i, a, b, answer in zip(*(array.tolist() for array in self.solve(rows))):
+            working = self.rows_of(a, self.operations[i], b) if self.working else ""
+            found.append((self.problem(a, self.operations[i], b), working + f"{answer:0{self.width}}"[::-1]))
+        return found
 
     def pick(self, step):
         train = self.parts["train"]
         return train[shuffled_rows(len(train), self.settings.batch_size, self.settings.seed, step)]
 
     def weight(self, rows):
-        return len(rows) * self.width
+        return len(rows) * self.written
 
     def batch(self, rows, generator):
-        """({"tokens", "targets"}, weights), each (B, T). Weights are 1 for the answer, 0 for the problem itself."""
+        """({"tokens", "targets"}, weights), each (B, T). Weights are 1 for what the model writes, 0 for the problem."""
         ids = self.tokenizer.encode("".join(problem + answer for problem, answer in self.problems(rows)))
         ids = to_device(ids.reshape(len(rows), -1), self.world.device)  # (B, T + 1)
         weights = torch.ones(len(rows), self.block_size, device=self.world.device)
-        weights[:, :-self.width] = 0.0
+        weights[:, :-self.written] = 0.0
         return {"tokens": ids[:, :-1], "targets": ids[:, 1:]}, weights
 
     def evaluate(self, model, split, world, dtype, limit=0):
-        """{"loss": mean nats of a character of the answers, "exact": share of the answers that are right}."""
+        """{"loss": mean nats of a written character, "exact": share of the problems whose characters are all right}."""
         nats, right, count = self.score(model, split, world, dtype, limit).sum(0).tolist()
-        return {"loss": nats / (count * self.width), "exact": right / count}
+        return {"loss": nats / (count * self.written), "exact": right / count}
 
     @torch.no_grad()
     def score(self, model, part, world, dtype, limit=0):
         """For each operation and number of digits: nats, right answers, and problems, (operations * digits, 3).
 
-        An answer is right if each character is the likeliest after those before it. Just then the model writes it by
-        itself, always taking the likeliest character.
+        An answer is right if each character, those of the working too, is the likeliest after those before it. Just
+        then the model writes it by itself, always taking the likeliest character.
         """
         numbers, totals = self.parts[part], np.zeros((len(self.operations) * self.digits, 3))
         for chosen, weight in world.share(fixed_rows(len(numbers), EVAL_ROWS, -(-limit // self.block_size))):
@@ -131,8 +144,12 @@ class ArithmeticTask(TextTask):
         """The model's answers to problems such as "123+045=", with their digits in the usual order: texts."""
         ids = self.tokenizer.encode("".join(problems)).reshape(len(problems), -1)
         tokens = torch.from_numpy(ids).to(next(model.parameters()).device)
-        steps = list(generate(model, tokens, self.width, lambda logits: logits.argmax(-1)))
-        return [readable(self.tokenizer.decode(ids)) for ids in torch.stack(steps, dim=1).tolist()]
+        steps = list(generate(model, tokens, self.written, lambda logits: logits.argmax(-1)))
+        return [self.answer(self.tokenizer.decode(ids)) for ids in torch.stack(steps, dim=1).tolist()]
+
+    def answer(self, written):
+        """The answer in what a model has written, as people write it: 168 for "8610", and -33 for "330-"."""
+        return re.sub(r"^(-?)0+(?=\d)", r"\1", written[self.working:][::-1])
 
     def sample(self, model, requests, sampling):
         """Yields (index of a request, text): its problem, such as "123+45=", with the model's answer."""
@@ -150,7 +167,7 @@ class ArithmeticTask(TextTask):
         generator = np.random.default_rng(self.settings.seed)
         held_out = self.problems(generator.choice(self.parts["val"], 3 if short else 10))
         found = self.answers(model, [problem for problem, _ in held_out])
-        return "\n".join(problem + answer + f"  (right: {readable(right)})" * (answer != readable(right))
+        return "\n".join(problem + answer + f"  (right: {self.answer(right)})" * (answer != self.answer(right))
                          for (problem, right), answer in zip(held_out, found))
 
     def where(self, rows):
@@ -170,8 +187,3 @@ def tenth(a, b):
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ x >> np.uint64(shift)) * np.uint64(factor)
     return (x ^ x >> np.uint64(31)) % np.uint64(10)
-
-
-def readable(written):
-    """An answer as people write it: "8610" becomes "168", and "330-" becomes "-33"."""
-    return re.sub(r"^(-?)0+(?=\d)", r"\1", written[::-1])

@@ -73,6 +73,7 @@ class Arithmetic(Text):
     # the problems
     operations: str = "+"  # some of + - *
     digits: int = 2  # most digits of an operand
+    working: bool = False  # write the rows of a long multiplication before the answer
 
     def __post_init__(self):
         super().__post_init__()
@@ -81,6 +82,8 @@ class Arithmetic(Text):
             raise UserError(f"dataset = {self.dataset}: --task=arithmetic makes its problems; add --dataset=arithmetic")
         if not self.operations or len(set(self.operations) & set("+-*")) < len(self.operations):
             raise UserError(f"operations = {self.operations!r}: must be one or several of +, - and *, each once")
+        if "*" not in self.operations:
+            check_idle(self, "is for --operations with *", "working")
         if not 1 <= self.digits <= 3:
             raise UserError(f"digits = {self.digits}: must be from 1 to 3, for the problems are counted in memory")
 

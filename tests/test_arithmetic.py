@@ -16,7 +16,7 @@ import train
 from configurator import UserError, flat_fields, parse
 from machine.distributed import World
 from run import checkpoint
-from tasks.arithmetic import ArithmeticTask, readable
+from tasks.arithmetic import ArithmeticTask
 from tasks.task import load
 
 ROOT = Path(train.__file__).parent
@@ -61,7 +61,19 @@ def test_problems_are_right_and_of_one_length(operations, digits):
         a, sign, b = problem[:digits], problem[digits], problem[digits + 1:-1]
         assert sign in operations and problem[-1] == "="
         assert int(written[::-1]) == eval(f"int('{a}') {sign} int('{b}')")
-        assert readable(written) == str(int(written[::-1])) and len(problem + written) == task.block_size + 1
+        assert task.answer(written) == str(int(written[::-1])) and len(problem + written) == task.block_size + 1
+
+
+def test_the_working_is_that_of_a_long_multiplication():
+    task = opened(digits=2, operations="-*", working=True, block_size=15)
+    for problem, written in task.problems(np.arange(2 * 100**2)[::97]):
+        a, sign, b = int(problem[:2]), problem[2], int(problem[3:5])
+        first, second = (int(part[::-1]) for part in (written[:3], written[3:6]))
+        assert len(problem + written) == task.block_size + 1 == 16
+        assert (first, second) == ((a * (b % 10), a * (b // 10)) if sign == "*" else (0, 0))
+        assert int(task.answer(written)) == (first + 10 * second if sign == "*" else a - b)
+    rows = task.pick(3)
+    assert task.batch(rows, None)[1].sum() == task.weight(rows) == len(rows) * 10
 
 
 def test_held_out_operands_are_in_no_problem_of_training_in_neither_order():
@@ -144,7 +156,9 @@ def test_the_commands_evaluate_and_sample(trained, capsys):
 
 @pytest.mark.parametrize("changes, message", [
     (dict(block_size=4), r"block_size = 4: .* needs at least 5"), (dict(operations="+/"), "operations = '\\+/'"),
-    (dict(operations="++"), "operations = "), (dict(digits=4), "digits = 4"), (dict(sample_tokens=9), "sample_tokens"),
+    (dict(operations="++"), "operations = "), (dict(digits=4), "digits = 4"),
+    (dict(operations="+-", working=True), "working = True: is for --operations with"),
+    (dict(sample_tokens=9), "sample_tokens"),
 ])
 def test_settings_that_do_not_fit_are_refused_by_name(changes, message, tmp_path):
     with pytest.raises(UserError, match=message):

@@ -255,6 +255,7 @@ TRAINING = {
     "vision.n_embd": Change(32), "vision.patch_size": Change(8),
     # of arithmetic
     "operations": Change("+*"), "digits": Change(2),
+    "working": Change(True),
 }
 WITH_IMAGES = {
     "dataset": Change("data/more"), "block_size": Change(120), "eval_tokens": Change(200), "sample_tokens": Change(0)}

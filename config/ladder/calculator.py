@@ -4,8 +4,8 @@
     python evaluate.py --out_dir=out/ladder/calculator --test=True     scores pairs of operands that it has never seen
     python sample.py --out_dir=out/ladder/calculator --prompt="12*34="
 
-Eight and a half minutes of computing on one CPU thread (seed 1337). Of the test part, all sums and differences are
-right, and 82 % of the products of two digits: data/arithmetic/README.md says more.
+Seven minutes of computing on one CPU thread. It writes the rows of a long multiplication before the answer; without
+them, it learns its training products by heart and no others: data/arithmetic/README.md says more.
 """
 
 task = "arithmetic"
@@ -14,11 +14,12 @@ out_dir = "out/ladder/calculator"
 
 operations = "+-*"
 digits = 2
+working = True
 
 n_layer = 2
 n_head = 4
 n_embd = 128
-block_size = 9  # a problem and its answer, but the last character
+block_size = 15  # a problem, its working and its answer, but the last character
 zero_init = True
 
 optimizer = "muon"
@@ -31,7 +32,7 @@ beta2 = 0.95
 grad_clip = 0.0  # no clipping: Muon ignores the length of a gradient
 
 batch_size = 128
-max_iters = 4500
+max_iters = 2500
 eval_interval = 500
 log_interval = 50
 device = "cpu"  # so small a model is faster there
