@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -81,6 +83,37 @@ def test_a_patch_that_does_not_apply_is_one_line(tmp_path):
     with pytest.raises(UserError, match="mine is in the way"):
         versus.patched_copy(str(patch), tmp_path / "mine")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_patch_that_failed_makes_room_for_the_next(tmp_path, monkeypatch, capsys):
+    trained = []
+
+    def train(words, seed, folder, max_iters):
+        code = Path(words[0]).with_name("extra.py")
+        trained.append(f"{folder.parent.name}, {code.read_text().strip() if code.exists() else 'as it is'}")
+        folder.mkdir(parents=True, exist_ok=True)
+        if "x = 1" in trained[-1]:
+            raise UserError("failed")
+        rows = [{"step": step, "ms": 1.0, "loss": 2.0, "val_loss": 2.0 + step / 10} for step in (10, 20)]
+        (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def compare(change):
+        patch.write_text(f"--- /dev/null\n+++ b/extra.py\n@@ -0,0 +1 @@\n+{change}\n")
+        versus.main([" --max_iters=20"], [], versus.Settings(seeds=1, out=str(out), patch=str(patch)))
+
+    monkeypatch.setattr(versus, "train", train)
+    patch, out = tmp_path / "x.patch", tmp_path / "out 1"
+    with pytest.raises(UserError, match="failed"):
+        compare("x = 1")
+    compare("x = 2")
+    shown = capsys.readouterr().out
+    assert trained == ["a, as it is", "b, x = 1", "a, as it is", "b, x = 2"] and "\u00b1" not in shown
+    assert f"python '{out}/code/sample.py' '--out_dir={out}/b/seed1'" in shown
+    with pytest.raises(UserError, match="with another patch: .* --out=NEW, or delete .*b to train b anew"):
+        compare("x = 3")
+    shutil.rmtree(out / "b")
+    compare("x = 3")
+    assert trained[-1] == "b, x = 3"
 
 
 @pytest.mark.slow
