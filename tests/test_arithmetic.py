@@ -138,6 +138,12 @@ def test_the_commands_evaluate_and_sample(trained, capsys):
     evaluate.main(settings_for("arithmetic", "evaluating", out_dir=str(trained), device="cpu", test=True))
     found = json.loads((trained / "evaluation.json").read_text())
     assert found["test exact"] != found["exact"] and found["problems"] == 39
+    settings = settings_for("arithmetic", "evaluating", out_dir=str(trained), device="cpu")
+    evaluate.main(settings)
+    assert json.loads((trained / "evaluation.json").read_text()) == found  # the test part's figures stay
+    (trained / "evaluation.json").write_text(json.dumps(found | {"step": found["step"] + 1}))
+    evaluate.main(settings)  # the figures of another step don't
+    assert "test exact" not in json.loads((trained / "evaluation.json").read_text())
     for prompt in ("7/5=", "17+5=", "", "7+5=12"):
         with pytest.raises(UserError, match="prompt = .*must be a problem such as 7.5=, with .* at most 1 digit$"):
             task.write(model, prompt)
