@@ -8,7 +8,8 @@ the command line is parsed as the type of the field, and a bare `--flag` sets a 
 becomes the home folder, in files too. A file may have `on_cpu = dict(...)`: without an accelerator, these values
 override those of all files, and the command line overrides both. A field that is a dataclass is a dict in a file,
 `vision = dict(n_layer=2)`, and dotted on the command line, `--vision.n_layer=2`. A field of type dict is written in the
-same way, with any names inside: `--rates.head=0.1`.
+same way, with any names inside: `--rates.head=0.1`. A file with `_base = "../a.py"` goes on from that file: it is read
+before it, unless it was read already.
 """
 
 import ast
@@ -126,7 +127,7 @@ def from_command_line(cls, doc, usual=None, **how):
             cls, _ = widened(cls, read_arguments(argv), how.get("more"))
         except UserError:
             cls = joined(cls, usual) if usual else cls
-        print(help_text(cls, doc), flush=True)
+        print(help_text(cls, doc, files="more" in how), flush=True)  # other commands take no config files
         raise SystemExit(0)
 
 
@@ -169,7 +170,7 @@ class Layer(typing.NamedTuple):
 
 def read_arguments(argv):
     """Yields the layers of a command line, in order. Names and types are not checked yet."""
-    before = ""
+    before, seen = "", set()
     for arg in argv:
         if arg.startswith("-"):
             name, equals, text = arg.lstrip("-").partition("=")
@@ -177,12 +178,16 @@ def read_arguments(argv):
         elif before.startswith("-") and "=" not in before and not os.path.isfile(arg):
             raise UserError(f"{before} {arg}: a setting is one word, write {before}={arg}")
         else:
-            yield from read_file(arg)
+            yield from read_file(arg, seen)
         before = arg
 
 
-def read_file(path):
-    """The assignments of one config file as a list of layers, in order, its on_cpu values last."""
+def read_file(path, seen):
+    """The assignments of one config file as a list of layers, in order, its on_cpu values last. Its _base comes first.
+
+    seen: the files that were read already, a set of their real paths, to which this one is added.
+    """
+    seen.add(os.path.realpath(path))
     try:
         source = Path(path).read_text(encoding="utf-8-sig")  # Windows editors write a byte order mark
     except (OSError, UnicodeDecodeError) as error:
@@ -203,7 +208,8 @@ def read_file(path):
     on_cpu = namespace.pop("on_cpu", {})
     if not isinstance(on_cpu, dict):
         raise UserError(f"{path}: on_cpu must be a dict(name=value, ...), not {on_cpu!r}")
-    layers = []
+    base = os.path.normpath(os.path.join(os.path.dirname(path), str(namespace.get("_base", ""))))
+    layers = read_file(base, seen) if "_base" in namespace and os.path.realpath(base) not in seen else []
     try:
         for origin, values in ((path, namespace), (f"{path}, on_cpu", on_cpu)):
             layers += [Layer(name, value, origin, values is on_cpu)
@@ -412,12 +418,15 @@ def check_idle(settings, why, *names):
     if idle:
         values = ", ".join(f"{name} = {getattr(settings, name)!r}" for name in idle)
         instead = " ".join(f"--{name}={default}" for name, default in idle.items())
-        raise UserError(f"{values}: {why}; leave it out, or write {instead}")
+        raise UserError(f"{values}: {why}; leave it out (if a recipe sets it, {instead} undoes that)")
 
 
-def help_text(cls, doc):
-    """The text of --help: the script's docstring, and every setting with its default and its comment in the source."""
-    title = "settings (--name=value; config files are Python assignments of the same names):"
+def help_text(cls, doc, files=True):
+    """The text of --help: the script's docstring, and every setting with its default and its comment in the source.
+
+    files: whether the command takes config files.
+    """
+    title = f"settings (--name=value{'; config files are Python assignments of the same names' * files}):"
     width = max(40, shutil.get_terminal_size((120, 24)).columns)
     doc = re.sub(r"(?<=\S)\n(?=\S)", " ", (doc or "").strip())  # joins the lines of a paragraph
     lines = "\n".join([doc, "", title, *help_lines(cls)]).split("\n")
@@ -438,7 +447,7 @@ def help_lines(cls, prefix=""):
         source = inspect.getsource(part) if inspect.get_annotations(part) else ""  # a class from `joined` has no source
         body = re.split(r"\n    (?:def|@)", source)[0]
         for name, text, heading in re.findall(r"^    (?:(\w+): .*?(?:  # (.*))?|# (.*))$", body, re.MULTILINE):
-            field = fields.get(name)
+            field = fields.pop(name, None)  # of two classes with a field, the first says what it is
             if heading:
                 yield f"\n  {heading}"
             elif field and dataclasses.is_dataclass(field.type):

@@ -3,15 +3,18 @@
     python evaluate.py --out_dir=out                    the best checkpoint, on the validation split; also on a CPU
     torchrun --nproc_per_node=2 evaluate.py --out_dir=out
 
-Prints one table and writes it to evaluation.json in the out directory. For text, `loss` is the mean over the whole
-split, and `random_window_loss` is nanoGPT's estimate, the mean over random windows. They are different measures.
+Prints one table and writes it to evaluation.json in the out directory. Figures that are in there already and were not
+measured again, such as those of --test, stay if they are of the same checkpoint and split. For text, `loss` is the mean
+over the whole split, and `random_window_loss` is nanoGPT's estimate, the mean over random windows. They are different
+measures.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from configurator import check_run, from_command_line, one_line_errors
+from configurator import UserError, check_run, from_command_line, one_line_errors
 from sources.known import check_dataset, ensure, locate
 from tasks import TASKS, elsewhere, find_task
 
@@ -40,8 +43,17 @@ if __name__ == "__main__":  # --help and typos answer before torch is imported
 from machine import distributed
 from machine.device import pick_dtype
 from run import checkpoint
-from run.files import write_json
+from run.files import read_json, write_json
 from tasks.task import load
+
+
+def earlier(path, result):
+    """The evaluation.json at `path`, a dict, if it is of the same step, checkpoint, data, split and dtype; else {}."""
+    with suppress(UserError, ValueError, TypeError):
+        found = dict(read_json(path))
+        if all(found.get(name) == result[name] for name in ("step", "checkpoint", "dataset", "split", "dtype")):
+            return found
+    return {}
 
 
 def main(settings):
@@ -62,7 +74,7 @@ def main(settings):
             print(f"  {key:36} {value:,.6f}" if isinstance(value, float) else f"  {key:36} {value}")
         path = Path(settings.out_dir) / "evaluation.json"
         try:
-            write_json(path, result)
+            write_json(path, earlier(path, result) | result)
             print(f"written to {path}")
         except OSError as error:  # the folder may belong to somebody else
             print(f"{path} can't be written: {error.strerror}")

@@ -2,7 +2,7 @@
 
     python lecture.py                                               tells the steps in between, with their numbers
     python train.py config/ladder.py                                trains the first rung, the bigram model
-    python train.py config/ladder.py config/ladder/one_head.py      trains another rung
+    python train.py config/ladder/one_head.py                       trains another rung
     python -m tools.ladder                                          trains all of them, and compares their losses
 
 Each rung is a language model that adds one thing to the rung before it. Beside the rungs stand the parts that they are

@@ -10,7 +10,7 @@ everything is in place.
 
 Larger models are in config/gpt2/. Each file has only the lines that differ from this one:
 
-    python train.py config/gpt2.py config/gpt2/350m.py
+    python train.py config/gpt2/350m.py
 """
 
 dataset = "fineweb"

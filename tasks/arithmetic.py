@@ -57,7 +57,7 @@ class ArithmeticTask(TextTask):
             raise UserError(f"init_from = {self.source}: its tokens are not the characters {TOKENIZER.characters}")
         if model.config.block_size < self.block_size:
             raise UserError(f"block_size = {model.config.block_size}: {self.operations} with operands of {self.digits}"
-                            f" digits needs at least {self.block_size}")
+                            f" digit{'s' * (self.digits > 1)} needs at least {self.block_size}")
 
     def solve(self, rows):
         """(index of the operation, a, b, answer) of the problems with the numbers `rows`: four arrays (n,)."""
@@ -155,10 +155,11 @@ class ArithmeticTask(TextTask):
         """Yields (index of a request, text): its problem, such as "123+45=", with the model's answer."""
         for index, request in enumerate(requests):
             number = f"(\\d{{1,{self.digits}}})"
-            asked = re.fullmatch(f"{number}([{re.escape(self.operations)}]){number}=?", request["text"].strip())
+            asked = re.fullmatch(f"{number} *([{re.escape(self.operations)}]) *{number} *=?", request["text"].strip())
             if not asked:
                 raise UserError(f"prompt = {request['text']!r}: must be a problem such as 7{self.operations[0]}5=, with"
-                                f" one of {self.operations} and operands of at most {self.digits} digits")
+                                f" one of {self.operations} and operands of at most {self.digits}"
+                                f" digit{'s' * (self.digits > 1)}")
             a, sign, b = asked.groups()
             yield index, f"{a}{sign}{b}={self.answers(model, [self.problem(int(a), sign, int(b))])[0]}"
 

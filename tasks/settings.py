@@ -71,6 +71,7 @@ class Text:
 @dataclass(frozen=True)
 class Arithmetic(Text):
     # the problems
+    dataset: str = "arithmetic"  # arithmetic: the task makes its problems
     operations: str = "+"  # some of + - *
     digits: int = 2  # most digits of an operand
     working: bool = False  # write the rows of a long multiplication before the answer

@@ -13,7 +13,7 @@ from test_train import resume
 import evaluate
 import sample
 import train
-from configurator import UserError, flat_fields, parse
+from configurator import UserError, flat_fields, help_text, parse
 from machine.distributed import World
 from run import checkpoint
 from tasks.arithmetic import ArithmeticTask
@@ -146,11 +146,18 @@ def test_the_commands_evaluate_and_sample(trained, capsys):
     sample.main(parse(sample.Settings, [*line[2:], "--device=cpu"], **sample.HOW)[0])
     shown = capsys.readouterr().out.strip()
     assert shown == task.write(model, "7+5") and shown.startswith("7+5=")
+    assert task.write(model, " 7 + 5 =\n") == shown
     evaluate.main(settings_for("arithmetic", "evaluating", out_dir=str(trained), device="cpu", test=True))
     found = json.loads((trained / "evaluation.json").read_text())
     assert found["test exact"] != found["exact"] and found["problems"] == 39
+    settings = settings_for("arithmetic", "evaluating", out_dir=str(trained), device="cpu")
+    evaluate.main(settings)
+    assert json.loads((trained / "evaluation.json").read_text()) == found  # the test part's figures stay
+    (trained / "evaluation.json").write_text(json.dumps(found | {"step": found["step"] + 1}))
+    evaluate.main(settings)  # the figures of another step don't
+    assert "test exact" not in json.loads((trained / "evaluation.json").read_text())
     for prompt in ("7/5=", "17+5=", "", "7+5=12"):
-        with pytest.raises(UserError, match="prompt = .*must be a problem such as 7.5=, with one of"):
+        with pytest.raises(UserError, match="prompt = .*must be a problem such as 7.5=, with .* at most 1 digit$"):
             task.write(model, prompt)
 
 
@@ -163,6 +170,12 @@ def test_the_commands_evaluate_and_sample(trained, capsys):
 def test_settings_that_do_not_fit_are_refused_by_name(changes, message, tmp_path):
     with pytest.raises(UserError, match=message):
         run(tmp_path, **changes)
+
+
+def test_its_problems_are_its_data_set_unless_another_is_named():
+    settings, given = parse(train.Settings, ["--task=arithmetic"], **train.HOW)
+    assert settings.dataset == "arithmetic" and "dataset" not in given
+    assert help_text(type(settings), "").count("--dataset=arithmetic ") == 1
 
 
 def test_other_data_and_models_with_other_tokens_are_refused(trained, dataset, tiny, tmp_path):

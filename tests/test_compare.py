@@ -149,7 +149,7 @@ def test_a_comparison_trains_each_run_once_and_refuses_other_recipes(tmp_path, m
     found = json.loads((out / "versus.json").read_text())
     assert found["at equal updates"]["b - a"] == pytest.approx(-0.1) and (out / "versus.svg").exists()
     assert math.isclose(found["at equal time"]["pairs"][0]["at"], 0.09)
-    with pytest.raises(UserError, match="recipe b has another dropout: choose another"):
+    with pytest.raises(UserError, match="recipe b has another dropout: write .*--out=NEW, or delete .*b "):
         versus.main(["", "--learning_rate=0.9 --dropout=0.1"], shared, versus.Settings(out=str(out)))
     for given, match in (("--seed=3", "seed: is chosen"), ("--no=1", "unknown setting"), ("x '", "no closing quot"),
                          (" --help", "within a recipe")):
@@ -157,6 +157,8 @@ def test_a_comparison_trains_each_run_once_and_refuses_other_recipes(tmp_path, m
             versus.main(["", given], shared, versus.Settings(out=str(out)))
     with pytest.raises(UserError, match="1 recipes; name two"):
         versus.main([""], shared, versus.Settings(out=str(out)))
+    with pytest.raises(UserError, match="out = .*: is the folder of a training run; name a new folder, --out="):
+        versus.main(recipes, shared, versus.Settings(out=str(out / "a" / "seed1")))
     data.append("y")
     with pytest.raises(UserError, match="seed4 was trained with other data than .*seed1"):
         versus.main(recipes, shared, versus.Settings(seeds=4, out=str(out)))

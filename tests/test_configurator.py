@@ -109,6 +109,21 @@ def test_later_wins_and_files_are_python(tmp_path):
     assert settings(two, "--batch_size=6", one).batch_size == 16
 
 
+def test_a_file_goes_on_from_its_base(tmp_path):
+    write(tmp_path / "base.py", "batch_size = 2\nout_dir = 'x'\non_cpu = dict(learning_rate=0.5)")
+    (tmp_path / "more").mkdir()
+    one = write(tmp_path / "more" / "one.py", "_base = '../base.py'\nbatch_size = 3")
+    s = settings(one, has_accelerator=lambda device: False)
+    assert (s.batch_size, s.out_dir, s.learning_rate) == (3, "x", 0.5)
+    mine = write(tmp_path / "mine.py", "out_dir = 'mine'")
+    assert settings(str(tmp_path / "base.py"), mine, one).out_dir == "mine"  # the base is not read again
+    lost = write(tmp_path / "lost.py", "_base = 'nowhere.py'")
+    with pytest.raises(UserError, match="can't read the config file '.*nowhere.py'"):
+        settings(lost)
+    itself = write(tmp_path / "itself.py", "_base = 'itself.py'\nbatch_size = 4")
+    assert settings(itself).batch_size == 4
+
+
 @pytest.mark.parametrize("source, line, shown", [
     ("batch_size: 7\nresume: true", 1, "batch_size: 7"),  # YAML
     ('\n{"batch_size": 7}', 2, "{'batch_size': 7}"),  # JSON
@@ -320,7 +335,8 @@ def test_help_documents_every_setting(monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     text = help_text(Example, "What it does.")
     assert "What it does." in text and "a heading" in text
-    assert "--batch_size=12 " in text and "sequences per update" in text
+    assert "--batch_size=12 " in text and "sequences per update" in text and "config files" in text
+    assert "config files" not in help_text(Example, "", files=False)
     of_tasks = [getattr(row, kind) for row in TASKS.values() for kind in ("training", "sampling", "evaluating")]
     for cls in (*(script.Settings for script in (train, sample, evaluate, prepare)), *of_tasks):
         documented = help_text(cls, "")

@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +17,6 @@ PATCHES = sorted(FOLDER.glob("*.patch"))
 PAGE = (FOLDER / "README.md").read_text(encoding="utf-8")
 # In the folder of a changed code: the gradient is finite, and no cached step differs from the pass without a cache.
 CHECK = """
-import torch
 from model import GPT, GPTConfig, init_weights
 model = GPT(GPTConfig(n_layer=3, n_head=4, n_kv_head=2, n_embd=32, block_size=12, positions="rotary")).eval()
 init_weights(model, torch.Generator().manual_seed(1), std=0.3)
@@ -27,6 +28,23 @@ with torch.no_grad():
     parts = [model.hidden(tokens[:, :5], caches), model.hidden(tokens[:, 5:8], caches, 5)]
     parts += [model.hidden(tokens[:, i:i + 1], caches, i) for i in range(8, 12)]
 torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-4)
+import train
+from configurator import parse
+assert train.__file__.startswith(folder)
+train.main(*parse(train.Settings, [*words, f"--out_dir={folder}/run"], **train.HOW))
+"""
+# One process for all folders, as importing PyTorch takes longest: each has modules of its own.
+EACH = """
+import os, sys, torch
+check, words, *folders = sys.argv[1:]
+for folder in folders:
+    print("changed code in", folder, file=sys.stderr)
+    os.chdir(folder)
+    sys.path[0] = folder
+    exec(check, {"torch": torch, "folder": folder, "words": words.split()})
+    for name, module in list(sys.modules.items()):
+        if (getattr(module, "__file__", None) or "").startswith(folder):
+            del sys.modules[name]
 """
 
 
@@ -50,14 +68,18 @@ def test_a_patch_is_small_and_applies(patch, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("patch", PATCHES, ids=lambda path: path.stem)
-def test_the_changed_code_trains(patch, tmp_path, tiny):
-    versus.patched_copy(str(patch), tmp_path / "code")
-    subprocess.run([sys.executable, "-c", CHECK], cwd=tmp_path / "code", check=True)
-    words = [f"--{name}={value}" for name, value in (tiny | {"max_iters": 4, "eval_interval": 4}).items()]
-    subprocess.run([sys.executable, "train.py", *words, f"--out_dir={tmp_path}/run"], cwd=tmp_path / "code", check=True)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert rows[-1]["step"] == 4 and rows[-1]["val_loss"] < 5
+def test_the_changed_code_trains(tmp_path, tiny):
+    folders = [tmp_path / patch.stem / "code" for patch in PATCHES]
+    for patch, folder in zip(PATCHES, folders):
+        versus.patched_copy(str(patch), folder)
+    words = " ".join(f"--{name}={value}" for name, value in (tiny | {"max_iters": 4, "eval_interval": 4}).items())
+    subprocess.run([sys.executable, "-c", EACH, CHECK, words, *folders], check=True)
+    code = set()
+    for folder in folders:
+        rows = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+        assert rows[-1]["step"] == 4 and rows[-1]["val_loss"] < 5
+        code.add(str(json.loads((folder / "run" / "last" / "config.json").read_text())["code"]))
+    assert len(code) == len(PATCHES)  # each was trained by code of its own
 
 
 PATCH = """--- a/model.py
@@ -81,6 +103,37 @@ def test_a_patch_that_does_not_apply_is_one_line(tmp_path):
     with pytest.raises(UserError, match="mine is in the way"):
         versus.patched_copy(str(patch), tmp_path / "mine")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_patch_that_failed_makes_room_for_the_next(tmp_path, monkeypatch, capsys):
+    trained = []
+
+    def train(words, seed, folder, max_iters):
+        code = Path(words[0]).with_name("extra.py")
+        trained.append(f"{folder.parent.name}, {code.read_text().strip() if code.exists() else 'as it is'}")
+        folder.mkdir(parents=True, exist_ok=True)
+        if "x = 1" in trained[-1]:
+            raise UserError("failed")
+        rows = [{"step": step, "ms": 1.0, "loss": 2.0, "val_loss": 2.0 + step / 10} for step in (10, 20)]
+        (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def compare(change):
+        patch.write_text(f"--- /dev/null\n+++ b/extra.py\n@@ -0,0 +1 @@\n+{change}\n")
+        versus.main([" --max_iters=20"], [], versus.Settings(seeds=1, out=str(out), patch=str(patch)))
+
+    monkeypatch.setattr(versus, "train", train)
+    patch, out = tmp_path / "x.patch", tmp_path / "out 1"
+    with pytest.raises(UserError, match="failed"):
+        compare("x = 1")
+    compare("x = 2")
+    shown = capsys.readouterr().out
+    assert trained == ["a, as it is", "b, x = 1", "a, as it is", "b, x = 2"] and "\u00b1" not in shown
+    assert f"python '{out}/code/sample.py' '--out_dir={out}/b/seed1'" in shown
+    with pytest.raises(UserError, match="with another patch: .* --out=NEW, or delete .*b to train b anew"):
+        compare("x = 3")
+    shutil.rmtree(out / "b")
+    compare("x = 3")
+    assert trained[-1] == "b, x = 3"
 
 
 @pytest.mark.slow

@@ -38,9 +38,9 @@ COMMANDS = sorted({re.split("  +", line)[0].strip() for text in TEXTS
 
 
 def base_of(recipe):
-    """The recipe that this one goes on from, which its command names: config/gpt2.py, if it lies in config/gpt2/."""
-    base = recipe.parent.with_suffix(".py")
-    return [base] * (f"config/{base.name} config/" in recipe.read_text(encoding="utf-8"))
+    """The recipe that this one goes on from, as a list: config/gpt2.py for those in config/gpt2/."""
+    base = re.search('^_base = "(.*)"', recipe.read_text(encoding="utf-8"), re.MULTILINE)
+    return [recipe.parent / base[1]] if base else []
 
 
 def read(files, on_gpu):
@@ -54,7 +54,7 @@ def task_of(arguments):
     named = dict(argument.lstrip("-").partition("=")[::2] for argument in arguments)
     if "init_from" in named:
         return "image-text" if "image" in named else "text"
-    runs = {s.out_dir: s.task for s, _ in (read([*base_of(path), path], True) for path in RECIPES)}
+    runs = {s.out_dir: s.task for s, _ in (read([path], True) for path in RECIPES)}
     return runs.get(named.get("out_dir"), "text")
 
 
@@ -126,15 +126,15 @@ def test_no_placeholder_is_left():
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_parse_and_name_their_command(path):
-    files = [*base_of(path), path]
-    settings, given = read(files, True)
-    _, given_on_cpu = read(files, False)
-    command = "python train.py " + " ".join(str(file.relative_to(ROOT)).replace("\\", "/") for file in files)
-    assert command + "\n" in path.read_text(encoding="utf-8")
+    settings, given = read([path], True)
+    _, given_on_cpu = read([path], False)
+    command = f"python train.py {path.relative_to(ROOT).as_posix()}\n"
+    assert command in path.read_text(encoding="utf-8")
     assert (settings.out_dir == "out") == (path.stem == "shakespeare_char")
-    if len(files) == 2:  # it has only what differs, and on a CPU the base's small model is trained
-        (_, base), (_, base_on_cpu) = read(files[:1], True), read(files[:1], False)
-        assert all(layer.value != base.get(layer.name) for layer in read_file(path) if not layer.on_cpu)
+    if base := base_of(path):  # it has only what differs, and on a CPU the base's small model is trained
+        (_, given_by_base), (_, base_on_cpu) = read(base, True), read(base, False)
+        own = [layer for layer in read_file(path, set()) if layer.origin == path]
+        assert own and all(layer.value != given_by_base.get(layer.name) for layer in own)
         changed = {name for name, value in given_on_cpu.items() if value != base_on_cpu.get(name)}
         sizes = {"model", "n_layer", "n_head", "n_embd"} if path.parent.name == "ladder" else set()
         assert changed <= {"out_dir", "learning_rate", "min_lr"} | sizes

@@ -542,7 +542,8 @@ def test_settings_that_exclude_each_other_are_refused(changes, message, monkeypa
 
 
 @pytest.mark.parametrize("line, message", [
-    ("--muon_lr=0.1", "muon_lr = 0.1: is for --optimizer=muon; leave it out, or write --muon_lr=0.02"),
+    ("--muon_lr=0.1", "muon_lr = 0.1: is for --optimizer=muon; "
+     r"leave it out \(if a recipe sets it, --muon_lr=0.02 undoes that\)"),
     ("--lora_rank=2", "lora_rank = 2: is for fine-tuning with --init_from"),
     ("--init_from=gpt2 --zero_init", "zero_init = True: is for a model that starts from scratch"),
     ("--task=image-text --init_from=x --init_vision=y", "init_vision = 'y': is for a model that starts from scratch"),

@@ -50,12 +50,12 @@ class Rung(NamedTuple):
 
 LADDER = {
     "bigram": Rung("config/ladder.py", "the next token from the last one alone", "2.5"),
-    "embeddings": Rung("config/ladder.py config/ladder/embeddings.py", "vectors of tokens and positions", "-"),
-    "one-head": Rung("config/ladder.py config/ladder/one_head.py", "a head of self-attention", "2.4"),
-    "four-heads": Rung("config/ladder.py config/ladder/four_heads.py", "four heads of a quarter each", "2.28"),
-    "feed-forward": Rung("config/ladder.py config/ladder/feed_forward.py", "a feed-forward layer", "2.24"),
-    "residual": Rung("config/ladder.py config/ladder/residual.py", "three blocks with residual connections", "2.08"),
-    "normed": Rung("config/ladder.py config/ladder/normed.py", "LayerNorm", "2.06"),
+    "embeddings": Rung("config/ladder/embeddings.py", "vectors of tokens and positions", "-"),
+    "one-head": Rung("config/ladder/one_head.py", "a head of self-attention", "2.4"),
+    "four-heads": Rung("config/ladder/four_heads.py", "four heads of a quarter each", "2.28"),
+    "feed-forward": Rung("config/ladder/feed_forward.py", "a feed-forward layer", "2.24"),
+    "residual": Rung("config/ladder/residual.py", "three blocks with residual connections", "2.08"),
+    "normed": Rung("config/ladder/normed.py", "LayerNorm", "2.06"),
     "gpt": Rung("config/shakespeare_char.py --device=cpu", "more of everything: the GPT of model.py", "1.48"),
 }
 

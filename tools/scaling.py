@@ -1,7 +1,7 @@
 """What a GPT needs in memory, FLOPs and time: on paper, before a GPU is rented.
 
     python -m tools.scaling                             the GPT-2 recipes of config/, on any CPU in seconds
-    python -m tools.scaling config/gpt2.py config/gpt2/350m.py --n_layer=32 --max_iters=40000
+    python -m tools.scaling config/gpt2/350m.py --n_layer=32 --max_iters=40000
 
 Nothing here is measured on a GPU. The tests compare the memory with that of all tensors in real training steps on the
 CPU, in bfloat16, without dropout, not compiled; torch.compile needs less. The time is FLOPs / (MFU x peak FLOP/s). The

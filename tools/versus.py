@@ -55,6 +55,7 @@ if __name__ == "__main__":  # --help and typos answer before torch is imported
 from dataclasses import asdict
 
 from configurator import parse
+from run.checkpoint import is_run
 from run.curves import read_log, series
 from run.files import read_json, write_json
 from tools import shell_words
@@ -99,9 +100,9 @@ def patched_copy(path, folder):
         shutil.copytree(package.parent, new / package.parent.name, ignore=shutil.ignore_patterns("__pycache__"))
     try:
         apply(path, new)
-        if (folder.parent / "b").exists() and folder.exists() and code_in(new) != code_in(folder):
+        if begun(folder.parent / "b") and folder.exists() and code_in(new) != code_in(folder):
             raise UserError(f"the code has changed since {folder} was made, which trained recipe b: undo that, or"
-                            " choose another folder with --out")
+                            " write the new comparison to a new folder, --out=NEW")
     except UserError:
         shutil.rmtree(new)
         raise
@@ -152,9 +153,15 @@ def settings_of(recipe, shared):
             if name not in ("seed", "out_dir", "resume")}
 
 
+def begun(folder):
+    """Whether a run of a recipe was evaluated or saved. folder: the recipe's, with a folder for each seed."""
+    return any(is_run(run) or series(read_log(run), "val_loss") for run in folder.glob("seed*"))
+
+
 def require_same(path, now, patch=None):
     """Raises UserError if the versus.json at `path` has other settings than `now`, or another patch, or is damaged.
 
+    A recipe of which no run got as far as an evaluation may change: it failed, and nothing would be compared wrongly.
     now: {name of a recipe: its settings}. patch: its text, or None.
     """
     try:
@@ -165,12 +172,13 @@ def require_same(path, now, patch=None):
                         " the runs beside it are of these recipes") from None
     for name in "ab":
         names = {**earlier[name], **now[name]}
-        if changed := [one for one in names if earlier[name].get(one) != now[name].get(one)]:
-            raise UserError(f"{path.parent} holds a comparison whose recipe {name} has another {', '.join(changed)}:"
-                            " choose another folder with --out")
-    if record.get("patch") != patch:
-        raise UserError(f"{path.parent} holds a comparison with {'another' if record.get('patch') else 'no'} patch:"
-                        " choose another folder with --out")
+        changed = ", ".join(one for one in names if earlier[name].get(one) != now[name].get(one))
+        other = f"whose recipe {name} has another {changed}"
+        if name == "b" and not changed and record.get("patch") != patch:
+            changed, other = "patch", f"with {'another' if record.get('patch') else 'no'} patch"
+        if changed and begun(path.parent / name):
+            raise UserError(f"{path.parent} holds a comparison {other}: write the new one to a new folder, --out=NEW,"
+                            f" or delete {path.parent / name} to train {name} anew")
 
 
 def require_same_origin(folder, first):
@@ -244,8 +252,12 @@ def report(out, recipes, patch, found):
         for seed, at, a, b in pairs:
             print(f"{seed:>4} {at if unit == 'step' else round(at, 1):>8} {a:>8.4f} {b:>8.4f} {b - a:>+9.4f}")
         print(f"at equal {where}, {verdict(pairs)}")
-    print("\nvalidation losses; \u00b1 is the 95 % confidence interval of the mean difference\n"
-          f"in {out}: the runs, versus.json, versus.svg")
+    several = any(len(pairs) > 1 for pairs in found.values())  # one seed has no interval
+    note = "; \u00b1 is the 95 % confidence interval of the mean difference" * several
+    print(f"\nvalidation losses{note}\nin {out}: the runs, versus.json, versus.svg")
+    if patch:
+        print("write with a run of b, by the changed code: python "
+              + shlex.join([str(out / "code" / "sample.py"), f"--out_dir={out / 'b' / 'seed1'}"]))
 
 
 def main(given, shared, settings):
@@ -258,6 +270,8 @@ def main(given, shared, settings):
     record = {name: settings_of(recipe, shared) for name, recipe in recipes.items()}
     if (out / "versus.json").exists():
         require_same(out / "versus.json", record, patch)
+    elif is_run(out) or (out / "run.json").exists():
+        raise UserError(f"out = {out}: is the folder of a training run; name a new folder, --out={out / 'versus'}")
     out.mkdir(parents=True, exist_ok=True)
     if patch is not None:
         patched_copy(settings.patch, out / "code")

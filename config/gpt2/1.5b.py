@@ -1,12 +1,13 @@
 """GPT-2 XL (1.5B), trained from scratch on 31 billion tokens, 20 per parameter: fineweb three times.
 
-    python train.py config/gpt2.py config/gpt2/1.5b.py
-    torchrun --nproc_per_node=8 train.py config/gpt2.py config/gpt2/1.5b.py
+    python train.py config/gpt2/1.5b.py
+    torchrun --nproc_per_node=8 train.py config/gpt2/1.5b.py
 
 Computed by tools/scaling.py, not measured: 1.56B parameters, 31.14B tokens: 9.4 d on one H100, 28.1 h on 8, 3.5 h on
 64, if they reach 40% MFU; 58.2 GB on each.
 """
 
+_base = "../gpt2.py"
 out_dir = "out/gpt2_1.5b"
 
 n_layer = 48

@@ -1,12 +1,13 @@
 """GPT-2 medium (350M), trained from scratch on 10 billion tokens: fineweb once.
 
-    python train.py config/gpt2.py config/gpt2/350m.py
-    torchrun --nproc_per_node=8 train.py config/gpt2.py config/gpt2/350m.py
+    python train.py config/gpt2/350m.py
+    torchrun --nproc_per_node=8 train.py config/gpt2/350m.py
 
 Computed by tools/scaling.py, not measured: 355M parameters, 10.00B tokens: 17.0 h on one H100, 2.1 h on 8, 16 min on
 64, if they reach 40% MFU; 32.5 GB on each.
 """
 
+_base = "../gpt2.py"
 out_dir = "out/gpt2_350m"
 
 n_layer = 24

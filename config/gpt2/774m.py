@@ -1,12 +1,13 @@
 """GPT-2 large (774M), trained from scratch on 15.5 billion tokens, 20 per parameter: fineweb one and a half times.
 
-    python train.py config/gpt2.py config/gpt2/774m.py
-    torchrun --nproc_per_node=8 train.py config/gpt2.py config/gpt2/774m.py
+    python train.py config/gpt2/774m.py
+    torchrun --nproc_per_node=8 train.py config/gpt2/774m.py
 
 Computed by tools/scaling.py, not measured: 774M parameters, 15.47B tokens: 2.4 d on one H100, 7.1 h on 8, 53 min on 64,
 if they reach 40% MFU; 54.2 GB on each.
 """
 
+_base = "../gpt2.py"
 out_dir = "out/gpt2_774m"
 
 n_layer = 36

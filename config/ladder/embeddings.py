@@ -1,8 +1,9 @@
-"""Rung 2: a vector for each token and one for each position. What differs from config/ladder.py, which comes first.
+"""Rung 2: a vector for each token and one for each position. What differs from config/ladder.py.
 
-    python train.py config/ladder.py config/ladder/embeddings.py
+    python train.py config/ladder/embeddings.py
 """
 
+_base = "../ladder.py"
 out_dir = "out/ladder/embeddings"
 model = "embeddings"
 n_embd = 32

@@ -1,8 +1,9 @@
-"""Rung 5: a feed-forward layer after the heads. What differs from config/ladder.py, which comes first.
+"""Rung 5: a feed-forward layer after the heads. What differs from config/ladder.py.
 
-    python train.py config/ladder.py config/ladder/feed_forward.py
+    python train.py config/ladder/feed_forward.py
 """
 
+_base = "../ladder.py"
 out_dir = "out/ladder/feed_forward"
 model = "feed-forward"
 n_embd = 32

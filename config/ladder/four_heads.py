@@ -1,8 +1,9 @@
-"""Rung 4: four heads, each with a quarter of the channels. What differs from config/ladder.py, which comes first.
+"""Rung 4: four heads, each with a quarter of the channels. What differs from config/ladder.py.
 
-    python train.py config/ladder.py config/ladder/four_heads.py
+    python train.py config/ladder/four_heads.py
 """
 
+_base = "../ladder.py"
 out_dir = "out/ladder/four_heads"
 model = "four-heads"
 n_embd = 32

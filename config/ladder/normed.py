@@ -1,8 +1,9 @@
-"""Rung 7: LayerNorm before each layer and before the logits. What differs from config/ladder.py, which comes first.
+"""Rung 7: LayerNorm before each layer and before the logits. What differs from config/ladder.py.
 
-    python train.py config/ladder.py config/ladder/normed.py
+    python train.py config/ladder/normed.py
 """
 
+_base = "../ladder.py"
 out_dir = "out/ladder/normed"
 model = "normed"
 n_embd = 32

@@ -1,8 +1,9 @@
-"""Rung 6: three blocks with residual connections. What differs from config/ladder.py, which comes first.
+"""Rung 6: three blocks with residual connections. What differs from config/ladder.py.
 
-    python train.py config/ladder.py config/ladder/residual.py
+    python train.py config/ladder/residual.py
 """
 
+_base = "../ladder.py"
 out_dir = "out/ladder/residual"
 model = "residual"
 n_embd = 32
