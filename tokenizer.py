@@ -21,7 +21,10 @@ LONGEST_WORD = 256  # characters: longer words are cut for BPE training, which w
 
 
 class Tokenizer:
-    """The base class. Subclasses add kind, vocab_size, encode(text) -> int64 ids (T,), and decode(ids) -> text."""
+    """The base class. Subclasses add kind, vocab_size, encode(text) -> int64 ids (T,), and decode(ids) -> text.
+
+    as_library() returns the same as a tokenizers.Tokenizer, which other programs, such as transformers, can use.
+    """
 
     eos = None  # the id of the end-of-text token; None if there is none
     fields = {}  # the arguments of __init__, which are saved beside the kind
@@ -63,6 +66,14 @@ class CharTokenizer(Tokenizer):
     def decode(self, ids):
         return "".join([self.characters[i] for i in ids])
 
+    def as_library(self):
+        """It raises an Exception for a character outside the vocabulary, as it has no token for unknown ones."""
+        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+        library = Tokenizer(models.WordLevel({character: i for i, character in enumerate(self.characters)}))
+        library.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")  # every character is a word
+        library.decoder = decoders.Fuse()
+        return library
+
 
 class ByteTokenizer(Tokenizer):
     """One id per byte of the text in UTF-8. Any text can be encoded."""
@@ -73,6 +84,9 @@ class ByteTokenizer(Tokenizer):
 
     def decode(self, ids):
         return bytes(list(ids)).decode("utf-8", errors="replace")
+
+    def as_library(self):
+        return byte_level([bytes([i]) for i in range(256)], words=False)
 
 
 class GPT2Tokenizer(Tokenizer):
@@ -93,6 +107,11 @@ class GPT2Tokenizer(Tokenizer):
 
     def decode(self, ids):
         return self.bpe.decode(list(map(int, ids)))
+
+    def as_library(self):
+        library = byte_level([self.bpe.decode_single_token_bytes(i) for i in range(self.eos)])
+        library.add_special_tokens(["<|endoftext|>"])  # it gets the next id
+        return library
 
 
 class BPETokenizer(Tokenizer):
@@ -148,8 +167,40 @@ class BPETokenizer(Tokenizer):
     def decode(self, ids):
         return self.bpe.decode(list(map(int, ids)), skip_special_tokens=False)
 
+    def as_library(self):
+        return self.bpe
+
     def save(self, path):
         Path(path).write_text(self.bpe.to_str(), encoding="utf-8", newline="\n")
+
+
+def byte_level(tokens, words=True):
+    """A byte-level BPE of the tokenizers library. tokens: a list of bytes; a token's index is its id and its rank.
+
+    words: split the text into words first, as GPT-2 does.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    printable, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, itertools.count(256)
+    letters = [chr(byte if byte in printable else next(others)) for byte in range(256)]  # the library's for each byte
+    names = {token: "".join(letters[byte] for byte in token) for token in tokens}
+    merges = [(names[left], names[right]) for left, right in merges_of(tokens)]
+    library = Tokenizer(models.BPE({name: i for i, name in enumerate(names.values())}, merges))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words)
+    library.decoder = decoders.ByteLevel()
+    return library
+
+
+def merges_of(tokens):
+    """Yields, for each token of several bytes, the two tokens that it is made of. tokens: as in `byte_level`."""
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    for token in tokens:
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:  # merges the pair of the lowest rank, as encoding does
+            found = [ranks.get(left + right, len(ranks)) for left, right in itertools.pairwise(parts)]
+            at = found.index(min(found))
+            parts[at:at + 2] = [parts[at] + parts[at + 1]]
+        if len(parts) == 2:
+            yield parts
 
 
 def short_words(texts):

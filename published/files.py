@@ -1,4 +1,4 @@
-"""Loads published models from the disk or the Hugging Face hub. A missing or unexpected tensor is an error.
+"""Loads and saves published models. A missing or unexpected tensor is an error.
 
     python sample.py --init_from=gpt2 --prompt="Once upon"
 
@@ -8,6 +8,8 @@ name tensors. first_name gives the name in the layout that came first (None: unu
 """
 
 import importlib
+import importlib.util
+import shutil
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import NamedTuple
@@ -17,10 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from configurator import UserError
-from run.checkpoint import fill, read_config, unfilled
+from model import GPT
+from run.checkpoint import clear, fill, read_config, reason, unfilled
+from run.files import rename, write_json
+from vlm import Gemma, PaliGemma
 
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # the first that exists; loading either runs no code
 FAMILIES = {"gpt2": "published.gpt2", "paligemma": "published.paligemma"}  # by the model_type in config.json
+LAYOUTS = {GPT: ("gpt2", "llama"), Gemma: ("llama",), PaliGemma: ("paligemma",)}  # that may hold a class of ours
 GPT2 = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 
 
@@ -99,6 +105,8 @@ def read_weights(folder, model, family, theirs):
             raise UserError(f"{path} is damaged, or holds more than tensors") from None
         stored |= {family.first_name(key): (key, tensor) for key, tensor in tensors.items()}
     stored.pop(None, None)  # unused tensors
+    if getattr(model.config, "tied", True):
+        stored.pop("lm_head.weight", None)  # a copy of the embeddings
     parameters = model.state_dict()
     sources = {ours: family.source(ours, theirs) for ours in parameters}
     wanted = {source.name for source in sources.values()}
@@ -109,3 +117,69 @@ def read_weights(folder, model, family, theirs):
             tensor = tensor.T if turned else tensor
             state[ours] = tensor[first:first + len(parameters[ours])] if len(tensor) == rows else tensor
     return state
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Saving
+
+def layout(model):
+    """The module of the first layout that can hold the model. Raises UserError that names what none of them can hold.
+    """
+    if type(model) not in LAYOUTS:
+        known = ", ".join(cls.__name__ for cls in LAYOUTS)
+        raise UserError(f"no published layout holds a {type(model).__name__}, only the models {known}")
+    reasons = []
+    for name in LAYOUTS[type(model)]:
+        if not importlib.util.find_spec(f"published.{name}"):
+            continue
+        family = importlib.import_module(f"published.{name}")
+        found = family.misfit(model.config) if hasattr(family, "misfit") else ""
+        if not found:
+            return family
+        reasons.append(f"the layout of {name} can't hold {found}")
+    raise UserError(f"the {type(model).__name__} can't be published: {'; '.join(reasons)}. Train one with the settings"
+                    " of config/shakespeare_char.py or config/shakespeare_llama.py")
+
+
+def save(model, tokenizer, folder, shard_size=5 * 10**9):
+    """Writes a model in the layout that holds it, in its own dtype. transformers can load it, and so can `load`.
+
+    All is written to FOLDER.unfinished, which is then renamed. What was in the folder is deleted after that: until
+    then it is FOLDER.replaced. shard_size: most bytes per weight file. Raises UserError for a model that no layout
+    holds, and if a file can't be written.
+    """
+    family, folder = layout(model), Path(folder).resolve()
+    new, old = (folder.with_name(folder.name + ending) for ending in (".unfinished", ".replaced"))
+    try:
+        clear(new)
+        new.mkdir(parents=True)
+        if hasattr(family, "save"):
+            family.save(model, tokenizer, new, shard_size)
+        else:
+            write(family, model, tokenizer, new, shard_size)
+        if folder.exists():
+            clear(old)
+            rename(folder, old)
+        rename(new, folder)
+        clear(old)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(new, ignore_errors=True)  # frees space on a full disk
+        raise UserError(f"{folder} can't be written: {reason(error)}") from error
+
+
+def write(family, model, tokenizer, folder, shard_size):
+    """Writes the files of a language model into `folder`. family: gpt2.py or llama.py."""
+    from huggingface_hub import save_torch_state_dict
+    config, state = family.to_published(model)
+    library, begin = tokenizer.as_library(), list(getattr(tokenizer, "start", ()))
+    ids = {"bos": begin[0] if begin else tokenizer.eos, "eos": tokenizer.eos}  # explicit: GPT-2's default is 50256
+    numbers = {f"{name}_token_id": token for name, token in ids.items()}
+    names = {f"{name}_token": library.id_to_token(token) for name, token in ids.items() if token is not None}
+    save_torch_state_dict(state, folder, max_shard_size=shard_size)
+    library.save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json",
+               {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+                "model_max_length": model.config.block_size, **names})
+    write_json(folder / "generation_config.json", numbers)
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    write_json(folder / "config.json", {**config, **numbers, "torch_dtype": dtype})

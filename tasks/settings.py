@@ -4,7 +4,9 @@ A setting that would do nothing for the chosen task, model or optimizer is refus
 """
 
 import contextlib
+import json
 import os
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,11 +63,13 @@ class Text:
     tied: bool = True  # use the token embedding as the output head too
     bigrams: bool = False  # also embed each pair of neighbouring tokens; for small vocabularies
     zero_init: bool = False  # start the last matrices of each block at zero, so that it adds nothing at first
+    publish: str = ""  # folder to write the best model to at the end, as transformers can load it
 
     def __post_init__(self):
         check_sizes(self)
         if self.init_from != "scratch":
             check_idle(self, "is for a model that starts from scratch", "zero_init")
+        check_publish(self.publish, self.out_dir)
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,7 @@ class ImageText:
     bias: bool = False  # whether the decoder's linear layers have a bias
     init_vision: str = ""  # folder of a contrastive run; the model starts with its vision tower
     init_decoder: str = ""  # folder of a text run with --model=gemma; the decoder starts with its blocks
-    publish: str = ""  # folder to write the best model to at the end, in the layout of published PaliGemmas
+    publish: str = ""  # folder to write the best model to at the end, as transformers can load it
     vision: Vision = Vision()  # the vision tower
 
     def __post_init__(self):
@@ -129,7 +133,7 @@ class ImageText:
         if self.init_from != "scratch":
             check_idle(self, "is for a model that starts from scratch", "init_vision", "init_decoder")
         check_sample_tokens(self)
-        check_publish(self.publish)
+        check_publish(self.publish, self.out_dir)
 
 
 def check_sizes(settings):
@@ -146,14 +150,30 @@ def check_sample_tokens(settings):
         check_idle(settings, f"the samples of --task={settings.task} have their own length; 0: none", "sample_tokens")
 
 
-def check_publish(folder):
-    """Raises UserError unless the folder is missing, is empty, or holds a published PaliGemma, to be replaced."""
-    if not os.path.exists(folder) or os.path.isdir(folder) and not os.listdir(folder):
+# The files of a published model. A checkpoint has others too.
+PUBLISHED = r"(generation_|tokenizer_|preprocessor_)?config\.json|tokenizer\.json|model\b.*\.(safetensors|index\.json)"
+
+
+def check_publish(folder, out_dir, setting="publish"):
+    """Raises UserError unless the folder is missing, is empty, or holds only a published model, to be replaced.
+
+    It must not be a folder of the run in out_dir either. setting: the name of the one that names the folder.
+    """
+    if not folder:
         return
-    with contextlib.suppress(OSError), open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-        if "paligemma" in file.read() and not os.path.exists(os.path.join(folder, "SHA256SUMS")):  # a checkpoint has it
-            return
-    raise UserError(f"publish = {folder}: holds something other than a published PaliGemma; name a new folder")
+    path, run = os.path.realpath(folder), os.path.realpath(out_dir)
+    if f"{run}{os.sep}".startswith(f"{path}{os.sep}") or path in (os.path.join(run, name) for name in ("best", "last")):
+        raise UserError(f"{setting} = {folder}: the run in {out_dir} needs that folder; name another")
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise UserError(f"{setting} = {folder}: is not a folder; name a new one")
+    names = os.listdir(path) if os.path.isdir(path) else []
+    config = {}
+    with contextlib.suppress(OSError, ValueError), open(os.path.join(path, "config.json"), encoding="utf-8") as file:
+        config = json.load(file)
+    strange = [name for name in sorted(names) if not re.fullmatch(PUBLISHED, name)]
+    if strange or names and "architectures" not in config:  # which our own config.json lacks
+        raise UserError(f"{setting} = {folder}: holds {(strange or sorted(names))[0]}, so it is not just a published"
+                        " model, which could be replaced; name a new folder")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
