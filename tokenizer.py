@@ -180,14 +180,19 @@ def byte_level(tokens, words=True):
     words: split the text into words first, as GPT-2 does.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    printable, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, itertools.count(256)
-    letters = [chr(byte if byte in printable else next(others)) for byte in range(256)]  # the library's for each byte
+    letters = byte_letters()
     names = {token: "".join(letters[byte] for byte in token) for token in tokens}
     merges = [(names[left], names[right]) for left, right in merges_of(tokens)]
     library = Tokenizer(models.BPE({name: i for i, name in enumerate(names.values())}, merges))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words)
     library.decoder = decoders.ByteLevel()
     return library
+
+
+def byte_letters():
+    """The character that GPT-2's files and the tokenizers library write for each byte: itself if it is printable."""
+    printable, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, itertools.count(256)
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 def merges_of(tokens):

@@ -9,6 +9,7 @@ name tensors. first_name gives the name in the layout that came first (None: unu
 
 import importlib
 import importlib.util
+import os
 import shutil
 from pathlib import Path
 from pickle import UnpicklingError
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 
 from configurator import UserError
 from model import GPT
+from published import check_publish
 from run.checkpoint import clear, fill, read_config, reason, unfilled
 from run.files import rename, write_json
 from vlm import Gemma, PaliGemma
@@ -123,8 +125,7 @@ def read_weights(folder, model, family, theirs):
 # Saving
 
 def layout(model):
-    """The module of the first layout that can hold the model. Raises UserError that names what none of them can hold.
-    """
+    """The module of the first layout that can hold the model. Raises UserError that says why no layout can."""
     if type(model) not in LAYOUTS:
         known = ", ".join(cls.__name__ for cls in LAYOUTS)
         raise UserError(f"no published layout holds a {type(model).__name__}, only the models {known}")
@@ -146,8 +147,9 @@ def save(model, tokenizer, folder, shard_size=5 * 10**9):
 
     All is written to FOLDER.unfinished, which is then renamed. What was in the folder is deleted after that: until
     then it is FOLDER.replaced. shard_size: most bytes per weight file. Raises UserError for a model that no layout
-    holds, and if a file can't be written.
+    holds, for a folder with anything but a published model, and if a file can't be written.
     """
+    check_publish(folder)
     family, folder = layout(model), Path(folder).resolve()
     new, old = (folder.with_name(folder.name + ending) for ending in (".unfinished", ".replaced"))
     try:
@@ -157,6 +159,10 @@ def save(model, tokenizer, folder, shard_size=5 * 10**9):
             family.save(model, tokenizer, new, shard_size)
         else:
             write(family, model, tokenizer, new, shard_size)
+        for path in new.iterdir():
+            path.chmod((new / "config.json").stat().st_mode)  # safetensors' files are readable by their owner only
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
         if folder.exists():
             clear(old)
             rename(folder, old)
@@ -180,6 +186,8 @@ def write(family, model, tokenizer, folder, shard_size):
     write_json(folder / "tokenizer_config.json",
                {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
                 "model_max_length": model.config.block_size, **names})
-    write_json(folder / "generation_config.json", numbers)
+    # A GPT-2 stops with an error at its last position, and programs often ask for 256 new tokens without being told.
+    limit = {"max_length": model.config.block_size} if model.config.block_size <= 512 else {}
+    write_json(folder / "generation_config.json", {**numbers, **limit})
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     write_json(folder / "config.json", {**config, **numbers, "torch_dtype": dtype})

@@ -3,14 +3,12 @@
 A setting that would do nothing for the chosen task, model or optimizer is refused.
 """
 
-import contextlib
-import json
 import os
-import re
 from dataclasses import dataclass
 from typing import Literal
 
 from configurator import UserError, check_idle, check_ranges, check_shape
+from published import check_publish
 
 # ----------------------------------------------------------------------------------------------------------------------
 # For train.py, joined with train.Settings: the checks of a class may read those fields too
@@ -148,32 +146,6 @@ def check_sample_tokens(settings):
     """Raises UserError for a sample_tokens other than 0 or the default: the task's samples have their own length."""
     if settings.sample_tokens:
         check_idle(settings, f"the samples of --task={settings.task} have their own length; 0: none", "sample_tokens")
-
-
-# The files of a published model. A checkpoint has others too.
-PUBLISHED = r"(generation_|tokenizer_|preprocessor_)?config\.json|tokenizer\.json|model\b.*\.(safetensors|index\.json)"
-
-
-def check_publish(folder, out_dir, setting="publish"):
-    """Raises UserError unless the folder is missing, is empty, or holds only a published model, to be replaced.
-
-    It must not be a folder of the run in out_dir either. setting: the name of the one that names the folder.
-    """
-    if not folder:
-        return
-    path, run = os.path.realpath(folder), os.path.realpath(out_dir)
-    if f"{run}{os.sep}".startswith(f"{path}{os.sep}") or path in (os.path.join(run, name) for name in ("best", "last")):
-        raise UserError(f"{setting} = {folder}: the run in {out_dir} needs that folder; name another")
-    if os.path.lexists(path) and not os.path.isdir(path):
-        raise UserError(f"{setting} = {folder}: is not a folder; name a new one")
-    names = os.listdir(path) if os.path.isdir(path) else []
-    config = {}
-    with contextlib.suppress(OSError, ValueError), open(os.path.join(path, "config.json"), encoding="utf-8") as file:
-        config = json.load(file)
-    strange = [name for name in sorted(names) if not re.fullmatch(PUBLISHED, name)]
-    if strange or names and "architectures" not in config:  # which our own config.json lacks
-        raise UserError(f"{setting} = {folder}: holds {(strange or sorted(names))[0]}, so it is not just a published"
-                        " model, which could be replaced; name a new folder")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

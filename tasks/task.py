@@ -20,7 +20,6 @@ from published import files
 from run import checkpoint
 from run.cost import size_in_words
 from tasks import TASKS, task_class, task_of
-from tasks.settings import check_publish
 
 
 class Task:
@@ -134,9 +133,6 @@ class Task:
         return found
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Where models come from
-
 def load(name, device="cpu", dtype=torch.float32, which="best", settings=None, dropout=0.0, block_size=0):
     """(task, model in eval mode, config). Raises UserError if the model is missing or damaged.
 
@@ -170,7 +166,6 @@ def load(name, device="cpu", dtype=torch.float32, which="best", settings=None, d
 
 def publish(name, folder, which="best", dtype=torch.float32):
     """Writes a model, LoRA merged, into `folder` for transformers: see `files.save`. name, which: see `load`."""
-    check_publish(folder, name)
     task, model, _ = load(name, which=which)
     merge_lora(model)
     files.save(model.to(dtype), task.tokenizer, folder)

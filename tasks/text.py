@@ -149,14 +149,11 @@ class TextTask(Task):
 
 def prompt_tokens(tokenizer, prompt):
     """The prompt's ids, (T,). An empty prompt is one token that a text may follow: end of text, newline, or id 0."""
-    if prompt:
-        try:
-            return tokenizer.encode(prompt)
-        except UserError as error:
-            raise UserError(f"prompt: {error}") from None
-    if tokenizer.eos is not None:
+    if not prompt and tokenizer.eos is not None:
         return np.array([tokenizer.eos])
     try:
-        return tokenizer.encode("\n")
-    except UserError:
-        return np.zeros(1, dtype=np.int64)
+        return tokenizer.encode(prompt or "\n")
+    except UserError as error:
+        if not prompt:
+            return np.zeros(1, dtype=np.int64)
+        raise UserError(f"prompt: {error}") from None

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from configurator import UserError, check_run, from_command_line, one_line_errors
-from tasks.settings import check_model, check_publish
+from published import check_publish
+from tasks.settings import check_model
 
 
 @dataclass(frozen=True)
