@@ -105,10 +105,8 @@ def read_weights(folder, model, family, theirs):
             raise UserError(f"{path} can't be read: {error}") from None
         except (RuntimeError, UnpicklingError):
             raise UserError(f"{path} is damaged, or holds more than tensors") from None
-        stored |= {family.first_name(key): (key, tensor) for key, tensor in tensors.items()}
+        stored |= {family.first_name(key, theirs): (key, tensor) for key, tensor in tensors.items()}
     stored.pop(None, None)  # unused tensors
-    if getattr(model.config, "tied", True):
-        stored.pop("lm_head.weight", None)  # a copy of the embeddings
     parameters = model.state_dict()
     sources = {ours: family.source(ours, theirs) for ours in parameters}
     wanted = {source.name for source in sources.values()}
@@ -177,10 +175,12 @@ def write(family, model, tokenizer, folder, shard_size):
     """Writes the files of a language model into `folder`. family: gpt2.py or llama.py."""
     from huggingface_hub import save_torch_state_dict
     config, state = family.to_published(model)
-    library, begin = tokenizer.as_library(), list(getattr(tokenizer, "start", ()))
-    ids = {"bos": begin[0] if begin else tokenizer.eos, "eos": tokenizer.eos}  # explicit: GPT-2's default is 50256
-    numbers = {f"{name}_token_id": token for name, token in ids.items()}
+    library, eos = tokenizer.as_library(), tokenizer.eos
+    begin, ends = (list(getattr(tokenizer, name, ())) for name in ("start", "ends"))
+    ids = {"bos": begin[0] if begin else eos, "eos": eos}
     names = {f"{name}_token": library.id_to_token(token) for name, token in ids.items() if token is not None}
+    # None is written too: without it, transformers takes GPT-2's 50256.
+    numbers = {"bos_token_id": ids["bos"], "eos_token_id": ends if len(ends) > 1 else eos}
     save_torch_state_dict(state, folder, max_shard_size=shard_size)
     library.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json",

@@ -90,7 +90,7 @@ def source(name, _=None):
     return Source(name)
 
 
-def first_name(theirs):
+def first_name(theirs, _=None):
     """A published tensor's name in the layout of NAMES. None for the tied output head and the unused pooling head."""
     name = theirs.removeprefix("model.")
     name = re.sub(r"^vision_tower\.(vision_model\.)?", "vision_tower.vision_model.", name)
