@@ -22,6 +22,11 @@ def check_publish(folder, out_dir="", setting="publish"):
         raise UserError(f"{setting} = {folder}: the run in {out_dir} needs that folder; name another")
     if os.path.lexists(path) and not os.path.isdir(path):
         raise UserError(f"{setting} = {folder}: is not a folder; name a new one")
+    above = os.path.dirname(path)
+    while not os.path.lexists(above):
+        above = os.path.dirname(above)
+    if not os.path.isdir(above) or not os.access(above, os.W_OK) or os.path.ismount(path):  # it will be renamed
+        raise UserError(f"{setting} = {folder}: no folder can be made or replaced there; name another")
     names = os.listdir(path) if os.path.isdir(path) else []
     config = None
     with contextlib.suppress(OSError, ValueError), open(os.path.join(path, "config.json"), encoding="utf-8") as file:

@@ -158,6 +158,10 @@ def test_a_model_goes_to_a_new_folder_or_over_a_published_one(tmp_path, monkeypa
             check_publish(name, "out")
     with pytest.raises(UserError, match="to = notes/notes.txt: is not a folder"):
         check_publish("notes/notes.txt", "out", "to")
+    monkeypatch.setattr(os.path, "ismount", lambda path: path.endswith("volume"))
+    for name in ("notes/notes.txt/x", "volume"):  # a file is in the way; a mounted folder
+        with pytest.raises(UserError, match=f"publish = {name}: no folder can be made or replaced there"):
+            check_publish(name, "out")
 
 
 @pytest.mark.parametrize("before", [False, True])
