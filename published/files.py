@@ -3,8 +3,9 @@
     python sample.py --init_from=gpt2 --prompt="Once upon"
 
 A published folder holds config.json, tokenizer.json, and model.safetensors (or pytorch_model.bin) or its shards.
-gpt2.py and paligemma.py each have MODEL (our class), to_config and load_tokenizer. Published files differ in how they
-name tensors. first_name gives the name in the layout that came first (None: unused); source finds our parameter in it.
+gpt2.py, llama.py and paligemma.py each have MODEL (from our config to the model), to_config and load_tokenizer.
+Published files differ in how they name tensors. first_name gives the name in the layout that came first (None: unused);
+source finds our parameter in it.
 """
 
 import importlib
@@ -20,7 +21,8 @@ from configurator import UserError
 from run.checkpoint import fill, read_config, unfilled
 
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # the first that exists; loading either runs no code
-FAMILIES = {"gpt2": "published.gpt2", "paligemma": "published.paligemma"}  # by the model_type in config.json
+FAMILIES = {"gpt2": "published.gpt2", **dict.fromkeys(("llama", "mistral", "qwen2", "gemma"), "published.llama"),
+            "paligemma": "published.paligemma"}  # by the model_type in config.json
 GPT2 = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 
 
@@ -35,14 +37,15 @@ class Source(NamedTuple):
 def load(name, device="cpu", dtype=torch.float32, block_size=0, dropout=0.0):
     """(model in eval mode, {"tokenizer": its tokenizer}) of a published model.
 
-    name: gpt2, gpt2-medium, -large, -xl, a hub id, or a folder. block_size: positions to keep of a GPT-2's (0: all).
-    Raises UserError for a model that Quill can't compute, and for weights or a tokenizer that do not fit.
+    name: gpt2, gpt2-medium, -large, -xl, a hub id, or a folder. block_size: how many positions a model of
+    text keeps; 0: all; None: as many as a window of training should have. Raises UserError for a model that Quill can't
+    compute, and for weights or a tokenizer that do not fit.
     """
     folder = locate(name)
     theirs = read_config(folder)
     kind = theirs.get("model_type")
     if kind not in FAMILIES:
-        raise UserError(f"{name}: model_type = {kind!r}, but only {' and '.join(FAMILIES)} can be loaded")
+        raise UserError(f"{name}: model_type = {kind!r}, but only {', '.join(FAMILIES)} can be loaded")
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{name} has no tokenizer.json: transformers writes it, in Python:"
                         f" AutoTokenizer.from_pretrained({str(name)!r}).save_pretrained({str(folder)!r})")
@@ -67,7 +70,7 @@ def locate(name):
     from huggingface_hub import errors, snapshot_download
     try:
         for weights in WEIGHTS:
-            files = ["config.json", "tokenizer.json", weights]
+            files = ["config.json", "generation_config.json", "tokenizer.json", weights]
             folder = Path(snapshot_download(GPT2.get(name, name), allow_patterns=files))
             if any(folder.glob(weights)):
                 break
@@ -82,7 +85,7 @@ def locate(name):
 
 
 def read_weights(folder, model, family, theirs):
-    """A state dict for the model, from a folder. family: gpt2.py or paligemma.py. theirs: content of its config.json.
+    """A state dict for the model, from a folder. family: gpt2.py, ... theirs: content of its config.json.
 
     It also holds tensors that the model does not know, under their names in the file: `fill` then raises an error.
     Safetensors are memory-mapped. Raises UserError for unreadable files.
@@ -97,7 +100,7 @@ def read_weights(folder, model, family, theirs):
             raise UserError(f"{path} can't be read: {error}") from None
         except (RuntimeError, UnpicklingError):
             raise UserError(f"{path} is damaged, or holds more than tensors") from None
-        stored |= {family.first_name(key): (key, tensor) for key, tensor in tensors.items()}
+        stored |= {family.first_name(key, theirs): (key, tensor) for key, tensor in tensors.items()}
     stored.pop(None, None)  # unused tensors
     parameters = model.state_dict()
     sources = {ours: family.source(ours, theirs) for ours in parameters}

@@ -23,7 +23,7 @@ def to_config(theirs, name, block_size, dropout):
     for key, value in expected.items():
         if theirs.get(key, value) != value:
             raise UserError(f"{name}: {key} = {theirs[key]!r}, but only {value!r} can be loaded")
-    if block_size > theirs["n_positions"]:
+    if block_size and block_size > theirs["n_positions"]:
         raise UserError(f"block_size = {block_size}: {name} has learned only {theirs['n_positions']} positions")
     return GPTConfig(
         n_layer=theirs["n_layer"], n_head=theirs["n_head"], n_embd=theirs["n_embd"],
@@ -32,7 +32,7 @@ def to_config(theirs, name, block_size, dropout):
         bias=True, dropout=dropout)
 
 
-def first_name(theirs):
+def first_name(theirs, _=None):
     """The name without "transformer."; None for the tied output head and the causal masks (bias, masked_bias)."""
     name = theirs.removeprefix("transformer.")
     unused = name == "lm_head.weight" or name.endswith((".attn.bias", ".attn.masked_bias"))

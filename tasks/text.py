@@ -148,10 +148,10 @@ class TextTask(Task):
 
 
 def prompt_tokens(tokenizer, prompt):
-    """The prompt's ids, (T,). An empty prompt is one token that a text may follow: end of text, newline, or id 0."""
-    if prompt:
+    """The ids that begin a text, then the prompt's, (T,). If there are none: end of text, a newline's, or id 0."""
+    if prompt or tokenizer.start:
         try:
-            return tokenizer.encode(prompt)
+            return np.array([*tokenizer.start, *tokenizer.encode(prompt)], dtype=np.int64)
         except UserError as error:
             raise UserError(f"prompt: {error}") from None
     if tokenizer.eos is not None:
