@@ -256,8 +256,8 @@ def same_vocabulary(a, b):
 class Transcript:
     """The text of a sample while it is generated. `append` adds one token id, and `news` returns the new text.
 
-    It holds back unfinished characters. It ends before the text `stop` (if that is not "") or the token eos: `ended`
-    is True then, and further ids are ignored.
+    It holds back unfinished characters. It ends before the text `stop` (if that is not "") or an end token: `ended` is
+    True then, and further ids are ignored.
     """
 
     def __init__(self, tokenizer, stop=""):
@@ -266,7 +266,7 @@ class Transcript:
         self.settled, self.before, self.start = "", 0, 0  # the text of ids[:start]; the newest are ids[before:start]
 
     def append(self, token):
-        if self.ended or token == self.tokenizer.eos or token in self.tokenizer.ends:
+        if self.ended or token in (self.tokenizer.eos, *self.tokenizer.ends):
             self.ended = True
             return
         self.ids.append(token)

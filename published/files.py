@@ -52,7 +52,7 @@ def load(name, device="cpu", dtype=torch.float32, block_size=0, dropout=0.0):
     family = importlib.import_module(FAMILIES[kind])
     try:
         config = family.to_config(theirs, name, block_size, dropout)
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{folder / 'config.json'} can't be used: {type(error).__name__}: {error}") from None
     tokenizer = family.load_tokenizer(folder / "tokenizer.json")
     vocab_size = getattr(config, "text", config).vocab_size

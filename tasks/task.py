@@ -138,9 +138,8 @@ def load(name, device="cpu", dtype=torch.float32, which="best", settings=None, d
     """(task, model in eval mode, config). Raises UserError if the model is missing or damaged.
 
     name: the folder of a run, a checkpoint or a published model, or a published model's name. which: a run's
-    checkpoint, best or last. settings: the task's; None: those of the run. block_size: how many positions to keep of a
-    published model of text; 0: all; None: a window of training. config is what config.json holds; of a published model
-    it has only the entry `model`.
+    checkpoint, best or last. settings: the task's; None: those of the run. block_size: how many positions a published
+    model of text keeps; 0: all; None: a training window. config: what config.json holds; if published, only `model`.
     """
     if which not in ("best", "last"):
         raise UserError(f"which = {which}: must be best or last")

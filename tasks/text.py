@@ -148,7 +148,7 @@ class TextTask(Task):
 
 
 def prompt_tokens(tokenizer, prompt):
-    """The ids that begin a text, then the prompt's, (T,). If there are none: end of text, a newline's, or id 0."""
+    """The ids that begin every text, then the prompt's, (T,). If there are none: end of text, newline, or id 0."""
     if prompt or tokenizer.start:
         try:
             return np.array([*tokenizer.start, *tokenizer.encode(prompt)], dtype=np.int64)

@@ -18,6 +18,7 @@ from configurator import UserError
 from generate import generate, pick_tokens
 from model import GPT, GPTConfig, init_weights
 from published import files, llama
+from run.cost import count_parameters
 from sources import texts
 from tasks.task import load
 from vlm import Gemma, GemmaConfig
@@ -118,9 +119,9 @@ def test_gradients_equal_those_of_transformers(family):
         torch.testing.assert_close(p.grad, expected, atol=1e-4 * expected.abs().max().item(), rtol=0, msg=name)
 
 
-@pytest.mark.parametrize("prompt", [PROMPT, ""])
-def test_greedy_text_equals_that_of_transformers(family, capsys, prompt):
-    folder, theirs = family
+@pytest.mark.parametrize("name, prompt", [*((name, PROMPT) for name in FAMILIES), ("llama", "")])
+def test_greedy_text_equals_that_of_transformers(families, capsys, name, prompt):
+    folder, theirs = families[name]
     fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     ids = torch.tensor([fast(prompt).input_ids])
     assert ids[0, 0] == BEGIN
@@ -166,6 +167,39 @@ def test_missing_keys_have_the_defaults_of_transformers(kind):
     assert llama.to_config(full, "it", 0, 0.0) == ours  # every key that transformers writes is known
 
 
+PUBLISHED = {  # {what of config.json decides: the number of parameters that the model's page names}
+    "HuggingFaceTB/SmolLM2-135M": (134_515_008, {
+        "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
+        "rope_theta": 100000, "rope_scaling": None, "rope_interleaved": False, "tie_word_embeddings": True,
+        "vocab_size": 49152, "pretraining_tp": 1, "is_llama_config": True, "attention_bias": False}),
+    "meta-llama/Llama-3.2-1B": (1_235_814_400, {
+        "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072, "rope_theta": 500000.0,
+        "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "rope_type": "llama3",
+                         "original_max_position_embeddings": 8192},
+        "tie_word_embeddings": True, "vocab_size": 128256, "mlp_bias": False}),
+    "Qwen/Qwen2.5-0.5B": (494_032_768, {
+        "model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+        "num_attention_heads": 14, "num_key_value_heads": 2, "max_position_embeddings": 32768, "max_window_layers": 24,
+        "sliding_window": 32768, "use_sliding_window": False, "use_mrope": False, "rope_theta": 1000000.0,
+        "tie_word_embeddings": True, "vocab_size": 151936}),
+    "mistralai/Mistral-7B-v0.3": (7_248_023_552, {
+        "model_type": "mistral", "num_key_value_heads": 8, "max_position_embeddings": 32768, "sliding_window": None,
+        "rope_theta": 1000000.0, "tie_word_embeddings": False, "vocab_size": 32768}),
+    "google/gemma-2b": (2_506_172_416, {
+        "model_type": "gemma", "hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18,
+        "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 256, "hidden_act": "gelu",
+        "hidden_activation": None, "vocab_size": 256000})}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_configurations_on_the_hub_give_models_of_their_size(name):
+    count, theirs = PUBLISHED[name]
+    with torch.device("meta"):
+        assert count_parameters(llama.MODEL(llama.to_config(theirs, name, 64, 0.0))) == count
+
+
 def test_older_configurations_are_understood(families, tmp_path):
     folder, _ = families["llama"]
     expected = files.load(str(folder))[0].config
@@ -205,6 +239,7 @@ REFUSED = {  # what it is about: (family, changes of config.json, what the error
     "both ways": ("gemma", dict(use_bidirectional_attention=True), "use_bidirectional_attention = True"),
     "not causal": ("llama", dict(is_causal=False), "is_causal = False"),
     "odd head": ("mistral", dict(head_dim=7), "head_dim = 7: rotary"),
+    "no table": ("llama", dict(rope_parameters="default"), "config.json can't be used"),
     "no size": ("llama", dict(hidden_size="32"), "config.json can't be used")}
 
 
