@@ -37,9 +37,9 @@ class Source(NamedTuple):
 def load(name, device="cpu", dtype=torch.float32, block_size=0, dropout=0.0):
     """(model in eval mode, {"tokenizer": its tokenizer}) of a published model.
 
-    name: gpt2, gpt2-medium, -large, -xl, a hub id, or a folder. block_size: how many positions a model of
-    text keeps; 0: all; None: as many as a window of training should have. Raises UserError for a model that Quill can't
-    compute, and for weights or a tokenizer that do not fit.
+    name: gpt2, gpt2-medium, -large, -xl, a hub id, or a folder. block_size: how many positions a model of text keeps;
+    0: all; None: as many as a window of training should have. Raises UserError for a model that Quill can't compute,
+    and for weights or a tokenizer that do not fit.
     """
     folder = locate(name)
     theirs = read_config(folder)

@@ -40,8 +40,8 @@ DEFAULTS = {
               "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 256, "max_position_embeddings": 8192,
               "tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"}}
 
-# Keys that to_config reads, or that change nothing here. Any other one whose name has such a word, and that is set,
-# may change what the model computes.
+# Keys that to_config reads, or that change nothing here; FURTHER: those of one family. Any other key that is set, and
+# whose name has a word of TELLING, may change what the model computes.
 KNOWN = {*LLAMA, "rope_theta", "rope_scaling", "rope_parameters", "layer_types", "attention_dropout",
          "attn_implementation"}
 FURTHER = {"llama": {"attention_bias", "mlp_bias"}, "mistral": {"sliding_window"}, "gemma": set(),
@@ -133,9 +133,8 @@ def rope_of(theirs, name, most):
     keys = SCALINGS[kind]
     if unknown := rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor", *keys.values()}:
         raise UserError(f"{name}: rope_parameters has {sorted(unknown)[0]!r}, which a rope_type {kind!r} has not")
-    rope = {"original_max_position_embeddings": most, **rope}
-    return float(rope.get("rope_theta", theirs.get("rope_theta", 10000.0))), {ours: rope[key]
-                                                                              for ours, key in keys.items()}
+    rope = {"original_max_position_embeddings": most, "rope_theta": theirs.get("rope_theta", 10000.0), **rope}
+    return float(rope["rope_theta"]), {ours: rope[key] for ours, key in keys.items()}
 
 
 def first_name(name, theirs):
@@ -157,14 +156,14 @@ def source(ours, _=None):
 
 def misfit(config):
     """Text that names the settings of a GPTConfig that the Llama layout can't hold; "" if it holds them all."""
-    gemma, sizes = isinstance(config, GemmaConfig), (config.n_embd, config.n_head)
+    gemma = isinstance(config, GemmaConfig)
     wrong = {
         "positions": config.positions != "rotary",
         "norm": config.norm not in (("rmsnorm",) if gemma else ("rmsnorm", "plain_rmsnorm")),
         "mlp": config.mlp not in ACTIVATIONS.values(),
         "bigrams": config.bigrams, "cross": config.cross,
         "bias": gemma and config.bias, "qkv_bias": gemma and config.qkv_bias,
-        "n_embd": sizes[0] % sizes[1] != 0}  # transformers asks for a multiple of n_head
+        "n_embd": config.n_embd % config.n_head != 0}  # transformers asks for a multiple of n_head
     return ", ".join(f"{name} = {getattr(config, name)!r}" for name, is_wrong in wrong.items() if is_wrong)
 
 
