@@ -3,12 +3,12 @@
     python sample.py --init_from=gpt2 --prompt="Once upon"
 
 A published folder holds config.json, tokenizer.json, and model.safetensors (or pytorch_model.bin) or its shards.
-gpt2.py and paligemma.py each have MODEL (our class), to_config and load_tokenizer. Published files differ in how they
-name tensors. first_name gives the name in the layout that came first (None: unused); source finds our parameter in it.
+gpt2.py, llama.py and paligemma.py each have MODEL (from our config to the model), to_config and load_tokenizer.
+Published files differ in how they name tensors. first_name gives the name in the layout that came first (None: unused);
+source finds our parameter in it.
 """
 
 import importlib
-import importlib.util
 import os
 import shutil
 from pathlib import Path
@@ -27,7 +27,8 @@ from run.files import rename, write_json
 from vlm import Gemma, PaliGemma
 
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # the first that exists; loading either runs no code
-FAMILIES = {"gpt2": "published.gpt2", "paligemma": "published.paligemma"}  # by the model_type in config.json
+FAMILIES = {"gpt2": "published.gpt2", **dict.fromkeys(("llama", "mistral", "qwen2", "gemma"), "published.llama"),
+            "paligemma": "published.paligemma"}  # by the model_type in config.json
 LAYOUTS = {GPT: ("gpt2", "llama"), Gemma: ("llama",), PaliGemma: ("paligemma",)}  # that may hold a class of ours
 GPT2 = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 
@@ -43,21 +44,22 @@ class Source(NamedTuple):
 def load(name, device="cpu", dtype=torch.float32, block_size=0, dropout=0.0):
     """(model in eval mode, {"tokenizer": its tokenizer}) of a published model.
 
-    name: gpt2, gpt2-medium, -large, -xl, a hub id, or a folder. block_size: positions to keep of a GPT-2's (0: all).
-    Raises UserError for a model that Quill can't compute, and for weights or a tokenizer that do not fit.
+    name: gpt2, gpt2-medium, -large, -xl, a hub id, or a folder. block_size: how many positions a model of text keeps;
+    0: all; None: as many as a window of training should have. Raises UserError for a model that Quill can't compute,
+    and for weights or a tokenizer that do not fit.
     """
     folder = locate(name)
     theirs = read_config(folder)
     kind = theirs.get("model_type")
     if kind not in FAMILIES:
-        raise UserError(f"{name}: model_type = {kind!r}, but only {' and '.join(FAMILIES)} can be loaded")
+        raise UserError(f"{name}: model_type = {kind!r}, but only {', '.join(FAMILIES)} can be loaded")
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{name} has no tokenizer.json: transformers writes it, in Python:"
                         f" AutoTokenizer.from_pretrained({str(name)!r}).save_pretrained({str(folder)!r})")
     family = importlib.import_module(FAMILIES[kind])
     try:
         config = family.to_config(theirs, name, block_size, dropout)
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{folder / 'config.json'} can't be used: {type(error).__name__}: {error}") from None
     tokenizer = family.load_tokenizer(folder / "tokenizer.json")
     vocab_size = getattr(config, "text", config).vocab_size
@@ -75,7 +77,7 @@ def locate(name):
     from huggingface_hub import errors, snapshot_download
     try:
         for weights in WEIGHTS:
-            files = ["config.json", "tokenizer.json", weights]
+            files = ["config.json", "generation_config.json", "tokenizer.json", weights]
             folder = Path(snapshot_download(GPT2.get(name, name), allow_patterns=files))
             if any(folder.glob(weights)):
                 break
@@ -90,7 +92,7 @@ def locate(name):
 
 
 def read_weights(folder, model, family, theirs):
-    """A state dict for the model, from a folder. family: gpt2.py or paligemma.py. theirs: content of its config.json.
+    """A state dict for the model, from a folder. family: gpt2.py, ... theirs: content of its config.json.
 
     It also holds tensors that the model does not know, under their names in the file: `fill` then raises an error.
     Safetensors are memory-mapped. Raises UserError for unreadable files.
@@ -129,8 +131,6 @@ def layout(model):
         raise UserError(f"no published layout holds a {type(model).__name__}, only the models {known}")
     reasons = []
     for name in LAYOUTS[type(model)]:
-        if not importlib.util.find_spec(f"published.{name}"):
-            continue
         family = importlib.import_module(f"published.{name}")
         found = family.misfit(model.config) if hasattr(family, "misfit") else ""
         if not found:

@@ -27,7 +27,7 @@ def to_config(theirs, name, block_size, dropout):
     for key, known in expected.items():
         if key in theirs and theirs[key] not in known:
             raise UserError(f"{name}: {key} = {theirs[key]!r}, but only {' or '.join(map(repr, known))} can be loaded")
-    if block_size > theirs["n_positions"]:
+    if block_size and block_size > theirs["n_positions"]:
         raise UserError(f"block_size = {block_size}: {name} has learned only {theirs['n_positions']} positions")
     return GPTConfig(
         n_layer=theirs["n_layer"], n_head=theirs["n_head"], n_embd=theirs["n_embd"],

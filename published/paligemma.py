@@ -67,7 +67,7 @@ def to_config(theirs, name, block_size=0, dropout=0.0):
     sizes = [{ours: published.get(key, default) for ours, (key, default) in table.items()}
              for published, table in zip((vision, text), SIZES.values())]
     config = PaliGemmaConfig(ViTConfig(**sizes[0]), GemmaConfig(**sizes[1], rope_theta=rope["rope_theta"]), dropout)
-    if block_size not in (0, config.text.block_size):
+    if block_size not in (0, None, config.text.block_size):
         raise UserError(f"block_size = {block_size}: {name} has {config.text.block_size}; leave it out")
     return config
 

@@ -137,8 +137,8 @@ def load(name, device="cpu", dtype=torch.float32, which="best", settings=None, d
     """(task, model in eval mode, config). Raises UserError if the model is missing or damaged.
 
     name: the folder of a run, a checkpoint or a published model, or a published model's name. which: a run's
-    checkpoint, best or last. settings: the task's; None: those of the run. block_size: how many positions to keep of a
-    published GPT-2; 0: all. config is what config.json holds; of a published model it has only the entry `model`.
+    checkpoint, best or last. settings: the task's; None: those of the run. block_size: how many positions a published
+    model of text keeps; 0: all; None: a training window. config: what config.json holds; if published, only `model`.
     """
     if which not in ("best", "last"):
         raise UserError(f"which = {which}: must be best or last")
@@ -187,7 +187,7 @@ def start(settings, given, folder, data, world):
             raise UserError(f"{folder} was trained on other data than the data set {s.dataset} holds now: restore the"
                             f" old data, or start a new run: {shlex.quote(f'--init_from={s.out_dir}')} --out_dir=NEW")
     elif s.init_from != "scratch":
-        model, its_tokenizers = initial(s, device, given.get("block_size", 0))
+        model, its_tokenizers = initial(s, device, given.get("block_size"))
         task = task_class(s.task)(s, its_tokenizers, s.init_from)
         task.open(data, world)
     else:
