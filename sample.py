@@ -12,8 +12,6 @@ A PaliGemma, published or trained here (--out_dir), answers prompts about an ima
     ... --prompt="detect cat ; dog" --draw=boxes.png            the answer's boxes in pixels, and on the image
     ... --attention=map.png                                     a heat map of where it looked, for each token it wrote
     ... --dtype=bfloat16 --device=cpu                           half the memory: 6 GB for the 3 billion parameters
-
-The out directory is all that is needed. The task of its model decides which settings there are.
 """
 
 from dataclasses import dataclass

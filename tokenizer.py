@@ -6,6 +6,7 @@
 A control token in a text, such as <|endoftext|>, is encoded as ordinary text, except by `encode_controls`.
 """
 
+import contextlib
 import itertools
 import json
 import re
@@ -17,13 +18,19 @@ from configurator import UserError
 from machine.terminal import progress
 
 MOST_TOKENS = 1 << 20  # the largest vocab_size of a BPE: the library reserves memory for all tokens before training
+ENDS = ("<|endoftext|>", "<eos>", "</s>", "<|end_of_text|>")  # names of end-of-text tokens; the first counts
 LONGEST_WORD = 256  # characters: longer words are cut for BPE training, which would take very long over them
 
 
 class Tokenizer:
-    """The base class. Subclasses add kind, vocab_size, encode(text) -> int64 ids (T,), and decode(ids) -> text."""
+    """The base class. Subclasses add kind, vocab_size, encode(text) -> int64 ids (T,), and decode(ids) -> text.
+
+    as_library() returns the same as a tokenizers.Tokenizer, which other programs, such as transformers, can use.
+    """
 
     eos = None  # the id of the end-of-text token; None if there is none
+    ends = ()  # ids that end a sample, eos among them
+    start = ()  # ids that begin every text
     fields = {}  # the arguments of __init__, which are saved beside the kind
     unit = "tokens"
 
@@ -63,6 +70,14 @@ class CharTokenizer(Tokenizer):
     def decode(self, ids):
         return "".join([self.characters[i] for i in ids])
 
+    def as_library(self):
+        """It raises an Exception for a character outside the vocabulary, as it has no token for unknown ones."""
+        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+        library = Tokenizer(models.WordLevel({character: i for i, character in enumerate(self.characters)}))
+        library.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")  # every character is a word
+        library.decoder = decoders.Fuse()
+        return library
+
 
 class ByteTokenizer(Tokenizer):
     """One id per byte of the text in UTF-8. Any text can be encoded."""
@@ -73,6 +88,9 @@ class ByteTokenizer(Tokenizer):
 
     def decode(self, ids):
         return bytes(list(ids)).decode("utf-8", errors="replace")
+
+    def as_library(self):
+        return byte_level([bytes([i]) for i in range(256)], words=False)
 
 
 class GPT2Tokenizer(Tokenizer):
@@ -94,18 +112,30 @@ class GPT2Tokenizer(Tokenizer):
     def decode(self, ids):
         return self.bpe.decode(list(map(int, ids)))
 
+    def as_library(self):
+        library = byte_level([self.bpe.decode_single_token_bytes(i) for i in range(self.eos)])
+        library.add_special_tokens(["<|endoftext|>"])  # it gets the next id
+        return library
+
 
 class BPETokenizer(Tokenizer):
-    """A BPE of the tokenizers library, trained here or published with a model. Its file has that library's format."""
+    """A BPE of the tokenizers library, trained here or published with a model. Its file has that library's format.
+
+    ends: ids of control tokens that end a text, the usual one first; without one, ENDS tells by their names.
+    """
     kind = "bpe"
 
-    def __init__(self, bpe):
+    def __init__(self, bpe, ends=()):
         self.bpe, self.known = bpe, set()  # known: characters found to have tokens
         bpe.no_truncation()
         bpe.no_padding()
         self.vocab_size = max(bpe.get_vocab().values()) + 1  # some ids may be unused
-        ends = map(bpe.token_to_id, ("<|endoftext|>", "<eos>", "</s>"))
-        self.eos = next((token for token in ends if token is not None), None)
+        named = [token for token in map(bpe.token_to_id, ENDS) if token is not None]
+        controls = bpe.get_added_tokens_decoder()
+        self.ends = [token for token in ends if token in controls] or named[:1]
+        self.eos = next(iter(self.ends), None)
+        self.marked = self.ends != named[:1]  # the names don't tell
+        self.start = first_controls(bpe)
 
     @classmethod
     def train(cls, texts, vocab_size, special=("<|endoftext|>",)):
@@ -148,8 +178,78 @@ class BPETokenizer(Tokenizer):
     def decode(self, ids):
         return self.bpe.decode(list(map(int, ids)), skip_special_tokens=False)
 
+    def as_library(self):
+        return self.bpe
+
     def save(self, path):
-        Path(path).write_text(self.bpe.to_str(), encoding="utf-8", newline="\n")
+        """The library reads the file too: it passes over the number "end" of the control tokens in `ends`."""
+        saved = self.bpe.to_str()
+        if self.marked:
+            saved = json.loads(saved)
+            for token in saved["added_tokens"]:
+                if token["id"] in self.ends:
+                    token["end"] = self.ends.index(token["id"])
+            saved = json.dumps(saved, ensure_ascii=False)
+        Path(path).write_text(saved, encoding="utf-8", newline="\n")
+
+
+def first_controls(bpe):
+    """The ids of the control tokens that the library's post-processor puts before every text."""
+    try:
+        example = bpe.encode("a", add_special_tokens=True)
+    except Exception:  # a vocabulary of words has no token for it
+        return []
+    pairs = zip(example.ids, example.special_tokens_mask)
+    return [token for token, _ in itertools.takewhile(lambda pair: pair[1], pairs)]
+
+
+def ends_of(saved, path):
+    """The ids of the tokens that end a text, the usual one first; [] if unknown. saved: the content of the file `path`.
+
+    They are marked in a file that BPETokenizer.save wrote. A published model's are in the JSON files beside it.
+    """
+    if marked := sorted((token["end"], token["id"]) for token in saved.get("added_tokens", ()) if "end" in token):
+        return [token for _, token in marked]
+    for name in ("generation_config.json", "config.json"):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            ids = json.loads((Path(path).parent / name).read_text(encoding="utf-8")).get("eos_token_id")
+            if ids is not None:
+                return ids if isinstance(ids, list) else [ids]
+    return []
+
+
+def byte_level(tokens, words=True):
+    """A byte-level BPE of the tokenizers library. tokens: a list of bytes; a token's index is its id and its rank.
+
+    words: split the text into words first, as GPT-2 does.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    letters = byte_letters()
+    names = {token: "".join(letters[byte] for byte in token) for token in tokens}
+    merges = [(names[left], names[right]) for left, right in merges_of(tokens)]
+    library = Tokenizer(models.BPE({name: i for i, name in enumerate(names.values())}, merges))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words)
+    library.decoder = decoders.ByteLevel()
+    return library
+
+
+def byte_letters():
+    """The character that GPT-2's files and the tokenizers library write for each byte: itself if it is printable."""
+    printable, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, itertools.count(256)
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def merges_of(tokens):
+    """Yields, for each token of several bytes, the two tokens that it is made of. tokens: as in `byte_level`."""
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    for token in tokens:
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:  # merges the pair of the lowest rank, as encoding does
+            found = [ranks.get(left + right, len(ranks)) for left, right in itertools.pairwise(parts)]
+            at = found.index(min(found))
+            parts[at:at + 2] = [parts[at] + parts[at + 1]]
+        if len(parts) == 2:
+            yield parts
 
 
 def short_words(texts):
@@ -198,7 +298,7 @@ def load(path):
         saved = json.loads(Path(path).read_text(encoding="utf-8"))
         if "model" in saved:
             import tokenizers
-            return BPETokenizer(tokenizers.Tokenizer.from_file(str(path)))
+            return BPETokenizer(tokenizers.Tokenizer.from_file(str(path)), ends_of(saved, path))
         return KINDS[saved.pop("kind")](**saved)
     except Exception as error:  # the tokenizers library raises nothing more specific
         raise UserError(f"{path} is not a tokenizer file ({type(error).__name__}: {error})") from None
@@ -212,8 +312,8 @@ def same_vocabulary(a, b):
 class Transcript:
     """The text of a sample while it is generated. `append` adds one token id, and `news` returns the new text.
 
-    It holds back unfinished characters. It ends before the text `stop` (if that is not "") or the token eos: `ended`
-    is True then, and further ids are ignored.
+    It holds back unfinished characters. It ends before the text `stop` (if that is not "") or an end token: `ended` is
+    True then, and further ids are ignored.
     """
 
     def __init__(self, tokenizer, stop=""):
@@ -222,7 +322,7 @@ class Transcript:
         self.settled, self.before, self.start = "", 0, 0  # the text of ids[:start]; the newest are ids[before:start]
 
     def append(self, token):
-        if self.ended or token == self.tokenizer.eos:
+        if self.ended or token in (self.tokenizer.eos, *self.tokenizer.ends):
             self.ended = True
             return
         self.ids.append(token)

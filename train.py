@@ -142,8 +142,7 @@ def update(task, wrapped, optimizers, scaler, step, world, dtype):
             number, share = 0, 0.0
         seed = int(np.random.SeedSequence((s.seed, step, number)).generate_state(1, np.uint64)[0])
         torch.manual_seed(seed)  # dropout draws from the global generators
-        micro_rows = rows[number * size:(number + 1) * size]
-        arguments, weights = task.batch(micro_rows, torch.Generator().manual_seed(seed))
+        arguments, weights = task.batch(rows[number * size:(number + 1) * size], torch.Generator().manual_seed(seed))
         # DDP averages gradients in the last backward pass only. FSDP does in each: a rank can't hold whole gradients.
         wait = isinstance(wrapped, DistributedDataParallel) and turn < turns - 1
         with wrapped.no_sync() if wait else nullcontext():  # around the forward pass too: DDP decides there
@@ -158,9 +157,8 @@ def update(task, wrapped, optimizers, scaler, step, world, dtype):
     norm = clip(wrapped, s.grad_clip)
     for optimizer in optimizers.values():
         scaler.step(optimizer)
-    scaler.update()
-    for optimizer in optimizers.values():
         optimizer.zero_grad(set_to_none=True)
+    scaler.update()
     return loss, norm, shown
 
 
@@ -235,10 +233,8 @@ def snapshot(task, row, best, guard, optimizers, scaler):
 
 
 def pick_micro_batch_size(task, world):
-    """Returns the micro_batch_size to record: the setting, or if that is 0, batch_size / workers, rounded up.
-
-    For a task that scores each row against all others, returns 0: each worker then takes its share in one micro-batch.
-    """
+    """Returns the micro_batch_size to record: the setting, or else batch_size / workers, rounded up; 0 for a task that
+    scores each row against all others, whose workers each take their share in one micro-batch."""
     s = task.settings
     if task.whole:
         if s.micro_batch_size or s.batch_size % world.size:

@@ -1,1 +1,37 @@
 """Loads and saves published weights. The names that others gave to tensors and settings occur only here."""
+import contextlib
+import json
+import os
+import re
+
+from configurator import UserError
+
+# The files of a published model. A checkpoint has others too.
+PUBLISHED = r"(generation_|tokenizer_|preprocessor_)?config\.json|tokenizer\.json|model\b.*\.(safetensors|index\.json)"
+
+
+def check_publish(folder, out_dir="", setting="publish"):
+    """Raises UserError unless the folder is "", missing or empty, or holds only a published model, to be replaced.
+
+    It must not be a folder that the run in out_dir needs, either. setting: the one that names it, for messages.
+    """
+    if not folder:
+        return
+    path, run = os.path.realpath(folder), os.path.realpath(out_dir) if out_dir else ""
+    if f"{run}{os.sep}".startswith(f"{path}{os.sep}") or path in (os.path.join(run, name) for name in ("best", "last")):
+        raise UserError(f"{setting} = {folder}: the run in {out_dir} needs that folder; name another")
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise UserError(f"{setting} = {folder}: is not a folder; name a new one")
+    above = os.path.dirname(path)
+    while not os.path.lexists(above):
+        above = os.path.dirname(above)
+    if not os.path.isdir(above) or not os.access(above, os.W_OK) or os.path.ismount(path):  # it will be renamed
+        raise UserError(f"{setting} = {folder}: no folder can be made or replaced there; name another")
+    names = os.listdir(path) if os.path.isdir(path) else []
+    config = None
+    with contextlib.suppress(OSError, ValueError), open(os.path.join(path, "config.json"), encoding="utf-8") as file:
+        config = json.load(file)
+    strange = [name for name in sorted(names) if not re.fullmatch(PUBLISHED, name)]
+    if strange or names and not (isinstance(config, dict) and "architectures" in config):  # ours lacks it
+        raise UserError(f"{setting} = {folder}: holds {(strange or sorted(names))[0]}, so it is not just a published"
+                        " model, which could be replaced; name a new folder")

@@ -1,13 +1,16 @@
-"""Loads published models from the disk or the Hugging Face hub. A missing or unexpected tensor is an error.
+"""Loads and saves published models. A missing or unexpected tensor is an error.
 
     python sample.py --init_from=gpt2 --prompt="Once upon"
 
 A published folder holds config.json, tokenizer.json, and model.safetensors (or pytorch_model.bin) or its shards.
-gpt2.py and paligemma.py each have MODEL (our class), to_config and load_tokenizer. Published files differ in how they
-name tensors. first_name gives the name in the layout that came first (None: unused); source finds our parameter in it.
+gpt2.py, llama.py and paligemma.py each have MODEL (from our config to the model), to_config and load_tokenizer.
+Published files differ in how they name tensors. first_name gives the name in the layout that came first (None: unused);
+source finds our parameter in it.
 """
 
 import importlib
+import os
+import shutil
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import NamedTuple
@@ -17,10 +20,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from configurator import UserError
-from run.checkpoint import fill, read_config, unfilled
+from model import GPT
+from published import check_publish
+from run.checkpoint import clear, fill, read_config, reason, unfilled
+from run.files import rename, write_json
+from vlm import Gemma, PaliGemma
 
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # the first that exists; loading either runs no code
-FAMILIES = {"gpt2": "published.gpt2", "paligemma": "published.paligemma"}  # by the model_type in config.json
+FAMILIES = {"gpt2": "published.gpt2", **dict.fromkeys(("llama", "mistral", "qwen2", "gemma"), "published.llama"),
+            "paligemma": "published.paligemma"}  # by the model_type in config.json
+LAYOUTS = {GPT: ("gpt2", "llama"), Gemma: ("llama",), PaliGemma: ("paligemma",)}  # that may hold a class of ours
 GPT2 = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 
 
@@ -35,21 +44,22 @@ class Source(NamedTuple):
 def load(name, device="cpu", dtype=torch.float32, block_size=0, dropout=0.0):
     """(model in eval mode, {"tokenizer": its tokenizer}) of a published model.
 
-    name: gpt2, gpt2-medium, -large, -xl, a hub id, or a folder. block_size: positions to keep of a GPT-2's (0: all).
-    Raises UserError for a model that Quill can't compute, and for weights or a tokenizer that do not fit.
+    name: gpt2, gpt2-medium, -large, -xl, a hub id, or a folder. block_size: how many positions a model of text keeps;
+    0: all; None: as many as a window of training should have. Raises UserError for a model that Quill can't compute,
+    and for weights or a tokenizer that do not fit.
     """
     folder = locate(name)
     theirs = read_config(folder)
     kind = theirs.get("model_type")
     if kind not in FAMILIES:
-        raise UserError(f"{name}: model_type = {kind!r}, but only {' and '.join(FAMILIES)} can be loaded")
+        raise UserError(f"{name}: model_type = {kind!r}, but only {', '.join(FAMILIES)} can be loaded")
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{name} has no tokenizer.json: transformers writes it, in Python:"
                         f" AutoTokenizer.from_pretrained({str(name)!r}).save_pretrained({str(folder)!r})")
     family = importlib.import_module(FAMILIES[kind])
     try:
         config = family.to_config(theirs, name, block_size, dropout)
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{folder / 'config.json'} can't be used: {type(error).__name__}: {error}") from None
     tokenizer = family.load_tokenizer(folder / "tokenizer.json")
     vocab_size = getattr(config, "text", config).vocab_size
@@ -67,7 +77,7 @@ def locate(name):
     from huggingface_hub import errors, snapshot_download
     try:
         for weights in WEIGHTS:
-            files = ["config.json", "tokenizer.json", weights]
+            files = ["config.json", "generation_config.json", "tokenizer.json", weights]
             folder = Path(snapshot_download(GPT2.get(name, name), allow_patterns=files))
             if any(folder.glob(weights)):
                 break
@@ -82,7 +92,7 @@ def locate(name):
 
 
 def read_weights(folder, model, family, theirs):
-    """A state dict for the model, from a folder. family: gpt2.py or paligemma.py. theirs: content of its config.json.
+    """A state dict for the model, from a folder. family: gpt2.py, ... theirs: content of its config.json.
 
     It also holds tensors that the model does not know, under their names in the file: `fill` then raises an error.
     Safetensors are memory-mapped. Raises UserError for unreadable files.
@@ -97,7 +107,7 @@ def read_weights(folder, model, family, theirs):
             raise UserError(f"{path} can't be read: {error}") from None
         except (RuntimeError, UnpicklingError):
             raise UserError(f"{path} is damaged, or holds more than tensors") from None
-        stored |= {family.first_name(key): (key, tensor) for key, tensor in tensors.items()}
+        stored |= {family.first_name(key, theirs): (key, tensor) for key, tensor in tensors.items()}
     stored.pop(None, None)  # unused tensors
     parameters = model.state_dict()
     sources = {ours: family.source(ours, theirs) for ours in parameters}
@@ -109,3 +119,75 @@ def read_weights(folder, model, family, theirs):
             tensor = tensor.T if turned else tensor
             state[ours] = tensor[first:first + len(parameters[ours])] if len(tensor) == rows else tensor
     return state
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Saving
+
+def layout(model):
+    """The module of the first layout that can hold the model. Raises UserError that says why no layout can."""
+    if type(model) not in LAYOUTS:
+        known = ", ".join(cls.__name__ for cls in LAYOUTS)
+        raise UserError(f"no published layout holds a {type(model).__name__}, only the models {known}")
+    reasons = []
+    for name in LAYOUTS[type(model)]:
+        family = importlib.import_module(f"published.{name}")
+        found = family.misfit(model.config) if hasattr(family, "misfit") else ""
+        if not found:
+            return family
+        reasons.append(f"the layout of {name} can't hold {found}")
+    raise UserError(f"the {type(model).__name__} can't be published: {'; '.join(reasons)}. Train one with the settings"
+                    " of config/shakespeare_char.py or config/shakespeare_llama.py")
+
+
+def save(model, tokenizer, folder, shard_size=5 * 10**9):
+    """Writes a model in the layout that holds it, in its own dtype. transformers can load it, and so can `load`.
+
+    All is written to FOLDER.unfinished, which is then renamed. What was in the folder is deleted after that: until
+    then it is FOLDER.replaced. shard_size: most bytes per weight file. Raises UserError for a model that no layout
+    holds, for a folder with anything but a published model, and if a file can't be written.
+    """
+    check_publish(folder)
+    family, folder = layout(model), Path(folder).resolve()
+    new, old = (folder.with_name(folder.name + ending) for ending in (".unfinished", ".replaced"))
+    try:
+        clear(new)
+        new.mkdir(parents=True)
+        if hasattr(family, "save"):
+            family.save(model, tokenizer, new, shard_size)
+        else:
+            write(family, model, tokenizer, new, shard_size)
+        for path in new.iterdir():
+            path.chmod((new / "config.json").stat().st_mode)  # safetensors' files are readable by their owner only
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+        if folder.exists():
+            clear(old)
+            rename(folder, old)
+        rename(new, folder)
+        clear(old)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(new, ignore_errors=True)  # frees space on a full disk
+        raise UserError(f"{folder} can't be written: {reason(error)}") from error
+
+
+def write(family, model, tokenizer, folder, shard_size):
+    """Writes the files of a language model into `folder`. family: gpt2.py or llama.py."""
+    from huggingface_hub import save_torch_state_dict
+    config, state = family.to_published(model)
+    library, eos = tokenizer.as_library(), tokenizer.eos
+    begin, ends = (list(getattr(tokenizer, name, ())) for name in ("start", "ends"))
+    ids = {"bos": begin[0] if begin else eos, "eos": eos}
+    names = {f"{name}_token": library.id_to_token(token) for name, token in ids.items() if token is not None}
+    # None is written too: without it, transformers takes GPT-2's 50256.
+    numbers = {"bos_token_id": ids["bos"], "eos_token_id": ends if len(ends) > 1 else eos}
+    save_torch_state_dict(state, folder, max_shard_size=shard_size)
+    library.save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json",
+               {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+                "model_max_length": model.config.block_size, **names})
+    # A GPT-2 stops with an error at its last position, and programs often ask for 256 new tokens without being told.
+    limit = {"max_length": model.config.block_size} if model.config.block_size <= 512 else {}
+    write_json(folder / "generation_config.json", {**numbers, **limit})
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    write_json(folder / "config.json", {**config, **numbers, "torch_dtype": dtype})

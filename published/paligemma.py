@@ -67,7 +67,7 @@ def to_config(theirs, name, block_size=0, dropout=0.0):
     sizes = [{ours: published.get(key, default) for ours, (key, default) in table.items()}
              for published, table in zip((vision, text), SIZES.values())]
     config = PaliGemmaConfig(ViTConfig(**sizes[0]), GemmaConfig(**sizes[1], rope_theta=rope["rope_theta"]), dropout)
-    if block_size not in (0, config.text.block_size):
+    if block_size not in (0, None, config.text.block_size):
         raise UserError(f"block_size = {block_size}: {name} has {config.text.block_size}; leave it out")
     return config
 
@@ -90,7 +90,7 @@ def source(name, _=None):
     return Source(name)
 
 
-def first_name(theirs):
+def first_name(theirs, _=None):
     """A published tensor's name in the layout of NAMES. None for the tied output head and the unused pooling head."""
     name = theirs.removeprefix("model.")
     name = re.sub(r"^vision_tower\.(vision_model\.)?", "vision_tower.vision_model.", name)

@@ -23,7 +23,8 @@ class Row(NamedTuple):
 
 
 TASKS = {
-    "text": Row("tasks.text", "TextTask", settings.Text, settings.Writing, settings.Windows, ("gpt2",)),
+    "text": Row("tasks.text", "TextTask", settings.Text, settings.Writing, settings.Windows,
+                ("gpt2", "llama", "mistral", "qwen2", "gemma")),
     "contrastive": Row("tasks.contrastive", "ContrastiveTask", settings.Contrastive, settings.Matching,
                        settings.Nothing, ()),
     "image-text": Row("tasks.image_text", "ImageTextTask", settings.ImageText, settings.Answering, settings.Nothing,
@@ -46,7 +47,7 @@ def task_of(config, folder):
     for name, row in TASKS.items():
         if model_type in row.published:
             return name
-    known = " and ".join(each for row in TASKS.values() for each in row.published)
+    known = ", ".join(each for row in TASKS.values() for each in row.published)
     raise UserError(f"{folder}: model_type = {model_type!r}, but only {known} can be loaded")
 
 

@@ -18,10 +18,8 @@ import torch
 from batches import ImageTextDataset, fixed_rows, read_images, shuffled_rows, to_device
 from configurator import UserError
 from generate import generate, pick_tokens, picker
-from lora import merge_lora
 from machine.device import autocast
 from machine.terminal import watched
-from published import paligemma
 from run import checkpoint, pictures
 from run.cost import flops_per_token, size_in_words
 from sources.images import CONTROLS
@@ -274,14 +272,6 @@ class ImageTextTask(WithImages):
     def command(self, out_dir):
         prompt = self.dataset.rows["val"][0]["prompt"]
         return f"{super().command(out_dir)} --image=FILE {shlex.quote(f'--prompt={prompt}')} --temperature=0"
-
-    def finish(self):
-        """If --publish is set, writes the run's best model to that folder, in a layout that transformers can load."""
-        if self.settings.publish:
-            task, model, _ = load(self.settings.out_dir)
-            merge_lora(model)
-            paligemma.save(model, task.tokenizer, self.settings.publish)
-            print(f"published in {self.settings.publish}")
 
     def cost(self, model):
         """(tokens, FLOPs) of an update with all parameters trained; frozen ones are not deducted."""

@@ -3,12 +3,12 @@
 A setting that would do nothing for the chosen task, model or optimizer is refused.
 """
 
-import contextlib
 import os
 from dataclasses import dataclass
 from typing import Literal
 
 from configurator import UserError, check_idle, check_ranges, check_shape
+from published import check_publish
 
 # ----------------------------------------------------------------------------------------------------------------------
 # For train.py, joined with train.Settings: the checks of a class may read those fields too
@@ -61,11 +61,13 @@ class Text:
     tied: bool = True  # use the token embedding as the output head too
     bigrams: bool = False  # also embed each pair of neighbouring tokens; for small vocabularies
     zero_init: bool = False  # start the last matrices of each block at zero, so that it adds nothing at first
+    publish: str = ""  # folder to write the best model to at the end, as transformers can load it
 
     def __post_init__(self):
         check_sizes(self)
         if self.init_from != "scratch":
             check_idle(self, "is for a model that starts from scratch", "zero_init")
+        check_publish(self.publish, self.out_dir)
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class ImageText:
     bias: bool = False  # whether the decoder's linear layers have a bias
     init_vision: str = ""  # folder of a contrastive run; the model starts with its vision tower
     init_decoder: str = ""  # folder of a text run with --model=gemma; the decoder starts with its blocks
-    publish: str = ""  # folder to write the best model to at the end, in the layout of published PaliGemmas
+    publish: str = ""  # folder to write the best model to at the end, as transformers can load it
     vision: Vision = Vision()  # the vision tower
 
     def __post_init__(self):
@@ -133,7 +135,7 @@ class ImageText:
         if self.init_from != "scratch":
             check_idle(self, "is for a model that starts from scratch", "init_vision", "init_decoder")
         check_sample_tokens(self)
-        check_publish(self.publish)
+        check_publish(self.publish, self.out_dir)
 
 
 def check_sizes(settings):
@@ -148,16 +150,6 @@ def check_sample_tokens(settings):
     """Raises UserError for a sample_tokens other than 0 or the default: the task's samples have their own length."""
     if settings.sample_tokens:
         check_idle(settings, f"the samples of --task={settings.task} have their own length; 0: none", "sample_tokens")
-
-
-def check_publish(folder):
-    """Raises UserError unless the folder is missing, is empty, or holds a published PaliGemma, to be replaced."""
-    if not os.path.exists(folder) or os.path.isdir(folder) and not os.listdir(folder):
-        return
-    with contextlib.suppress(OSError), open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-        if "paligemma" in file.read() and not os.path.exists(os.path.join(folder, "SHA256SUMS")):  # a checkpoint has it
-            return
-    raise UserError(f"publish = {folder}: holds something other than a published PaliGemma; name a new folder")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from configurator import UserError, build, flat_values, say
 from lora import add_lora, merge_lora
 from machine.digest import code_of
 from optimizer import freeze
-from published.files import load as load_published
+from published import files
 from run import checkpoint
 from run.cost import size_in_words
 from tasks import TASKS, task_class, task_of
@@ -100,7 +100,9 @@ class Task:
         return shlex.join(["python", "sample.py", f"--out_dir={out_dir}"])
 
     def finish(self):
-        """Called on the main rank when the run has made all updates and is saved. A task may publish its model here."""
+        """Called on the main rank when the run has made all updates and is saved. Publishes the best model if asked."""
+        if getattr(self.settings, "publish", ""):
+            publish(self.settings.out_dir, self.settings.publish)
 
     def where(self, rows):
         """Text that names these rows, such as "the rows 3, 5"."""
@@ -131,20 +133,17 @@ class Task:
         return found
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Where models come from
-
 def load(name, device="cpu", dtype=torch.float32, which="best", settings=None, dropout=0.0, block_size=0):
     """(task, model in eval mode, config). Raises UserError if the model is missing or damaged.
 
     name: the folder of a run, a checkpoint or a published model, or a published model's name. which: a run's
-    checkpoint, best or last. settings: the task's; None: those of the run. block_size: how many positions to keep of a
-    published GPT-2; 0: all. config is what config.json holds; of a published model it has only the entry `model`.
+    checkpoint, best or last. settings: the task's; None: those of the run. block_size: how many positions a published
+    model of text keeps; 0: all; None: a training window. config: what config.json holds; if published, only `model`.
     """
     if which not in ("best", "last"):
         raise UserError(f"which = {which}: must be best or last")
     if not Path(name).is_dir() or (Path(name) / "config.json").exists() and not checkpoint.is_run(name):
-        model, found = load_published(name, device, dtype, block_size, dropout)
+        model, found = files.load(name, device, dtype, block_size, dropout)
         s = SimpleNamespace(task=next(task for task in TASKS if model_type_of(model, task_class(task).models)))
         return task_class(s.task)(s, found, name), model, {"model": dataclasses.asdict(model.config)}
     folder = checkpoint.find_any(name, which)
@@ -165,6 +164,14 @@ def load(name, device="cpu", dtype=torch.float32, which="best", settings=None, d
     return task, model, config
 
 
+def publish(name, folder, which="best", dtype=torch.float32):
+    """Writes a model, LoRA merged, into `folder` for transformers: see `files.save`. name, which: see `load`."""
+    task, model, _ = load(name, which=which)
+    merge_lora(model)
+    files.save(model.to(dtype), task.tokenizer, folder)
+    print(f"published in {folder}")
+
+
 def start(settings, given, folder, data, world):
     """(task, model) for a run: from its checkpoint `folder` if there is one, else from init_from, else new.
 
@@ -180,7 +187,7 @@ def start(settings, given, folder, data, world):
             raise UserError(f"{folder} was trained on other data than the data set {s.dataset} holds now: restore the"
                             f" old data, or start a new run: {shlex.quote(f'--init_from={s.out_dir}')} --out_dir=NEW")
     elif s.init_from != "scratch":
-        model, its_tokenizers = initial(s, device, given.get("block_size", 0))
+        model, its_tokenizers = initial(s, device, given.get("block_size"))
         task = task_class(s.task)(s, its_tokenizers, s.init_from)
         task.open(data, world)
     else:
@@ -196,6 +203,8 @@ def start(settings, given, folder, data, world):
             raise UserError(f"{name} = {given[name]!r}, but {s.init_from} has {decided[name]!r}: leave it out")
     task.settings = build(type(s), {**flat_values(dataclasses.asdict(s)), **decided})
     task.fit(model)
+    if getattr(s, "publish", ""):
+        files.layout(model)  # raises UserError for a model that can't be published
     task.pick(0)  # raises UserError for a bad batch_size, before an earlier run is moved away
     task.about = {"model_type": model_type_of(model, task.models), "model": dataclasses.asdict(model.config),
                   "code": code_of(model)}  # found before sharding, which changes the model's classes

@@ -148,15 +148,11 @@ class TextTask(Task):
 
 
 def prompt_tokens(tokenizer, prompt):
-    """The prompt's ids, (T,). An empty prompt is one token that a text may follow: end of text, newline, or id 0."""
-    if prompt:
-        try:
-            return tokenizer.encode(prompt)
-        except UserError as error:
-            raise UserError(f"prompt: {error}") from None
-    if tokenizer.eos is not None:
-        return np.array([tokenizer.eos])
+    """The ids that begin every text, then the prompt's, (T,). If there are none: end of text, newline, or id 0."""
+    begin = tokenizer.start or ([] if prompt or tokenizer.eos is None else [tokenizer.eos])
     try:
-        return tokenizer.encode("\n")
-    except UserError:
-        return np.zeros(1, dtype=np.int64)
+        return np.array([*begin, *tokenizer.encode(prompt if prompt or begin else "\n")], dtype=np.int64)
+    except UserError as error:
+        if not prompt:
+            return np.zeros(1, dtype=np.int64)
+        raise UserError(f"prompt: {error}") from None

