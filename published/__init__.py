@@ -1,4 +1,5 @@
 """Loads and saves published weights. The names that others gave to tensors and settings occur only here."""
+
 import contextlib
 import json
 import os

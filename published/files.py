@@ -19,7 +19,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from configurator import UserError
+from configurator import UserError, say
+from machine.decode import KNOWN
+from machine.digest import code_of
 from model import GPT
 from published import check_publish
 from run.checkpoint import clear, fill, read_config, reason, unfilled
@@ -134,6 +136,8 @@ def layout(model):
         family = importlib.import_module(f"published.{name}")
         found = family.misfit(model.config) if hasattr(family, "misfit") else ""
         if not found:
+            if edited := [name for name, code in code_of(model).items() if KNOWN.get(name, code) != code]:
+                say(f"the code of {', '.join(sorted(edited))} was edited: other programs compute what it was before")
             return family
         reasons.append(f"the layout of {name} can't hold {found}")
     raise UserError(f"the {type(model).__name__} can't be published: {'; '.join(reasons)}. Train one with the settings"

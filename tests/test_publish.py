@@ -16,7 +16,7 @@ import train
 from configurator import UserError, parse
 from lecture import Bigram, BigramConfig
 from lora import merge_lora
-from model import GPT, GPTConfig, init_weights
+from model import GPT, MLP, GPTConfig, init_weights
 from published import check_publish, files
 from tasks.task import load, publish
 from tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, same_vocabulary
@@ -121,6 +121,15 @@ def test_a_model_that_no_layout_holds_is_refused_by_name(model, message, tmp_pat
     with pytest.raises(UserError, match=message) as error:
         files.save(model, ByteTokenizer(), tmp_path / "model")
     assert "\n" not in str(error.value) and os.listdir(tmp_path) == []
+
+
+def test_an_edited_block_is_published_with_a_line_that_says_so(monkeypatch, capsys):
+    model = make_model(ByteTokenizer())
+    files.layout(model)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(MLP, "inner", lambda self, x: self.up_proj(x).relu())
+    files.layout(model)
+    assert "the code of model.MLP was edited" in capsys.readouterr().err
 
 
 def test_a_run_that_can_not_be_published_is_refused_before_it_trains(tmp_path, tiny):
