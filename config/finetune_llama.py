@@ -7,7 +7,8 @@
 
 The weights (269 MB) are downloaded once. --init_from and --tokenizer also take other models of the Llama layout, and
 their folders. LoRA adapts every linear layer; the embedding, which is the head too, stays as it is. Less memory:
---recompute=True. All weights: --lora_rank=0 --learning_rate=3e-5, with 12 bytes per weight for gradients and moments.
+--recompute=True. All weights: --lora_rank=0 --learning_rate=3e-5 --min_lr=3e-6, which takes 12 bytes more per weight,
+for gradients and AdamW's moments.
 """
 
 init_from = "HuggingFaceTB/SmolLM2-135M"
@@ -15,8 +16,7 @@ dataset = "my"
 out_dir = "out/finetune_llama"
 
 block_size = 1024  # tokens of context
-lora_rank = 8
-lora_alpha = 16
+lora_rank = 8  # with the update counted twice: see --lora_alpha
 
 batch_size = 16
 micro_batch_size = 4  # sequences in memory at a time
