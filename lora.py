@@ -38,29 +38,39 @@ class LoRALinear(nn.Linear):
         return linear
 
 
-def add_lora(model, rank, generator=None, alpha=0):
-    """Freezes a model's `decoder`, or all of it if it has none, and adds matrices A and B to each linear layer there.
+def add_lora(model, rank, generator=None, alpha=0.0, targets=""):
+    """Freezes a model's `decoder`, or all of it if it has none, and adds matrices A and B to linear layers there.
 
     B starts at zero, so the outputs are the same at first. A is drawn on the CPU, with variance 1 / in_features.
-    alpha: 0 means 2 * rank. Raises UserError for a rank below 1 and for a model without linear layers.
+    alpha: 0 means 2 * rank. targets: the layers' names, such as "q_proj,v_proj"; "": every linear layer, and so a
+    head of its own too. Embeddings, and a head that is the token embedding, stay as they are.
+    Raises UserError for a rank below 1, and if the model has no linear layers or none of a name in targets.
     """
     if rank < 1:
         raise UserError(f"lora_rank = {rank}: must be at least 1")
     part = getattr(model, "decoder", model)
-    part.requires_grad_(False)
-    if not replace(part, nn.Linear, lambda linear: LoRALinear(linear, rank, alpha or 2 * rank, generator)):
+    found = layers(part, nn.Linear)
+    if not found:
         raise UserError(f"lora_rank = {rank}: {type(model).__name__} has no linear layers; use lora_rank = 0")
+    known = list(dict.fromkeys(name for _, name, _ in found))
+    wanted = [name.strip() for name in targets.split(",")] if targets else known
+    for name in wanted:
+        if name not in known:
+            raise UserError(f"lora_targets = {targets!r}: no linear layer of the model has the name {name!r}, only"
+                            f" {', '.join(known)}")
+    part.requires_grad_(False)
+    for parent, name, linear in found:
+        if name in wanted:
+            setattr(parent, name, LoRALinear(linear, rank, alpha or 2 * rank, generator))
 
 
 def merge_lora(model):
     """Turns every LoRALinear back into an nn.Linear with the same outputs. The weights stay frozen."""
-    replace(model, LoRALinear, LoRALinear.merged)
+    for parent, name, layer in layers(model, LoRALinear):
+        setattr(parent, name, layer.merged())
 
 
-def replace(model, kind, make):
-    """Replaces each layer whose type is exactly `kind` by make(layer), and returns how many there were."""
-    found = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()
-             if type(child) is kind]
-    for parent, name, child in found:
-        setattr(parent, name, make(child))
-    return len(found)
+def layers(model, kind):
+    """[(parent, name, layer)] of each layer in the model whose type is exactly `kind`."""
+    return [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()
+            if type(child) is kind]

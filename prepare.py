@@ -4,6 +4,7 @@
     python prepare.py src/ a.md --name=mine             several; --files="*.py,*.md" or "!*.csv" selects inside folders
     python prepare.py my.txt --tokenizer=bpe:4096       char (default), byte, gpt2, or a BPE trained on the text
     python prepare.py my.txt --tokenizer=out            the tokenizer of the model in out/, to fine-tune or evaluate it
+    python prepare.py my.txt --tokenizer=HuggingFaceTB/SmolLM2-135M      of a model on the hub
     python prepare.py shakespeare_char                  a known data set (train.py does this by itself)
     python prepare.py my_folder/ --image_size=48        images with a captions.jsonl: see sources/images.py
     python prepare.py my_folder/ --tokenizer=gpt2       documents in .parquet, .jsonl, .csv or .tsv files, and
@@ -26,7 +27,7 @@ from configurator import UserError, check_idle, check_ranges, from_command_line,
 
 @dataclass(frozen=True)
 class Settings:
-    tokenizer: str = "char"  # char, byte, gpt2, bpe:SIZE, a tokenizer.json, or the folder of a run or published model
+    tokenizer: str = "char"  # char, byte, gpt2, bpe:SIZE, a tokenizer.json, a folder of a model, or a hub id
     name: str = ""  # the data set's name under data/, or the path of a folder; default: the source's name
     files: str = ""  # which files of a folder to use, such as "*.py,*.md" or "!*.csv"; default: all that can be read
     val_fraction: float = 0.1  # share for validation: the end of each text, the last images, or documents by hash
@@ -62,12 +63,27 @@ def main(settings, sources):
     """Makes a data set of the sources (paths, a URL, or a known name), and prints a command that trains on it."""
     sources = list(map(os.path.expanduser, sources))
     is_known = len(sources) == 1 and sources[0] in TOKENIZERS and not Path(sources[0]).exists()
+    given, settings = settings.tokenizer, replace(settings, tokenizer=local_tokenizer(settings.tokenizer))
     name, recipe = prepare_known_source(settings, sources[0]) if is_known else prepare_own(settings, sources)
     start = [recipe]
-    if os.path.isdir(settings.tokenizer):  # the folder of a model, to fine-tune
-        start = ["--task=image-text"] * ("vlm" in recipe) + [f"--init_from={settings.tokenizer}"]
+    if os.path.isdir(given) or given != settings.tokenizer:  # the tokenizer of a model, to fine-tune
+        start = ["--task=image-text"] * ("vlm" in recipe) + [f"--init_from={given}"]
     command = ["python", "train.py", *start, f"--dataset={name}", f"--out_dir=out/{locate(name).name}"]
     print(printable(f"train on it: {shlex.join(command)}"))
+
+
+def local_tokenizer(name):
+    """The value of --tokenizer; for a model's id on the hub, the folder of its tokenizer, which is downloaded."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or os.path.exists(name):
+        return name
+    from huggingface_hub import errors, snapshot_download
+    try:
+        return snapshot_download(name, allow_patterns=["tokenizer.json", "config.json", "generation_config.json"])
+    except (OSError, errors.HfHubHTTPError, errors.HFValidationError) as error:
+        offline = isinstance(error, errors.LocalEntryNotFoundError)
+        reason = "the hub can't be reached" if offline else str(error).strip().partition("\n")[0]
+        raise UserError(f"tokenizer = {name}: no file or folder of that name, and it could not be downloaded"
+                        f" ({reason}); with a copy on disk use --tokenizer=FOLDER") from None
 
 
 def prepare_known_source(settings, source):

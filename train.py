@@ -2,7 +2,6 @@
 
     python train.py                                      the defaults below: a debug run of seconds on any machine
     python train.py config/shakespeare_char.py           a recipe; on a CPU it takes the recipe's on_cpu values
-    python train.py config/shakespeare_char.py --max_iters=100 --out_dir=out/short
     python train.py --resume --out_dir=out               continues a stopped run, as if it had never stopped
     python train.py config/shakespeare_char.py --resume=auto       continues, or starts if nothing was saved
     torchrun --nproc_per_node=2 train.py config/shakespeare_char.py
@@ -50,6 +49,8 @@ class Settings:
     grad_clip: float = 1.0  # clip the gradient to this norm; 0: no clipping
     dropout: float = 0.0  # share of activations dropped in training; helps if the data is seen many times
     lora_rank: int = 0  # fine-tune init_from with LoRA of this rank (lora.py); 0: train all weights
+    lora_alpha: float = 0.0  # LoRA's update counts lora_alpha / lora_rank times; 0: twice
+    lora_targets: str = ""  # names of the linear layers that LoRA adapts, such as q_proj,v_proj; empty: all
     rates: dict[str, float] = field(default_factory=dict)  # learning rate multiplier for a part of the model; 0: frozen
     # evaluation, logging and saving
     eval_interval: int = 100  # updates between evaluations; a save follows each

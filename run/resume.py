@@ -9,9 +9,11 @@ from run import checkpoint
 from run.files import rename
 from run.record import MOVING
 
-FIXED = ("task", "dataset", "init_from", "optimizer", "lora_rank")  # a resumed run can't change these
+FIXED = ("task", "dataset", "init_from", "optimizer", "lora_rank", "lora_alpha",
+         "lora_targets")  # a resumed run can't change these
 FREE = ("publish",)  # nor any of the task's settings, except these
 DEFAULTS = {"mlp": "", "positions": ""}  # values that mean: as the model has it
+ABSENT = {"lora_alpha": 0, "lora_targets": ""}  # what a run has that was saved before these settings existed
 RATE = ("max_iters", "lr_decay_iters", "lr_schedule", "learning_rate", "min_lr", "warmup_iters")  # of the learning rate
 
 
@@ -61,7 +63,7 @@ def refuse_changes(saved, given, own, stand_in):
     """
     out_dir, fixed = given.get("out_dir", "out"), {*FIXED, *flat_fields(own)} - {*FREE}
     for name, asked in given.items():
-        value = saved.get(name, asked)
+        value = saved.get(name, ABSENT.get(name, asked))
         if name in fixed and asked not in (value, DEFAULTS.get(name)) and value != stand_in:
             raise UserError(f"{name} = {asked!r}, but the run in {out_dir} has {value!r}: leave it out to resume, or"
                             f" start a new run with --init_from={out_dir}")

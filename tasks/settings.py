@@ -18,7 +18,7 @@ def check_training(settings):
     check_ranges(settings, batch_size=1, micro_batch_size=0, max_iters=1, learning_rate=0.0, min_lr=0.0, muon_lr=0.0,
                  warmup_iters=0, lr_decay_iters=0, weight_decay=0.0, beta1=0.0, beta2=0.0, grad_clip=0.0,
                  eval_interval=1, eval_tokens=0, log_interval=1, max_minutes=0.0, save_minutes=0.0, max_grad_norm=0.0,
-                 max_loss_rise=0.0, sample_tokens=0, lora_rank=0, seed=0, dropout=0.0)
+                 max_loss_rise=0.0, sample_tokens=0, lora_rank=0, lora_alpha=0.0, seed=0, dropout=0.0)
     for name, rate in settings.rates.items():
         if not rate >= 0:
             raise UserError(f"rates.{name} = {rate}: must be at least 0")
@@ -35,6 +35,8 @@ def check_training(settings):
         raise UserError("learning_rate = 0: does not work with --optimizer=muon, whose rate falls in proportion to it")
     if settings.init_from == "scratch":
         check_idle(settings, "is for fine-tuning with --init_from", "lora_rank")
+    if not settings.lora_rank:
+        check_idle(settings, "is for --lora_rank above 0", "lora_alpha", "lora_targets")
     if not settings.wandb:
         check_idle(settings, "is for --wandb", "wandb_project", "wandb_name")
     if settings.min_lr > settings.learning_rate:

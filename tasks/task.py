@@ -156,7 +156,7 @@ def load(name, device="cpu", dtype=torch.float32, which="best", settings=None, d
     shape = {key: dropout if key == "dropout" else value for key, value in config["model"].items()}
     model = checkpoint.unfilled(model_cls, config_cls(**shape), device, dtype)
     if rank := config.get("lora_rank"):
-        add_lora(model, rank)
+        add_lora(model, rank, None, config["settings"].get("lora_alpha", 0), config["settings"].get("lora_targets", ""))
     checkpoint.fill(model, saved.state, folder)
     found = code_of(model)
     if changed := [name for name, value in config.get("code", {}).items() if found.get(name, value) != value]:
@@ -195,7 +195,7 @@ def start(settings, given, folder, data, world):
         task.open(data, world)
         model = task.build(generator).to(device)
     if s.lora_rank and not folder:
-        add_lora(model, s.lora_rank, generator)
+        add_lora(model, s.lora_rank, generator, s.lora_alpha, s.lora_targets)
     freeze(model, s.rates)
     decided = task.shape(model)
     for name in decided.keys() & given.keys():

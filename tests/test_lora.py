@@ -10,7 +10,9 @@ import torch.nn as nn
 from configurator import UserError
 from generate import generate, pick_tokens
 from lora import LoRALinear, add_lora, merge_lora
-from model import GPT, MLP, GPTConfig, TransformerConfig, init_weights
+from machine.distributed import World, wrap
+from model import GPT, MLP, GPTConfig, TransformerConfig, all_blocks, init_weights
+from optimizer import freeze
 from published import files, paligemma
 from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig, init_parts
 
@@ -32,6 +34,20 @@ def make_model():
     for p in model.decoder.transformer.parameters():  # large enough that a change shows in the logits
         p.data *= 5
     return model.eval()
+
+
+def make_llama(**changes):
+    """A small GPT of Llama's shape, with weights that are large enough that a change shows in the logits."""
+    shape = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=16, n_hidden=24, block_size=12, vocab_size=30, norm_eps=1e-5,
+                 norm="plain_rmsnorm", mlp="swiglu", positions="rotary")
+    model = GPT(GPTConfig(**{**shape, **changes}))
+    init_weights(model, seeded(), std=0.3)
+    return model
+
+
+def adapted(model):
+    """{names of the layers that have LoRA matrices}."""
+    return {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
 def train(model, steps=8):
@@ -155,6 +171,61 @@ def test_transformers_loads_a_fine_tuned_and_merged_model(tmp_path):
     expected = theirs.eval()(**their_inputs(BATCH["images"], BATCH["tokens"].tolist())).logits[:, N:]
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
     assert (model(**BATCH) - before).abs().max() > 0.1
+
+
+def test_targets_name_the_layers_that_are_adapted():
+    for targets, names in (("", PROJECTIONS), ("q_proj", {"q_proj"}), ("v_proj, down_proj", {"v_proj", "down_proj"})):
+        model = make_llama()
+        add_lora(model, 2, seeded(), targets=targets)
+        assert adapted(model) == names
+        assert all(".lora_" in name for name, p in model.named_parameters() if p.requires_grad)
+    untied = make_llama(tied=False)
+    add_lora(untied, 2, seeded(), targets="head")
+    assert adapted(untied) == {"head"}
+
+
+@pytest.mark.parametrize("targets, name", [("q_proj,wq", "wq"), ("head", "head"), ("wte", "wte"), ("q_proj,", "")])
+def test_a_target_that_the_model_lacks_is_refused_and_the_model_stays_as_it_was(targets, name):
+    model = make_llama()
+    with pytest.raises(UserError) as refused:
+        add_lora(model, 2, seeded(), targets=targets)
+    assert str(refused.value) == (f"lora_targets = {targets!r}: no linear layer of the model has the name {name!r},"
+                                  " only q_proj, k_proj, v_proj, o_proj, up_proj, down_proj, gate_proj")
+    assert not adapted(model) and all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("changes", [{}, {"targets": "q_proj,v_proj"}, {"alpha": 0.5}])
+def test_a_merged_llama_writes_what_it_wrote_before(changes):
+    model, tokens = make_llama().eval(), torch.randint(30, (2, 12), generator=seeded(1))
+    names, plain = list(model.state_dict()), model(tokens)
+    add_lora(model, 2, seeded(), **changes)
+    for name, p in model.named_parameters():
+        if name.endswith("lora_b"):
+            p.data.normal_(0, 0.3, generator=seeded(2))
+    before = model(tokens)
+    merge_lora(model)
+    assert list(model.state_dict()) == names and (before - plain).abs().max() > 0.01
+    torch.testing.assert_close(model(tokens), before, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["lora", "wte", "transformer"])
+def test_recomputing_gives_the_same_gradients_whatever_is_frozen(part):
+    """Even if no block's input needs a gradient."""
+    tokens, found = torch.randint(30, (2, 12), generator=seeded(1)), []
+    for recompute in (False, True):
+        model = make_llama(tied=False)
+        if part == "lora":
+            add_lora(model, 2, seeded())
+        else:
+            freeze(model, {part: 0.0})
+        wrap(model, all_blocks(model), False, False, recompute, torch.float32, World(0, 1, torch.device("cpu")))
+        model(tokens, tokens.roll(-1, 1)).sum().backward()
+        assert {name for name, p in model.named_parameters() if p.grad is not None} == {
+            name for name, p in model.named_parameters() if p.requires_grad}
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    plain, recomputed = found
+    assert len(plain) >= 2 and any(grad.abs().max() > 0 for grad in plain)
+    assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
 
 
 def test_a_rank_below_one_and_a_model_without_linear_layers_are_refused():

@@ -301,6 +301,30 @@ def test_a_models_tokenizer_is_reused_and_the_command_fine_tunes_it(data, tmp_pa
         run(tmp_path / "odd.txt", tokenizer=str(tmp_path / "a run"))
 
 
+def test_a_tokenizer_on_the_hub_is_downloaded(data, tmp_path, source, capsys, monkeypatch):
+    hub, asked = pytest.importorskip("huggingface_hub"), []
+    (tmp_path / "cache").mkdir()
+    tokenizers.CharTokenizer("\n abcdefghijklmnopqrstuvwxyz").save(tmp_path / "cache" / "tokenizer.json")
+
+    def download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    make_files(tmp_path, new_txt="to be or not\n" * 9)
+    run(tmp_path / "new.txt", tokenizer="maker/model-1.5")
+    assert asked == [("maker/model-1.5", ["tokenizer.json", "config.json", "generation_config.json"])]
+    assert contents(data / "new")[2]["vocab_size"] == 28
+    assert "train.py --init_from=maker/model-1.5 --dataset=new" in capsys.readouterr().out
+
+    def fail(name, allow_patterns):
+        raise hub.errors.LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(hub, "snapshot_download", fail)
+    with pytest.raises(UserError, match="tokenizer = out/typo: no file or folder .* .the hub can't be reached.; with"):
+        run(source, tokenizer="out/typo")
+
+
 def test_a_bpe_learns_from_a_sample_spread_over_the_text(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(texts, "SAMPLE", 4000)
     monkeypatch.setattr(texts, "SAMPLE_PIECE", 100)

@@ -23,7 +23,9 @@ from machine import device
 from machine.distributed import World
 from optimizer import learning_rate, make_optimizers
 from run import checkpoint, guards
+from run import resume as resuming
 from run.log import start_wandb
+from tasks import TASKS
 from tasks.task import initial, load
 from tasks.text import TextTask
 
@@ -484,7 +486,8 @@ def test_training_can_start_from_an_earlier_run(tmp_path, tiny, trained, capsys)
 
 def test_lora_trains_only_its_two_small_matrices_per_layer(tmp_path, tiny, trained):
     """Its checkpoint can be loaded, resumed, and merged when another run starts from it."""
-    wanted = dict(tiny, init_from=trained, lora_rank=2, max_iters=10, dropout=0.1, sample_tokens=0)
+    wanted = dict(tiny, init_from=trained, lora_rank=2, lora_alpha=1.0, lora_targets="q_proj,down_proj",
+                  max_iters=10, dropout=0.1, sample_tokens=0)
     settings = settings_for("text", **wanted, out_dir=str(tmp_path / "whole"))
     _, model, *_ = train.train(settings, {}, World(0, 1, CPU))
     before, after = weights(trained, "best"), weights(tmp_path / "whole")
@@ -494,13 +497,30 @@ def test_lora_trains_only_its_two_small_matrices_per_layer(tmp_path, tiny, train
     tokens = torch.arange(32)[None] % 20
     logits = model.eval()(tokens)
     assert config["lora_rank"] == 2 and torch.equal(loaded(tokens), logits)
-    merged, _ = initial(replace(settings, init_from=str(tmp_path / "whole" / "last"), lora_rank=0), "cpu")
+    assert {name.split(".")[-2] for name in after if name.endswith("lora_a")} == {"q_proj", "down_proj"}
+    whole = replace(settings, init_from=str(tmp_path / "whole" / "last"), lora_rank=0, lora_alpha=0.0, lora_targets="")
+    merged, _ = initial(whole, "cpu")
     assert merged.state_dict().keys() == before.keys()
     torch.testing.assert_close(merged.eval()(tokens), logits)
     with pytest.raises(SystemExit):
         run(tmp_path / "parts", wanted, max_minutes=1e-9)
     resume(tmp_path / "parts", "--max_minutes=0")
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    for line, value in (("--lora_rank=3", 2), ("--lora_alpha=2", 1.0), ("--lora_targets=q_proj", "q_proj,down_proj")):
+        with pytest.raises(UserError, match=f"{line.partition('=')[0][2:]} = .* has {value!r}: leave it out to resume"):
+            resume(tmp_path / "parts", line)
+
+
+def test_a_lora_run_from_before_alpha_and_targets_loads_and_keeps_its_scale(tmp_path, tiny, trained, monkeypatch):
+    run(tmp_path, tiny, init_from=trained, lora_rank=2, max_iters=2, sample_tokens=0)
+    now, saved = load(tmp_path)[1], checkpoint.load(tmp_path / "best")
+    settings = {name: value for name, value in saved.config["settings"].items() if name not in resuming.ABSENT}
+    older = saved._replace(config={**saved.config, "settings": settings})
+    monkeypatch.setattr(checkpoint, "load", lambda folder: older)
+    then, tokens = load(tmp_path)[1], torch.arange(32)[None] % 20
+    assert torch.equal(now(tokens), then(tokens))
+    with pytest.raises(UserError, match="lora_alpha = 8.0, but the run in out has 0: leave it out to resume"):
+        resuming.refuse_changes(settings, {"lora_alpha": 8.0}, TASKS["text"].training, "")
 
 
 def test_a_part_with_rate_0_stays_frozen_in_a_resumed_run(tmp_path, tiny, trained):
@@ -545,6 +565,8 @@ def test_settings_that_exclude_each_other_are_refused(changes, message, monkeypa
     ("--muon_lr=0.1", "muon_lr = 0.1: is for --optimizer=muon; "
      r"leave it out \(if a recipe sets it, --muon_lr=0.02 undoes that\)"),
     ("--lora_rank=2", "lora_rank = 2: is for fine-tuning with --init_from"),
+    ("--init_from=x --lora_alpha=2 --lora_targets=q_proj",
+     "lora_alpha = 2.0, lora_targets = 'q_proj': is for --lora_rank above 0; leave it out"),
     ("--init_from=gpt2 --zero_init", "zero_init = True: is for a model that starts from scratch"),
     ("--task=image-text --init_from=x --init_vision=y", "init_vision = 'y': is for a model that starts from scratch"),
     ("--wandb_name=mine", "wandb_name = 'mine': is for --wandb"),
