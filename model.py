@@ -47,6 +47,7 @@ class TransformerConfig:
 class GPTConfig(TransformerConfig):
     vocab_size: int = 65
     block_size: int = 64  # context length: the most tokens that the model reads at once
+    context: int = 0  # the context that a published model had before we kept fewer positions; 0: block_size
     positions: str = "learned"  # a key of POSITIONS
     rope_theta: float = 10000.0  # base of the wavelengths of rotary positions
     rope_scaling: dict = field(default_factory=dict)  # stretches them: see rotary.py; {}: as they are

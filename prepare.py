@@ -49,6 +49,7 @@ if __name__ == "__main__":  # --help and typos are answered before the slow impo
     SETTINGS, _ = from_command_line(Settings, __doc__)
 
 from machine.terminal import printable
+from published import download as download_model
 from sources import documents, images, texts
 from sources.known import CORPORA, GENERATED, TOKENIZERS, claim, download, locate, prepare_known
 
@@ -76,14 +77,7 @@ def local_tokenizer(name):
     """The value of --tokenizer; for a model's id on the hub, the folder of its tokenizer, which is downloaded."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or os.path.exists(name):
         return name
-    from huggingface_hub import errors, snapshot_download
-    try:
-        return snapshot_download(name, allow_patterns=["tokenizer.json", "config.json", "generation_config.json"])
-    except (OSError, errors.HfHubHTTPError, errors.HFValidationError) as error:
-        offline = isinstance(error, errors.LocalEntryNotFoundError)
-        reason = "the hub can't be reached" if offline else str(error).strip().partition("\n")[0]
-        raise UserError(f"tokenizer = {name}: no file or folder of that name, and it could not be downloaded"
-                        f" ({reason}); with a copy on disk use --tokenizer=FOLDER") from None
+    return download_model(name, ["tokenizer.json", "config.json", "generation_config.json"], "tokenizer")
 
 
 def prepare_known_source(settings, source):

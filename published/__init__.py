@@ -36,3 +36,20 @@ def check_publish(folder, out_dir="", setting="publish"):
     if strange or names and not (isinstance(config, dict) and "architectures" in config):  # ours lacks it
         raise UserError(f"{setting} = {folder}: holds {(strange or sorted(names))[0]}, so it is not just a published"
                         " model, which could be replaced; name a new folder")
+
+
+def download(name, files, setting):
+    """The local folder of a model on the Hugging Face hub, with those of its files that fit the patterns `files`.
+
+    setting: the one that names the model, for messages. Raises UserError if there is no such model, or no network.
+    """
+    from huggingface_hub import errors, snapshot_download
+    try:
+        return snapshot_download(name, allow_patterns=files)
+    except errors.HFValidationError:
+        raise UserError(f"{setting} = {name}: no folder of that name, and not a model's name on the hub") from None
+    except (OSError, errors.HfHubHTTPError) as error:
+        offline = isinstance(error, errors.LocalEntryNotFoundError)
+        reason = "the hub can't be reached" if offline else str(error).strip().partition("\n")[0]
+        raise UserError(f"{setting} = {name}: no folder of that name, and it could not be downloaded ({reason}); with a"
+                        f" copy on disk use --{setting}=FOLDER") from None

@@ -23,7 +23,7 @@ from configurator import UserError, say
 from machine.decode import KNOWN
 from machine.digest import code_of
 from model import GPT
-from published import check_publish
+from published import check_publish, download
 from run.checkpoint import clear, fill, read_config, reason, unfilled
 from run.files import rename, write_json
 from vlm import Gemma, PaliGemma
@@ -76,21 +76,12 @@ def locate(name):
     """The path of folder `name`, or of the hub's model, downloaded if needed. Raises UserError if there is neither."""
     if Path(name).is_dir():
         return Path(name)
-    from huggingface_hub import errors, snapshot_download
-    try:
-        for weights in WEIGHTS:
-            files = ["config.json", "generation_config.json", "tokenizer.json", weights]
-            folder = Path(snapshot_download(GPT2.get(name, name), allow_patterns=files))
-            if any(folder.glob(weights)):
-                break
-        return folder
-    except errors.HFValidationError:
-        raise UserError(f"init_from = {name}: no folder of that name, and not a model's name on the hub") from None
-    except (OSError, errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
-        offline = isinstance(error, errors.LocalEntryNotFoundError)
-        reason = "the hub can't be reached" if offline else str(error).strip().partition("\n")[0]
-        raise UserError(f"init_from = {name}: no folder of that name, and it could not be downloaded ({reason});"
-                        " with a copy on disk use --init_from=FOLDER") from None
+    for weights in WEIGHTS:
+        files = ["config.json", "generation_config.json", "tokenizer.json", weights]
+        folder = Path(download(GPT2.get(name, name), files, "init_from"))
+        if any(folder.glob(weights)):
+            break
+    return folder
 
 
 def read_weights(folder, model, family, theirs):
@@ -179,6 +170,7 @@ def write(family, model, tokenizer, folder, shard_size):
     """Writes the files of a language model into `folder`. family: gpt2.py or llama.py."""
     from huggingface_hub import save_torch_state_dict
     config, state = family.to_published(model)
+    context = model.config.context or model.config.block_size
     library, eos = tokenizer.as_library(), tokenizer.eos
     begin, ends = (list(getattr(tokenizer, name, ())) for name in ("start", "ends"))
     ids = {"bos": begin[0] if begin else eos, "eos": eos}
@@ -189,9 +181,9 @@ def write(family, model, tokenizer, folder, shard_size):
     library.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json",
                {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-                "model_max_length": model.config.block_size, **names})
+                "model_max_length": context, **names})
     # A GPT-2 stops with an error at its last position, and programs often ask for 256 new tokens without being told.
-    limit = {"max_length": model.config.block_size} if model.config.block_size <= 512 else {}
+    limit = {"max_length": context} if context <= 512 else {}
     write_json(folder / "generation_config.json", {**numbers, **limit})
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     write_json(folder / "config.json", {**config, **numbers, "torch_dtype": dtype})

@@ -92,8 +92,9 @@ def to_config(theirs, name, block_size, dropout):
     theta, scaling = rope_of(theirs, name, most)
     sizes = {ours: 0 if full[key] is None else full[key] for ours, key in SIZES.items()}
     cls, norm = (GemmaConfig, "rmsnorm") if kind == "gemma" else (GPTConfig, "plain_rmsnorm")
-    return cls(**{**sizes, "block_size": kept}, norm=norm, mlp=ACTIVATIONS[act], positions="rotary", rope_theta=theta,
-               rope_scaling=scaling, bias=biases[0], qkv_bias=kind == "qwen2", dropout=dropout)
+    sizes |= {"block_size": kept, "context": most if kept < most else 0}
+    return cls(**sizes, norm=norm, mlp=ACTIVATIONS[act], positions="rotary", rope_theta=theta, rope_scaling=scaling,
+               bias=biases[0], qkv_bias=kind == "qwen2", dropout=dropout)
 
 
 def require_known(theirs, name):
@@ -177,6 +178,7 @@ def to_published(model):
         is_gain = c.norm == "rmsnorm" and kind != "gemma" and name.endswith("norm.weight")
         state[name if name == "lm_head.weight" else f"model.{name}"] = 1 + tensor if is_gain else tensor
     sizes = {their: getattr(c, ours) for ours, their in SIZES.items()}
+    sizes["max_position_embeddings"] = c.context or c.block_size  # rotary positions lose nothing by training on fewer
     sizes["num_key_value_heads"] = c.n_kv_head or c.n_head
     sizes["head_dim"] = c.head_dim or c.n_embd // c.n_head
     sizes["intermediate_size"] = c.n_hidden or 4 * c.n_embd

@@ -335,7 +335,9 @@ def test_training_keeps_a_window_and_sampling_all_positions(families, words, tmp
     settings = dict(tiny, dataset=str(words), init_from=path, max_iters=1, batch_size=1, eval_tokens=2000)
     train.main(settings_for("text", **settings, out_dir=str(tmp_path / "out")), {})
     assert "has 131,072 positions: a run keeps 1,024" in capsys.readouterr().err
-    assert load(tmp_path / "out")[1].config.block_size == 1024
+    model = load(tmp_path / "out")[1]
+    assert model.config.block_size == 1024
+    assert llama.to_published(model)[0]["max_position_embeddings"] == 131072
     with pytest.raises(UserError, match="block_size = 97: .* has only 96 positions"):
         files.load(str(families["llama"][0]), block_size=97)
 
