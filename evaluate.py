@@ -44,7 +44,7 @@ from machine import distributed
 from machine.device import pick_dtype
 from run import checkpoint
 from run.files import read_json, write_json
-from tasks.task import load
+from tasks.loading import load
 
 
 def earlier(path, result):

@@ -60,7 +60,7 @@ if __name__ == "__main__":  # --help and typos answer before torch is imported
 
 from machine.device import pick_device, weights_dtype
 from machine.terminal import printable
-from tasks.task import load
+from tasks.loading import load
 
 
 def read_prompt(prompt):

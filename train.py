@@ -121,7 +121,7 @@ from run import checkpoint, resume
 from run.guards import Guard, guard_outputs, lost_output, require_finite
 from run.lock import owned
 from run.log import Log, improves, measures, say_where
-from tasks.task import load, start
+from tasks.loading import load, start
 
 
 def update(task, wrapped, optimizers, scaler, step, world, dtype):

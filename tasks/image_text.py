@@ -23,7 +23,8 @@ from machine.terminal import watched
 from run import checkpoint, pictures
 from run.cost import flops_per_token, size_in_words
 from sources.images import CONTROLS
-from tasks.task import Task, load
+from tasks.loading import load
+from tasks.task import Task
 from tokenizer import Transcript, transcribe
 from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig, image_attention, init_parts
 

@@ -25,7 +25,8 @@ from machine.device import autocast
 from machine.terminal import watched
 from model import GPT, GPTConfig, all_blocks, init_weights
 from run.cost import flops_per_token, size_in_words
-from tasks.task import Task, model_type_of
+from tasks.loading import model_type_of
+from tasks.task import Task
 from vlm import Gemma, GemmaConfig
 
 MODELS = {  # model_type: (class, class of its configuration)

@@ -17,7 +17,7 @@ from configurator import UserError, flat_fields, help_text, parse
 from machine.distributed import World
 from run import checkpoint
 from tasks.arithmetic import ArithmeticTask
-from tasks.task import load
+from tasks.loading import load
 
 ROOT = Path(train.__file__).parent
 FOLDER = ROOT / "data" / "arithmetic"

@@ -16,7 +16,7 @@ from configurator import UserError
 from machine import terminal
 from run import checkpoint
 from sources import texts
-from tasks.task import load
+from tasks.loading import load
 from tasks.text import TextTask
 from tokenizer import CharTokenizer
 

@@ -87,7 +87,7 @@ def test_the_whole_is_small():
     assert lines("lecture") <= 400  # read by itself, and not counted below
     in_c = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.glob("machine/*.c"))
     total = in_c + lines(*CORE)
-    most = 8160  # the aim is 5,300
+    most = 8760  # the aim was 5,300; 600 of these lines came with the Llama layout and with publishing
     assert total <= most, f"{total} lines: delete as many as you add, or raise the limit here and say why"
 
 

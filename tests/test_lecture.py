@@ -11,7 +11,7 @@ from conftest import settings_for
 import lecture
 import train
 from lecture import RUNGS, Head
-from tasks.task import load
+from tasks.loading import load
 from tools import ladder
 
 

@@ -20,7 +20,7 @@ from model import GPT, GPTConfig, init_weights
 from published import files, llama
 from run.cost import count_parameters
 from sources import texts
-from tasks.task import load
+from tasks.loading import load
 from vlm import Gemma, GemmaConfig
 
 transformers = pytest.importorskip("transformers")

@@ -321,7 +321,7 @@ def test_a_tokenizer_on_the_hub_is_downloaded(data, tmp_path, source, capsys, mo
         raise hub.errors.LocalEntryNotFoundError("offline")
 
     monkeypatch.setattr(hub, "snapshot_download", fail)
-    with pytest.raises(UserError, match="tokenizer = out/typo: no file or folder .* .the hub can't be reached.; with"):
+    with pytest.raises(UserError, match="tokenizer = out/typo: no folder .* .the hub can't be reached.; with"):
         run(source, tokenizer="out/typo")
 
 

@@ -18,7 +18,7 @@ from lecture import Bigram, BigramConfig
 from lora import merge_lora
 from model import GPT, MLP, GPTConfig, init_weights
 from published import check_publish, files
-from tasks.task import load, publish
+from tasks.loading import load, publish
 from tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, same_vocabulary
 
 transformers = pytest.importorskip("transformers")

@@ -14,7 +14,7 @@ import train
 from configurator import UserError
 from published import files
 from sources import texts
-from tasks.task import load
+from tasks.loading import load
 
 transformers = pytest.importorskip("transformers")
 PROMPT = "the king sees a "

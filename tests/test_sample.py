@@ -11,7 +11,7 @@ from conftest import settings_for
 import sample
 import tasks.text
 from configurator import UserError, parse
-from tasks.task import load
+from tasks.loading import load
 from tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, Transcript
 
 
@@ -46,7 +46,7 @@ def test_only_the_out_directory_is_needed(trained, tmp_path):
 
 
 PYTHON = """
-from tasks.task import load
+from tasks.loading import load
 
 task, model, config = load("out")          # a run's or a checkpoint's folder, or a published model's, or its name
 print(task.write(model, "the", max_new_tokens=20, temperature=0))
@@ -59,7 +59,7 @@ def test_a_trained_model_is_used_in_three_lines(trained, tmp_path, monkeypatch, 
     shutil.copytree(trained, tmp_path / "out")
     monkeypatch.chdir(tmp_path)
     readme = (Path(sample.__file__).parent / "README.md").read_text(encoding="utf-8")
-    found = re.search(r"```python\n((?:import torch\n+)?from tasks.task import load.*?)```", readme, re.DOTALL)
+    found = re.search(r"```python\n((?:import torch\n+)?from tasks.loading import load.*?)```", readme, re.DOTALL)
     names = {"torch": torch}
     exec(found[1].replace("ROMEO:", "the") if found else PYTHON, names)
     assert capsys.readouterr().out.startswith("the")

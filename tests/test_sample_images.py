@@ -18,7 +18,7 @@ from run import checkpoint
 from run.pictures import pixels, read_image
 from tasks import image_text
 from tasks.image_text import encode_prompt
-from tasks.task import load
+from tasks.loading import load
 from tokenizer import BPETokenizer, Transcript
 from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig, attention_weights, image_attention
 

@@ -32,8 +32,8 @@ from sources import images
 from tasks import text as text_task
 from tasks.contrastive import ContrastiveTask
 from tasks.image_text import ImageTextTask
+from tasks.loading import initial, load
 from tasks.settings import Vision
-from tasks.task import initial, load
 from tokenizer import BPETokenizer
 from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig, init_parts
 

@@ -26,7 +26,7 @@ from run import checkpoint, guards
 from run import resume as resuming
 from run.log import start_wandb
 from tasks import TASKS
-from tasks.task import initial, load
+from tasks.loading import initial, load
 from tasks.text import TextTask
 
 ROOT = Path(train.__file__).parent

@@ -20,7 +20,7 @@ from model import GPTConfig, Rotary, init_weights, rotate
 from published import files, paligemma
 from run import checkpoint, pictures
 from tasks.image_text import encode_prompt, pad_left
-from tasks.task import load
+from tasks.loading import load
 from vlm import Gemma, GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig
 
 Image = pytest.importorskip("PIL.Image")

@@ -34,7 +34,7 @@ if __name__ == "__main__":  # --help and typos answer before torch is imported
 from run.cost import count_parameters
 from run.curves import read_log
 from run.files import read_json, write_text
-from tasks.task import load
+from tasks.loading import load
 from tools.compare import draw_together
 from tools.versus import settings_of, train
 

@@ -37,7 +37,7 @@ if __name__ == "__main__":  # --help and typos answer before torch is imported
 
 import torch
 
-from tasks.task import publish
+from tasks.loading import publish
 
 
 def main(settings):
