@@ -7,6 +7,8 @@ import re
 
 from configurator import UserError
 
+GPT2 = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}  # on the hub
+
 # The files of a published model. A checkpoint has others too.
 PUBLISHED = r"(generation_|tokenizer_|preprocessor_)?config\.json|tokenizer\.json|model\b.*\.(safetensors|index\.json)"
 
@@ -45,7 +47,7 @@ def download(name, files, setting):
     """
     from huggingface_hub import errors, snapshot_download
     try:
-        return snapshot_download(name, allow_patterns=files)
+        return snapshot_download(GPT2.get(name, name), allow_patterns=files)
     except errors.HFValidationError:
         raise UserError(f"{setting} = {name}: no folder of that name, and not a model's name on the hub") from None
     except (OSError, errors.HfHubHTTPError) as error:

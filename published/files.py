@@ -32,7 +32,6 @@ WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # the first that exists;
 FAMILIES = {"gpt2": "published.gpt2", **dict.fromkeys(("llama", "mistral", "qwen2", "gemma"), "published.llama"),
             "paligemma": "published.paligemma"}  # by the model_type in config.json
 LAYOUTS = {GPT: ("gpt2", "llama"), Gemma: ("llama",), PaliGemma: ("paligemma",)}  # that may hold a class of ours
-GPT2 = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 
 
 class Source(NamedTuple):
@@ -78,7 +77,7 @@ def locate(name):
         return Path(name)
     for weights in WEIGHTS:
         files = ["config.json", "generation_config.json", "tokenizer.json", weights]
-        folder = Path(download(GPT2.get(name, name), files, "init_from"))
+        folder = Path(download(name, files, "init_from"))
         if any(folder.glob(weights)):
             break
     return folder

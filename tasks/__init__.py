@@ -59,7 +59,8 @@ def find_task(name):
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             return task_of(dict(config), folder)
     if not Path(name).is_dir():
-        from published.files import GPT2, locate, read_config
+        from published import GPT2
+        from published.files import locate, read_config
         return "text" if name in GPT2 else task_of(read_config(locate(name)), name)
     return "text"  # the run is damaged: loading it will say how
 

@@ -1,0 +1,115 @@
+"""Where models come from, and go: any run, checkpoint or published model, ready to be used, trained on or published.
+
+    task, model, config = load("out")
+    print(task.write(model, "ROMEO:", max_new_tokens=100))
+"""
+
+import dataclasses
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from configurator import UserError, build, flat_values, say
+from lora import add_lora, merge_lora
+from machine.digest import code_of
+from optimizer import freeze
+from published import files
+from run import checkpoint
+from tasks import TASKS, task_class, task_of
+
+
+def load(name, device="cpu", dtype=torch.float32, which="best", settings=None, dropout=0.0, block_size=0):
+    """(task, model in eval mode, config). Raises UserError if the model is missing or damaged.
+
+    name: the folder of a run, a checkpoint or a published model, or a published model's name. which: a run's
+    checkpoint, best or last. settings: the task's; None: those of the run. block_size: how many positions a published
+    model of text keeps; 0: all; None: a training window. config: what config.json holds; if published, only `model`.
+    """
+    if which not in ("best", "last"):
+        raise UserError(f"which = {which}: must be best or last")
+    if not Path(name).is_dir() or (Path(name) / "config.json").exists() and not checkpoint.is_run(name):
+        model, found = files.load(name, device, dtype, block_size, dropout)
+        s = SimpleNamespace(task=next(task for task in TASKS if model_type_of(model, task_class(task).models)))
+        return task_class(s.task)(s, found, name), model, {"model": dataclasses.asdict(model.config)}
+    folder = checkpoint.find_any(name, which)
+    saved = checkpoint.load(folder)
+    config, cls = saved.config, task_class(task_of(saved.config, folder))
+    if config.get("model_type") not in cls.models:
+        raise UserError(f"{folder}: no {cls.__name__} has the model_type {config.get('model_type')!r}")
+    task = cls(settings or SimpleNamespace(**config["settings"]), saved.tokenizers, folder)
+    model_cls, config_cls = cls.models[config["model_type"]]
+    shape = {key: dropout if key == "dropout" else value for key, value in config["model"].items()}
+    model = checkpoint.unfilled(model_cls, config_cls(**shape), device, dtype)
+    if rank := config.get("lora_rank"):
+        add_lora(model, rank, None, config["settings"].get("lora_alpha", 0), config["settings"].get("lora_targets", ""))
+    checkpoint.fill(model, saved.state, folder)
+    found = code_of(model)
+    if changed := [name for name, value in config.get("code", {}).items() if found.get(name, value) != value]:
+        say(f"the code of {', '.join(sorted(changed))} has changed since {folder} was trained: results may differ")
+    return task, model, config
+
+
+def publish(name, folder, which="best", dtype=torch.float32):
+    """Writes a model, LoRA merged, into `folder` for transformers: see `files.save`. name, which: see `load`."""
+    task, model, _ = load(name, which=which)
+    merge_lora(model)
+    files.save(model.to(dtype), task.tokenizer, folder)
+    print(f"published in {folder}")
+
+
+def start(settings, given, folder, data, world):
+    """(task, model) for a run: from its checkpoint `folder` if there is one, else from init_from, else new.
+
+    given: {name: value} of the settings that the user named. data: the data set's folder. task.settings then have the
+    model's shape, and task.about is its part of config.json. Raises UserError where data, settings and model disagree.
+    """
+    s, generator = settings, torch.Generator().manual_seed(settings.seed)
+    device = "cpu" if s.shard else world.device  # sharding moves to the device only the rank's own part
+    if folder:
+        task, model, config = load(folder, device, settings=s, dropout=s.dropout)
+        task.open(data, world)
+        if config.get("data", task.fingerprint()) != task.fingerprint():
+            raise UserError(f"{folder} was trained on other data than the data set {s.dataset} holds now: restore the"
+                            f" old data, or start a new run: {shlex.quote(f'--init_from={s.out_dir}')} --out_dir=NEW")
+    elif s.init_from != "scratch":
+        model, its_tokenizers = initial(s, device, given.get("block_size"))
+        task = task_class(s.task)(s, its_tokenizers, s.init_from)
+        task.open(data, world)
+    else:
+        task = task_class(s.task)(s)
+        task.open(data, world)
+        model = task.build(generator).to(device)
+    if s.lora_rank and not folder:
+        add_lora(model, s.lora_rank, generator, s.lora_alpha, s.lora_targets)
+    freeze(model, s.rates)
+    decided = task.shape(model)
+    for name in decided.keys() & given.keys():
+        if given[name] not in (decided[name], ""):  # "": whatever the model has
+            raise UserError(f"{name} = {given[name]!r}, but {s.init_from} has {decided[name]!r}: leave it out")
+    task.settings = build(type(s), {**flat_values(dataclasses.asdict(s)), **decided})
+    task.fit(model)
+    if getattr(s, "publish", ""):
+        files.layout(model)  # raises UserError for a model that can't be published
+    task.pick(0)  # raises UserError for a bad batch_size, before an earlier run is moved away
+    task.about = {"model_type": model_type_of(model, task.models), "model": dataclasses.asdict(model.config),
+                  "code": code_of(model)}  # found before sharding, which changes the model's classes
+    return task, model
+
+
+def initial(settings, device, block_size=0):
+    """(model, tokenizers) from init_from, LoRA merged. block_size: see `load`. UserError if the task can't train it."""
+    name, models = settings.init_from, task_class(settings.task).models
+    task, model, _ = load(name, device, dropout=settings.dropout, block_size=block_size)
+    merge_lora(model)
+    model.requires_grad_(True)
+    if model_type_of(model, models) is None:
+        raise UserError(f"init_from = {name}: is a {type(model).__name__}, and --task={settings.task} trains"
+                        f" {' or '.join(cls.__name__ for cls, _ in models.values())}")
+    return model, task.tokenizers
+
+
+def model_type_of(model, models):
+    """The model_type of a model: the key in `models`, which is Task.models, whose class the model has; else None."""
+    return next((name for name, (cls, _) in models.items() if type(model) is cls), None)
