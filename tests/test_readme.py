@@ -98,7 +98,7 @@ def test_the_commands_were_found():
 
 
 def test_the_readme_is_a_newcomers_page():
-    assert len(README.splitlines()) <= 220  # 300 when all models are in
+    assert len(README.splitlines()) <= 245  # 300 when all models are in
 
 
 def test_the_file_tree_is_complete():
@@ -137,4 +137,5 @@ def test_recipes_parse_and_name_their_command(path):
         assert own and all(layer.value != given_by_base.get(layer.name) for layer in own)
         changed = {name for name, value in given_on_cpu.items() if value != base_on_cpu.get(name)}
         sizes = {"model", "n_layer", "n_head", "n_embd"} if path.parent.name == "ladder" else set()
-        assert changed <= {"out_dir", "learning_rate", "min_lr"} | sizes
+        parts = {"positions", "norm", "mlp", "n_kv_head", "n_hidden"} if path.parent.name == "config" else set()
+        assert changed <= {"out_dir", "learning_rate", "min_lr"} | sizes | parts
