@@ -57,7 +57,7 @@ class Text:
     norm: Literal["", "layernorm", "rmsnorm", "plain_rmsnorm"] = ""  # see NORMS in model.py; empty: the model's own
     mlp: Literal["", "gelu", "geglu", "swiglu", "relu2"] = ""  # see MLPS in model.py; empty: the model's own
     n_hidden: int = 0  # width inside the MLP; 0: 4 * n_embd
-    positions: Literal["", "learned", "rotary"] = ""  # learned or rotary; empty: the model's own
+    positions: Literal["", "learned", "sinusoidal", "rotary"] = ""  # of the tokens; empty: the model's own
     tied: bool = True  # use the token embedding as the output head too
     bigrams: bool = False  # also embed each pair of neighbouring tokens; for small vocabularies
     zero_init: bool = False  # start the last matrices of each block at zero, so that it adds nothing at first
