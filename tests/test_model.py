@@ -339,7 +339,7 @@ def test_counts_of_parameters_and_flops():
     (dict(norm="batchnorm"), "norm = 'batchnorm': must be one of layernorm, rmsnorm, plain_rmsnorm"),
     (dict(n_layer=0), "n_layer = 0: must be at least 1"), (dict(dropout=1.0), "dropout = 1.0: must be below 1"),
     (dict(block_size=0), "block_size = 0: must be at least 1"),
-    (dict(positions="sine"), "positions = 'sine': must be one of learned, rotary"),
+    (dict(positions="sine"), "positions = 'sine': must be one of learned, sinusoidal, rotary"),
     (dict(positions="rotary", n_embd=36, n_head=4), "head_dim = 9: rotary positions rotate pairs of channels"),
     (dict(bigrams=True, vocab_size=50257), "bigrams = True: vocab_size = 50,257 is above 512; set"),
 ])
