@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from configurator import UserError, check_choices, check_ranges, check_shape
 from machine.attention import Dropout, attend, squared_relu
-from rotary import Rotary, rotate
+from positions import Rotary, Sinusoidal, rotate
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class TransformerConfig:
     norm: str = "layernorm"  # a key of NORMS
     norm_eps: float = 1e-5
     mlp: str = "gelu"  # a key of MLPS
+    block: str = "pre"  # a key of BLOCKS: where the norms are
+    final_norm: bool = True  # a norm after the last block
     bias: bool = False  # biases in the linear layers and LayerNorms
     qkv_bias: bool = False  # biases in q_proj, k_proj and v_proj, even if bias = False
     dropout: float = 0.0
@@ -40,7 +42,7 @@ class TransformerConfig:
     def __post_init__(self):
         check_ranges(self, n_layer=1, n_head=1, n_embd=1, n_kv_head=0, head_dim=0, n_hidden=0, dropout=0.0)
         check_shape(self.n_head if self.head_dim else self.n_embd, self.n_head, self.n_kv_head, self.dropout)
-        check_choices(self, norm=NORMS, mlp=MLPS)
+        check_choices(self, norm=NORMS, mlp=MLPS, block=BLOCKS)
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ class Learned(nn.Embedding):
         return x + self.weight[positions], None
 
 
-POSITIONS = {"learned": Learned, "rotary": Rotary}
+POSITIONS = {"learned": Learned, "sinusoidal": Sinusoidal, "rotary": Rotary}
 
 
 def causal_mask(q_pos, kv_pos, prefix=0):
@@ -240,7 +242,7 @@ class Caches(list):
     def reorder(self, rows):
         """Copies row rows[i] into row i, for every i at once. Beam search needs this. rows: (B,)."""
         for buffer in (self.last, *(layer.k for layer in self), *(layer.v for layer in self)):
-            buffer.copy_(buffer[rows])
+            buffer.copy_(buffer.index_select(0, rows))  # faster than buffer[rows] on a CPU
 
 
 class Block(nn.Module):
@@ -264,13 +266,27 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class PostNormBlock(Block):
+    """Post-norm block: norm(x + attention), [norm(x + cross-attention),] norm(x + MLP), as in Vaswani et al. 2017."""
+
+    def forward(self, x, mask=None, rope=None, cache=None, start=0, memory=None, memory_mask=None):
+        assert (memory is None) == (self.cross_attn is None), "memory and cross=True belong together"
+        x = self.ln_1(x + self.attn(x, mask, rope, cache, start))
+        if memory is not None:
+            x = self.ln_x(x + self.cross_attn(x, memory_mask, memory=memory))
+        return self.ln_2(x + self.mlp(x))
+
+
+BLOCKS = {"pre": Block, "post": PostNormBlock}
+
+
 class Transformer(nn.Module):
-    """The trunk of every model: the blocks and the final norm. (B, T, C) -> (B, T, C)."""
+    """The trunk of every model: the blocks and, unless final_norm = False, a norm. (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = NORMS[config.norm](config)
+        self.blocks = nn.ModuleList(BLOCKS[config.block](config) for _ in range(config.n_layer))
+        self.ln_f = NORMS[config.norm](config) if config.final_norm else nn.Identity()
 
     def forward(self, x, caches=None, memory=None, **per_call):
         """memory: (B, S, C), or the result of `remember(memory)`. per_call: further arguments of `Block.forward`."""
@@ -322,18 +338,20 @@ def init_weights(model, generator=None, std=0.02, zero=False):
 # ----------------------------------------------------------------------------------------------------------------------
 # GPT
 
-def predict(head, x, targets=None, places=None):
+def predict(head, x, targets=None, places=None, smoothing=False):
     """Float32 logits of x: (B, T, V); or, given targets (B, T), the cross-entropy of each, in nats and in their shape.
 
     x: (B, T, C). places: (B, A), the positions to predict at, None for all; then A replaces T in logits and targets.
-    Only these positions go through the head: with a large vocabulary, logits take most of the memory.
+    Only these positions go through the head: with a large vocabulary, logits take most of the memory. With smoothing,
+    returns (cross-entropies, the mean over the vocabulary of -log p for each): a smoothed loss is a mean of the two.
     """
     if places is not None:
         x = x.gather(1, places[..., None].expand(-1, -1, x.size(-1)))  # (B, T, C) -> (B, A, C)
     logits = head(x)
     if targets is None:
         return logits
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+    nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+    return (nats, logits.logsumexp(-1) - logits.mean(-1)) if smoothing else nats
 
 
 class GPT(nn.Module):

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from configurator import check_choices, check_ranges
 from model import GPT, GPTConfig, Transformer, TransformerConfig, causal_mask, init_weights, predict
-from rotary import rotate
+from positions import rotate
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configurations

@@ -67,13 +67,13 @@ def can_step(trunk):
 
     Prints a line if the only obstacle is that the source code of the trunk's classes was edited or can't be read.
     """
-    first, dtype = trunk.blocks[0], trunk.ln_f.weight.dtype
+    first, dtype = trunk.blocks[0], next(trunk.parameters()).dtype
     known = dtype == torch.float32 or dtype == torch.bfloat16 and emulates_bfloat16()
     if trunk.training or not known or not untouched(trunk):
         return False
     if any(p.device.type != "cpu" or p.dtype != dtype or not p.is_contiguous() for p in trunk.parameters()):
         return False
-    widths = (trunk.ln_f.weight.numel(), first.attn.head_dim, first.mlp.up_proj.out_features)
+    widths = (first.attn.o_proj.out_features, first.attn.head_dim, first.mlp.up_proj.out_features)
     if any(width % WIDTH for width in widths) or not library(dtype):
         return False
     try:

@@ -39,7 +39,9 @@ def check_training(settings):
         check_idle(settings, "is for --lora_rank above 0", "lora_alpha", "lora_targets")
     if not settings.wandb:
         check_idle(settings, "is for --wandb", "wandb_project", "wandb_name")
-    if settings.min_lr > settings.learning_rate:
+    if settings.lr_schedule == "noam":
+        check_idle(settings, "--lr_schedule=noam falls without end", "min_lr", "lr_decay_iters")
+    elif settings.min_lr > settings.learning_rate:
         raise UserError(f"min_lr = {settings.min_lr}: is above learning_rate = {settings.learning_rate}; add"
                         f" --min_lr={settings.learning_rate / 10:.3g}")
     if settings.shard and not settings.resume and os.environ.get("WORLD_SIZE", "1") == "1":
@@ -59,7 +61,7 @@ class Text:
     norm: Literal["", "layernorm", "rmsnorm", "plain_rmsnorm"] = ""  # see NORMS in model.py; empty: the model's own
     mlp: Literal["", "gelu", "geglu", "swiglu", "relu2"] = ""  # see MLPS in model.py; empty: the model's own
     n_hidden: int = 0  # width inside the MLP; 0: 4 * n_embd
-    positions: Literal["", "learned", "rotary"] = ""  # learned or rotary; empty: the model's own
+    positions: Literal["", "learned", "sinusoidal", "rotary"] = ""  # of the tokens; empty: the model's own
     tied: bool = True  # use the token embedding as the output head too
     bigrams: bool = False  # also embed each pair of neighbouring tokens; for small vocabularies
     zero_init: bool = False  # start the last matrices of each block at zero, so that it adds nothing at first

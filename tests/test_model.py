@@ -16,6 +16,7 @@ from model import (
     GPTConfig,
     KVCache,
     PlainRMSNorm,
+    PostNormBlock,
     RMSNorm,
     SquaredReLUMLP,
     SwiGLUMLP,
@@ -25,7 +26,7 @@ from model import (
     init_weights,
     predict,
 )
-from rotary import Rotary, rotate
+from positions import Rotary, Sinusoidal, rotate
 from run.cost import count_parameters, flops_per_token
 from vlm import Gemma, GemmaConfig
 
@@ -162,6 +163,31 @@ def test_norms_and_mlps_equal_their_formulas():
     for one, other in zip(*(torch.autograd.grad(y.square().sum(), [*squared.parameters()], retain_graph=True)
                             for y in (squared(x), expected))):
         torch.testing.assert_close(one, other)
+
+
+def test_sinusoidal_positions_equal_the_papers_formula():
+    table = Sinusoidal(GPTConfig(n_embd=10, n_head=1, block_size=300))(torch.zeros(1, 300, 10), slice(0, 300))[0][0]
+    for p, i in ((0, 0), (1, 3), (7, 4), (299, 2)):
+        assert table[p, 2 * i].item() == pytest.approx(math.sin(p / 10000 ** (2 * i / 10)), abs=1e-4)
+        assert table[p, 2 * i + 1].item() == pytest.approx(math.cos(p / 10000 ** (2 * i / 10)), abs=1e-4)
+
+
+def test_a_post_norm_block_equals_the_papers_formula():
+    config, x, memory = TransformerConfig(n_embd=C, block="post", cross=True), randn(B, T, C), randn(B, 5, C, seed=1)
+    block = PostNormBlock(config)
+    y = block.ln_1(x + block.attn(x, "causal"))
+    y = block.ln_x(y + block.cross_attn(y, memory=memory))
+    torch.testing.assert_close(block(x, "causal", memory=memory), block.ln_2(y + block.mlp(y)))
+    trunk = Transformer(TransformerConfig(n_layer=1, n_embd=C, block="post", final_norm=False))
+    assert type(trunk.blocks[0]) is PostNormBlock
+    torch.testing.assert_close(trunk(x), trunk.blocks[0](x))
+
+
+def test_smoothing_gives_the_parts_of_pytorchs_smoothed_loss():
+    logits, targets = randn(B, T, 11), torch.randint(11, (B, T), generator=seeded(1))
+    nats, uniform = predict(lambda x: x, logits, targets, smoothing=True)
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", label_smoothing=0.1)
+    torch.testing.assert_close((0.9 * nats + 0.1 * uniform).flatten(), expected)
 
 
 def test_memory_without_cross_and_cross_without_memory_are_refused():
@@ -313,7 +339,7 @@ def test_counts_of_parameters_and_flops():
     (dict(norm="batchnorm"), "norm = 'batchnorm': must be one of layernorm, rmsnorm, plain_rmsnorm"),
     (dict(n_layer=0), "n_layer = 0: must be at least 1"), (dict(dropout=1.0), "dropout = 1.0: must be below 1"),
     (dict(block_size=0), "block_size = 0: must be at least 1"),
-    (dict(positions="sine"), "positions = 'sine': must be one of learned, rotary"),
+    (dict(positions="sine"), "positions = 'sine': must be one of learned, sinusoidal, rotary"),
     (dict(positions="rotary", n_embd=36, n_head=4), "head_dim = 9: rotary positions rotate pairs of channels"),
     (dict(bigrams=True, vocab_size=50257), "bigrams = True: vocab_size = 50,257 is above 512; set"),
 ])

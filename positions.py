@@ -1,9 +1,9 @@
-"""Rotary positions (Su et al. 2021): each pair of channels of a query or key turns by an angle, position times rate.
+"""Positions that need no training: sinusoidal ones are added to the embeddings, rotary ones turn queries and keys.
 
-Then a query's product with a key depends on how far apart they are, not on where. The rates fall from 1 to about
-1 / theta, so the wavelengths, in positions, grow from 2 pi to about 2 pi theta.
+Learned positions are in model.py, with POSITIONS, the table of all three. Each class takes the embedded tokens
+x (B, T, C) and their positions, and returns (x, rope): see model.POSITIONS.
 
-Axes: B batch, T positions, H heads, D head_dim.
+Axes: B batch, T positions, C channels, H heads, D head_dim.
 """
 
 import math
@@ -12,8 +12,30 @@ import torch
 import torch.nn as nn
 
 
+class Sinusoidal(nn.Module):
+    """x plus, at position p, sin(p r) in the even channels and cos(p r) in the odd ones (Vaswani et al. 2017).
+
+    Channels 2 i and 2 i + 1 have the rate r = 10000^(-2 i / C), computed as exp(-2 i ln(10000) / C).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        C = config.n_embd
+        rates = torch.exp(torch.arange(0, C, 2, device="cpu").float() * (-math.log(10000.0) / C))  # (C / 2,)
+        angles = torch.arange(config.block_size, device="cpu").float()[:, None] * rates  # (block_size, C / 2)
+        table = torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)[:, :C]  # (block_size, C), alternating
+        self.register_buffer("table", table, persistent=False)
+
+    def forward(self, x, positions):
+        return x + self.table[positions].to(x.dtype), None
+
+
 class Rotary(nn.Module):
-    """The cosines and sines of all angles. As in model.POSITIONS: returns x unchanged, and (cos, sin) for `rotate`."""
+    """Rotary positions (Su et al. 2021): each pair of channels of a query or key turns by the angle position times rate.
+
+    Then a query's product with a key depends on how far apart they are, not on where. The rates fall from 1 to about
+    1 / theta, so the wavelengths, in positions, grow from 2 pi to about 2 pi theta. Returns x as it is, and (cos, sin).
+    """
 
     def __init__(self, config):
         super().__init__()
