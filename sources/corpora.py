@@ -86,9 +86,9 @@ def missing(package, said):
     """The error for a package that apt-get did not download. said: the lines of its complaint."""
     prefix = "libreoffice-help-"
     names = subprocess.run(["apt-cache", "pkgnames", prefix], capture_output=True, text=True).stdout.split()
-    codes = sorted(name.removeprefix(prefix) for name in names)
+    codes = sorted({"en-us": "en"}.get(code := name.removeprefix(prefix), code) for name in names)
     if codes and package not in names:
-        return UserError(f"there is no package {package}: choose two of --languages={','.join(codes)}")
+        return UserError(f"there is no package {package}: choose two languages of {', '.join(codes)}")
     remedy = "go online" if codes else "run apt-get update (as root) first"
     return Offline(f"{package} can't be downloaded ({said[-1] if said else 'apt-get failed'}): {remedy}")
 

@@ -4,7 +4,8 @@
     python prepare.py pairs.tsv --languages=en,it                     .tsv, .csv, .jsonl, .parquet: columns en and it
     python prepare.py pairs.csv --columns=question,answer             columns of other names; 1,2 if none are named
     python prepare.py memory.tmx --languages=en,it                    a translation memory
-    python prepare.py libreoffice_help --tokenizer=word:2 --shared=False --name=words     a known one: see corpora.py
+    python prepare.py libreoffice_help                                a known one: see corpora.py
+    python prepare.py pairs.tsv --languages=en,it --tokenizer=word:2 --shared=False     a vocabulary of words for each
 
 The source comes first. A hash decides whether a pair is for training, validation or test, so it stays where it is when
 others are added. It is the hash of the row's `page`, if the table has such a column: whole pages are held out. Else it
@@ -44,7 +45,7 @@ WORD = re.compile(rf"[{NO_SPACES}]|[^\s{NO_SPACES}]+")
 class How(NamedTuple):
     """How pairs are prepared; prepare.py's settings of the same names."""
     languages: str = ""  # two codes, such as "en,it", source first
-    tokenizer: str = "byte"  # bpe:SIZE, word:TIMES, char and byte (both one token per byte), or a model's folder
+    tokenizer: str = "bpe:4000"  # bpe:SIZE, word:TIMES, char and byte (both one token per byte), or a model's folder
     shared: bool = True  # one vocabulary for both languages
     val_fraction: float = 0.1  # the share of pairs for validation, and once more for test
     min_words: int = 1  # of a source

@@ -31,7 +31,7 @@ def data(tmp_path, monkeypatch):
 
 
 def run(*sources, **settings):
-    settings = {"tokenizer": "byte", "val_fraction": 0.2, **settings}
+    settings = {"tokenizer": "byte", "val_fraction": 0.2, **settings}  # a BPE of the default size needs more text
     prepare.main(prepare.Settings(**settings), [str(source) for source in sources])
 
 
@@ -169,6 +169,7 @@ def test_bad_pairs_give_the_reason(data, tmp_path):
             ((broken,), dict(languages="en,it"), "b.tmx is not a complete .tmx: "),
             ((numbers,), dict(languages="en,it"), "line 1: en = 7: is not valid text"),
             ((tmp_path,), dict(languages="en,it"), "pairs come from files on this machine"),
+            ((table,), dict(languages="en,it", tokenizer="char"), r"bpe:4000: the text yields only \d+ tokens; use bpe:"),
             ((table,), dict(languages="en,it", tokenizer="gpt2:x"), "tokenizer = gpt2:x: must be char"),
             ((table,), dict(languages="en,it", tokenizer="word:999"), "word:999: no word occurs 999 times"),
             ((table,), dict(languages="en,it", val_fraction=0.5), "val_fraction = 0.5: must lie between 0 and 0.5"),
@@ -273,7 +274,7 @@ def test_libreoffice_help_is_aligned_by_page_and_paragraph(monkeypatch, tmp_path
         {"source": "Press Enter & wait.", "target": "Premi Invio & aspetta.", "page": "a/b.html"},
         {"source": "Ctrl+F2 opens it", "target": "Ctrl+F2 lo apre", "page": "a/b.html"}]
     assert source == "Debian packages libreoffice-help-en-us and libreoffice-help-it" and revision == "1.2"
-    with pytest.raises(UserError, match="no package libreoffice-help-xx: choose two of --languages=en-us,it"):
+    with pytest.raises(UserError, match="no package libreoffice-help-xx: choose two languages of en, it"):
         corpora.fetch("libreoffice_help", ["en", "xx"], tmp_path)
     pages.clear()
     with pytest.raises(Offline, match="E: Unable to locate package.: run apt-get update"):
