@@ -158,7 +158,8 @@ def prepare_own_pairs(settings, sources):
     """Prepares parallel files. Returns the data set's name."""
     check_kind(settings, "pairs")
     if not all(map(os.path.isfile, sources)):
-        raise UserError(f"{', '.join(sources)}: pairs come from files on this machine, not from folders or URLs")
+        given = f"languages = {settings.languages}" if settings.languages else f"columns = {settings.columns}"
+        raise UserError(f"{given}: pairs come from files on this machine, and {', '.join(sources)} is none")
     paths = list(map(Path, sources))
     rows, languages = pairs.read(paths, settings.languages, settings.columns)
     name, source = settings.name or re.sub(r"\W+", "_", paths[0].stem), ", ".join(map(os.path.abspath, sources))
