@@ -31,7 +31,7 @@ class Sinusoidal(nn.Module):
 
 
 class Rotary(nn.Module):
-    """Rotary positions (Su et al. 2021): each pair of channels of a query or key turns by the angle position times rate.
+    """Rotary positions (Su et al. 2021): each pair of channels of a query or key turns by position times rate.
 
     Then a query's product with a key depends on how far apart they are, not on where. The rates fall from 1 to about
     1 / theta, so the wavelengths, in positions, grow from 2 pi to about 2 pi theta. Returns x as it is, and (cos, sin).

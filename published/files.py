@@ -26,6 +26,7 @@ from model import GPT
 from published import check_publish, download
 from run.checkpoint import clear, fill, read_config, reason, unfilled
 from run.files import rename, write_json
+from tokenizer import Tokenizer
 from vlm import Gemma, PaliGemma
 
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # the first that exists; loading either runs no code
@@ -116,8 +117,10 @@ def read_weights(folder, model, family, theirs):
 # ----------------------------------------------------------------------------------------------------------------------
 # Saving
 
-def layout(model):
+def layout(model, tokenizer):
     """The module of the first layout that can hold the model. Raises UserError that says why no layout can."""
+    if type(tokenizer).as_library is Tokenizer.as_library:
+        tokenizer.as_library()  # raises
     if type(model) not in LAYOUTS:
         known = ", ".join(cls.__name__ for cls in LAYOUTS)
         raise UserError(f"no published layout holds a {type(model).__name__}, only the models {known}")
@@ -142,7 +145,7 @@ def save(model, tokenizer, folder, shard_size=5 * 10**9):
     holds, for a folder with anything but a published model, and if a file can't be written.
     """
     check_publish(folder)
-    family, folder = layout(model), Path(folder).resolve()
+    family, folder = layout(model, tokenizer), Path(folder).resolve()
     new, old = (folder.with_name(folder.name + ending) for ending in (".unfinished", ".replaced"))
     try:
         clear(new)

@@ -91,7 +91,7 @@ def start(settings, given, folder, data, world):
     task.settings = build(type(s), {**flat_values(dataclasses.asdict(s)), **decided})
     task.fit(model)
     if getattr(s, "publish", ""):
-        files.layout(model)  # raises UserError for a model that can't be published
+        files.layout(model, task.tokenizer)  # raises UserError for a model that can't be published
     task.pick(0)  # raises UserError for a bad batch_size, before an earlier run is moved away
     task.about = {"model_type": model_type_of(model, task.models), "model": dataclasses.asdict(model.config),
                   "code": code_of(model)}  # found before sharding, which changes the model's classes

@@ -125,10 +125,10 @@ def test_a_model_that_no_layout_holds_is_refused_by_name(model, message, tmp_pat
 
 def test_an_edited_block_is_published_with_a_line_that_says_so(monkeypatch, capsys):
     model = make_model(ByteTokenizer())
-    files.layout(model)
+    files.layout(model, ByteTokenizer())
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(MLP, "inner", lambda self, x: self.up_proj(x).relu())
-    files.layout(model)
+    files.layout(model, ByteTokenizer())
     assert "the code of model.MLP was edited" in capsys.readouterr().err
 
 
