@@ -6,7 +6,8 @@ import itertools
 import pytest
 import torch
 
-from generate import beam_search, generate, pick_tokens
+from beam import beam_search
+from generate import generate, pick_tokens
 from model import GPT, GPTConfig, init_weights
 from seq2seq import Seq2Seq, Seq2SeqConfig
 

@@ -13,7 +13,7 @@ FLOORS = [
     {"lora", "positions"},
     {"model"},
     {"vlm"},
-    {"optimizer", "tokenizer", "batches", "generate"},
+    {"optimizer", "tokenizer", "batches", "generate", "beam"},
     {"run"},
     {"published", "sources"},
     {"tasks"},
