@@ -9,7 +9,6 @@ import torch.nn.functional as F
 
 from configurator import UserError
 from generate import generate, pick_tokens
-from model import init_weights
 from seq2seq import Seq2Seq, Seq2SeqConfig, cross_attention
 
 B, S, T, V = 3, 7, 6, 19
@@ -21,13 +20,20 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def make(seed=0, **changes):
+def make(**changes):
     sizes = dict(n_layer=2, n_encoder_layer=3, n_head=4, n_embd=24, vocab_size=V, block_size=16)
     model = Seq2Seq(Seq2SeqConfig(**{**sizes, **changes})).eval()
-    init_weights(model, seeded(seed))
-    for i, p in enumerate(model.parameters()):  # larger weights than at initialisation, so that every path matters
-        nn.init.normal_(p, std=0.3, generator=seeded(seed + i))
+    stir(model)
     return model
+
+
+@torch.no_grad()
+def stir(model):
+    """Gives the model larger weights than at initialisation, so that every path matters, and uneven norms."""
+    for i, (name, p) in enumerate(model.named_parameters()):
+        if "embed_positions" not in name:  # Marian's are sines
+            nn.init.normal_(p, std=0.3, generator=seeded(i))
+            p.add_(1.0 if p.dim() == 1 and "weight" in name else 0.0)  # the gain of a norm
 
 
 def batch(vocab_size=V):
@@ -143,9 +149,7 @@ def marian():
         max_position_embeddings=16, scale_embedding=True, pad_token_id=1, eos_token_id=0, decoder_start_token_id=1,
         forced_eos_token_id=None, attn_implementation="eager")
     theirs = transformers.MarianMTModel(config).eval()
-    for i, (name, p) in enumerate(theirs.named_parameters()):
-        if "embed_positions" not in name:
-            nn.init.normal_(p, std=0.3, generator=seeded(i))
+    stir(theirs)
     return theirs
 
 
