@@ -8,6 +8,9 @@
     python prepare.py my_folder/ --image_size=48        images with a captions.jsonl: see sources/images.py
     python prepare.py my_folder/ --tokenizer=gpt2       documents in .parquet, .jsonl, .csv or .tsv files, and
     python prepare.py fineweb                           documents of the Hugging Face Hub: see sources/documents.py
+    python prepare.py en.txt it.txt --languages=en,it --name=mine    to translate: line N of one file translates line N
+    python prepare.py pairs.tsv --languages=en,it       of the other; or two columns of a table, or a .tmx; or a known
+    python prepare.py libreoffice_help --languages=en,it --tokenizer=bpe:4000     one: see sources/pairs.py
 
 Text must be UTF-8 and may be larger than memory. The first 90 % of each file is for training, the rest for validation.
 """
@@ -26,18 +29,23 @@ from configurator import UserError, check_idle, check_ranges, from_command_line,
 
 @dataclass(frozen=True)
 class Settings:
-    tokenizer: str = "char"  # char, byte, gpt2, bpe:SIZE, a tokenizer.json, or the folder of a run or published model
+    tokenizer: str = "char"  # char, byte, gpt2, bpe:SIZE, word:TIMES (words seen so often), or a model's folder
     name: str = ""  # the data set's name under data/, or the path of a folder; default: the source's name
     files: str = ""  # which files of a folder to use, such as "*.py,*.md" or "!*.csv"; default: all that can be read
-    val_fraction: float = 0.1  # share for validation: the end of each text, the last images, or documents by hash
+    val_fraction: float = 0.1  # share for validation: the end of each text, the last images, documents by hash, pairs (and as many to test)
     newlines: Literal["one", "keep"] = "one"  # line ends of texts: "one" makes Windows' \r\n a \n, "keep" leaves them
     image_size: int = 48  # width and height in pixels that images are resized to
     column: str = "text"  # the column of a table that holds the documents, or the captions of images
     processes: int = 0  # processes that tokenize documents in parallel; 0: one per CPU core
     max_files: int = 0  # use only so many files of documents, from the first on; 0: all
+    languages: str = ""  # two, such as en,it: the sources are parallel texts, to translate from the first to the second
+    columns: str = ""  # of a table of pairs, the two columns; default: named as the languages; 1,2: if none are named
+    shared: bool = True  # pairs: one vocabulary for both languages
+    min_words: int = 1  # pairs: leave out those with a shorter source
+    max_words: int = 100  # pairs: leave out those with a longer side
 
     def __post_init__(self):
-        check_ranges(self, image_size=1, processes=0, max_files=0)
+        check_ranges(self, image_size=1, processes=0, max_files=0, min_words=1, max_words=self.min_words)
         if not 0 < self.val_fraction < 1:
             raise UserError(f"val_fraction = {self.val_fraction}: must lie between 0 and 1")
 
@@ -48,14 +56,18 @@ if __name__ == "__main__":  # --help and typos are answered before the slow impo
     SETTINGS, _ = from_command_line(Settings, __doc__)
 
 from machine.terminal import printable
-from sources import documents, images, texts
-from sources.known import CORPORA, GENERATED, TOKENIZERS, claim, download, locate, prepare_known
+from sources import documents, images, pairs, texts
+from sources.download import download
+from sources.known import CORPORA, GENERATED, PAIRS, TOKENIZERS, claim, locate, prepare_known, prepare_pairs
 
 GPT2_TOKENS = 100_000_000  # training tokens above which a GPT-2 from scratch is worthwhile
 SETTINGS_OF = {  # for each kind of source, its settings that some other kinds lack
     "texts": ("newlines", "files"), "documents": ("column", "processes", "max_files", "files"),
     "captions": ("image_size",), "metadata": ("image_size", "column"),
+    "pairs": ("languages", "columns", "shared", "min_words", "max_words"),
+    "known pairs": ("languages", "shared", "min_words", "max_words"),
     "a known text": (), "a known corpus": ("column", "processes", "max_files"), "known images": ("image_size",)}
+PAIRS_RECIPE = "config/translate_en_it.py"
 
 
 def main(settings, sources):
@@ -72,6 +84,8 @@ def main(settings, sources):
 
 def prepare_known_source(settings, source):
     """Prepares a known data set, under its own name or settings.name. Returns (name, path of a recipe in config/)."""
+    if source in PAIRS:
+        return prepare_known_pairs(settings, source), PAIRS_RECIPE
     name, is_corpus, has_images = settings.name or source, source in CORPORA, source in GENERATED
     check_kind(settings, "a known corpus" if is_corpus else "known images" if has_images else "a known text")
     if name == source:  # under its own name, a data set is the same for everyone
@@ -89,10 +103,30 @@ def prepare_known_source(settings, source):
     return name, f"config/vlm_{source}.py" if has_images else text_recipe(TOKENIZERS.get(name, settings.tokenizer))
 
 
+def prepare_known_pairs(settings, source):
+    """Prepares a known parallel text. Returns its name: settings.name, or the source's, with its languages if given.
+
+    Settings that are not given are those in PAIRS.
+    """
+    check_kind(settings, "known pairs")
+    usual = pairs.How(**PAIRS[source])
+    chosen = {key: getattr(settings, key) for key in usual._fields if getattr(settings, key) != getattr(Settings, key)}
+    how = usual._replace(**chosen)
+    name = source if how.languages == usual.languages else "_".join([source, *pairs.two(how.languages, "languages")])
+    name = settings.name or name
+    for key in usual._fields:
+        if name == source and getattr(how, key) != getattr(usual, key):
+            raise UserError(f"{source} always has {key} = {getattr(usual, key)}: add --name=NEW to make a different data"
+                            " set")
+    return prepare_pairs(source, name, how._asdict())
+
+
 def prepare_own(settings, sources):
     """Prepares files and folders, or a URL. Returns (the data set's name, path of a recipe in config/)."""
     is_url = len(sources) == 1 and "://" in sources[0]
     check_sources(settings, sources, is_url)
+    if settings.languages or settings.columns or sources[0].lower().endswith(".tmx"):
+        return prepare_own_pairs(settings, sources), PAIRS_RECIPE
     paths = list(map(Path, sources))
     tables = images.find_tables(paths[0]) if len(paths) == 1 else []
     text_files, row_files = ([], []) if is_url or tables else texts.find(paths, documents.READERS, settings.files)
@@ -116,6 +150,19 @@ def prepare_own(settings, sources):
         download(source, text_files[0])
     texts.prepare(text_files, folder, *how, source, settings.newlines)
     return name, text_recipe(settings.tokenizer)
+
+
+def prepare_own_pairs(settings, sources):
+    """Prepares parallel files. Returns the data set's name."""
+    check_kind(settings, "pairs")
+    if not all(map(os.path.isfile, sources)):
+        raise UserError(f"{', '.join(sources)}: pairs come from files on this machine, not from folders or URLs")
+    paths = list(map(Path, sources))
+    rows, languages = pairs.read(paths, settings.languages, settings.columns)
+    name, source = settings.name or re.sub(r"\W+", "_", paths[0].stem), ", ".join(map(os.path.abspath, sources))
+    how = pairs.How(**{key: getattr(settings, key) for key in pairs.How._fields})._replace(languages=languages)
+    pairs.prepare(rows, claim(name, source), how, source)
+    return name
 
 
 def text_recipe(tokenizer):

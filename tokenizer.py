@@ -1,11 +1,12 @@
-"""Text to token ids and back: characters, bytes, GPT-2's BPE, or a BPE trained on your text. Saved as JSON.
+"""Text to token ids and back: characters, bytes, words, GPT-2's BPE, or a BPE trained on your text. Saved as JSON.
 
-    python prepare.py my.txt --tokenizer=char|byte|gpt2|bpe:4096
+    python prepare.py my.txt --tokenizer=char|byte|gpt2|bpe:4096|word:2
     python prepare.py my.txt --tokenizer=out            the tokenizer of a trained model, from the model's folder
 
 A control token in a text, such as <|endoftext|>, is encoded as ordinary text, except by `encode_controls`.
 """
 
+import collections
 import itertools
 import json
 import re
@@ -17,6 +18,7 @@ from configurator import UserError
 from machine.terminal import progress
 
 MOST_TOKENS = 1 << 20  # the largest vocab_size of a BPE: the library reserves memory for all tokens before training
+JOINER = "\u2060"  # Unicode's word joiner, invisible: see WordTokenizer
 LONGEST_WORD = 256  # characters: longer words are cut for BPE training, which would take very long over them
 
 
@@ -24,6 +26,7 @@ class Tokenizer:
     """The base class. Subclasses add kind, vocab_size, encode(text) -> int64 ids (T,), and decode(ids) -> text."""
 
     eos = None  # the id of the end-of-text token; None if there is none
+    pad = bos = unk = None  # likewise: padding, the start of a text, and an unknown word
     fields = {}  # the arguments of __init__, which are saved beside the kind
     unit = "tokens"
 
@@ -75,6 +78,70 @@ class ByteTokenizer(Tokenizer):
         return bytes(list(ids)).decode("utf-8", errors="replace")
 
 
+class WordTokenizer(Tokenizer):
+    """One id per word or punctuation mark, in its own case. A word outside the vocabulary becomes <unk>.
+
+    A token that stands beside another without a space holds a JOINER on that side, as the last token of "so." does. So
+    decode(encode(text)) is the text, if all words are known and its spaces are single. A mark that is known with other
+    JOINERs only is encoded as one of those. Words are not found in scripts without spaces, such as Chinese.
+    """
+    kind, unit = "word", "words"
+    pad, bos, eos, unk = range(4)
+    SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
+    # A line end; a word up to its apostrophe, as in l'ora; a word, with what stands inside, as in A1:B2; a single mark.
+    PATTERN = re.compile(r"\n|\w+(?:[^\w\s'’]+\w+)*(?:['’](?=\w))?|[^\w\s]")
+
+    def __init__(self, words):
+        self.words = (*self.SPECIAL, *words)
+        self.fields = {"words": self.words[len(self.SPECIAL):]}
+        self.vocab_size = len(self.words)
+        self.ids = {word: i for i, word in enumerate(self.words)}
+        for word in self.words[len(self.SPECIAL):]:
+            self.ids.setdefault(word.strip(JOINER), self.ids[word])  # the first is the most frequent
+
+    @classmethod
+    def train(cls, texts, least):
+        """The vocabulary of all words that occur at least `least` times in the strings `texts`."""
+        counts = collections.Counter(word for text in texts for word in cls.split(text))
+        words = sorted((word for word, count in counts.items() if count >= least), key=lambda word: (-counts[word], word))
+        if not words:
+            raise UserError(f"tokenizer = word:{least}: no word occurs {least} times; word:2 keeps those that occur twice")
+        print(f"words that occur at least {least} times: {len(words):,} of {len(counts):,}", flush=True)
+        return cls(words)
+
+    @classmethod
+    def split(cls, text):
+        """The words and marks of a text, a list of str, with their JOINERs."""
+        text, found = text.replace(JOINER, ""), []
+        for match in cls.PATTERN.finditer(text):
+            word, before, after = match[0], text[match.start() - 1:match.start()], text[match.end():match.end() + 1]
+            is_mark = not is_wordy(word[0])
+            glued_left = word == "\n" or is_mark and before and not before.isspace()
+            glued_right = word == "\n" or is_wordy(after) and not is_wordy(word[-1])
+            found.append(JOINER * bool(glued_left) + word + JOINER * bool(glued_right))
+        return found
+
+    def find(self, word):
+        return self.ids.get(word, self.ids.get(word.strip(JOINER), self.unk))
+
+    def encode(self, text):
+        return np.array([self.find(word) for word in self.split(text)], dtype=np.int64)
+
+    def unknown(self, text):
+        """The different words of the text that are outside the vocabulary, in order: a list of str."""
+        words = (word for word in self.split(text) if self.find(word) == self.unk)
+        return list(dict.fromkeys(word.strip(JOINER) for word in words))
+
+    def decode(self, ids):
+        text = " ".join(self.words[i] for i in ids)
+        return text.replace(f" {JOINER}", "").replace(f"{JOINER} ", "").replace(JOINER, "")
+
+
+def is_wordy(text):
+    """True if the text is not empty, and holds letters, digits and underscores only."""
+    return text.replace("_", "a").isalnum()
+
+
 class GPT2Tokenizer(Tokenizer):
     """GPT-2's byte-level BPE, from tiktoken, which downloads 1.5 MB of merges the first time."""
     kind, vocab_size = "gpt2", 50257
@@ -106,6 +173,7 @@ class BPETokenizer(Tokenizer):
         self.vocab_size = max(bpe.get_vocab().values()) + 1  # some ids may be unused
         ends = map(bpe.token_to_id, ("<|endoftext|>", "<eos>", "</s>"))
         self.eos = next((token for token in ends if token is not None), None)
+        self.pad, self.bos = map(bpe.token_to_id, ("<pad>", "<bos>"))
 
     @classmethod
     def train(cls, texts, vocab_size, special=("<|endoftext|>",)):
@@ -164,14 +232,15 @@ def short_words(texts):
             bar.update(len(text))
 
 
-KINDS = {"char": CharTokenizer, "byte": ByteTokenizer, "gpt2": GPT2Tokenizer}
+KINDS = {"char": CharTokenizer, "byte": ByteTokenizer, "gpt2": GPT2Tokenizer, "word": WordTokenizer}
 
 
 def build(name, texts, train_texts, special=("<|endoftext|>",)):
     """The tokenizer for a value of --tokenizer. Raises UserError for a bad one.
 
-    name: char, whose vocabulary is the characters of texts(); byte; gpt2; bpe:SIZE, which learns from train_texts(); or
-    a tokenizer's file, or the folder of a run, a checkpoint or a published model. special: the control tokens of a BPE.
+    name: char, whose vocabulary is the characters of texts(); byte; gpt2; bpe:SIZE, which learns from train_texts();
+    word:TIMES, with the words that occur so often there; or a tokenizer's file, or the folder of a run, a checkpoint or
+    a published model. special: the control tokens of a BPE.
     """
     if name == "char":
         return CharTokenizer(sorted(set(itertools.chain.from_iterable(texts()))))
@@ -180,10 +249,12 @@ def build(name, texts, train_texts, special=("<|endoftext|>",)):
     kind, _, size = name.partition(":")
     if kind == "bpe" and size.isdecimal() and len(size) < 20:
         return BPETokenizer.train(train_texts(), int(size), special)
-    if kind != "bpe" and (path := find(name)):
+    if kind == "word" and size.isdecimal() and 0 < len(size) < 20:
+        return WordTokenizer.train(train_texts(), int(size))
+    if kind not in ("bpe", "word") and (path := find(name)):
         return load(path)
-    raise UserError(f"tokenizer = {name}: must be char, byte, gpt2, bpe:SIZE such as bpe:4096, or a model's folder or"
-                    " tokenizer.json")
+    raise UserError(f"tokenizer = {name}: must be char, byte, gpt2, bpe:SIZE such as bpe:4096, word:TIMES such as"
+                    " word:2, or a model's folder or tokenizer.json")
 
 
 def find(name):

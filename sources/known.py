@@ -5,26 +5,19 @@ To add one, write a row into one of the tables below, and a data/<name>/README.m
 
 import contextlib
 import hashlib
-import multiprocessing
 import os
 import platform
 import runpy
-import ssl
-from http.client import HTTPException
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from urllib.error import HTTPError, URLError
-from urllib.request import urlopen
 
 from configurator import UserError
-from machine.terminal import printable, progress
+from machine.terminal import printable
 from run.files import read_json
 from run.lock import owned
+from sources.download import Offline, download
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data"
-CONNECT_SECONDS = 5
-NETWORK_ERRORS = (URLError, HTTPException, ConnectionError, ssl.SSLError, TimeoutError, multiprocessing.TimeoutError)
 
 SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
                "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
@@ -36,12 +29,15 @@ CORPORA = {  # documents on the hub: data set, folder of its parquet files, comm
     "fineweb": ("HuggingFaceFW/fineweb", "sample/10BT", "9bb295ddab0e05d785b879661af7260fed5140fc"),
     "fineweb_edu": ("HuggingFaceFW/fineweb-edu", "sample/10BT", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"),
     "openwebtext": ("Skylion007/openwebtext", "plain_text", "b4325f019c648b1641a1784748667e8b74e5e064")}
+PAIRS = {  # parallel texts, from sources/corpora.py: settings of prepare.py, for sources.pairs.How
+    "libreoffice_help": dict(languages="en,it", tokenizer="bpe:4000", val_fraction=0.05, min_words=3, max_words=40),
+    "opus_books": dict(languages="en,it", tokenizer="bpe:8000", val_fraction=0.05),
+    "multi30k": dict(languages="en,de", tokenizer="bpe:8000"),
+    "phrases": dict(languages="en,it", tokenizer="bpe:400")}
+BUILT_IN_PAIRS = "phrases"  # needs no network
 TOKENIZERS = {  # all known data sets: tokenizer
-    **{name: row[0] for name, row in KNOWN.items()}, BUILT_IN: "char", **GENERATED, **dict.fromkeys(CORPORA, "gpt2")}
-
-
-class Offline(UserError):
-    """A download failed, most likely because there is no network."""
+    **{name: row[0] for name, row in KNOWN.items()}, BUILT_IN: "char", **GENERATED, **dict.fromkeys(CORPORA, "gpt2"),
+    **{name: row["tokenizer"] for name, row in PAIRS.items()}}
 
 
 def locate(dataset):
@@ -85,7 +81,7 @@ def check_dataset(dataset):
 
 
 def ensure(dataset):
-    """Prepares `dataset` if missing. Returns it, or BUILT_IN if offline. Raises UserError as check_dataset does."""
+    """Prepares `dataset` if missing. Returns it, or a built-in one if offline. Raises UserError as check_dataset does."""
     check_dataset(dataset)
     meta = locate(dataset) / "meta.json"
     if meta.exists():
@@ -95,10 +91,11 @@ def ensure(dataset):
 
 
 def prepare_known(name, target, tokenizer, val_fraction=0.1, image_size=48):
-    """Prepares the text or the images `name` (of KNOWN, BUILT_IN or GENERATED) as the data set `target`.
+    """Prepares the known data set `name`, if it is not one of CORPORA, as the data set `target`.
 
     target: a data set's name or path, as for `locate`. Returns the data set to train on: `target`. If a download fails
-    for want of a network, returns BUILT_IN where target is name, and else raises Offline.
+    for want of a network, returns the built-in one where target is name, and else raises Offline. Pairs: with the
+    settings in PAIRS; `prepare_pairs` takes others.
     """
     if name in GENERATED:
         from sources import images  # imports numpy, which is slow
@@ -110,22 +107,44 @@ def prepare_known(name, target, tokenizer, val_fraction=0.1, image_size=48):
             runpy.run_path(str(ROOT / script))["generate"](raw)
             images.prepare(raw, locate(target), tokenizer, val_fraction, image_size, script)
         return target
+    if name in PAIRS:
+        return prepare_pairs(name, target, PAIRS[name])
     from sources import texts  # imports numpy, which is slow
     try:
         path, origin = known_text(name)
     except Offline as error:
         if target != name:  # BUILT_IN can't replace a data set with settings of its own
             raise
-        bar = "!" * 100
-        print(f"\n{bar}\nNO NETWORK: {error}\nUsing Python's language reference instead, as data set {BUILT_IN!r}. Its"
-              f" losses can't be compared with those of {name}.\nRun again when you are online, or put the text at"
-              f" {DATA / name / 'input.txt'} yourself.\n{bar}\n", flush=True)
-        is_ready = (locate(BUILT_IN) / "meta.json").exists()
-        return BUILT_IN if is_ready else prepare_known(BUILT_IN, BUILT_IN, TOKENIZERS[BUILT_IN])
+        return built_in(BUILT_IN, name, error, f", or put the text at {DATA / name / 'input.txt'} yourself")
     if target != name:
         claim(target, origin)
     texts.prepare([path], locate(target), tokenizer, val_fraction, origin)
     return target
+
+
+def prepare_pairs(name, target, how):
+    """Prepares the parallel text `name` as the data set `target`; returns and raises as prepare_known does.
+
+    how: a dict of settings, for sources.pairs.How.
+    """
+    from sources import corpora, pairs  # they import numpy, which is slow
+    how = pairs.How(**how)
+    try:
+        rows, source, revision = corpora.fetch(name, pairs.two(how.languages, "languages"), DATA / name)
+    except Offline as error:
+        if target != name:
+            raise
+        return built_in(BUILT_IN_PAIRS, name, error)
+    pairs.prepare(rows, locate(target) if target == name else claim(target, source), how, source, revision)
+    return target
+
+
+def built_in(name, wanted, error, remedy=""):
+    """Says that the data set `wanted` can't be had, for the reason `error`; prepares and returns `name` instead."""
+    bar = "!" * 100
+    print(f"\n{bar}\nNO NETWORK: {error}\nUsing the built-in data set {name!r} instead. Its losses can't be compared"
+          f" with those of {wanted}.\nRun again when you are online{remedy}.\n{bar}\n", flush=True)
+    return name if (locate(name) / "meta.json").exists() else prepare_known(name, name, TOKENIZERS[name])
 
 
 def known_text(name):
@@ -147,27 +166,3 @@ def known_text(name):
     if found != expected:
         raise UserError(f"{path} is not the expected text (SHA-256 {found}): delete it and run again")
     return path, url
-
-
-def download(url, path):
-    """Downloads `url` to `path`, atomically. Raises Offline if the network fails, and UserError for an HTTP error."""
-    from sources.texts import writing
-    print(f"downloading {url}", flush=True)
-    try:
-        with ThreadPool(1) as pool:  # a DNS lookup has no timeout of its own
-            stream = pool.apply_async(urlopen, (url, None, CONNECT_SECONDS)).get(CONNECT_SECONDS + 1)
-        new, size = path.with_name(f"{path.name}.new"), getattr(stream, "length", None)
-        with writing(path.parent):
-            with stream, open(new, "wb") as file, progress(size, path.name, "B") as bar:
-                while piece := stream.read(1 << 16):
-                    bar.update(file.write(piece))
-            if getattr(stream, "length", 0):  # the number of bytes that are still missing
-                raise ConnectionError("the download broke off")
-            os.replace(new, path)
-    except HTTPError as error:
-        raise UserError(f"{url}: the server answered {error.code} {error.reason}") from None
-    except UserError:
-        raise
-    except (*NETWORK_ERRORS, ValueError) as error:  # ValueError: not a URL
-        reason = str(getattr(error, "reason", error)) or f"no answer in {CONNECT_SECONDS} s"
-        raise Offline(f"{url} can't be reached: {reason}") from None

@@ -1,0 +1,163 @@
+"""Parallel texts that are known by name: fetches each, and yields its rows as `pairs.prepare` takes them.
+
+    python prepare.py libreoffice_help --languages=en,it     from two Debian packages, by apt-get; needs no root
+    python prepare.py opus_books --languages=en,it           novels, from the Hugging Face Hub
+    python prepare.py multi30k --languages=en,de             captions of photographs, from GitHub
+    python prepare.py phrases                                made here, needs no network
+
+data/<name>/README.md says what each holds. A row is a dict with source and target, and with page (rows of a page stay
+in one split) or split.
+"""
+
+import gzip
+import hashlib
+import html
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from configurator import UserError
+from machine.terminal import watched
+from sources.documents import hub, hub_source
+from sources.download import Offline, download
+from sources.pairs import read_rows
+
+OPUS_BOOKS = ("Helsinki-NLP/opus_books", "1f9f6191d0e91a3c539c2595e2fe48fc1420de9b")  # data set, commit
+PASSAGE = 100  # sentences of a book that follow each other and stay in one split
+MULTI30K = "https://raw.githubusercontent.com/multi30k/dataset/a3d2e0d26b56f3846f66a952536ffed4e401d05a/data/task1/raw"
+CAPTIONS = {"train": "train", "val": "val", "test": "test_2016_flickr"}  # {split: start of the files' names}
+CHECKSUMS = {  # SHA-256 of a language's three compressed files, one after the other
+    "cs": "e80c733e5cfc3af3ed5919ac4f45b6a4f46f96bce341c0c0588e41be9bafff52",
+    "de": "4bdd16707a89a1cb493b7c825f66310040b48a45bef3b2df3bbc4642bf471196",
+    "en": "b5fd6f8a3aaea3a30cb23f385f5e8649b47cf825b6580f98e1d75789a3be00c7",
+    "fr": "56e343a0946cdae3f45a3ce4b121895bc8c3eabebeaeaa48bda6fa1df9c09010"}
+
+
+def fetch(name, languages, folder):
+    """Returns (rows, source, revision) of a known parallel text. rows: an iterable of dicts. The others: for meta.json.
+
+    languages: two codes, source first. folder: what is downloaded and kept lies there. Raises Offline without a network
+    or apt-get, and UserError for a language that the text doesn't have.
+    """
+    loaders = {"libreoffice_help": libreoffice_help, "opus_books": opus_books, "multi30k": multi30k, "phrases": phrases}
+    return loaders[name](languages, folder)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# LibreOffice's help: a page is the same file in each language, and a paragraph has the same id
+
+PARAGRAPH = re.compile(r'<(p|h[1-6])\b[^>]*\bid="(\w+)"[^>]*>(.*?)</\1>', re.DOTALL)
+FOR_MAC = re.compile(r'<span [^>]*class="MAC">.*?</span>', re.DOTALL)  # "Cmd" beside another system's "Ctrl"
+
+
+def libreoffice_help(languages, folder):
+    packages = ["libreoffice-help-" + {"en": "en-us"}.get(language, language).lower() for language in languages]
+    with tempfile.TemporaryDirectory() as temporary:
+        versions = [unpack(package, temporary) for package in packages]
+        help_folder = Path(temporary, "usr/share/libreoffice/help")
+        roots = [help_in(help_folder, package.removeprefix("libreoffice-help-")) for package in packages]
+        pages = sorted(path.relative_to(roots[0]).as_posix() for path in roots[0].rglob("*.html"))
+        pages = [page for page in pages if (roots[1] / page).is_file()]
+        rows = [row for page in watched(pages, "reading pages") for row in aligned(page, *roots)]
+    print(f"{packages[0]} {versions[0]}, {packages[1]} {versions[1]}: {len(pages):,} pages", flush=True)
+    return rows, f"Debian packages {packages[0]} and {packages[1]}", " and ".join(dict.fromkeys(versions))
+
+
+def unpack(package, folder):
+    """Downloads a Debian package, unpacks it into the folder, and returns its version."""
+    if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
+        raise Offline(f"{package} is a Debian package, and this machine has no apt-get: prepare it on Debian or Ubuntu")
+    print(f"downloading {package}", flush=True)
+    # As root, apt would like to work as another user, who can't write into this folder.
+    command = ["apt-get", "-o", "APT::Sandbox::User=root", "download", package]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
+    found = list(Path(folder).glob(f"{package}_*.deb"))
+    if done.returncode or not found:
+        raise missing(package, done.stderr.strip().splitlines())
+    subprocess.run(["dpkg-deb", "-x", str(found[0]), folder], check=True)
+    shown = subprocess.run(["dpkg-deb", "-f", str(found[0]), "Version"], check=True, capture_output=True, text=True)
+    return shown.stdout.strip()
+
+
+def missing(package, said):
+    """The error for a package that apt-get did not download. said: the lines of its complaint."""
+    names = subprocess.run(["apt-cache", "pkgnames", "libreoffice-help-"], capture_output=True, text=True).stdout.split()
+    codes = sorted(name.removeprefix("libreoffice-help-") for name in names)
+    if codes and package not in names:
+        return UserError(f"there is no package {package}: choose two of --languages={','.join(codes)}")
+    remedy = "go online" if codes else "run apt-get update (as root) first"
+    return Offline(f"{package} can't be downloaded ({said[-1] if said else 'apt-get failed'}): {remedy}")
+
+
+def help_in(folder, code):
+    """The folder of the pages in the language of a package, such as help/en-US/text for en-us."""
+    return next(path / "text" for path in folder.iterdir() if path.name.lower() == code)
+
+
+def aligned(page, *roots):
+    """The rows of a page: the paragraphs that have an id in both languages."""
+    sources, targets = (paragraphs((root / page).read_text(encoding="utf-8")) for root in roots)
+    return [{"source": text, "target": targets[name], "page": page} for name, text in sources.items() if name in targets]
+
+
+def paragraphs(page):
+    """{id: text} of the paragraphs and headings of a page in HTML, without tags."""
+    found = PARAGRAPH.findall(FOR_MAC.sub("", page))
+    return {name: html.unescape(re.sub(r"<[^>]+>", "", text)) for _, name, text in found}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Other corpora
+
+def opus_books(languages, folder):
+    name, revision = OPUS_BOOKS
+    pair = "-".join(sorted(languages))
+    try:
+        with hub(name) as api:
+            pairs = [entry.path for entry in api.list_repo_tree(name, revision=revision, repo_type="dataset")]
+        if pair not in pairs:
+            known = ", ".join(sorted(path for path in pairs if re.fullmatch("[a-z]+-[a-z]+", path)))
+            raise UserError(f"languages = {','.join(languages)}: opus_books has no such pair, only {known}")
+        source = hub_source(name, pair, revision)
+        paths = [source.fetch(path, folder) for path, _ in source.files]
+    except UserError as error:
+        raise Offline(str(error)) if "can't be fetched" in str(error) else error
+    rows = ({"source": row["source"], "target": row["target"], "page": f"passage {number // PASSAGE}"}
+            for number, row in enumerate(read_rows(paths, languages)))
+    return rows, f"{name} {pair}", revision
+
+
+def multi30k(languages, folder):
+    for language in languages:
+        if language not in CHECKSUMS:
+            raise UserError(f"languages = {','.join(languages)}: multi30k has only {', '.join(CHECKSUMS)}")
+    texts = [captions(language, folder / "download") for language in languages]
+    rows = [{"source": source, "target": target, "split": split}
+            for split in CAPTIONS for source, target in zip(texts[0][split], texts[1][split], strict=True)]
+    return rows, MULTI30K, ""
+
+
+def captions(language, folder):
+    """{split: lines} of one language of Multi30k, which is downloaded if it is not in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {split: folder / f"{name}.{language}.gz" for split, name in CAPTIONS.items()}
+    for path in paths.values():
+        if not path.exists():
+            download(f"{MULTI30K}/{path.name}", path)
+    found = hashlib.sha256(b"".join(path.read_bytes() for path in paths.values())).hexdigest()
+    if found != CHECKSUMS[language]:
+        raise UserError(f"{folder}/*.{language}.gz are not the expected files (SHA-256 {found}): delete them and run"
+                        " again")
+    return {split: gzip.decompress(path.read_bytes()).decode("utf-8").splitlines() for split, path in paths.items()}
+
+
+def phrases(languages, folder):
+    if set(languages) != {"en", "it"}:
+        raise UserError(f"languages = {','.join(languages)}: phrases has only en and it")
+    script = "data/phrases/generate.py"
+    made = runpy.run_path(str(Path(__file__).resolve().parents[1] / script))["generate"]()
+    return [{"source": row[languages[0]], "target": row[languages[1]]} for row in made], script, ""
