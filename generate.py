@@ -1,13 +1,16 @@
-"""Sampling: how to choose a token from logits, and the loop that generates token after token.
+"""Sampling: how to choose a token from logits, the loop that generates token after token, and beam search.
 
     for tokens in generate(model, prompt, 100, picker(settings, device)):      prompt: (B, T), tokens: (B,)
+    best = beam_search(model, prompt, 100, beam=4, eos=2)[0][0].ids            of the first row of the prompt
 
-While `generate` runs, short steps of the model are compiled code where possible (machine/decode.py).
+While they run, short steps of the model are compiled code where possible (machine/decode.py).
 
-Axes: B batch, T tokens of the prompt, C channels, V vocabulary.
+Axes: B batch, T tokens of the prompt, C channels, V vocabulary, N rows of the prompt that beam search still continues,
+K width of the beam.
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 
@@ -78,3 +81,88 @@ def generate(model, tokens, count, pick, eos=None, **context):
                 window, start = window[:, -block_size:], 0
             elif start == block_size:
                 window, start = window[:, -max(1, block_size // 2):], 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Beam search
+
+class Hypothesis(NamedTuple):
+    """One continuation of a row, found by beam search."""
+
+    ids: list  # its tokens, without the end token
+    score: float  # log-probability / penalty of its length: what the hypotheses are ranked by
+    nats: float  # log-probability of all its tokens, the end token included
+    length: int  # how many tokens that are, the end token included
+
+
+@torch.inference_mode()
+def beam_search(model, tokens, count, beam, eos, length_penalty=0.0, **context):
+    """For each row of tokens (B, T), its `beam` best continuations: a list of `Hypothesis`, the best one first.
+
+    At each step, every hypothesis of a row is continued by every token, and the `beam` likeliest results are kept. What
+    ends with the token eos is finished. With beam = 1 this is greedy search. A row leaves the batch when `beam` of its
+    hypotheses are finished, and no other one, if it ended now, would score better than the worst of them. At most
+    `count` tokens are added, and no more than the model has positions for.
+
+    length_penalty: a score is the log-probability / ((5 + length) / 6)^length_penalty (Wu et al. 2016, equation 14), so
+    above 0 it favours long hypotheses. context: see `generate`; its tensors have one row for each row of tokens.
+    """
+    B, T = tokens.shape
+    count = min(count, model.config.block_size + 1 - T)
+    left, found = list(range(B)), [[] for _ in range(B)]  # left: the rows of tokens that are still in the batch
+    rows = torch.arange(B, device=tokens.device).repeat_interleave(beam)
+    window, context, start = tokens[rows], taken(context, rows), 0  # window: (N K, T)
+    caches = model.make_caches(B * beam, T + count - 1)
+    nats = torch.tensor([[0.0] + [-torch.inf] * (beam - 1)] * B, device=tokens.device)  # at first, one hypothesis each
+    with fast_steps(model):
+        for length in range(1, count + 1):
+            x = model.hidden(window[:, start:], caches, start, **context)[:, -1]  # (N K, C)
+            nats, chosen, origin = continued(nats, model.logits(x))  # (N, 2 K) each
+            ends, penalty = chosen == eos, ((5 + length) / 6) ** length_penalty
+            finished = nats[:, :beam].isfinite() & (ends[:, :beam] | (length == count))
+            for n, k in finished.nonzero().tolist():
+                ids = [*window[origin[n, k], T:].tolist(), chosen[n, k].item()]
+                total = nats[n, k].item()
+                found[left[n]].append(Hypothesis(ids[:-1] if ids[-1] == eos else ids, total / penalty, total, length))
+                found[left[n]] = sorted(found[left[n]], key=lambda hypothesis: -hypothesis.score)[:beam]
+            going = ends.long().argsort(dim=1, stable=True)[:, :beam]  # (N, K): the likeliest that do not end
+            nats, chosen, origin = (each.gather(1, going) for each in (nats, chosen, origin))
+            hopes = (nats[:, 0] / penalty).tolist()
+            open_ = [n for n, row in enumerate(left) if len(found[row]) < beam or found[row][-1].score < hopes[n]]
+            if not open_ or length == count:
+                return found
+            nats, rows = nats[open_], origin[open_].flatten()  # (N, K), (N K,)
+            window, start = torch.cat((window[rows], chosen[open_].view(-1, 1)), dim=1), window.size(1)
+            if len(open_) < len(left):
+                context, left = taken(context, rows), [left[n] for n in open_]
+                caches = copied(caches, rows, model.make_caches(len(rows), caches.size))
+            else:
+                caches.reorder(rows)
+
+
+def continued(nats, logits):
+    """The 2 K likeliest continuations of each row by one token: log-probabilities, tokens and origins, (N, 2 K) each.
+
+    nats: (N, K), the log-probabilities of the hypotheses. logits: (N K, V). origins: which of the N K each continues.
+    Each hypothesis has one continuation that ends, so at least K of the 2 K go on.
+    """
+    (N, K), V = nats.shape, logits.size(-1)
+    totals = nats[..., None] + logits.log_softmax(-1).view(N, K, V)
+    totals, index = totals.view(N, K * V).topk(2 * K)
+    return totals, index % V, index // V + torch.arange(0, N * K, K, device=nats.device)[:, None]
+
+
+def taken(value, rows):
+    """The rows of all tensors in a dict, list or tuple, or of one tensor."""
+    if isinstance(value, dict):
+        return {name: taken(part, rows) for name, part in value.items()}
+    return type(value)(taken(part, rows) for part in value) if isinstance(value, list | tuple) else value[rows]
+
+
+def copied(caches, rows, fewer):
+    """Returns `fewer`, new caches, with copies of these rows of `caches`."""
+    fewer.last.copy_(caches.last[rows])
+    for new, old in zip(fewer, caches):
+        new.k.copy_(old.k[rows])
+        new.v.copy_(old.v[rows])
+    return fewer

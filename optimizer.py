@@ -64,8 +64,14 @@ def make_optimizers(model, settings):
 
 
 def learning_rate(update, settings):
-    """The learning rate of an update, counted from 1: linear warm-up, then a cosine or linear decay to min_lr."""
+    """The learning rate of an update, counted from 1: linear warm-up, then a cosine or linear decay to min_lr.
+
+    "noam" (Vaswani et al. 2017, section 5.3) reaches learning_rate at warmup_iters, then falls with 1 / sqrt(update).
+    """
     s, last = settings, settings.lr_decay_iters or settings.max_iters
+    if s.lr_schedule == "noam":
+        peak = max(1, s.warmup_iters)
+        return s.learning_rate * min(update / peak, (peak / update) ** 0.5)
     if update <= s.warmup_iters:
         return s.learning_rate * update / (s.warmup_iters + 1)
     progress = min(1.0, (update - 1 - s.warmup_iters) / max(1, last - 1 - s.warmup_iters))

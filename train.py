@@ -40,7 +40,7 @@ class Settings:
     max_iters: int = 200  # number of updates
     learning_rate: float = 3e-3  # AdamW's peak learning rate
     muon_lr: float = 0.02  # Muon's peak learning rate; it follows the same schedule
-    lr_schedule: Literal["cosine", "linear"] = "cosine"  # shape of the decay
+    lr_schedule: Literal["cosine", "linear", "noam"] = "cosine"  # shape of the decay; noam: 1 / sqrt(update), endless
     min_lr: float = 3e-4  # AdamW's learning rate at the end of the decay
     warmup_iters: int = 20  # updates of linear warm-up to the peak
     lr_decay_iters: int = 0  # update at which the decay ends; 0: max_iters

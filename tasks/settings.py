@@ -37,7 +37,9 @@ def check_training(settings):
         check_idle(settings, "is for fine-tuning with --init_from", "lora_rank")
     if not settings.wandb:
         check_idle(settings, "is for --wandb", "wandb_project", "wandb_name")
-    if settings.min_lr > settings.learning_rate:
+    if settings.lr_schedule == "noam":
+        check_idle(settings, "--lr_schedule=noam falls without end", "min_lr", "lr_decay_iters")
+    elif settings.min_lr > settings.learning_rate:
         raise UserError(f"min_lr = {settings.min_lr}: is above learning_rate = {settings.learning_rate}; add"
                         f" --min_lr={settings.learning_rate / 10:.3g}")
     if settings.shard and not settings.resume and os.environ.get("WORLD_SIZE", "1") == "1":

@@ -1,12 +1,14 @@
-"""generate.py: how tokens are picked, and generation with caches against the model without them."""
+"""generate.py: how tokens are picked, generation with caches against the model without them, and beam search."""
 
 import functools
+import itertools
 
 import pytest
 import torch
 
-from generate import generate, pick_tokens
+from generate import beam_search, generate, pick_tokens
 from model import GPT, GPTConfig, init_weights
+from seq2seq import Seq2Seq, Seq2SeqConfig
 
 FAST = dict(positions="rotary", mlp="relu2", tied=False, bigrams=True)
 GREEDY = functools.partial(pick_tokens, temperature=0)
@@ -157,3 +159,115 @@ def test_reordering_rows_reorders_which_have_ended():
 
     found = written(model, torch.zeros(3, 1, dtype=torch.long), 3, pick, eos)
     assert found.tolist() == [[7, 3, 4], [1, 7, 7], [2, 7, 7]]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Beam search
+
+EOS, BOS = 10, 1
+
+
+def make_seq2seq(vocab_size=11):
+    """(model, context for three sources of different lengths)."""
+    model = Seq2Seq(Seq2SeqConfig(n_layer=2, n_head=4, n_embd=24, block_size=24, vocab_size=vocab_size, tied=False))
+    init_weights(model.eval())
+    for i, p in enumerate(model.parameters()):
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.3, generator=seeded(100 + i))  # greedy texts of 3, 20 and 1 tokens
+    source = torch.randint(3, vocab_size, (3, 7), generator=seeded())
+    return model, model.encode(source, torch.tensor([7, 4, 2]))
+
+
+def begin(rows=3):
+    return torch.full((rows, 1), BOS)
+
+
+def total_nats(model, prompt, texts, context):
+    """The log-probabilities of texts, lists of ids, after a prompt (1, T), by one pass without caches."""
+    longest = max(map(len, texts))
+    ids = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts])
+    x = model.hidden(torch.cat((prompt.expand(len(ids), -1), ids), dim=1)[:, :-1], **context)
+    logp = model.logits(x)[:, -longest:].log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
+    return [row[:len(text)].sum().item() for row, text in zip(logp, texts)]
+
+
+def row_of(context, i):
+    """The context of row i alone."""
+    return {"memory": [(k[i:i + 1], v[i:i + 1]) for k, v in context["memory"]],
+            "memory_mask": context["memory_mask"][i:i + 1]}
+
+
+def same(found, expected):
+    """Whether two lists of hypotheses are the same, to rounding."""
+    return [h.ids for h in found] == [h.ids for h in expected] and \
+        [h.score for h in found] == pytest.approx([h.score for h in expected], abs=1e-4)
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0])
+def test_a_beam_of_1_is_greedy_search(length_penalty):
+    model, context = make_seq2seq()
+    greedy, ends = written(model, begin(), 20, GREEDY, EOS, **context).tolist(), set()
+    for row, [found] in zip(greedy, beam_search(model, begin(), 20, 1, EOS, length_penalty, **context)):
+        expected = row[:row.index(EOS)] if EOS in row else row
+        assert found.ids == expected
+        ends.add(found.length)
+    assert ends == {3, 20, 1}
+
+
+def test_a_beam_as_wide_as_all_prefixes_is_exhaustive_search():
+    """All texts of at most 4 tokens of a vocabulary of 4: those that end, and those that are cut off."""
+    model, context = make_seq2seq(vocab_size=4)
+    texts = [(*ids, 3) for n in range(4) for ids in itertools.product(range(3), repeat=n)]  # 3: the end token
+    texts += itertools.product(range(3), repeat=4)
+    for length_penalty in (0.0, 2.0):
+        for i, found in enumerate(beam_search(model, begin(), 4, 4 * 3**3, 3, length_penalty, **context)):
+            nats = total_nats(model, begin(1), texts, row_of(context, i))
+            scores = [total / ((5 + len(ids)) / 6) ** length_penalty for total, ids in zip(nats, texts)]
+            best = sorted(range(len(texts)), key=lambda n: -scores[n])[:10]
+            assert [(*h.ids, 3)[:h.length] for h in found[:10]] == [texts[n] for n in best]
+            assert [h.score for h in found[:10]] == pytest.approx([scores[n] for n in best], abs=1e-4)
+            assert [h.nats for h in found[:10]] == pytest.approx([nats[n] for n in best], abs=1e-4)
+
+
+@pytest.mark.parametrize("beam, length_penalty", [(2, 0.0), (4, 0.6), (16, 1.0)])
+def test_rows_together_give_what_each_gives_alone(beam, length_penalty):
+    model, context = make_seq2seq()
+    together = beam_search(model, begin(), 20, beam, EOS, length_penalty, **context)
+    for i, found in enumerate(together):
+        assert same(found, beam_search(model, begin(1), 20, beam, EOS, length_penalty, **row_of(context, i))[0])
+        assert len(found) == beam and len({tuple(h.ids) for h in found}) == beam
+        assert [h.score for h in found] == sorted((h.score for h in found), reverse=True)
+        nats = total_nats(model, begin(1), [[*h.ids, EOS][:h.length] for h in found], row_of(context, i))
+        assert [h.nats for h in found] == pytest.approx(nats, abs=1e-3)
+
+
+def test_finished_rows_leave_the_batch_and_the_others_go_on():
+    model, context = make_seq2seq()
+    sizes, own = [], model.hidden
+
+    def hidden(tokens, *args, **more):
+        sizes.append(len(tokens))
+        return own(tokens, *args, **more)
+
+    model.hidden = hidden
+    beam_search(model, begin(), 20, 4, EOS, **context)
+    assert sizes[0] == 12 and sizes[-1] < 12 and sizes == sorted(sizes, reverse=True) and len(sizes) <= 20
+
+
+def test_a_length_penalty_favours_long_hypotheses():
+    model, context = make_seq2seq()
+    short, long = (sum(found[0].length for found in beam_search(model, begin(), 20, 4, EOS, penalty, **context))
+                   for penalty in (0.0, 4.0))
+    assert short < long
+
+
+@pytest.mark.parametrize("changes", [{}, FAST])
+def test_beam_search_continues_a_prompt_by_a_gpt_up_to_its_last_position(changes):
+    model, prompt = make_gpt(**changes), torch.randint(11, (2, 5), generator=seeded())
+    found = beam_search(model, prompt, 99, 3, 99, length_penalty=0.0)  # 99: no token ends a text
+    for row, hypotheses in zip(prompt, found):
+        assert {len(h.ids) for h in hypotheses} == {16 + 1 - 5}
+        nats = total_nats(model, row[None], [h.ids for h in hypotheses], {})
+        assert [h.nats for h in hypotheses] == pytest.approx(nats, abs=1e-3)
+    greedy = written(model, prompt, 12, GREEDY).tolist()
+    assert [h[0].ids for h in beam_search(model, prompt, 99, 1, 99)] == greedy

@@ -1,4 +1,4 @@
-"""optimizer.py: Muon and AdamW against PyTorch's own, parameter groups and their rates, and clipping."""
+"""optimizer.py: Muon and AdamW against PyTorch's own, parameter groups, rates, Noam's schedule, and clipping."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ from conftest import settings_for
 
 from configurator import UserError
 from model import GPT, GPTConfig, init_weights
-from optimizer import clip, freeze, make_optimizers, orthogonalized, set_rates
+from optimizer import clip, freeze, learning_rate, make_optimizers, orthogonalized, set_rates
 
 SETTINGS = settings_for("text", optimizer="muon", learning_rate=3e-3, muon_lr=0.02, weight_decay=0.1)
 
@@ -85,6 +85,19 @@ def test_parts_have_rates_of_their_own_and_rate_0_freezes():
     freeze(model, dict.fromkeys(("wte", "wpe", "transformer", "head"), 0.0))
     with pytest.raises(UserError, match="nothing is left to train"):
         make_optimizers(model, SETTINGS)
+
+
+def test_noams_schedule_is_the_papers_and_peaks_at_the_end_of_the_warm_up():
+    peak = 512**-0.5 * 4000**-0.5  # of the paper's base model
+    s = replace(SETTINGS, optimizer="adamw", muon_lr=0.02, lr_schedule="noam", learning_rate=peak, warmup_iters=4000,
+                min_lr=3e-4)
+    for update in (1, 2000, 4000, 4001, 100_000):
+        paper = 512**-0.5 * min(update**-0.5, update * 4000**-1.5)
+        assert learning_rate(update, s) == pytest.approx(paper)
+    assert learning_rate(4, replace(s, warmup_iters=0)) == peak / 2
+    for name, value in (("min_lr", 1e-5), ("lr_decay_iters", 9)):
+        with pytest.raises(UserError, match=f"{name} = {value}: --lr_schedule=noam falls without end; leave it out"):
+            replace(s, **{name: value})
 
 
 def test_a_gradient_is_clipped_to_its_norm():

@@ -234,7 +234,7 @@ TRAINING = {
     "resume": refused(True),
     "optimizer": Change("muon"), "batch_size": Change(5), "micro_batch_size": Change(3, dropout=0.5),
     "max_iters": Change(7), "learning_rate": Change(0.02), "muon_lr": Change(0.03, optimizer="muon"),
-    "lr_schedule": Change("linear"), "min_lr": Change(0.002), "warmup_iters": Change(2), "lr_decay_iters": Change(4),
+    "lr_schedule": Change("noam", min_lr=3e-4), "min_lr": Change(0.002), "warmup_iters": Change(2), "lr_decay_iters": Change(4),
     "weight_decay": Change(0.5), "beta1": Change(0.5), "beta2": Change(0.5), "grad_clip": Change(0.01),
     "dropout": Change(0.5),
     "lora_rank": Change(2, init_from="one_text"),
