@@ -3,7 +3,7 @@
 Nothing here keeps state. So a run resumes from its step number alone, an evaluation can't disturb the order of
 training, and the rows of a batch do not depend on the number of workers.
 
-Axes: B batch, n images of a data set, S height and width of an image in pixels.
+Axes: B batch, n images or pairs of a data set, S height and width of an image in pixels.
 """
 
 import contextlib
@@ -73,11 +73,12 @@ class Joined:
 
 
 META_KEYS = {"text": ("dtype", "train_tokens", "val_tokens"),
-             "image-text": ("image_size", "images", "train_rows", "val_rows")}
+             "image-text": ("image_size", "images", "train_rows", "val_rows"),
+             "pairs": ("dtype", "shared", "train_rows", "val_rows", "test_rows")}
 
 
 def read_meta(folder, kind):
-    """The content of meta.json. Raises UserError if it is damaged, or not of this kind: "text" or "image-text"."""
+    """The content of meta.json. Raises UserError if it is damaged, or not of this kind, a key of META_KEYS."""
     path = folder / "meta.json"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
@@ -193,3 +194,119 @@ def fixed_rows(n_rows, batch_size, limit=0):
     if limit and n_rows > limit:
         rows = rows[np.arange(limit) * n_rows // limit]
     return [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pairs: a sentence and its translation
+
+class PairsDataset:
+    """A prepared folder of pairs, memory-mapped. meta: from meta.json. Each split is "train", "val" or "test".
+
+    lengths: {split: int32 (n, 2)}, the tokens of each source and target, without special tokens. rows: {split: list of
+    dicts} with the texts source and target, and page where there are pages; a split is read when it is asked for.
+    Raises UserError if the files don't fit meta.json.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.meta = folder, read_meta(folder, "pairs")
+        self.lengths, self.files, self.ends, self.rows = {}, {}, {}, PairRows(self)
+        for split in ("train", "val", "test"):
+            count = self.meta[f"{split}_rows"]
+            lengths = self.open(f"{split}_lengths.bin", np.int32, 2 * count).reshape(count, 2)
+            ends = np.concatenate((np.zeros((1, 2), np.int64), np.cumsum(lengths, axis=0, dtype=np.int64)))
+            self.files[split] = [self.open(f"{split}_{side}.bin", self.meta["dtype"], ends[-1, i])
+                                 for i, side in enumerate(("source", "target"))]
+            self.lengths[split], self.ends[split] = lengths, ends
+
+    def __repr__(self):
+        counts = ", ".join(f"{len(lengths):,} {split}" for split, lengths in self.lengths.items())
+        return f"PairsDataset({self.folder}: {counts} pairs)"
+
+    def open(self, name, dtype, count):
+        path, dtype = self.folder / name, np.dtype(dtype)
+        if not path.exists() or path.stat().st_size != count * dtype.itemsize:
+            raise UserError(f"{path} does not hold the {count:,} numbers that it should: prepare the data set again")
+        return np.memmap(path, dtype=dtype, mode="r") if count else np.zeros(0, dtype)
+
+    def ids(self, split, row):
+        """(source ids, target ids) of a row, without special tokens."""
+        begin, end = self.ends[split][row], self.ends[split][row + 1]
+        return tuple(file[begin[i]:end[i]] for i, file in enumerate(self.files[split]))
+
+
+class PairRows(dict):
+    """{split: list of dicts}, where a split is read from its .jsonl when it is asked for."""
+
+    def __init__(self, dataset):
+        super().__init__()
+        self.dataset = dataset
+
+    def __missing__(self, split):
+        path, count = self.dataset.folder / f"{split}.jsonl", self.dataset.meta[f"{split}_rows"]
+        with contextlib.suppress(OSError, ValueError):  # the file is missing or damaged
+            with open(path, encoding="utf-8") as file:
+                self[split] = [json.loads(line) for line in file]
+        if len(self.get(split, ())) != count:
+            raise UserError(f"{path} does not hold the {count:,} rows that meta.json promises: prepare it again")
+        return self[split]
+
+
+def token_batches(lengths, batch_tokens, seed, step):
+    """The indices of a step's rows, (B,): sentences of like length. A pure function of the arguments.
+
+    lengths: (n, 2), the tokens of each source and target as the model sees them, special ones included. A batch has at
+    most batch_tokens tokens, padding included: B times its longest source and its longest target. An epoch is
+    `batches_per_epoch` steps, in which every row occurs once. Each epoch has its own order of batches, and deals the
+    rows of equal lengths anew. Raises UserError if a single row is longer than a batch.
+    """
+    key = np.ascontiguousarray(lengths, dtype=np.int32).tobytes()  # an array can't be the key of a cache
+    cuts = batch_cuts(key, batch_tokens)
+    epoch, place = divmod(step, len(cuts) - 1)
+    order, batches = epoch_of_batches(key, len(cuts) - 1, seed, epoch)
+    batch = batches[place]
+    return order[cuts[batch]:cuts[batch + 1]]
+
+
+def batches_per_epoch(lengths, batch_tokens):
+    """The number of `token_batches` of an epoch. It is the same in every epoch."""
+    return len(batch_cuts(np.ascontiguousarray(lengths, dtype=np.int32).tobytes(), batch_tokens)) - 1
+
+
+@functools.lru_cache(maxsize=8)
+def batch_cuts(lengths, batch_tokens):
+    """Where the batches begin in the sorted rows, and the end of the last one: int64 (number of batches + 1,).
+
+    lengths: the bytes of an int32 array (n, 2). The cuts depend on the lengths alone, so that every epoch has as many.
+    """
+    lengths = np.frombuffer(lengths, dtype=np.int32).reshape(-1, 2)
+    longest = int(lengths.sum(1).max(initial=0))
+    if longest > batch_tokens:
+        raise UserError(f"batch_size = {batch_tokens}: counts tokens here, and the longest pair has {longest}: use at"
+                        " least as many")
+    cuts, first, source, target = [0], 0, 0, 0  # source, target: the longest ones of the batch so far
+    for place, (one, other) in enumerate(lengths[by_length(lengths)].tolist()):
+        source, target = max(source, one), max(target, other)
+        if (place + 1 - first) * (source + target) > batch_tokens:
+            cuts.append(place)
+            first, source, target = place, one, other
+    return np.array([*cuts, len(lengths)])
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_of_batches(lengths, n_batches, seed, epoch):
+    """(the rows sorted by length, the batches in the order of the epoch). lengths: as for `batch_cuts`."""
+    lengths = np.frombuffer(lengths, dtype=np.int32).reshape(-1, 2)
+    generator = np.random.Generator(np.random.Philox(key=np.array((seed, epoch), dtype=np.uint64)))
+    shuffled = generator.permutation(len(lengths))
+    order = shuffled[by_length(lengths[shuffled])]  # rows of equal lengths stay shuffled
+    order.flags.writeable = False  # the cache hands out parts of this very array
+    return order, generator.permutation(n_batches)
+
+
+def by_length(lengths):
+    """The order (n,) of the rows by target length; equal ones by source length, alternately rising and falling.
+
+    Thus neighbours have like sources too, where the next target length begins. Rows of equal lengths keep their order.
+    """
+    source, target = lengths.astype(np.int64).T
+    return np.lexsort((np.where(target % 2, source, -source), target))

@@ -29,10 +29,10 @@ from configurator import UserError, check_idle, check_ranges, from_command_line,
 
 @dataclass(frozen=True)
 class Settings:
-    tokenizer: str = "char"  # char, byte, gpt2, bpe:SIZE, word:TIMES (words seen so often), or a model's folder
+    tokenizer: str = "char"  # char (pairs: bpe:4000), byte, gpt2, bpe:SIZE, word:TIMES (seen so often), or a model's folder
     name: str = ""  # the data set's name under data/, or the path of a folder; default: the source's name
     files: str = ""  # which files of a folder to use, such as "*.py,*.md" or "!*.csv"; default: all that can be read
-    val_fraction: float = 0.1  # share for validation: the end of each text, the last images, documents by hash, pairs (and as many to test)
+    val_fraction: float = 0.1  # for validation: the end of texts, the last images, else by hash; of pairs again to test
     newlines: Literal["one", "keep"] = "one"  # line ends of texts: "one" makes Windows' \r\n a \n, "keep" leaves them
     image_size: int = 48  # width and height in pixels that images are resized to
     column: str = "text"  # the column of a table that holds the documents, or the captions of images
@@ -116,8 +116,8 @@ def prepare_known_pairs(settings, source):
     name = settings.name or name
     for key in usual._fields:
         if name == source and getattr(how, key) != getattr(usual, key):
-            raise UserError(f"{source} always has {key} = {getattr(usual, key)}: add --name=NEW to make a different data"
-                            " set")
+            raise UserError(f"{source} always has {key} = {getattr(usual, key)}: add --name=NEW to make a different"
+                            " data set")
     return prepare_pairs(source, name, how._asdict())
 
 
@@ -148,6 +148,8 @@ def prepare_own(settings, sources):
     if is_url:
         text_files = [folder / "input.txt"]
         download(source, text_files[0])
+    if len(paths) == 2 and paths == text_files:
+        print("one text of both files; if line N of one translates line N of the other, add --languages=en,it")
     texts.prepare(text_files, folder, *how, source, settings.newlines)
     return name, text_recipe(settings.tokenizer)
 
@@ -161,6 +163,8 @@ def prepare_own_pairs(settings, sources):
     rows, languages = pairs.read(paths, settings.languages, settings.columns)
     name, source = settings.name or re.sub(r"\W+", "_", paths[0].stem), ", ".join(map(os.path.abspath, sources))
     how = pairs.How(**{key: getattr(settings, key) for key in pairs.How._fields})._replace(languages=languages)
+    if settings.tokenizer == Settings.tokenizer:
+        how = how._replace(tokenizer=pairs.How().tokenizer)
     pairs.prepare(rows, claim(name, source), how, source)
     return name
 

@@ -103,9 +103,9 @@ class WordTokenizer(Tokenizer):
     def train(cls, texts, least):
         """The vocabulary of all words that occur at least `least` times in the strings `texts`."""
         counts = collections.Counter(word for text in texts for word in cls.split(text))
-        words = sorted((word for word, count in counts.items() if count >= least), key=lambda word: (-counts[word], word))
+        words = [word for word in sorted(counts, key=lambda word: (-counts[word], word)) if counts[word] >= least]
         if not words:
-            raise UserError(f"tokenizer = word:{least}: no word occurs {least} times; word:2 keeps those that occur twice")
+            raise UserError(f"tokenizer = word:{least}: no word occurs {least} times; word:2 keeps those seen twice")
         print(f"words that occur at least {least} times: {len(words):,} of {len(counts):,}", flush=True)
         return cls(words)
 

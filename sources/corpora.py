@@ -11,13 +11,13 @@ in one split) or split.
 
 import gzip
 import hashlib
-import html
 import os
 import re
 import runpy
 import shutil
 import subprocess
 import tempfile
+from html.parser import HTMLParser
 from pathlib import Path
 
 from configurator import UserError
@@ -51,7 +51,6 @@ def fetch(name, languages, folder):
 # LibreOffice's help: a page is the same file in each language, and a paragraph has the same id
 
 PARAGRAPH = re.compile(r'<(p|h[1-6])\b[^>]*\bid="(\w+)"[^>]*>(.*?)</\1>', re.DOTALL)
-FOR_MAC = re.compile(r'<span [^>]*class="MAC">.*?</span>', re.DOTALL)  # "Cmd" beside another system's "Ctrl"
 
 
 def libreoffice_help(languages, folder):
@@ -85,10 +84,11 @@ def unpack(package, folder):
 
 def missing(package, said):
     """The error for a package that apt-get did not download. said: the lines of its complaint."""
-    names = subprocess.run(["apt-cache", "pkgnames", "libreoffice-help-"], capture_output=True, text=True).stdout.split()
-    codes = sorted(name.removeprefix("libreoffice-help-") for name in names)
+    prefix = "libreoffice-help-"
+    names = subprocess.run(["apt-cache", "pkgnames", prefix], capture_output=True, text=True).stdout.split()
+    codes = sorted({"en-us": "en"}.get(code := name.removeprefix(prefix), code) for name in names)
     if codes and package not in names:
-        return UserError(f"there is no package {package}: choose two of --languages={','.join(codes)}")
+        return UserError(f"there is no package {package}: choose two languages of {', '.join(codes)}")
     remedy = "go online" if codes else "run apt-get update (as root) first"
     return Offline(f"{package} can't be downloaded ({said[-1] if said else 'apt-get failed'}): {remedy}")
 
@@ -101,13 +101,46 @@ def help_in(folder, code):
 def aligned(page, *roots):
     """The rows of a page: the paragraphs that have an id in both languages."""
     sources, targets = (paragraphs((root / page).read_text(encoding="utf-8")) for root in roots)
-    return [{"source": text, "target": targets[name], "page": page} for name, text in sources.items() if name in targets]
+    names = [name for name in sources if name in targets]
+    return [{"source": sources[name], "target": targets[name], "page": page} for name in names]
 
 
 def paragraphs(page):
-    """{id: text} of the paragraphs and headings of a page in HTML, without tags."""
-    found = PARAGRAPH.findall(FOR_MAC.sub("", page))
-    return {name: html.unescape(re.sub(r"<[^>]+>", "", text)) for _, name, text in found}
+    """{id: text} of the paragraphs and headings of a page in HTML."""
+    return {name: Paragraph(text).text for _, name, text in PARAGRAPH.findall(page)}
+
+
+class Paragraph(HTMLParser):
+    """Parses a paragraph. text: without tags; of each group of alternatives, the first one that is not for a Mac.
+
+    Alternatives are hidden spans inside one span, such as "Cmd" for a Mac and "Ctrl" for others; the browser shows one.
+    """
+
+    def __init__(self, content):
+        super().__init__()
+        self.text = ""
+        self.spans = [{"shown": True, "chosen": False}]  # those that are open; chosen: an alternative in it is shown
+        self.feed(content)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        if tag == "br":
+            self.text += " "
+        elif tag == "span":
+            outer, attributes = self.spans[-1], dict(attributes)
+            shown = outer["shown"]
+            if "hidden" in attributes:
+                shown = shown and not outer["chosen"] and attributes.get("class") != "MAC"
+                outer["chosen"] |= shown
+            self.spans.append({"shown": shown, "chosen": False})
+
+    def handle_endtag(self, tag):
+        if tag == "span" and len(self.spans) > 1:
+            self.spans.pop()
+
+    def handle_data(self, data):
+        if self.spans[-1]["shown"]:
+            self.text += data
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -125,7 +158,9 @@ def opus_books(languages, folder):
         source = hub_source(name, pair, revision)
         paths = [source.fetch(path, folder) for path, _ in source.files]
     except UserError as error:
-        raise Offline(str(error)) if "can't be fetched" in str(error) else error
+        if "can't be fetched" in str(error):
+            raise Offline(str(error)) from None
+        raise
     rows = ({"source": row["source"], "target": row["target"], "page": f"passage {number // PASSAGE}"}
             for number, row in enumerate(read_rows(paths, languages)))
     return rows, f"{name} {pair}", revision

@@ -81,7 +81,7 @@ def check_dataset(dataset):
 
 
 def ensure(dataset):
-    """Prepares `dataset` if missing. Returns it, or a built-in one if offline. Raises UserError as check_dataset does."""
+    """Prepares `dataset` if missing. Returns it, or a built-in one if offline. Raises UserError like check_dataset."""
     check_dataset(dataset)
     meta = locate(dataset) / "meta.json"
     if meta.exists():

@@ -4,7 +4,8 @@
     python prepare.py pairs.tsv --languages=en,it                     .tsv, .csv, .jsonl, .parquet: columns en and it
     python prepare.py pairs.csv --columns=question,answer             columns of other names; 1,2 if none are named
     python prepare.py memory.tmx --languages=en,it                    a translation memory
-    python prepare.py libreoffice_help --tokenizer=word:2 --shared=False --name=words     a known one: see corpora.py
+    python prepare.py libreoffice_help                                a known one: see corpora.py
+    python prepare.py pairs.tsv --languages=en,it --tokenizer=word:2 --shared=False     a vocabulary of words for each
 
 The source comes first. A hash decides whether a pair is for training, validation or test, so it stays where it is when
 others are added. It is the hash of the row's `page`, if the table has such a column: whole pages are held out. Else it
@@ -15,6 +16,7 @@ All pairs are in memory at once, about 0.5 GB for a million.
 """
 
 import collections
+import functools
 import hashlib
 import itertools
 import json
@@ -33,16 +35,17 @@ from sources.texts import finish, id_type, read_file, sample, writing
 
 SPLITS = ("train", "val", "test")
 SIDES = ("source", "target")
+FILES = (".jsonl", "_source.bin", "_target.bin", "_lengths.bin")  # of each split
 SPECIAL = ("<pad>", "<bos>", "<eos>")  # a vocabulary of words has <unk> too
 MARKUP = ("bpt", "ept", "ph", "it", "ut")  # TMX: elements inside a sentence that hold another program's codes
-NO_SPACES = "\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"  # Thai, Lao, Khmer, Japanese, Chinese: a letter, a word
+NO_SPACES = "\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"  # Thai, Lao, Khmer, Japanese, Chinese
 WORD = re.compile(rf"[{NO_SPACES}]|[^\s{NO_SPACES}]+")
 
 
 class How(NamedTuple):
     """How pairs are prepared; prepare.py's settings of the same names."""
     languages: str = ""  # two codes, such as "en,it", source first
-    tokenizer: str = "byte"  # bpe:SIZE, word:TIMES, char and byte (both one token per byte), or a model's folder
+    tokenizer: str = "bpe:4000"  # bpe:SIZE, word:TIMES, char and byte (both one token per byte), or a model's folder
     shared: bool = True  # one vocabulary for both languages
     val_fraction: float = 0.1  # the share of pairs for validation, and once more for test
     min_words: int = 1  # of a source
@@ -77,7 +80,7 @@ def prepare(rows, folder, how, source, revision=""):
         meta["sha256"] = digest.hexdigest()
         for name, vocabulary in vocabularies.items():
             vocabulary.save(folder / f"{name}.json.new")
-        files = [f"{split}{end}" for split in SPLITS for end in (".jsonl", "_source.bin", "_target.bin", "_lengths.bin")]
+        files = [f"{split}{end}" for split in SPLITS for end in FILES]
         return finish(folder, (*files, *(f"{name}.json" for name in vocabularies)), meta)
 
 
@@ -95,7 +98,7 @@ def two(text, setting):
 def choose(rows, how):
     """Returns (rows, {reason: number of rows left out}). Each row has a split, its sides have single spaces."""
     if not 0 < how.val_fraction < 0.5:
-        raise UserError(f"val_fraction = {how.val_fraction}: must lie between 0 and 0.5: the test part has that size too")
+        raise UserError(f"val_fraction = {how.val_fraction}: must lie between 0 and 0.5: the test part is as large")
     left_out, kept, seen, how_split = collections.Counter(), [], set(), "by a hash of the source"
     for row in rows:
         row = {**row, "source": " ".join(row["source"].split()), "target": " ".join(row["target"].split())}
@@ -130,12 +133,12 @@ def why_not(source, target, how):
 
 def words_for(left_out):
     names = {"empty": "empty on one side", "identical": "identical on both sides", "short": "too short",
-             "long": "too long", "duplicate": "twice the same", "copy": "for validation or test, and nearly in training"}
+             "long": "too long", "duplicate": "twice the same", "copy": "held out, and nearly in training"}
     return ", ".join(f"{count:,} {names[reason]}" for reason, count in left_out.items()) or "none"
 
 
 def normal(text):
-    """The text in lower case, with numbers as 0, without punctuation. Texts that have this in common are near-copies."""
+    """The text in lower case, with numbers as 0, without punctuation. Texts that share this are near-copies."""
     return " ".join(re.findall(r"\w+", re.sub(r"\d+", "0", text.lower()))) or text
 
 
@@ -173,12 +176,12 @@ def learn(how, rows):
                  if path.with_name(f"{part}.json").exists()}
     else:
         parts = {"tokenizer": SIDES} if how.shared else {"tokenizer": ("target",), "tokenizer_source": ("source",)}
-        found = {part: tokenizers.build(name, None, lambda: texts_of(rows, sides), SPECIAL)
+        found = {part: tokenizers.build(name, None, functools.partial(texts_of, rows, sides), SPECIAL)
                  for part, sides in parts.items()}
     for vocabulary in found.values():
         if None in (vocabulary.pad, vocabulary.bos, vocabulary.eos):
-            raise UserError(f"tokenizer = {how.tokenizer}: pairs need bpe:SIZE, word:TIMES, char or byte (both one token"
-                            " per byte), or the folder of a model that translates, with <pad>, <bos> and <eos>")
+            raise UserError(f"tokenizer = {how.tokenizer}: pairs need bpe:SIZE, word:TIMES, char or byte (both one"
+                            " token per byte), or the folder of a model that translates, with <pad>, <bos>, <eos>")
     return found
 
 

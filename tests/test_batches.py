@@ -12,11 +12,15 @@ from batches import (
     Dataset,
     ImageTextDataset,
     Joined,
+    batch_cuts,
+    batches_per_epoch,
+    epoch_of_batches,
     fixed_rows,
     fixed_windows,
     random_offsets,
     read_windows,
     shuffled_rows,
+    token_batches,
 )
 from configurator import UserError
 from machine.distributed import World
@@ -168,6 +172,43 @@ def test_an_epoch_has_no_row_twice_and_an_order_of_its_own():
     for count in (0, 24):
         with pytest.raises(UserError, match=f"batch_size = {count}: must be from 1 to 23"):
             shuffled_rows(23, count, 0, 0)
+
+
+@pytest.fixture(scope="module")
+def lengths():
+    """The tokens of 3,000 sources and targets, as in a real text: targets are a little longer."""
+    rng = np.random.default_rng(0)
+    source = np.clip(rng.lognormal(2.7, 0.6, 3000), 1, 90)
+    return np.stack((source, np.clip(source * rng.normal(1.1, 0.2, 3000), 1, 99)), axis=1).astype(np.int32)
+
+
+def test_batches_of_tokens_keep_the_limit_and_hold_little_padding(lengths):
+    for limit in (500, 1000, 4000):
+        batches = [token_batches(lengths, limit, 7, step) for step in range(batches_per_epoch(lengths, limit))]
+        assert np.sort(np.concatenate(batches)).tolist() == list(range(3000))  # every row once
+        sizes = np.array([len(rows) * lengths[rows].max(0).sum() for rows in batches])
+        assert sizes.max() <= limit and sizes.mean() > 0.85 * limit
+        assert lengths.sum() > (0.9 if limit == 500 else 0.8) * sizes.sum()  # the rest is padding
+    with pytest.raises(UserError, match=r"batch_size = 100: counts tokens here, and the longest pair has 1\d\d: "):
+        token_batches(lengths, 100, 7, 0)
+    one = np.array([[3, 4]])
+    assert batches_per_epoch(one, 7) == 1 and token_batches(one, 7, 0, 9).tolist() == [0]
+
+
+def test_batches_of_tokens_are_a_pure_function_of_seed_and_step(lengths):
+    n = batches_per_epoch(lengths, 500)
+    steps = [token_batches(lengths, 500, 7, step) for step in range(3 * n)]
+    for cache in (batch_cuts, epoch_of_batches):
+        cache.cache_clear()  # a resumed run starts anew
+    assert np.array_equal(token_batches(lengths.astype(np.int64), 500, 7, 2 * n + 3), steps[2 * n + 3])
+    assert np.array_equal(token_batches(lengths, 500, 7, 5), steps[5])
+    epochs = [steps[i:i + n] for i in (0, n, 2 * n)]
+    assert all(np.sort(np.concatenate(epoch)).tolist() == list(range(3000)) for epoch in epochs)
+    some = (*steps[:3], *steps[n:n + 3], token_batches(lengths, 500, 8, 0))
+    longest = {tuple(lengths[rows].max(0)) for rows in some}
+    assert len(longest) > 4  # short and long batches are mixed, in an order of the epoch's and the seed's
+    together = [{frozenset(rows.tolist()) for rows in epoch} for epoch in epochs]
+    assert len(together[0] & together[1]) < n / 2  # rows of equal lengths change places
 
 
 def test_evaluation_goes_over_all_rows_once_in_order():

@@ -6,7 +6,7 @@ import tiktoken
 
 import tokenizer as tokenizers
 from configurator import UserError
-from tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, GPT2Tokenizer, Transcript
+from tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, GPT2Tokenizer, Transcript, WordTokenizer
 
 FOREIGN = "naïve Σ 你好 🙂\r\n\ttab"
 
@@ -51,7 +51,7 @@ def test_bpe_compresses_its_training_text_and_has_an_end_of_text_token(text):
         BPETokenizer.train([text], 100)
     with pytest.raises(UserError, match=r"bpe:5000: the text yields only \d+ tokens; use bpe:\d+ or less"):
         BPETokenizer.train([text], 5000)
-    for name in ("words", "bpe:²", "bpe:x", "bpe:" + "9" * 5000):
+    for name in ("words", "word:x", "bpe:²", "bpe:x", "bpe:" + "9" * 5000):
         with pytest.raises(UserError, match=f"tokenizer = {name}: must be char, byte, gpt2, bpe:SIZE"):
             tokenizers.build(name, None, None)
     with pytest.raises(UserError, match="bpe:1000000000000: a BPE may have at most bpe:1048576"):
@@ -75,6 +75,39 @@ def test_control_tokens_in_a_text_are_ordinary_text(text):
         assert tokenizer.decode(ids) == written and len(ids) > 10 and tokenizer.eos not in ids
     assert bpe.encode_controls(written).tolist() == [*bpe.encode("a"), 1, *bpe.encode("b"), 0]
     assert np.array_equal(bpe.encode(written), ids)  # the call of encode_controls leaves no trace
+
+
+SENTENCES = ["Click \"OK\" (see the users' files).", "Dov'è l'ora? Là!", "«A1:B2», and/or 5 % -- 3.5", "two\nlines;"]
+
+
+def test_words_keep_their_case_and_their_spaces(tmp_path):
+    words = WordTokenizer.train(SENTENCES, 1)
+    words.save(tmp_path / "tokenizer.json")
+    loaded = tokenizers.load(tmp_path / "tokenizer.json")
+    assert tokenizers.same_vocabulary(loaded, words)
+    assert (loaded.pad, loaded.bos, loaded.eos, loaded.unk) == (0, 1, 2, 3)
+    for text in SENTENCES:
+        assert words.decode(words.encode(text)) == loaded.decode(loaded.encode(f"  {text} ")) == text
+        assert words.unknown(text) == []
+        stream = Transcript(words)
+        for token in words.encode(text):
+            stream.append(int(token))
+            assert text.startswith(stream.done)
+        assert str(stream) == text
+    parts = [words.decode([i]) for i in words.encode('Dov\'è l\'ora, (A1:B2) "OK"?')]
+    assert parts == ["Dov'", "è", "l'", "ora", ",", "(", "A1:B2", ")", '"', "OK", '"', "?"]
+    assert words.decode([1, *words.encode("files"), 2, 0]) == "<bos> files <eos> <pad>"
+
+
+def test_rare_words_become_unknown_and_are_named():
+    words = tokenizers.build("word:2", None, lambda: ["the cat saw the dog.", "a cat; the Dog."])
+    assert words.words == ("<pad>", "<bos>", "<eos>", "<unk>", "the", "cat", tokenizers.JOINER + ".")
+    ids = words.encode("The cat, the <unk> cat .")
+    assert ids.tolist() == [3, 5, 3, 4, 3, 3, 3, 5, 6]  # no text is taken for a control token
+    assert words.decode(ids) == "<unk> cat <unk> the <unk> <unk> <unk> cat."
+    assert words.unknown("The cat, The cats <the>.") == ["The", ",", "cats", "<", ">"]
+    with pytest.raises(UserError, match="tokenizer = word:9: no word occurs 9 times; word:2 keeps"):
+        tokenizers.build("word:9", None, lambda: SENTENCES)
 
 
 def test_a_streamed_text_only_grows_and_ends_as_the_decoded_text():
