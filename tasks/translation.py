@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 import tokenizer as tokenizers
-from batches import PairsDataset, to_device, token_batches
+from batches import PairsDataset, batches_per_epoch, to_device, token_batches
 from configurator import UserError, say
 from generate import beam_search, generate, picker
 from machine.device import autocast
@@ -79,18 +79,13 @@ class TranslationTask(Task):
 
     def fit(self, model):
         """Finds the pairs that fit the model's block_size. The others are left out, and `summary` counts them."""
-        most, size = model.config.block_size, self.settings.batch_size
-        self.lengths, self.rows = {}, {}
+        most, self.lengths, self.rows = model.config.block_size, {}, {}
         for split, lengths in self.dataset.lengths.items():
             self.lengths[split] = np.asarray(lengths) + 1  # with <eos>, or <bos>
             self.rows[split] = np.flatnonzero((self.lengths[split] <= most).all(1))
             if not len(self.rows[split]):
                 raise UserError(f"block_size = {most}: no pair of the {split} split is that short; the shortest needs"
                                 f" {self.lengths[split].max(1).min()}")
-        longest = self.lengths["train"][self.rows["train"]].sum(1).max()
-        if hasattr(self.settings, "max_iters") and size < longest:
-            raise UserError(f"batch_size = {size}: counts tokens for --task=translation, and one pair has {longest}:"
-                            f" add --batch_size={max(4096, longest)}")
 
     def shape(self, model):
         return {name: getattr(model.config, name) for name in SHAPE}
@@ -139,7 +134,7 @@ class TranslationTask(Task):
         if limit and wanted < len(rows):
             rows = rows[np.arange(wanted) * len(rows) // wanted]  # evenly spread
         total = count = 0
-        for batch, weight in world.share([rows[part] for part in by_length(lengths[rows].max(1))]):
+        for batch, weight in world.share([rows[part] for part in length_batches(lengths[rows].max(1))]):
             arguments, weights = self.gather(split, batch)
             with autocast(world.device, dtype):
                 total += weight * (model(**arguments) * weights).sum().item()
@@ -168,7 +163,8 @@ class TranslationTask(Task):
         sources, wanted = ([row[side] for row in rows] for side in ("source", "target"))
         texts = self.tokens_of(sources, model.config.block_size, cut=True)
         with autocast(self.world.device, dtype):
-            written = [best[0].text for best in self.translate(model, texts, settings)]
+            how = Translating(beam=settings.beam, length_penalty=settings.length_penalty)
+            written = [best[0].text for best in self.translate(model, texts, how)]
         path = Path(settings.out_dir) / ("translations_test.jsonl" if part == "test" else "translations.jsonl")
         write_text(path, "".join(to_json({"source": a, "target": b, "translation": c})
                                  for a, b, c in zip(sources, wanted, written)))
@@ -202,16 +198,19 @@ class TranslationTask(Task):
         return f"{super().command(out_dir)} {shlex.quote(f'--prompt={prompt}')}"
 
     def summary(self, model):
-        s, kept, tokens = self.settings, self.rows["train"], self.cost(model)[0]
-        left, updates = len(self.lengths["train"]) - len(kept), self.lengths["train"][kept, 1].sum() / tokens
+        s, kept, total = self.settings, self.rows["train"], len(self.lengths["train"])
+        epochs = s.max_iters / self.updates_per_epoch()
         return (f"model: {size_in_words(model)}; data: {len(kept):,} sentence pairs of {s.dataset}"
-                + f", and {left:,} longer than block_size are left out" * (left > 0)
-                + f"; {tokens:,} target tokens per update, {s.max_iters} updates = {s.max_iters / updates:.1f} epochs\n"
+                + f", {total - len(kept):,} others are longer than block_size" * (total > len(kept))
+                + f"; {self.cost(model)[0]:,} target tokens per update, {s.max_iters} updates = {epochs:.1f} epochs\n"
                 f"a model that guesses has a loss of {math.log(model.config.vocab_size):.4f}")
 
     def cost(self, model):
-        """(target tokens of an update: the mean of the first hundred; 0: its FLOPs are not counted)."""
-        return round(np.mean([self.weight(self.pick(step)) for step in range(100)])), 0
+        """(mean target tokens of an update, 0: its FLOPs are not counted)."""
+        return round(self.weight(self.rows["train"]) / self.updates_per_epoch()), 0
+
+    def updates_per_epoch(self):
+        return batches_per_epoch(self.lengths["train"][self.rows["train"]], self.settings.batch_size)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Translating
@@ -244,7 +243,7 @@ class TranslationTask(Task):
         if beam > model.config.vocab_size:
             raise UserError(f"beam = {beam}: is wider than the vocabulary of {model.config.vocab_size} tokens")
         pick = picker(sampling, next(model.parameters()).device)
-        batches = by_length(np.array([len(ids) for ids in sources]), AT_ONCE // beam)
+        batches = length_batches(np.array([len(ids) for ids in sources]), AT_ONCE // beam)
         for rows in watched(batches, "translating"):
             start, count, context = self.prepare(model, [sources[row] for row in rows], sampling.max_new_tokens)
             if beam > 1:
@@ -324,7 +323,7 @@ class TranslationTask(Task):
         for name, value, most in (("layer", layer, config.n_layer), ("head", head, config.n_head)):
             if value > most:
                 raise UserError(f"attention_{name} = {value}: the decoder has {most}; 0 takes the mean of all")
-        target = [*self.translate(model, [source], sampling)[0][0].ids, self.tokenizer.eos]
+        target = [*self.translate(model, [source], sampling)[0][0].ids, self.tokenizer.eos][:config.block_size]
         rows = ([source], [len(source)], [[self.tokenizer.bos, *target[:-1]]])
         rows = (torch.tensor(row, device=next(model.parameters()).device) for row in rows)
         weights = cross_attention(model, *rows)[:, 0]  # (L, H, T, S)
@@ -343,7 +342,7 @@ def padded(rows, pad):
     return out, lengths
 
 
-def by_length(lengths, most=AT_ONCE):
+def length_batches(lengths, most=AT_ONCE):
     """A list of batches of indices, from the shortest to the longest, of at most `most` tokens with padding."""
     batches, batch = [], []
     for i in np.argsort(lengths, kind="stable"):

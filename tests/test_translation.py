@@ -1,4 +1,4 @@
-"""The translation task, on a made-up language: batches, losses, translations in order, steps, maps, measures, errors."""
+"""The translation task on a made-up language: batches, losses, translations in order, steps, maps, measures, errors."""
 
 import dataclasses
 import io
@@ -25,7 +25,7 @@ from run.pictures import draw_map
 from sources import pairs
 from tasks.settings import Translating
 from tasks.task import load
-from tasks.translation import TranslationTask, by_length, nearest
+from tasks.translation import TranslationTask, length_batches, nearest
 
 ROOT = Path(train.__file__).parent
 ALONE = World(0, 1, torch.device("cpu"))
@@ -105,7 +105,7 @@ def test_the_smoothed_loss_is_pytorchs_and_padding_weighs_nothing(opened):
     smoothed = plain = 0
     for row in rows:  # one sentence at a time, without padding
         source, target = task.dataset.ids("train", row)
-        source, tokens, wanted = (torch.tensor([[*ids]]) for ids in (
+        source, tokens, wanted = (torch.tensor([[*map(int, ids)]]) for ids in (
             [*source, task.source_tokenizer.eos], [task.tokenizer.bos, *target], [*target, task.tokenizer.eos]))
         logits = model(source, torch.tensor([source.size(1)]), tokens)
         smoothed += F.cross_entropy(logits[0], wanted[0], reduction="sum", label_smoothing=task.settings.smoothing)
@@ -128,8 +128,9 @@ def test_evaluation_is_the_mean_over_all_target_tokens(opened, trained):
 
 def test_a_resumed_run_equals_an_undisturbed_one_and_pieces_do_not_change_the_loss(tiny, tmp_path):
     changes = dict(max_iters=12, eval_interval=6, log_interval=3)
-    whole = run(tmp_path / "whole", tiny, dropout=0.1, micro_batch_size=250, **changes)
-    run(tmp_path / "parts", tiny, dropout=0.1, micro_batch_size=250, **{**changes, "max_iters": 6, "lr_decay_iters": 12})
+    drawn = {**tiny, "dropout": 0.1, "micro_batch_size": 250}
+    whole = run(tmp_path / "whole", drawn, **changes)
+    run(tmp_path / "parts", drawn, **{**changes, "max_iters": 6, "lr_decay_iters": 12})
     resume(tmp_path / "parts", "--max_iters=12")
     assert log(tmp_path / "parts") == whole
     one, other = (checkpoint.load(tmp_path / name / "last").state for name in ("whole", "parts"))
@@ -251,10 +252,11 @@ def test_the_nearest_sentence_is_the_one_of_tf_idf():
 
 def test_batches_of_like_length_hold_every_row_once():
     lengths = np.random.default_rng(0).integers(1, 90, 500)
-    batches = by_length(lengths, 300)
+    batches = length_batches(lengths, 300)
     assert sorted(np.concatenate(batches).tolist()) == list(range(500))
     assert max(len(rows) * lengths[rows].max() for rows in batches) <= 300 and len(batches) < 1.2 * lengths.sum() / 300
-    assert [rows.tolist() for rows in by_length(np.array([500]), 300)] == [[0]] and not by_length(np.array([]))
+    assert [rows.tolist() for rows in length_batches(np.array([500]), 300)] == [[0]]
+    assert not length_batches(np.array([]))
 
 
 def test_pairs_longer_than_the_model_are_left_out_and_counted(opened, folder):
@@ -264,7 +266,7 @@ def test_pairs_longer_than_the_model_are_left_out_and_counted(opened, folder):
     short.open(folder, ALONE)
     short.fit(type(model)(config))
     left = int((np.asarray(task.dataset.lengths["train"]).max(1) > 7).sum())
-    assert 0 < left and f", and {left:,} longer than block_size are left out" in short.summary(model)
+    assert 0 < left and f", {left:,} others are longer than block_size;" in short.summary(model)
     assert max(short.lengths["train"][short.pick(step)].max() for step in range(5)) <= 8
 
 
@@ -298,7 +300,7 @@ def test_unknown_words_are_named(trained, capsys):
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(batch_size=20), "batch_size = 20: counts tokens for --task=translation, and one pair has"),
+    (dict(batch_size=15), "batch_size = 15: counts tokens here, and the longest pair has 20"),
     (dict(block_size=3), "block_size = 3: no pair of the train split is that short"),
     (dict(smoothing=1.0), "smoothing = 1.0: must be below 1"), (dict(sample_tokens=9), "sample_tokens = 9"),
 ])
