@@ -309,10 +309,10 @@ class TranslationTask(Task):
             yield f"{number:4}  {self.name(i):20} {seen[-1][i].item():.3f}   likeliest: {others}\n"
 
     def name(self, i, tokenizer=None):
-        """A token of the target as text, its spaces marked; a special one by its name."""
+        """A token of the target as text, its spaces as middle dots; a special one by its name."""
         tokenizer = tokenizer or self.tokenizer
         special = {getattr(tokenizer, name): f"<{name}>" for name in ("pad", "bos", "eos")}
-        return special.get(i) or tokenizer.decode([i]).replace(" ", "\u2581") or repr(i)
+        return special.get(i) or tokenizer.decode([i]).replace(" ", "\u00b7") or repr(i)
 
     def draw(self, model, source, sampling):
         """Writes a picture of where each token of the best translation looks in the source. Returns a line about it.
