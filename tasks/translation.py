@@ -276,6 +276,8 @@ class TranslationTask(Task):
         """
         most = model.config.block_size
         for index, request in enumerate(requests):
+            if not request["text"]:
+                raise UserError("this model translates: add --prompt with a sentence, or --prompt=FILE:path")
             lines = [" ".join(line.split()) for line in request["text"].rstrip("\n").split("\n")]
             if (sampling.show_steps or sampling.attention) and (len(lines) > 1 or not lines[0]):
                 name = "show_steps" if sampling.show_steps else "attention"

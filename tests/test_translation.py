@@ -166,7 +166,7 @@ def test_a_text_is_translated_line_by_line_in_order(opened, trained, capsys, tmp
     right = [task.write(model, row["source"]) == row["target"] for row in rows]
     assert np.mean(right) > 0.8  # it has learned the language
     lines = [rows[0]["source"], "", *(row["source"] for row in rows[:0:-1]), "  ", rows[1]["source"]]
-    alone = [task.write(model, line) for line in lines]
+    alone = [task.write(model, line or " ") for line in lines]
     assert alone[1] == alone[-2] == "" and len(set(alone)) > 5
     monkeypatch.setattr("tasks.translation.CHUNK", 7)
     (tmp_path / "in.txt").write_text("\r\n".join(lines) + "\r\n")
@@ -286,7 +286,8 @@ def test_the_command_that_a_run_suggests_works(opened, trained, capsys):
     (["--top_k=3"], "top_k = 3: temperature = 0"), (["--attention=map.txt"], "attention = map.txt: must end in .png"),
     (["--attention_head=1"], "attention_head = 1: is for --attention"),
     (["--attention=map.png", "--attention_head=9", "--prompt=the king"], "attention_head = 9: the decoder has 2"),
-    (["--attention=map.png"], "attention: needs a --prompt of one sentence"),
+    (["--attention=map.png", "--prompt= "], "attention: needs a --prompt of one sentence"),
+    ([], "this model translates: add --prompt with a sentence"),
     (["--show_steps", "--prompt=the\nking"], "show_steps: needs a --prompt of one sentence"),
 ])
 def test_wrong_sampling_is_one_line(arguments, message, trained, capsys):
