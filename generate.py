@@ -10,6 +10,7 @@ K width of the beam.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -109,54 +110,57 @@ def beam_search(model, tokens, count, beam, eos, length_penalty=0.0, **context):
     """
     B, T = tokens.shape
     count = min(count, model.config.block_size + 1 - T)
-    left, found = list(range(B)), [[] for _ in range(B)]  # left: the rows of tokens that are still in the batch
+    left, found = range(B), [[] for _ in range(B)]  # left: the rows of tokens that are still in the batch
     rows = torch.arange(B, device=tokens.device).repeat_interleave(beam)
     window, context, start = tokens[rows], taken(context, rows), 0  # window: (N K, T)
     caches = model.make_caches(B * beam, T + count - 1)
-    nats = torch.tensor([[0.0] + [-torch.inf] * (beam - 1)] * B, device=tokens.device)  # at first, one hypothesis each
+    nats = torch.tensor([[0.0] + [-math.inf] * (beam - 1)] * B, device=tokens.device)  # at first, one hypothesis each
     with fast_steps(model):
         for length in range(1, count + 1):
             x = model.hidden(window[:, start:], caches, start, **context)[:, -1]  # (N K, C)
-            nats, chosen, origin = continued(nats, model.logits(x))  # (N, 2 K) each
-            ends, penalty = chosen == eos, ((5 + length) / 6) ** length_penalty
-            finished = nats[:, :beam].isfinite() & (ends[:, :beam] | (length == count))
-            for n, k in finished.nonzero().tolist():
-                ids = [*window[origin[n, k], T:].tolist(), chosen[n, k].item()]
-                total = nats[n, k].item()
-                found[left[n]].append(Hypothesis(ids[:-1] if ids[-1] == eos else ids, total / penalty, total, length))
-                found[left[n]] = sorted(found[left[n]], key=lambda hypothesis: -hypothesis.score)[:beam]
-            going = ends.long().argsort(dim=1, stable=True)[:, :beam]  # (N, K): the likeliest that do not end
-            nats, chosen, origin = (each.gather(1, going) for each in (nats, chosen, origin))
-            hopes = (nats[:, 0] / penalty).tolist()
-            open_ = [n for n, row in enumerate(left) if len(found[row]) < beam or found[row][-1].score < hopes[n]]
-            if not open_ or length == count:
+            best, penalty = continued(nats, model.logits(x)), ((5 + length) / 6) ** length_penalty
+            kept, staying = [], []  # kept: K hypotheses of each row that stays
+            for row, hypotheses in zip(left, best):
+                for total, origin, token in hypotheses[:beam]:
+                    if (token == eos or length == count) and total > -math.inf:
+                        ids = window[origin, T:].tolist() + [token] * (token != eos)
+                        found[row].append(Hypothesis(ids, total / penalty, total, length))
+                found[row] = sorted(found[row], key=lambda hypothesis: -hypothesis.score)[:beam]
+                going = [each for each in hypotheses if each[2] != eos][:beam]
+                if len(found[row]) < beam or found[row][-1].score < going[0][0] / penalty:
+                    kept += going
+                    staying.append(row)
+            if length == count or not kept:
                 return found
-            nats, rows = nats[open_], origin[open_].flatten()  # (N, K), (N K,)
-            window, start = torch.cat((window[rows], chosen[open_].view(-1, 1)), dim=1), window.size(1)
-            if len(open_) < len(left):
-                context, left = taken(context, rows), [left[n] for n in open_]
+            nats, rows, chosen = (torch.tensor(values, device=tokens.device) for values in zip(*kept))
+            nats, start = nats.view(-1, beam), window.size(1)
+            window = torch.cat((window[rows], chosen[:, None]), dim=1)
+            if len(staying) < len(left):
+                context, left = taken(context, rows), staying
                 caches = copied(caches, rows, model.make_caches(len(rows), caches.size))
             else:
                 caches.reorder(rows)
 
 
 def continued(nats, logits):
-    """The 2 K likeliest continuations of each row by one token: log-probabilities, tokens and origins, (N, 2 K) each.
+    """The 2 K likeliest continuations of each row by one token: N lists of (log-probability, origin, token).
 
-    nats: (N, K), the log-probabilities of the hypotheses. logits: (N K, V). origins: which of the N K each continues.
-    Each hypothesis has one continuation that ends, so at least K of the 2 K go on.
+    nats: (N, K), the log-probabilities of the hypotheses. logits: (N K, V). origin: which of the N K is continued. Each
+    hypothesis has one continuation that ends, so at least K of the 2 K go on.
     """
     (N, K), V = nats.shape, logits.size(-1)
-    totals = nats[..., None] + logits.log_softmax(-1).view(N, K, V)
-    totals, index = totals.view(N, K * V).topk(2 * K)
-    return totals, index % V, index // V + torch.arange(0, N * K, K, device=nats.device)[:, None]
+    totals, index = (nats[..., None] + logits.log_softmax(-1).view(N, K, V)).view(N, K * V).topk(2 * K)
+    return [[(total, n * K + i // V, i % V) for total, i in zip(*row)]
+            for n, row in enumerate(zip(totals.tolist(), index.tolist()))]
 
 
 def taken(value, rows):
-    """The rows of all tensors in a dict, list or tuple, or of one tensor."""
+    """The rows of all tensors in a dict, list or tuple, or of one tensor; None stays None."""
     if isinstance(value, dict):
         return {name: taken(part, rows) for name, part in value.items()}
-    return type(value)(taken(part, rows) for part in value) if isinstance(value, list | tuple) else value[rows]
+    if isinstance(value, list | tuple):
+        return type(value)(taken(part, rows) for part in value)
+    return None if value is None else value[rows]
 
 
 def copied(caches, rows, fewer):

@@ -112,13 +112,14 @@ class Seq2Seq(nn.Module):
         The encoder runs once per translation, and so do the keys and values that each block takes from its memory.
         """
         memory, memory_mask = self.read(source, lengths)
-        return {"memory": self.decoder.remember(memory), "memory_mask": memory_mask}
+        padded = bool((lengths < source.size(1)).any())  # without a mask, attention is faster
+        return {"memory": self.decoder.remember(memory), "memory_mask": memory_mask if padded else None}
 
     def hidden(self, tokens, caches=None, start=0, memory=None, memory_mask=None):
         """The decoder's output (B, T, C) for target tokens (B, T), each of which sees itself and those before it.
 
         caches, start: see `GPT.hidden`. memory: (B, S, C) from `read`, or keys and values from `encode`.
-        memory_mask: (B, 1, 1, S).
+        memory_mask: (B, 1, 1, S); None: the memory has no padding.
         """
         positions, mask = self.positions_and_mask(tokens, caches, start)
         x, rope = self.wpe(self.embed(tokens, self.wte), positions)
@@ -161,4 +162,4 @@ def attention_weights(attention, x, mask, memory):
     q = attention.q_proj(x).unflatten(-1, (attention.n_head, attention.head_dim)).transpose(1, 2)  # (B, H, T, D)
     k = memory[0].repeat_interleave(attention.n_head // attention.n_kv_head, dim=1)  # (B, K, S, D) -> (B, H, S, D)
     scores = q @ k.mT / math.sqrt(attention.head_dim)
-    return scores.masked_fill(~mask, -math.inf).softmax(-1)
+    return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1)

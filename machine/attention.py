@@ -15,7 +15,7 @@ import torch.nn.functional as F
 SHORT = 512  # up to this T, two batched products are faster than the fused kernel (bfloat16 on a CPU)
 LONG = 2**14  # from this T x D on, the fused kernel's backward pass is fast (bfloat16 on a CPU)
 TILE = 2**18  # scores in memory at a time, in attention with dropout: 1 MB of float32, which fits into the caches
-ROWS = 128  # query positions per tile; a tile leaves out the keys after its last query
+ROWS = 128  # query positions per tile; a tile leaves out the keys after its last query. Shorter texts need no tiles
 
 
 def attend(q, k, v, mask, dropout=0.0):
@@ -28,9 +28,12 @@ def attend(q, k, v, mask, dropout=0.0):
         return fused(q, k, v, mask, dropout)
     causal = isinstance(mask, str) and q.shape == k.shape
     if causal and q.dtype == torch.bfloat16 and q.size(2) <= SHORT:
-        return batched_products(q, k, v, dropout)
-    if causal and dropout:
+        return batched_products(q, k, v, mask, dropout)
+    if causal and dropout and q.size(2) > ROWS:
         return TiledAttention.apply(*(x.flatten(0, 1) for x in (q, k, v)), dropout).view(q.shape)
+    if dropout and q.size(1) == k.size(1):  # the fused kernel has no dropout on a CPU
+        with torch.autocast("cpu", enabled=False):
+            return batched_products(q.float(), k.float(), v.float(), mask, dropout).type_as(q)
     if q.size(2) * q.size(3) >= LONG:
         return fused(q, k, v, mask, dropout)
     with torch.autocast("cpu", enabled=False):  # for short sequences, a bfloat16 backward is up to 6x slower
@@ -44,10 +47,17 @@ def fused(q, k, v, mask, dropout):
                                           enable_gqa=q.size(1) != k.size(1))
 
 
-def batched_products(q, k, v, dropout):
-    """Causal attention by two batched products: in bfloat16 on a CPU 2 to 4 times as fast as the fused kernel."""
-    future = torch.full((q.size(2), q.size(2)), -torch.inf, dtype=q.dtype).triu_(1)  # (T, T)
-    scores = torch.baddbmm(future, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=q.size(3) ** -0.5)  # (N, T, T)
+def batched_products(q, k, v, mask, dropout):
+    """Attention by two batched products. On a CPU: in bfloat16 2 to 4 times as fast as the fused kernel; with dropout,
+    which that kernel lacks there, 1.3 to 1.5 times as fast as what PyTorch computes instead."""
+    (B, H, T, D), S = q.shape, k.size(2)
+    if mask is None:
+        hidden = torch.zeros(1, 1, 1, dtype=q.dtype)
+    elif isinstance(mask, str):
+        hidden = torch.full((T, S), -torch.inf, dtype=q.dtype).triu_(1)
+    else:  # a finite number, or a query that sees nothing would become NaN
+        hidden = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -1e30).expand(B, H, -1, -1).flatten(0, 1)
+    scores = torch.baddbmm(hidden, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=D ** -0.5)  # (N, T, S)
     weights = scores.softmax(-1)
     if dropout:
         weights = drop(weights, dropout)

@@ -66,6 +66,31 @@ def test_attention_dropout_in_bfloat16_removes_weights_and_scales_the_others():
     assert kept[whole > 0].float().mean().item() == pytest.approx(0.75, abs=0.06)
 
 
+@pytest.mark.parametrize("mask", [None, "causal", "padding", "per query"])
+def test_attention_with_dropout_and_its_gradients_equal_the_formula_with_the_same_draws(mask):
+    q, g = randn(2, 3, 7, 8), randn(2, 3, 7, 8, seed=3)
+    k, v = (randn(2, 3, 7 if mask == "causal" else 5, 8, seed=seed) for seed in (1, 2))
+    if mask in ("padding", "per query"):
+        mask = torch.rand(2, 1, 1 if mask == "padding" else 7, 5, generator=seeded(4)) < 0.6
+        mask[..., 0] = True
+    torch.manual_seed(0)
+    found = attend(q, k, v, mask, 0.3)
+    torch.manual_seed(0)
+    kept = draw_kept((6, 7, k.size(2)), 0.3).view(2, 3, 7, -1)
+    allowed = torch.ones(7, k.size(2)).tril().bool() if mask == "causal" else mask
+    scores = q @ k.mT / 8**0.5
+    weights = (scores if mask is None else scores.masked_fill(~allowed, -torch.inf)).softmax(-1)
+    expected = weights * kept / 0.7 @ v
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, (q, k, v), g), torch.autograd.grad(expected, (q, k, v), g))
+
+
+def test_a_query_that_may_see_nothing_is_finite_in_training_with_dropout():
+    q, k, v = (randn(1, 2, 3, 8, seed=seed) for seed in range(3))
+    out = attend(q, k, v, torch.tensor([[True] * 3, [False] * 3, [True] * 3]), 0.1)
+    assert all(x.isfinite().all() for x in (out, *torch.autograd.grad(out.sum(), (q, k, v))))
+
+
 @pytest.mark.parametrize("share", [0.0, 0.2])
 def test_attention_in_training_averages_to_that_in_evaluation(share):
     """Under autocast, where short sequences take a path of their own."""
