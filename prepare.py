@@ -29,7 +29,7 @@ from configurator import UserError, check_idle, check_ranges, from_command_line,
 
 @dataclass(frozen=True)
 class Settings:
-    tokenizer: str = "char"  # char (pairs: bpe:4000), byte, gpt2, bpe:SIZE, word:TIMES (seen so often), or a model's folder
+    tokenizer: str = "char"  # char (pairs: bpe:4000), byte, gpt2, bpe:SIZE, word:TIMES (seen), or a model's folder
     name: str = ""  # the data set's name under data/, or the path of a folder; default: the source's name
     files: str = ""  # which files of a folder to use, such as "*.py,*.md" or "!*.csv"; default: all that can be read
     val_fraction: float = 0.1  # for validation: the end of texts, the last images, else by hash; of pairs again to test
@@ -158,7 +158,8 @@ def prepare_own_pairs(settings, sources):
     """Prepares parallel files. Returns the data set's name."""
     check_kind(settings, "pairs")
     if not all(map(os.path.isfile, sources)):
-        raise UserError(f"{', '.join(sources)}: pairs come from files on this machine, not from folders or URLs")
+        given = f"languages = {settings.languages}" if settings.languages else f"columns = {settings.columns}"
+        raise UserError(f"{given}: pairs come from files on this machine, and {', '.join(sources)} is none")
     paths = list(map(Path, sources))
     rows, languages = pairs.read(paths, settings.languages, settings.columns)
     name, source = settings.name or re.sub(r"\W+", "_", paths[0].stem), ", ".join(map(os.path.abspath, sources))

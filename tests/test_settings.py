@@ -377,10 +377,14 @@ def test_each_setting_of_an_evaluation_changes_its_numbers_or_is_refused(lab, ru
 PREPARING = {
     "tokenizer": Change("bpe:300"), "name": Change("data/named_{task}"), "files": Change("a*"),
     "val_fraction": Change(0.3), "newlines": Change("keep"), "image_size": Change(24),
-    "column": Change("other"), "processes": Change(1), "max_files": Change(1)}
+    "column": Change("other"), "processes": Change(1), "max_files": Change(1), "languages": Change("it,en"),
+    "columns": Change("other,it"), "shared": Change(False), "min_words": Change(4), "max_words": Change(5)}
+FOR_PAIRS = ("languages", "columns", "shared", "min_words", "max_words")
 IDLE = {  # settings that do nothing for a kind of source
-    "texts": ("image_size", "column", "processes", "max_files"), "documents": ("newlines", "image_size"),
-    "images": ("files", "newlines", "column", "processes", "max_files")}
+    "texts": ("image_size", "column", "processes", "max_files", *FOR_PAIRS),
+    "documents": ("newlines", "image_size", *FOR_PAIRS),
+    "images": ("files", "newlines", "column", "processes", "max_files", *FOR_PAIRS),
+    "pairs.tsv": ("files", "newlines", "image_size", "column", "processes", "max_files")}
 
 
 def make_sources(folder):
@@ -392,6 +396,9 @@ def make_sources(folder):
         (folder / "texts" / f"{name}.txt").write_bytes("\r\n".join(rows).encode())
         documents = [json.dumps({"text": row, "other": row.upper()}) + "\n" for row in rows]
         (folder / "documents" / f"{name}.jsonl").write_text("".join(documents))
+    words = [row.split()[:2 + number % 6] for number, row in enumerate(rows)]
+    table = [f"{' '.join(row)}\t{' '.join(row[::-1]).upper()}\t{'-'.join(row)}\n" for row in words]
+    (folder / "pairs.tsv").write_text("en\tit\tother\n" + "".join(table))
     generate = runpy.run_path(str(ROOT / "data" / "shapes" / "generate.py"))["generate"]
     generate(folder / "images", images=20)
     captions = folder / "images" / "captions.jsonl"
@@ -423,7 +430,9 @@ def test_each_setting_of_prepare_changes_the_data_or_is_refused(lab, kind, name)
     if not os.path.exists(kind):
         make_sources(lab.folder)
     change = Change("bpe:1500") if (kind, name) == ("images", "tokenizer") else PREPARING[name]
-    base = {"source": kind, "tokenizer": "byte" if kind == "documents" else "char"}
+    base = {"source": kind, "tokenizer": "byte" if kind in ("documents", "pairs.tsv") else "char"}
+    if kind == "pairs.tsv":
+        base |= {"languages": "en,it"}
     lab.compare(prepare_run, base, name, refused(change.value) if name in IDLE[kind] else at(kind, change))
 
 
