@@ -103,6 +103,9 @@ def train_run(settings, out):
             return result
         return called
 
+    def run_again(work, *args, use_reentrant, **how):
+        return work(*args, **how)
+
     def new_writer(self, out_dir, background, sharded=False):
         calls.append(("in the background", background))
         open_writer(self, out_dir, background, sharded)
@@ -114,7 +117,7 @@ def train_run(settings, out):
     with mock.patch.object(cls, "show", spy("show", cls.show)), \
             mock.patch.multiple(checkpoint.Writer, __init__=new_writer, save=new_save), \
             mock.patch.object(torch.nn.Module, "compile", lambda self: calls.append("compile")), \
-            mock.patch.object(distributed, "checkpoint", spy("recompute", lambda work, *args, use_reentrant, **how: work(*args, **how))), \
+            mock.patch.object(distributed, "checkpoint", spy("recompute", run_again)), \
             mock.patch.object(train, "peak_flops", lambda *about: None):
         status = 0
         try:
