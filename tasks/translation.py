@@ -47,7 +47,7 @@ BUCKETS = ((1, 5), (6, 10), (11, 20), (21, 40), (41, math.inf))  # words of a so
 class Translated(NamedTuple):
     text: str
     ids: list  # of the tokens, without eos
-    score: float = 0.0  # its mean log-probability by `beam_search`
+    score: float = 0.0  # see `beam_search`; 0 without a beam
 
 
 class TranslationTask(Task):
