@@ -134,7 +134,7 @@ def update(task, wrapped, optimizers, scaler, step, world, dtype):
     s, device = task.settings, world.device
     rows = task.pick(step)
     total = task.weight(rows)
-    size = s.micro_batch_size or len(rows) // world.size
+    size = task.piece(rows)
     turns = -(-len(rows) // (size * world.size))
     loss, shown = torch.zeros((), device=device), {}
     for turn in range(turns):

@@ -6,9 +6,11 @@ Axes: B batch, H and W height and width in pixels, N patches of the image, A tok
 import math
 import re
 import warnings
+from pathlib import Path
 from typing import NamedTuple
 
 from configurator import UserError
+from run.checkpoint import reason
 
 LOCATIONS = [f"<loc{i:04}>" for i in range(1024)]  # box corners, in 1024ths of the image's height or width
 SEGMENTS = [f"<seg{i:03}>" for i in range(128)]  # codes of the mask inside a box
@@ -166,6 +168,31 @@ def heat_map(image, weights):
     return Image.composite(ImageOps.colorize(heat, "red", "yellow"), gray, heat)
 
 
+def draw_map(weights, rows, columns, cell=30):
+    """Returns a PIL image of weights (T, S), white for 0 to blue for the largest, with names of its rows and columns.
+
+    A row's name is on its left; a column's name is above it, written upwards. cell: the side of a square, in pixels.
+    """
+    from PIL import Image, ImageDraw, ImageOps
+    size, gap = cell // 2, cell // 4
+    ruler = ImageDraw.Draw(Image.new("L", (1, 1)))
+    left, top = (2 * gap + max(int(ruler.textlength(name, font_size=size)) for name in names)
+                 for names in (rows, columns))
+    shades = (weights / weights.max() * 255).round().byte()
+    shades = ImageOps.colorize(Image.fromarray(shades.numpy()), "white", "midnightblue")
+    picture = Image.new("RGB", (left + cell * len(columns) + gap, top + cell * len(rows) + gap), "white")
+    picture.paste(shades.resize((cell * len(columns), cell * len(rows)), Image.Resampling.NEAREST), (left, top))
+    draw = ImageDraw.Draw(picture)
+    for i, name in enumerate(rows):
+        draw.text((left - gap, top + cell * i + cell // 2), name, fill="black", font_size=size, anchor="rm")
+    for i, name in enumerate(columns):
+        label = Image.new("RGB", (top, cell), "white")
+        ImageDraw.Draw(label).text((gap, cell // 2), name, fill="black", font_size=size, anchor="lm")
+        picture.paste(label.rotate(90, expand=True), (left + cell * i, 0))
+    draw.rectangle((left, top, left + cell * len(columns), top + cell * len(rows)), outline="gray")
+    return picture
+
+
 def caption(image, text, width, margin=4, line=22):
     """Returns a PIL image under a line of text, in a frame width + 2 * margin pixels wide. Longer text is cut off."""
     from PIL import Image, ImageDraw
@@ -173,3 +200,14 @@ def caption(image, text, width, margin=4, line=22):
     framed.paste(image, (margin, margin + line))
     ImageDraw.Draw(framed).text((margin, margin), text, fill="black", font_size=14)
     return framed
+
+
+def save_picture(picture, path):
+    """Writes a PIL image to the file `path`. Returns a line that says so. Raises UserError if it can't be written."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+    except (OSError, ValueError, OverflowError) as error:  # without errno: the format can't hold so large a picture
+        hint = "" if getattr(error, "errno", None) else f"; a .png holds its {picture.width} x {picture.height} pixels"
+        raise UserError(f"{path} can't be written: {reason(error)}{hint}") from None
+    return f"wrote {path}"

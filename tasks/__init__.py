@@ -31,6 +31,8 @@ TASKS = {
                       ("paligemma",)),
     "arithmetic": Row("tasks.arithmetic", "ArithmeticTask", settings.Arithmetic, settings.Nothing, settings.Problems,
                       ()),
+    "translation": Row("tasks.translation", "TranslationTask", settings.Translation, settings.Translating,
+                       settings.Translations, ()),
 }
 
 

@@ -9,7 +9,6 @@ Axes: B batch, n rows of a split, T tokens of a row, A tokens of the longest ans
 import dataclasses
 import functools
 import shlex
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +21,7 @@ from machine.device import autocast
 from machine.terminal import watched
 from run import checkpoint, pictures
 from run.cost import flops_per_token, size_in_words
+from run.pictures import save_picture
 from sources.images import CONTROLS
 from tasks.loading import load
 from tasks.task import Task
@@ -331,14 +331,3 @@ def draw_boxes(picture, answer, path):
     lines = [f"{box.label}: left {box.left:.0f}, top {box.top:.0f}, right {box.right:.0f}, bottom {box.bottom:.0f}"
              for box in boxes]
     return "\n".join([*lines, save_picture(pictures.draw_boxes(picture, boxes), path)])
-
-
-def save_picture(picture, path):
-    """Writes a PIL image to the file `path`. Returns a line that says so. Raises UserError if it can't be written."""
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
-    except (OSError, ValueError, OverflowError) as error:  # without errno: the format can't hold so large a picture
-        hint = "" if getattr(error, "errno", None) else f"; a .png holds its {picture.width} x {picture.height} pixels"
-        raise UserError(f"{path} can't be written: {checkpoint.reason(error)}{hint}") from None
-    return f"wrote {path}"

@@ -142,6 +142,31 @@ class ImageText:
         check_publish(self.publish, self.out_dir)
 
 
+@dataclass(frozen=True)
+class Translation:
+    # the model: an encoder and a decoder; --batch_size and --micro_batch_size count tokens, padding included
+    n_layer: int = 2  # blocks of the decoder
+    n_encoder_layer: int = 0  # blocks of the encoder; 0: as many as n_layer
+    n_head: int = 2  # attention heads
+    n_embd: int = 64  # width: channels of a token's vector
+    n_hidden: int = 0  # width inside the MLP; 0: 4 * n_embd
+    block_size: int = 128  # most tokens of a source, and of a target; longer pairs are left out
+    bias: bool = True  # whether linear layers and LayerNorms have a bias
+    norm: Literal["layernorm", "rmsnorm", "plain_rmsnorm"] = "layernorm"  # see NORMS in model.py
+    mlp: Literal["relu", "gelu", "geglu", "swiglu", "relu2"] = "relu"  # see MLPS in model.py
+    block: Literal["pre", "post"] = "pre"  # norms before attention and MLP, or, as in the paper, after them
+    positions: Literal["sinusoidal", "learned", "rotary"] = "sinusoidal"  # of the tokens
+    tied: bool = True  # use the target embedding as the output head too
+    smoothing: float = 0.1  # share of each target's weight that is spread over the whole vocabulary
+
+    def __post_init__(self):
+        check_sizes(self)
+        check_sample_tokens(self)
+        check_ranges(self, n_encoder_layer=0, smoothing=0.0)
+        if self.smoothing >= 1:
+            raise UserError(f"smoothing = {self.smoothing}: must be below 1")
+
+
 def check_sizes(settings):
     """Raises UserError for sizes that no model can have."""
     check_ranges(settings, n_layer=1, n_head=1, n_embd=1, block_size=1)
@@ -213,13 +238,19 @@ class Answering(Writing):
         super().__post_init__()
         for name in ("draw", "attention"):
             path = getattr(self, name)
-            if path and not path.lower().endswith((".png", ".jpg", ".jpeg")):
-                raise UserError(f"{name} = {path}: must end in .png or .jpg")
-            if os.path.isdir(path):
-                raise UserError(f"{name} = {path}: is a folder; name a file")
+            check_picture(self, name)
             many = len(image_files(self.image)) > 1 or self.num_samples > 1
             if path and (not self.image or many):
                 raise UserError(f"{name} = {path}: needs one --image and --num_samples=1")
+
+
+def check_picture(settings, name):
+    """Raises UserError if the setting `name` is not empty and can't be a picture to write."""
+    path = getattr(settings, name)
+    if path and not path.lower().endswith((".png", ".jpg", ".jpeg")):
+        raise UserError(f"{name} = {path}: must end in .png or .jpg")
+    if os.path.isdir(path):
+        raise UserError(f"{name} = {path}: is a folder; name a file")
 
 
 @dataclass(frozen=True)
@@ -229,6 +260,48 @@ class Matching:
 
     def __post_init__(self):
         check_model(self)
+
+
+@dataclass(frozen=True)
+class Translating:
+    # the translations
+    beam: int = 1  # translations kept at each step; 1: no search, but the likeliest token, or a drawn one
+    length_penalty: float = 0.6  # with a beam: 0 ranks by the sum of log-probabilities; above 0 favours long ones
+    n_best: int = 1  # with a beam: how many translations to show, each with its score
+    temperature: float = 0.0  # 0 takes the likeliest token; above, tokens are drawn: below 1 is safer, above 1 wilder
+    top_k: int = 0  # draw among the k likeliest tokens only; 0: all
+    top_p: float = 1.0  # draw among the fewest likeliest tokens whose probabilities reach this sum; 1: all
+    seed: int = 1337  # same seed, same drawn tokens
+    max_new_tokens: int = 500  # most tokens of a translation, which also ends at the model's block_size
+    show_steps: bool = False  # first show each token as it comes, with its probability and the likeliest tokens
+    attention: str = ""  # a .png or .jpg to write: for each token of the translation, where in the source it looked
+    attention_layer: int = 0  # draw one block of the decoder, counted from 1; 0: the mean of all
+    attention_head: int = 0  # draw one head, counted from 1; 0: the mean of all
+
+    def __post_init__(self):
+        check_model(self)
+        check_ranges(self, n_best=1, max_new_tokens=1, temperature=0.0, top_k=0, top_p=0.0, seed=0, attention_layer=0,
+                     attention_head=0)
+        check_beam(self, "n_best")
+        if self.n_best > self.beam:
+            raise UserError(f"n_best = {self.n_best}: is above beam = {self.beam}; add --beam={self.n_best}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p = {self.top_p}: must be above 0 and at most 1")
+        if self.temperature == 0:
+            check_idle(self, "temperature = 0 always takes the likeliest token", "top_k", "top_p", "seed")
+        if self.beam > 1:
+            check_idle(self, "a beam search draws nothing, and has no single steps", "temperature", "show_steps")
+        if self.attention:
+            check_picture(self, "attention")
+        else:
+            check_idle(self, "is for --attention=FILE", "attention_layer", "attention_head")
+
+
+def check_beam(settings, *names):
+    """Raises UserError for a bad beam or length_penalty, or for one of `names` where there is no beam."""
+    check_ranges(settings, beam=1, length_penalty=0.0)
+    if settings.beam == 1:
+        check_idle(settings, "is for --beam above 1", "length_penalty", *names)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -255,6 +328,18 @@ class Problems:
 
     def __post_init__(self):
         check_model(self)
+
+
+@dataclass(frozen=True)
+class Translations:
+    # the translations, which are greedy or the best of a beam
+    beam: int = 1  # translations kept at each step; 1: the likeliest token at each
+    length_penalty: float = 0.6  # with a beam: 0 ranks by the sum of log-probabilities; above 0 favours long ones
+    test: bool = False  # also score the second held-out part, which no choice was made on: once, at the very end
+
+    def __post_init__(self):
+        check_model(self)
+        check_beam(self)
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,10 @@ class Task:
     def pick(self, step):
         """The rows of an update, as a pure function of (seed, step). step: how many updates were made before it."""
 
+    def piece(self, rows):
+        """How many of an update's rows make a micro-batch."""
+        return self.settings.micro_batch_size or len(rows) // self.world.size
+
     def weight(self, rows):
         """The sum of the weights that `batch` would give these rows' targets, found without making the batch."""
         return len(rows)

@@ -15,7 +15,7 @@ from configurator import UserError
 from generate import generate, pick_tokens
 from published import files, paligemma
 from run import checkpoint
-from run.pictures import pixels, read_image
+from run.pictures import pixels, read_image, save_picture
 from tasks import image_text
 from tasks.image_text import encode_prompt
 from tasks.loading import load
@@ -175,8 +175,8 @@ def test_a_picture_that_can_not_be_written_is_an_error(published, photos, tmp_pa
 
 def test_a_picture_too_large_for_its_format_is_an_error(tmp_path):
     with pytest.raises(UserError, match="x.jpg can't be written: .*; a .png holds its 1 x 65501 pixels"):
-        image_text.save_picture(Image.new("L", (1, 65_501)), tmp_path / "x.jpg")
-    assert "wrote" in image_text.save_picture(Image.new("L", (1, 65_501)), tmp_path / "x.png")
+        save_picture(Image.new("L", (1, 65_501)), tmp_path / "x.jpg")
+    assert "wrote" in save_picture(Image.new("L", (1, 65_501)), tmp_path / "x.png")
 
 
 def test_write_returns_the_answer_about_an_image(loaded, photos):

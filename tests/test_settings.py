@@ -17,6 +17,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import make_text
+from test_translation import make_pairs
 
 import evaluate
 import prepare
@@ -25,7 +26,7 @@ import train
 from configurator import UserError, flat_fields, joined, parse
 from machine import distributed
 from run import checkpoint
-from sources import documents, images, texts
+from sources import documents, images, pairs, texts
 from tasks import TASKS, find_task, task_class
 
 ROOT = Path(train.__file__).parent
@@ -101,6 +102,9 @@ def train_run(settings, out):
             return result
         return called
 
+    def run_again(work, *args, use_reentrant, **how):
+        return work(*args, **how)
+
     def new_writer(self, out_dir, background, sharded=False):
         calls.append(("in the background", background))
         open_writer(self, out_dir, background, sharded)
@@ -112,7 +116,7 @@ def train_run(settings, out):
     with mock.patch.object(cls, "show", spy("show", cls.show)), \
             mock.patch.multiple(checkpoint.Writer, __init__=new_writer, save=new_save), \
             mock.patch.object(torch.nn.Module, "compile", lambda self: calls.append("compile")), \
-            mock.patch.object(distributed, "checkpoint", spy("recompute", lambda work, *args, **how: work(*args))), \
+            mock.patch.object(distributed, "checkpoint", spy("recompute", run_again)), \
             mock.patch.object(train, "peak_flops", lambda *about: None):
         status = 0
         try:
@@ -170,16 +174,20 @@ BASES["contrastive"] = BASES["image-text"] = {
     **BASES["text"], "block_size": 128, "vision.n_layer": 1, "vision.n_head": 2, "vision.n_embd": 16,
     "vision.patch_size": 16, "learning_rate": 0.003, "sample_tokens": 300}
 BASES["arithmetic"] = {**BASES["text"], "operations": "+-*", "digits": 1, "sample_tokens": 300}
-DATA = {"text": "data/words", "arithmetic": "arithmetic"}  # of other tasks: data/shapes
+BASES["translation"] = {**BASES["text"], "batch_size": 200, "learning_rate": 0.003, "sample_tokens": 300}
+DATA = {"text": "data/words", "arithmetic": "arithmetic", "translation": "data/pairs"}  # of other tasks: data/shapes
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """A Lab with two text data sets in its folder, which is the current one."""
+    """A Lab with two text data sets, and two of pairs, in its folder, which is the current one."""
     folder = tmp_path_factory.mktemp("lab")
     for name, seed in (("words", 0), ("others", 1)):
         (folder / f"{name}.txt").write_text(make_text(600, seed), encoding="utf-8")
         texts.prepare([folder / f"{name}.txt"], folder / "data" / name, "char")
+    for name, seed, tokenizer in (("pairs", 0, "word:1"), ("more_pairs", 1, str(folder / "data" / "pairs"))):
+        how = pairs.How(languages="en,xx", tokenizer=tokenizer)
+        pairs.prepare(make_pairs(100, seed), folder / "data" / name, how, "made up")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "wandb", None)
         patch.chdir(folder)
@@ -257,6 +265,8 @@ TRAINING = {
     # of arithmetic
     "operations": Change("+*"), "digits": Change(2),
     "working": Change(True),
+    # of translation
+    "n_encoder_layer": Change(2), "block": Change("post"), "smoothing": Change(0.3),
 }
 WITH_IMAGES = {
     "dataset": Change("data/more"), "block_size": Change(120), "eval_tokens": Change(200), "sample_tokens": Change(0)}
@@ -268,9 +278,13 @@ OF_TASK = {  # entries that differ for one task
                    "lora_rank": Change(2, init_from="one_image-text")},
     "arithmetic": {"dataset": refused("data/words"), "init_from": Change("one_arithmetic"), "sample_tokens": Change(0),
                    "lora_rank": Change(2, init_from="one_arithmetic")},
+    "translation": {"dataset": Change("data/more_pairs"), "batch_size": Change(180), "bias": Change(False),
+                    "micro_batch_size": Change(60, dropout=0.5), "eval_tokens": Change(40), "sample_tokens": Change(0),
+                    "init_from": Change("one_translation"), "lora_rank": Change(2, init_from="one_translation")},
 }
 # The part of the model that --rates names.
-PART = {"text": "wte", "contrastive": "text", "image-text": "decoder", "arithmetic": "wte"}
+PART = {"text": "wte", "contrastive": "text", "image-text": "decoder", "arithmetic": "wte",
+        "translation": "encoder"}
 
 
 # Settings of every task that the task's own code reads.
@@ -308,18 +322,27 @@ SAMPLING = {
     "max_new_tokens": Change(7), "temperature": Change(0.1), "top_k": Change(1), "top_p": Change(0.1),
     "stop": Change("a"), "seed": Change(1),
     "image": Change("b.png"), "draw": Change("boxes.png"), "attention": Change("map.png"),
+    "beam": Change(3), "length_penalty": Change(0.0, beam=4, n_best=4), "n_best": Change(2, beam=3),
+    "show_steps": Change(True), "attention_layer": refused(2, attention="map.png"),
+    "attention_head": refused(3, attention="map.png"),
 }
 SAMPLING_OF_TASK = {
     "text": {}, "image-text": {"prompt": Change("count"), "stop": Change("<"), "init_from": refused("one_image-text")},
     "contrastive": {"prompt": Change("a red star|a green circle"), "num_samples": refused(2),
                     "init_from": refused("one_contrastive")},
-    "arithmetic": {"prompt": Change("2+3="), "init_from": refused("one_arithmetic")}}
+    "arithmetic": {"prompt": Change("2+3="), "init_from": refused("one_arithmetic")},
+    "translation": {"prompt": Change("the old\nlady fears ."), "init_from": refused("one_translation"),
+                    "temperature": Change(1.0), "top_k": Change(1, temperature=2.0),
+                    "top_p": Change(0.1, temperature=2.0), "seed": Change(1, temperature=2.0),
+                    "max_new_tokens": Change(2)}}
 EVALUATING = {
     "out_dir": Change("one_{task}"), "checkpoint": Change("last"), "dataset": Change("data/others"),
     "split": Change("train"), "device": refused("meta"), "dtype": Change("bfloat16"),
     "random_windows": Change(3), "batch_size": Change(5), "seed": Change(1), "test": Change(True),
+    "beam": Change(4), "length_penalty": Change(3.0, beam=8),
 }
 EVALUATING_OF_TASK = {"text": {}, "arithmetic": {"dataset": refused("data/others")},
+                      "translation": {"dataset": Change("data/more_pairs")},
                       **dict.fromkeys(("contrastive", "image-text"), {"dataset": Change("data/more")})}
 
 
@@ -336,6 +359,8 @@ def test_each_setting_of_sampling_changes_the_sample_or_is_refused(lab, run, tas
         asked |= {"max_new_tokens": 40}
     if task == "arithmetic":
         asked["prompt"] = "7*8="
+    elif task == "translation":
+        asked["prompt"] = "the mad king loves ."
     elif task != "text":
         for letter, number in (("a", 0), ("b", 1)):
             shutil.copy(f"shapes_source/images/{number:05}.png", f"{letter}.png")
