@@ -208,8 +208,11 @@ def read_file(path, seen):
     on_cpu = namespace.pop("on_cpu", {})
     if not isinstance(on_cpu, dict):
         raise UserError(f"{path}: on_cpu must be a dict(name=value, ...), not {on_cpu!r}")
-    base = os.path.normpath(os.path.join(os.path.dirname(path), str(namespace.get("_base", ""))))
-    layers = read_file(base, seen) if "_base" in namespace and os.path.realpath(base) not in seen else []
+    base, layers = os.path.normpath(os.path.join(os.path.dirname(path), str(namespace.get("_base", "")))), []
+    if "_base" in namespace and not os.path.isfile(base):
+        raise UserError(f"{path}: _base = {namespace['_base']!r}: there is no such recipe beside it")
+    if "_base" in namespace and os.path.realpath(base) not in seen:
+        layers = read_file(base, seen)
     try:
         for origin, values in ((path, namespace), (f"{path}, on_cpu", on_cpu)):
             layers += [Layer(name, value, origin, values is on_cpu)

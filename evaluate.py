@@ -1,12 +1,13 @@
 """Scores a trained model on a whole split. Deterministic: the same command gives the same digits.
 
     python evaluate.py --out_dir=out                    the best checkpoint, on the validation split; also on a CPU
+    python evaluate.py --init_from=gpt2 --dataset=shakespeare_gpt2      a published model, by name or folder
     torchrun --nproc_per_node=2 evaluate.py --out_dir=out
 
-Prints one table and writes it to evaluation.json in the out directory. Figures that are in there already and were not
-measured again, such as those of --test, stay if they are of the same checkpoint and split. For text, `loss` is the mean
-over the whole split, and `random_window_loss` is nanoGPT's estimate, the mean over random windows. They are different
-measures.
+Prints one table, and writes it to evaluation.json in a run's out directory. Figures that are in there already and were
+not measured again, such as those of --test, stay if they are of the same checkpoint and split. For text, `loss` is the
+mean over the whole split, and `random_window_loss` is nanoGPT's estimate, the mean over random windows. They are
+different measures.
 """
 
 from contextlib import suppress
@@ -23,16 +24,20 @@ from tasks import TASKS, elsewhere, find_task
 class Settings:
     out_dir: str = "out"  # the folder of a run, or of one checkpoint
     checkpoint: Literal["best", "last"] = "best"  # which checkpoint of the run: best or last
-    dataset: str = ""  # another data set, made with the same tokenizer; empty: the one that the model was trained on
+    init_from: str = ""  # instead of out_dir: a published model's name or folder; needs --dataset
+    dataset: str = ""  # another data set, made with the same tokenizer; empty: the one that the run was trained on
     split: Literal["val", "train"] = "val"  # which part of the data set: val or train
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
 
 
 def own_settings(values):
-    """Returns the class of the settings that the task of the model in the folder values["out_dir"] adds to Settings."""
-    check_run(values["out_dir"])
-    return TASKS[find_task(values["out_dir"])].evaluating
+    """Returns the class of the settings that the model's task adds. values: {name: value} of the fields of Settings."""
+    if not values["init_from"]:
+        check_run(values["out_dir"])
+    elif not values["dataset"]:
+        raise UserError(f"init_from = {values['init_from']}: say on which data, --dataset=NAME")
+    return TASKS[find_task(values["init_from"] or values["out_dir"])].evaluating
 
 
 HOW = dict(more=own_settings, check=lambda settings, given: settings.dataset and check_dataset(settings.dataset),
@@ -58,27 +63,32 @@ def earlier(path, result):
 
 def main(settings):
     world = distributed.start(settings.device)
-    folder = checkpoint.find_any(settings.out_dir, settings.checkpoint)
-    task, model, config = load(folder, world.device)
+    folder = settings.init_from or checkpoint.find_any(settings.out_dir, settings.checkpoint)
+    task, model, config = load(folder, world.device, block_size=None)
     dtype, why = pick_dtype(settings.dtype, world.device)
     name = world.from_main(lambda: ensure(settings.dataset or config["dataset"]))
     task.open(locate(name), world)
     task.fit(model)
     found = task.evaluate(model, settings.split, world, dtype)
     found |= task.details(model, settings.split, world, dtype, settings, found)
-    result = {"step": config["step"], "checkpoint": folder.name, "dataset": name, "split": settings.split, **found,
-              "dtype": str(dtype).removeprefix("torch.")}
+    result = {"step": config.get("step"), "checkpoint": Path(folder).name, "dataset": name, "split": settings.split,
+              **found, "dtype": str(dtype).removeprefix("torch.")}
     if world.is_main:
         print(f"{folder}, {settings.split} split of {name}, {result['dtype']} ({why})")
         for key, value in result.items():
             print(f"  {key:36} {value:,.6f}" if isinstance(value, float) else f"  {key:36} {value}")
-        path = Path(settings.out_dir) / "evaluation.json"
-        try:
-            write_json(path, earlier(path, result) | result)
-            print(f"written to {path}")
-        except OSError as error:  # the folder may belong to somebody else
-            print(f"{path} can't be written: {error.strerror}")
+        if not settings.init_from:
+            save(Path(settings.out_dir) / "evaluation.json", result)
     world.close()
+
+
+def save(path, result):
+    """Writes evaluation.json, and says where. What `earlier` finds there stays beside it."""
+    try:
+        write_json(path, earlier(path, result) | result)
+        print(f"written to {path}")
+    except OSError as error:  # the folder may belong to somebody else
+        print(f"{path} can't be written: {error.strerror}")
 
 
 if __name__ == "__main__":

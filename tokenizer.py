@@ -10,6 +10,7 @@ import collections
 import contextlib
 import itertools
 import json
+import os
 import re
 from pathlib import Path
 
@@ -238,6 +239,10 @@ class BPETokenizer(Tokenizer):
         try:
             return np.array(self.bpe.encode(text, add_special_tokens=False).ids, dtype=np.int64)
         except Exception as error:  # the library raises nothing more specific
+            if len(text) == 1:
+                raise UserError(f"the tokenizer has no token for {text!r} ({error})") from None
+            for character in dict.fromkeys(text):
+                self.encode_controls(character, controls)  # raises for the one without a token
             raise UserError(f"the tokenizer can't encode {text!r:.60}: {error}") from None
 
     def drops(self, character):
@@ -356,6 +361,8 @@ def build(name, texts, train_texts, special=("<|endoftext|>",)):
         return WordTokenizer.train(train_texts(), int(size))
     if kind not in ("bpe", "word") and (path := find(name)):
         return load(path)
+    if os.path.isdir(name):
+        raise UserError(f"tokenizer = {name}: this folder holds no tokenizer.json and no checkpoint")
     raise UserError(f"tokenizer = {name}: must be char, byte, gpt2, bpe:SIZE such as bpe:4096, word:TIMES such as"
                     " word:2, or a model's folder or tokenizer.json")
 

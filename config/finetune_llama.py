@@ -1,9 +1,9 @@
 """Fine-tunes SmolLM2 (135M), a small Llama, on your own text with LoRA: on a laptop, or on one GPU.
 
-    python prepare.py my.txt --tokenizer=HuggingFaceTB/SmolLM2-135M --name=my
+    python prepare.py my.txt --tokenizer=HuggingFaceTB/SmolLM2-135M --name=my_smollm2
     python train.py config/finetune_llama.py
     python sample.py --out_dir=out/finetune_llama --prompt="Once upon a time"
-    python -m tools.publish --out_dir=out/finetune_llama --to=my_model         for transformers and llama.cpp
+    python -m tools.publish --out_dir=out/finetune_llama --to=out/my_model         for transformers and llama.cpp
 
 The weights (269 MB) are downloaded once. --init_from and --tokenizer also take other models of the Llama layout, and
 their folders. LoRA adapts every linear layer; the embedding, which is the head too, stays as it is. Less memory:
@@ -12,7 +12,7 @@ for gradients and AdamW's moments.
 """
 
 init_from = "HuggingFaceTB/SmolLM2-135M"
-dataset = "my"
+dataset = "my_smollm2"
 out_dir = "out/finetune_llama"
 
 block_size = 1024  # tokens of context

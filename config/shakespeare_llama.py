@@ -1,7 +1,7 @@
 """Tiny Shakespeare with Llama's parts: rotary positions, RMSNorm, SwiGLU, grouped queries.
 
     python train.py config/shakespeare_llama.py
-    python -m tools.publish --out_dir=out/shakespeare_llama --to=my_llama      for transformers, as a Llama
+    python -m tools.publish --out_dir=out/shakespeare_llama --to=out/my_llama      for transformers, as a Llama
 
 The rest is as in config/shakespeare_char.py.
 """

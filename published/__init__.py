@@ -13,15 +13,19 @@ GPT2 = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gp
 PUBLISHED = r"(generation_|tokenizer_|preprocessor_)?config\.json|tokenizer\.json|model\b.*\.(safetensors|index\.json)"
 
 
-def check_publish(folder, out_dir="", setting="publish"):
+def check_publish(folder, out_dir="", init_from="", setting="publish"):
     """Raises UserError unless the folder is "", missing or empty, or holds only a published model, to be replaced.
 
-    It must not be a folder that the run in out_dir needs, either. setting: the one that names it, for messages.
+    It must not be a folder that the run in out_dir, or its init_from, needs either. setting: the one that names the
+    folder, for messages.
     """
     if not folder:
         return
-    path, run = os.path.realpath(folder), os.path.realpath(out_dir) if out_dir else ""
-    if f"{run}{os.sep}".startswith(f"{path}{os.sep}") or path in (os.path.join(run, name) for name in ("best", "last")):
+    path = os.path.realpath(folder)
+    inside = os.path.relpath(path, os.path.realpath(out_dir)) if out_dir else ""
+    needed = [os.path.realpath(each) for each in (out_dir, init_from) if each == out_dir != "" or os.path.exists(each)]
+    # In the run's folder: its checkpoints, its files and earlier runs.
+    if re.match(r"best|last|[^/.]+\.", inside) or any(f"{each}/".startswith(f"{path}/") for each in needed):
         raise UserError(f"{setting} = {folder}: the run in {out_dir} needs that folder; name another")
     if os.path.lexists(path) and not os.path.isdir(path):
         raise UserError(f"{setting} = {folder}: is not a folder; name a new one")
@@ -30,14 +34,22 @@ def check_publish(folder, out_dir="", setting="publish"):
         above = os.path.dirname(above)
     if not os.path.isdir(above) or not os.access(above, os.W_OK) or os.path.ismount(path):  # it will be renamed
         raise UserError(f"{setting} = {folder}: no folder can be made or replaced there; name another")
-    names = os.listdir(path) if os.path.isdir(path) else []
-    config = None
-    with contextlib.suppress(OSError, ValueError), open(os.path.join(path, "config.json"), encoding="utf-8") as file:
+    for beside in (f"{path}.unfinished", f"{path}.replaced"):  # a killed save may have left them
+        if os.path.lexists(beside) and (not os.path.isdir(beside) or others(beside)):
+            raise UserError(f"{setting} = {folder}: needs the name {beside} for a while; rename what is there")
+    names, config = os.listdir(path) if os.path.isdir(path) else [], None
+    with contextlib.suppress(OSError, ValueError, RecursionError), \
+            open(os.path.join(path, "config.json"), encoding="utf-8") as file:
         config = json.load(file)
-    strange = [name for name in sorted(names) if not re.fullmatch(PUBLISHED, name)]
-    if strange or names and not (isinstance(config, dict) and "architectures" in config):  # ours lacks it
-        raise UserError(f"{setting} = {folder}: holds {(strange or sorted(names))[0]}, so it is not just a published"
-                        " model, which could be replaced; name a new folder")
+    if names and (others(path) or not (isinstance(config, dict) and "architectures" in config)):  # ours lacks it
+        strange = (others(path) or sorted(names))[0]
+        raise UserError(f"{setting} = {folder}: holds {strange}, so it is not just a published model, which could be"
+                        " replaced; name a new folder")
+
+
+def others(folder):
+    """The names in a folder that no published model has, sorted. A killed save leaves names that end in .new."""
+    return [name for name in sorted(os.listdir(folder)) if not re.fullmatch(PUBLISHED, name.removesuffix(".new"))]
 
 
 def download(name, files, setting):

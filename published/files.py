@@ -140,9 +140,9 @@ def layout(model, tokenizer):
 def save(model, tokenizer, folder, shard_size=5 * 10**9):
     """Writes a model in the layout that holds it, in its own dtype. transformers can load it, and so can `load`.
 
-    All is written to FOLDER.unfinished, which is then renamed. What was in the folder is deleted after that: until
-    then it is FOLDER.replaced. shard_size: most bytes per weight file. Raises UserError for a model that no layout
-    holds, for a folder with anything but a published model, and if a file can't be written.
+    Returns the model_type. All is written to FOLDER.unfinished, which is then renamed. What was in the folder is
+    FOLDER.replaced until then, and is deleted after that. shard_size: most bytes per weight file. Raises UserError for
+    a model that no layout holds, for a folder with anything but a published model, and if a file can't be written.
     """
     check_publish(folder)
     family, folder = layout(model, tokenizer), Path(folder).resolve()
@@ -163,6 +163,7 @@ def save(model, tokenizer, folder, shard_size=5 * 10**9):
             rename(folder, old)
         rename(new, folder)
         clear(old)
+        return read_config(folder)["model_type"]
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(new, ignore_errors=True)  # frees space on a full disk
         raise UserError(f"{folder} can't be written: {reason(error)}") from error

@@ -17,6 +17,7 @@ A save writes `last.new`, with config.json as its last file, then renames `last`
 """
 
 import functools
+import glob
 import hashlib
 import os
 import platform
@@ -144,7 +145,8 @@ def write(out_dir, name, state, tokenizers, config, trainer, group=None):
 
 def clear(folder):
     """Deletes a folder. If that fails (NFS keeps files that are open), renames it, and a later call deletes it."""
-    for path in (folder, *folder.parent.glob(f"{folder.name}.*")):
+    renamed = folder.parent.glob(f"{glob.escape(folder.name)}.{'[0-9a-f]' * 8}")
+    for path in (folder, *renamed):
         if path.is_symlink():
             path.unlink()
         shutil.rmtree(path, ignore_errors=True)
@@ -230,7 +232,7 @@ def find_any(out_dir, preferred="best"):
         return folder
     if (Path(out_dir) / "config.json").exists():
         raise UserError(f"{out_dir} is a published model, not a run: name it with --init_from")
-    raise UserError(f"there is no checkpoint in {out_dir}: train one first, python train.py"
+    raise UserError(f"there is no checkpoint in {out_dir}, and no published model: train one first, python train.py"
                     f" config/shakespeare_char.py {shlex.quote(f'--out_dir={out_dir}')}")
 
 

@@ -9,9 +9,10 @@ def count_parameters(model):
 
 
 def size_in_words(model):
-    """Returns text such as "10.75M parameters", or "4,225 parameters" of a small model."""
-    n = count_parameters(model)
-    return f"{n / 1e6:.2f}M parameters" if n >= 1e5 else f"{n:,} parameters"
+    """Returns text such as "10.75M parameters", or "4,225 parameters" of a small model. Names how many are trained."""
+    n, trained = count_parameters(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
+    text = f"{n / 1e6:.2f}M parameters" if n >= 1e5 else f"{n:,} parameters"
+    return f"{text}, of which {trained / 1e6:.2f}M learn" if trained < n else text
 
 
 def flops_per_token(model, block_size):

@@ -68,15 +68,19 @@ def claim(dataset, source):
     return folder
 
 
-def check_dataset(dataset):
-    """Raises UserError, with the command that prepares it, unless the data set is ready or `ensure` can prepare it."""
+def check_dataset(dataset, init_from="scratch"):
+    """Raises UserError, with the command that prepares it, unless the data set is ready or `ensure` can prepare it.
+
+    init_from: the model whose tokenizer the command names.
+    """
     folder = locate(dataset)
     if dataset in TOKENIZERS and dataset not in CORPORA or (folder / "meta.json").exists():
         return
     how = f"make it first with python prepare.py {dataset}, which downloads tens of gigabytes"
     if dataset not in CORPORA:
         known = {*TOKENIZERS, *(path.parent.name for path in DATA.glob("*/meta.json"))}
-        how = f"make one with python prepare.py FILE --name={dataset} (known: {', '.join(sorted(known))})"
+        own = "" if init_from == "scratch" else f" --tokenizer={init_from}"
+        how = f"make one with python prepare.py FILE{own} --name={dataset} (known: {', '.join(sorted(known))})"
     raise UserError(f"there is no data set at {folder}: {how}")
 
 

@@ -17,6 +17,7 @@ from machine.digest import code_of
 from optimizer import freeze
 from published import files
 from run import checkpoint
+from run.cost import size_in_words
 from tasks import TASKS, task_class, task_of
 
 
@@ -55,8 +56,9 @@ def publish(name, folder, which="best", dtype=torch.float32):
     """Writes a model, LoRA merged, into `folder` for transformers: see `files.save`. name, which: see `load`."""
     task, model, _ = load(name, which=which)
     merge_lora(model)
-    files.save(model.to(dtype), task.tokenizer, folder)
-    print(f"published in {folder}")
+    model.requires_grad_(True)
+    kind = files.save(model.to(dtype), task.tokenizer, folder)
+    print(f"published in {folder} as a {kind}, {size_in_words(model)} in {str(dtype).removeprefix('torch.')}")
 
 
 def start(settings, given, folder, data, world):

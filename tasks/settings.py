@@ -71,7 +71,7 @@ class Text:
         check_sizes(self)
         if self.init_from != "scratch":
             check_idle(self, "is for a model that starts from scratch", "zero_init")
-        check_publish(self.publish, self.out_dir)
+        check_publish(self.publish, self.out_dir, self.init_from)
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class ImageText:
         if self.init_from != "scratch":
             check_idle(self, "is for a model that starts from scratch", "init_vision", "init_decoder")
         check_sample_tokens(self)
-        check_publish(self.publish, self.out_dir)
+        check_publish(self.publish, self.out_dir, self.init_from)
 
 
 @dataclass(frozen=True)

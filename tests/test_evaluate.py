@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -12,11 +13,11 @@ from conftest import settings_for
 import evaluate
 import train
 from batches import Dataset
-from configurator import UserError
+from configurator import UserError, parse
 from machine import terminal
 from run import checkpoint
 from sources import texts
-from tasks.loading import load
+from tasks.loading import load, publish
 from tasks.text import TextTask
 from tokenizer import CharTokenizer
 
@@ -106,6 +107,19 @@ def test_a_tokenizer_json_that_does_not_fit_its_data_is_refused(trained, dataset
     CharTokenizer("abc").save(tmp_path / "data" / "tokenizer.json")
     with pytest.raises(UserError, match="tokenizer.json has 3 tokens, and the data set was made with"):
         run(trained, dataset=str(tmp_path / "data"))
+
+
+def test_a_published_model_scores_as_its_run_does(trained, dataset, tmp_path, capsys):
+    publish(trained, tmp_path / "model")
+    expected = run(trained)["loss"]
+    capsys.readouterr()
+    evaluate.main(settings_for("text", "evaluating", init_from=str(tmp_path / "model"), dataset=str(dataset),
+                               random_windows=0, device="cpu", dtype="float32"))
+    shown = capsys.readouterr().out
+    assert float(re.search(r"\bloss +([\d.]+)", shown)[1]) == pytest.approx(expected, abs=2e-6)
+    assert "written to" not in shown and not (tmp_path / "model" / "evaluation.json").exists()
+    with pytest.raises(UserError, match="init_from = .*: say on which data, --dataset=NAME"):
+        parse(evaluate.Settings, [f"--init_from={tmp_path / 'model'}"], **evaluate.HOW)
 
 
 def test_a_published_model_is_no_run(tmp_path):

@@ -159,11 +159,16 @@ def test_a_model_goes_to_a_new_folder_or_over_a_published_one(tmp_path, monkeypa
                        (".", "checkpoint")):
         with pytest.raises(UserError, match=f"publish = {re.escape(name)}: holds {re.escape(held)}, so it is not just"):
             check_publish(name, str(tmp_path.parent / "elsewhere"))
-    for name in ("out", "out/", "../" + tmp_path.name, "out/best", "out/last"):
+    for name in ("out", "out/", "../" + tmp_path.name, "out/best", "out/last/x", "out/best.old", "out/run.json/x",
+                 "empty"):
         with pytest.raises(UserError, match="the run in out needs that folder; name another"):
-            check_publish(name, "out")
+            check_publish(name, "out", "empty")  # it started from the last one
+    (tmp_path / "mine.replaced").mkdir()
+    (tmp_path / "mine.replaced" / "thesis.txt").touch()
+    with pytest.raises(UserError, match="publish = mine: needs the name .*mine.replaced for a while"):
+        check_publish("mine", "out")
     with pytest.raises(UserError, match="to = notes/notes.txt: is not a folder"):
-        check_publish("notes/notes.txt", "out", "to")
+        check_publish("notes/notes.txt", "out", setting="to")
     monkeypatch.setattr(os.path, "ismount", lambda path: path.endswith("volume"))
     for name in ("notes/notes.txt/x", "volume"):  # a file is in the way; a mounted folder
         with pytest.raises(UserError, match=f"publish = {name}: no folder can be made or replaced there"):

@@ -336,7 +336,8 @@ SAMPLING_OF_TASK = {
                     "top_p": Change(0.1, temperature=2.0), "seed": Change(1, temperature=2.0),
                     "max_new_tokens": Change(2)}}
 EVALUATING = {
-    "out_dir": Change("one_{task}"), "checkpoint": Change("last"), "dataset": Change("data/others"),
+    "init_from": refused("one_text"), "out_dir": Change("one_{task}"), "checkpoint": Change("last"),
+    "dataset": Change("data/others"),
     "split": Change("train"), "device": refused("meta"), "dtype": Change("bfloat16"),
     "random_windows": Change(3), "batch_size": Change(5), "seed": Change(1), "test": Change(True),
     "beam": Change(4), "length_penalty": Change(3.0, beam=8),

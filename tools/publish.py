@@ -29,7 +29,7 @@ class Settings:
             raise UserError("name the folder to write: --to=FOLDER")
         check_run(self.out_dir)
         check_model(self)
-        check_publish(self.to, self.out_dir, "to")
+        check_publish(self.to, self.out_dir, setting="to")
 
 
 if __name__ == "__main__":  # --help and typos answer before torch is imported

@@ -90,14 +90,17 @@ def patched_copy(path, folder):
     """
     if folder.exists() and not (folder / "data").is_symlink():
         raise UserError(f"{folder} is in the way of the code with the patch: choose another folder with --out")
+    packages = [init.parent for init in ROOT.glob("*/__init__.py")]
+    if any(folder.resolve().is_relative_to(package) for package in packages):
+        raise UserError(f"{folder} is inside the code, which is copied there: choose another folder with --out")
     new = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     (new / "data").symlink_to(ROOT / "data", target_is_directory=True)
     for file in ROOT.glob("*.py"):
         shutil.copy(file, new)
-    for package in ROOT.glob("*/__init__.py"):
-        shutil.copytree(package.parent, new / package.parent.name, ignore=shutil.ignore_patterns("__pycache__"))
+    for package in packages:
+        shutil.copytree(package, new / package.name, ignore=shutil.ignore_patterns("__pycache__"))
     try:
         apply(path, new)
         if begun(folder.parent / "b") and folder.exists() and code_in(new) != code_in(folder):
