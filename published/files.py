@@ -2,8 +2,9 @@
 
     python sample.py --init_from=gpt2 --prompt="Once upon"
 
-A published folder holds config.json, tokenizer.json, and model.safetensors (or pytorch_model.bin) or its shards.
-gpt2.py, llama.py and paligemma.py each have MODEL (from our config to the model), to_config and load_tokenizer.
+A published folder holds config.json, tokenizer.json, and model.safetensors (or pytorch_model.bin) or its shards, with
+their index. gpt2.py, llama.py and paligemma.py each have MODEL (from our config to the model), to_config and
+load_tokenizer.
 Published files differ in how they name tensors. first_name gives the name in the layout that came first (None: unused);
 source finds our parameter in it.
 """
@@ -25,13 +26,15 @@ from machine.digest import code_of
 from model import GPT
 from published import check_publish, download
 from run.checkpoint import clear, fill, read_config, reason, unfilled
-from run.files import rename, write_json
+from run.files import read_json, rename, write_json
 from tokenizer import Tokenizer
 from vlm import Gemma, PaliGemma
 
-WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # the first that exists; loading either runs no code
+# {file of the weights: pattern of it, its shards and their index}. The first that exists; loading either runs no code.
+WEIGHTS = {"model.safetensors": "model*.safetensors*", "pytorch_model.bin": "pytorch_model*.bin*"}
 FAMILIES = {"gpt2": "published.gpt2", **dict.fromkeys(("llama", "mistral", "qwen2", "gemma"), "published.llama"),
             "paligemma": "published.paligemma"}  # by the model_type in config.json
+HEAD = "lm_head.weight"  # the output head in every first layout; a tied model has none
 LAYOUTS = {GPT: ("gpt2", "llama"), Gemma: ("llama",), PaliGemma: ("paligemma",)}  # that may hold a class of ours
 
 
@@ -76,7 +79,7 @@ def locate(name):
     """The path of folder `name`, or of the hub's model, downloaded if needed. Raises UserError if there is neither."""
     if Path(name).is_dir():
         return Path(name)
-    for weights in WEIGHTS:
+    for weights in WEIGHTS.values():
         files = ["config.json", "generation_config.json", "tokenizer.json", weights]
         folder = Path(download(name, files, "init_from"))
         if any(folder.glob(weights)):
@@ -84,15 +87,32 @@ def locate(name):
     return folder
 
 
+def weight_files(folder):
+    """The paths of the files that hold the weights: one, or those that an index names; others beside them are unused.
+
+    Raises UserError if there are none, as for shards without an index.
+    """
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            try:
+                return [folder / part for part in sorted(set(read_json(index)["weight_map"].values()))]
+            except (AttributeError, KeyError, TypeError):
+                raise UserError(f"{index} is damaged: it has no weight_map from tensors to files") from None
+    raise UserError(f"{folder} has no weights: {' or '.join(WEIGHTS)}, or the .index.json that names its shards")
+
+
 def read_weights(folder, model, family, theirs):
     """A state dict for the model, from a folder. family: gpt2.py, ... theirs: content of its config.json.
 
     It also holds tensors that the model does not know, under their names in the file: `fill` then raises an error.
-    Safetensors are memory-mapped. Raises UserError for unreadable files.
+    Safetensors are memory-mapped. Raises UserError for unreadable files, a tensor that occurs twice, and an output head
+    that a tied model has no place for.
     """
     stored = {}  # {name in the first layout: (name in the file, tensor)}
-    found = sorted(folder.glob(WEIGHTS[0])) or sorted(folder.glob(WEIGHTS[1]))
-    for path in found or [folder / "model.safetensors"]:  # the error names the missing file
+    for path in weight_files(folder):
         try:
             safe = path.suffix == ".safetensors"
             tensors = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
@@ -100,11 +120,22 @@ def read_weights(folder, model, family, theirs):
             raise UserError(f"{path} can't be read: {error}") from None
         except (RuntimeError, UnpicklingError):
             raise UserError(f"{path} is damaged, or holds more than tensors") from None
-        stored |= {family.first_name(key, theirs): (key, tensor) for key, tensor in tensors.items()}
-    stored.pop(None, None)  # unused tensors
+        for key, tensor in tensors.items():
+            first = family.first_name(key)
+            if first in stored:
+                raise UserError(f"{path} has {key}, but {stored[first][0]} was the same tensor: take one of them out")
+            if first is not None:  # None: an unused tensor
+                stored[first] = key, tensor
     parameters = model.state_dict()
     sources = {ours: family.source(ours, theirs) for ours in parameters}
     wanted = {source.name for source in sources.values()}
+    if HEAD in stored and HEAD not in wanted:
+        name = next(source.name for ours, source in sources.items() if ours.endswith("wte.weight"))
+        key, head = stored.pop(HEAD)
+        _, embedding = stored.get(name, (name, head))  # `fill` names a missing one
+        if head.dtype != embedding.dtype or not torch.equal(head, embedding):
+            raise UserError(f"{folder}: tie_word_embeddings is on, but {key} is not the embedding: turn it off in"
+                            " config.json, or take the tensor out of the file")
     state = {key: tensor for first, (key, tensor) in stored.items() if first not in wanted}
     for ours, (name, turned, rows, first) in sources.items():
         if name in stored:

@@ -36,12 +36,9 @@ def to_config(theirs, name, block_size, dropout):
         bias=True, dropout=dropout, mlp=ACTIVATIONS[activation], tied=theirs.get("tie_word_embeddings", True))
 
 
-def first_name(name, theirs):
-    """The name without "transformer."; None for causal masks (bias, masked_bias), and for a head that is the embedding.
-    """
-    tied = theirs.get("tie_word_embeddings", True)
-    unused = tied and name == "lm_head.weight" or name.endswith((".attn.bias", ".attn.masked_bias"))
-    return None if unused else name.removeprefix("transformer.")
+def first_name(name):
+    """The name without "transformer."; None for causal masks (bias, masked_bias)."""
+    return None if name.endswith((".attn.bias", ".attn.masked_bias")) else name.removeprefix("transformer.")
 
 
 def source(ours, theirs):

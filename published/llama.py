@@ -138,11 +138,9 @@ def rope_of(theirs, name, most):
     return float(rope["rope_theta"]), {ours: rope[key] for ours, key in keys.items()}
 
 
-def first_name(name, theirs):
-    """The name without "model."; None for the tables of old files, and for an output head that is the embedding."""
-    tied = theirs.get("tie_word_embeddings", DEFAULTS[theirs["model_type"]]["tie_word_embeddings"])
-    unused = tied and name == "lm_head.weight" or name.endswith(".rotary_emb.inv_freq")
-    return None if unused else name.removeprefix("model.")
+def first_name(name):
+    """The name without "model."; None for the tables of old files."""
+    return None if name.endswith(".rotary_emb.inv_freq") else name.removeprefix("model.")
 
 
 def source(ours, _=None):

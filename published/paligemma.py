@@ -90,13 +90,13 @@ def source(name, _=None):
     return Source(name)
 
 
-def first_name(theirs, _=None):
-    """A published tensor's name in the layout of NAMES. None for the tied output head and the unused pooling head."""
+def first_name(theirs):
+    """A published tensor's name in the layout of NAMES; None for the unused pooling head."""
     name = theirs.removeprefix("model.")
     name = re.sub(r"^vision_tower\.(vision_model\.)?", "vision_tower.vision_model.", name)
     name = re.sub(r"^language_model\.(model\.)?", "language_model.model.", name)
-    unused = ("lm_head.", "language_model.model.lm_head.", "vision_tower.vision_model.head.")
-    return None if name.startswith(unused) else name
+    name = name.replace("language_model.model.lm_head.", "lm_head.")
+    return None if name.startswith("vision_tower.vision_model.head.") else name
 
 
 def save(model, tokenizer, folder, shard_size=5 * 10**9):

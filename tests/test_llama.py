@@ -110,7 +110,7 @@ def test_gradients_equal_those_of_transformers(family):
     ours(tokens[:, :-1], tokens[:, 1:]).mean().backward()
     theirs.zero_grad()
     theirs(tokens, labels=tokens).loss.backward()
-    gradients = {llama.first_name(name, theirs.config.to_dict()): p.grad for name, p in theirs.named_parameters()}
+    gradients = {llama.first_name(name): p.grad for name, p in theirs.named_parameters()}
     named = dict(ours.named_parameters())
     assert {llama.source(name).name for name in named} == gradients.keys()
     for name, p in named.items():
@@ -280,6 +280,29 @@ def test_a_tied_head_and_old_tables_in_the_file_are_left_out(families, tmp_path)
     folder, _ = families["llama"]
     model, expected = files.load(rewritten(folder, tmp_path / "old", add))[0], files.load(str(folder))[0]
     assert model.head is None and all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters()))
+
+
+def test_a_head_of_its_own_and_a_tensor_that_occurs_twice_are_refused(families, tmp_path):
+    folder, _ = families["llama"]
+    for i, (name, message) in enumerate((("lm_head.weight", "lm_head.weight is not the embedding: turn it off"),
+                                         ("norm.weight", "was the same tensor"))):
+        path = rewritten(folder, tmp_path / str(i), lambda state: state.update({name: torch.ones(VOCAB, 32)}))
+        with pytest.raises(UserError, match=message):
+            files.load(path)
+
+
+def test_weights_beside_the_ones_of_the_index_are_not_read(families, tmp_path):
+    folder, _ = families["llama"]
+    path = shutil.copytree(folder, tmp_path / "stale")
+    shard = min(path.glob("*.safetensors"))
+    save_file({key: tensor * 0 for key, tensor in load_file(shard).items()}, path / "model-00009-of-00009.safetensors")
+    model, expected = files.load(path)[0], files.load(folder)[0]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters()))
+    index = path / "model.safetensors.index.json"
+    for words, message in (("[]", "has no weight_map"), (None, "has no weights: model.safetensors or .*index.json")):
+        index.unlink() if words is None else index.write_text(words)
+        with pytest.raises(UserError, match=message):
+            files.load(path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
