@@ -10,6 +10,7 @@ source finds our parameter in it.
 """
 
 import importlib
+import math
 import os
 import shutil
 from pathlib import Path
@@ -37,6 +38,13 @@ FAMILIES = {"gpt2": "published.gpt2", **dict.fromkeys(("llama", "mistral", "qwen
 HEAD = "lm_head.weight"  # the output head in every first layout; a tied model has none
 LAYOUTS = {GPT: ("gpt2", "llama"), Gemma: ("llama",), PaliGemma: ("paligemma",)}  # that may hold a class of ours
 
+FITS = {  # {what a value of config.json must be: whether it is}
+    "a whole number from 1 to 2^31 - 1": lambda value: type(value) is int and 0 < value < 2**31,
+    "a finite number above 0": lambda value: type(value) in (int, float) and 0 < value < math.inf,
+    "true or false": lambda value: type(value) is bool}
+SIZE, NUMBER, FLAG = FITS
+KINDS = {"norm_eps": NUMBER, "tied": FLAG}  # of fields of ours that are no SIZE
+
 
 class Source(NamedTuple):
     """Which published tensor, or which rows of it, hold one parameter of ours."""
@@ -55,8 +63,8 @@ def load(name, device="cpu", dtype=torch.float32, block_size=0, dropout=0.0):
     """
     folder = locate(name)
     theirs = read_config(folder)
-    kind = theirs.get("model_type")
-    if kind not in FAMILIES:
+    kind = theirs.get("model_type") if isinstance(theirs, dict) else None
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(f"{name}: model_type = {kind!r}, but only {', '.join(FAMILIES)} can be loaded")
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{name} has no tokenizer.json: transformers writes it, in Python:"
@@ -75,10 +83,21 @@ def load(name, device="cpu", dtype=torch.float32, block_size=0, dropout=0.0):
     return model, {"tokenizer": tokenizer}
 
 
+def require(values, kinds, name):
+    """Raises UserError for the first value that is not of its kind. kinds: {key of values: SIZE, NUMBER or FLAG}."""
+    for key, kind in kinds.items():
+        if not FITS[kind](values[key]):
+            raise UserError(f"{name}: {key} = {values[key]!r:.60}, but it must be {kind}")
+
+
 def locate(name):
     """The path of folder `name`, or of the hub's model, downloaded if needed. Raises UserError if there is neither."""
     if Path(name).is_dir():
         return Path(name)
+    new, old = (Path(f"{Path(name)}{ending}") for ending in (".unfinished", ".replaced"))  # see `save`
+    if new.is_dir() and old.is_dir():
+        raise UserError(f"{name} was being replaced when its program was killed: {new} is the new model, {old} the old"
+                        f" one, both complete; rename one of them to {name}")
     for weights in WEIGHTS.values():
         files = ["config.json", "generation_config.json", "tokenizer.json", weights]
         folder = Path(download(name, files, "init_from"))

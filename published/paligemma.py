@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tokenizer as tokenizers
 from configurator import UserError
-from published.files import Source
+from published.files import KINDS, NUMBER, SIZE, Source, require
 from run.files import write_json
 from run.pictures import LOCATIONS, SEGMENTS
 from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig
@@ -64,8 +64,12 @@ def to_config(theirs, name, block_size=0, dropout=0.0):
     for key, (value, only) in expected.items():
         if value != only:
             raise UserError(f"{name}: {key} = {value!r}, but only {only!r} can be loaded")
-    sizes = [{ours: published.get(key, default) for ours, (key, default) in table.items()}
-             for published, table in zip((vision, text), SIZES.values())]
+    sizes = []
+    for table, part in zip(SIZES.values(), (vision, text)):
+        part = {**dict(table.values()), **part}
+        require(part, {key: KINDS.get(ours, SIZE) for ours, (key, _) in table.items()}, name)
+        sizes.append({ours: part[key] for ours, (key, _) in table.items()})
+    require(rope, {"rope_theta": NUMBER}, name)
     config = PaliGemmaConfig(ViTConfig(**sizes[0]), GemmaConfig(**sizes[1], rope_theta=rope["rope_theta"]), dropout)
     if block_size not in (0, None, config.text.block_size):
         raise UserError(f"block_size = {block_size}: {name} has {config.text.block_size}; leave it out")

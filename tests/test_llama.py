@@ -240,7 +240,17 @@ REFUSED = {  # what it is about: (family, changes of config.json, what the error
     "not causal": ("llama", dict(is_causal=False), "is_causal = False"),
     "odd head": ("mistral", dict(head_dim=7), "head_dim = 7: rotary"),
     "no table": ("llama", dict(rope_parameters="default"), "config.json can't be used"),
-    "no size": ("llama", dict(hidden_size="32"), "config.json can't be used")}
+    "text": ("llama", dict(hidden_size="32"), "hidden_size = '32', but it must be a whole number"),
+    "16.0": ("gemma", dict(head_dim=16.0), "head_dim = 16.0, but it must be a whole number"),
+    "yes": ("llama", dict(num_hidden_layers=True), "num_hidden_layers = True, but it must be a whole number"),
+    "endless": ("llama", dict(vocab_size=float("inf")), "vocab_size = inf, but it must be a whole number"),
+    "half": ("mistral", dict(max_position_embeddings=64.5), "max_position_embeddings = 64.5, but it must be a whole"),
+    "half a window": ("mistral", dict(sliding_window=99.5), "sliding_window = 99.5, but it must be a whole number"),
+    "no epsilon": ("llama", dict(rms_norm_eps=None), "rms_norm_eps = None, but it must be a finite number above 0"),
+    "theta": ("llama", dict(rope_parameters={**LINEAR, "rope_theta": -1}), "rope_theta = -1, but it must be a finite"),
+    "factor": ("llama", dict(rope_parameters={**LINEAR, "factor": 0}), "factor = 0, but it must be a finite number"),
+    "perhaps": ("llama", dict(tie_word_embeddings="no"), "tie_word_embeddings = 'no', but it must be true or false"),
+    "several": ("llama", dict(model_type=["llama"]), r"model_type = .'llama'., but only gpt2, llama")}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -257,6 +267,7 @@ def test_a_window_that_no_position_leaves_is_loaded(families, tmp_path):
     folder, theirs = families["mistral"]
     path = rewritten(folder, tmp_path / "window", sliding_window=40)
     ours, tokens = files.load(path, block_size=40)[0], tokens_of(theirs, length=40)
+    assert (ours.config.context, files.load(path, block_size=20)[0].config.context) == (0, 40)  # published with 40
     slides = transformers.AutoModelForCausalLM.from_pretrained(path)
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens), slides(tokens).logits, atol=1e-4, rtol=0)
@@ -284,9 +295,10 @@ def test_a_tied_head_and_old_tables_in_the_file_are_left_out(families, tmp_path)
 
 def test_a_head_of_its_own_and_a_tensor_that_occurs_twice_are_refused(families, tmp_path):
     folder, _ = families["llama"]
+    extra = torch.ones(VOCAB, 32)
     for i, (name, message) in enumerate((("lm_head.weight", "lm_head.weight is not the embedding: turn it off"),
                                          ("norm.weight", "was the same tensor"))):
-        path = rewritten(folder, tmp_path / str(i), lambda state: state.update({name: torch.ones(VOCAB, 32)}))
+        path = rewritten(folder, tmp_path / str(i), lambda state, name=name: state.update({name: extra}))
         with pytest.raises(UserError, match=message):
             files.load(path)
 
