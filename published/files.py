@@ -219,16 +219,17 @@ def save(model, tokenizer, folder, shard_size=5 * 10**9):
 
 
 def write(family, model, tokenizer, folder, shard_size):
-    """Writes the files of a language model into `folder`. family: gpt2.py or llama.py."""
+    """Writes the files of a language model into `folder`, without a chat template. family: gpt2.py or llama.py."""
     from huggingface_hub import save_torch_state_dict
     config, state = family.to_published(model)
     context = model.config.context or model.config.block_size
     library, eos = tokenizer.as_library(), tokenizer.eos
     begin, ends = (list(getattr(tokenizer, name, ())) for name in ("start", "ends"))
-    ids = {"bos": begin[0] if begin else eos, "eos": eos}
+    ids = {"bos": begin[0] if begin else eos, "eos": eos, **getattr(tokenizer, "roles", {})}
     names = {f"{name}_token": library.id_to_token(token) for name, token in ids.items() if token is not None}
     # None is written too: without it, transformers takes GPT-2's 50256.
-    numbers = {"bos_token_id": ids["bos"], "eos_token_id": ends if len(ends) > 1 else eos}
+    numbers = {f"{name}_token_id": token for name, token in ids.items()}
+    numbers["eos_token_id"] = ends if len(ends) > 1 else eos
     save_torch_state_dict(state, folder, max_shard_size=shard_size)
     library.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json",

@@ -437,6 +437,19 @@ def test_a_published_model_goes_out_as_it_came_in(family, tmp_path, bpe):
         assert torch.equal(again(tokens).logits, theirs(tokens).logits)
 
 
+def test_control_tokens_keep_their_roles(families, tmp_path):
+    folder, _ = families["qwen2"]
+    path = rewritten(folder, tmp_path / "chat", bos_token_id=TURN, pad_token_id=BEGIN, eos_token_id=END)
+    (tmp_path / "chat" / "generation_config.json").write_text('{"eos_token_id": [[2], true, "x"]}')  # nothing usable
+    model, its = files.load(path)
+    its["tokenizer"].save(tmp_path / "kept.json")  # as in a checkpoint
+    files.save(model, tokenizers.load(tmp_path / "kept.json"), tmp_path / "again")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "again")
+    reader = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    for has in (config, reader):
+        assert (has.bos_token_id, has.pad_token_id, has.eos_token_id) == (TURN, BEGIN, END)
+
+
 def test_settings_that_the_layout_cannot_hold_are_named():
     fits = dict(positions="rotary", norm="plain_rmsnorm", mlp="swiglu")
     for name, value in (("positions", "learned"), ("norm", "layernorm"), ("mlp", "relu2"), ("bigrams", True)):
