@@ -276,11 +276,12 @@ def first_controls(bpe):
     return [token for token, _ in itertools.takewhile(lambda pair: pair[1], pairs)]
 
 
-def controls_of(saved, path, mark, key):
-    """The ids of the tokens of one role, the usual one first; [] if unknown. saved: the content of the file `path`.
+def controls_of(saved, path, mark):
+    """The ids of the tokens with a mark, the usual one first; [] if unknown. saved: the content of the file `path`.
 
-    BPETokenizer.save writes them with that mark. For a published model, JSON files beside it have them under the key.
+    mark: end, bos or pad, as BPETokenizer.save writes them. A published model's are in the JSON files beside it.
     """
+    key = f"{mark.replace('end', 'eos')}_token_id"
     if marked := sorted((token[mark], token["id"]) for token in saved.get("added_tokens", ()) if mark in token):
         return [token for _, token in marked]
     for name in ("generation_config.json", "config.json"):
@@ -374,8 +375,7 @@ def load(path):
         saved = json.loads(Path(path).read_text(encoding="utf-8"))
         if "model" in saved:
             import tokenizers
-            ends, *roles = (controls_of(saved, path, mark, f"{role}_token_id")
-                            for mark, role in (("end", "eos"), ("bos", "bos"), ("pad", "pad")))
+            ends, *roles = (controls_of(saved, path, mark) for mark in ("end", "bos", "pad"))
             roles = {role: ids[0] for role, ids in zip(("bos", "pad"), roles) if ids}
             return BPETokenizer(tokenizers.Tokenizer.from_file(str(path)), ends, roles)
         return KINDS[saved.pop("kind")](**saved)

@@ -84,10 +84,10 @@ def load(name, device="cpu", dtype=torch.float32, block_size=0, dropout=0.0):
 
 
 def require(values, kinds, name):
-    """Raises UserError for the first value that is not of its kind. kinds: {key of values: SIZE, NUMBER or FLAG}."""
+    """Raises UserError for the first value that is not of its kind, or missing. kinds: {key: SIZE, NUMBER or FLAG}."""
     for key, kind in kinds.items():
-        if not FITS[kind](values[key]):
-            raise UserError(f"{name}: {key} = {values[key]!r:.60}, but it must be {kind}")
+        if not FITS[kind](values.get(key)):
+            raise UserError(f"{name}: {key} = {values.get(key)!r:.60}, but it must be {kind}")
 
 
 def locate(name):
@@ -107,10 +107,7 @@ def locate(name):
 
 
 def weight_files(folder):
-    """The paths of the files that hold the weights: one, or those that an index names; others beside them are unused.
-
-    Raises UserError if there are none, as for shards without an index.
-    """
+    """The paths of the weights: one file, or the files that an index names. Raises UserError if there is neither."""
     for name in WEIGHTS:
         if (folder / name).is_file():
             return [folder / name]
@@ -143,7 +140,7 @@ def read_weights(folder, model, family, theirs):
             first = family.first_name(key)
             if first in stored:
                 raise UserError(f"{path} has {key}, but {stored[first][0]} was the same tensor: take one of them out")
-            if first is not None:  # None: an unused tensor
+            if first is not None:
                 stored[first] = key, tensor
     parameters = model.state_dict()
     sources = {ours: family.source(ours, theirs) for ours in parameters}

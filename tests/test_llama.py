@@ -249,6 +249,7 @@ REFUSED = {  # what it is about: (family, changes of config.json, what the error
     "no epsilon": ("llama", dict(rms_norm_eps=None), "rms_norm_eps = None, but it must be a finite number above 0"),
     "theta": ("llama", dict(rope_parameters={**LINEAR, "rope_theta": -1}), "rope_theta = -1, but it must be a finite"),
     "factor": ("llama", dict(rope_parameters={**LINEAR, "factor": 0}), "factor = 0, but it must be a finite number"),
+    "no factor": ("llama", dict(rope_parameters={"rope_type": "linear"}), "factor = None, but it must be a finite"),
     "perhaps": ("llama", dict(tie_word_embeddings="no"), "tie_word_embeddings = 'no', but it must be true or false"),
     "several": ("llama", dict(model_type=["llama"]), r"model_type = .'llama'., but only gpt2, llama")}
 
