@@ -1,6 +1,7 @@
 """The Llama layout, in and out: tiny random models of each family, compared with transformers."""
 
 import dataclasses
+import fnmatch
 import json
 import shutil
 
@@ -302,6 +303,18 @@ def test_a_head_of_its_own_and_a_tensor_that_occurs_twice_are_refused(families, 
         path = rewritten(folder, tmp_path / str(i), lambda state, name=name: state.update({name: extra}))
         with pytest.raises(UserError, match=message):
             files.load(path)
+
+
+def test_shards_and_their_index_are_downloaded(families, tmp_path, monkeypatch):
+    folder, _ = families["llama"]
+
+    def download(name, patterns, setting):
+        shutil.copytree(folder, tmp_path, dirs_exist_ok=True, ignore=lambda _, names: [
+            file for file in names if not any(fnmatch.fnmatch(file, pattern) for pattern in patterns)])
+        return tmp_path
+
+    monkeypatch.setattr(files, "download", download)
+    assert files.load("someone/llama")[0].config == files.load(folder)[0].config
 
 
 def test_weights_beside_the_ones_of_the_index_are_not_read(families, tmp_path):
