@@ -193,10 +193,11 @@ class BPETokenizer(Tokenizer):
     """A BPE of the tokenizers library, trained here or published with a model. Its file has that library's format.
 
     ends: ids of control tokens that end a text, the usual one first; without one, ENDS tells by their names.
+    roles: {"bos" or "pad": id} of the control tokens that other programs use so; kept for publishing only.
     """
     kind = "bpe"
 
-    def __init__(self, bpe, ends=()):
+    def __init__(self, bpe, ends=(), roles=None):
         self.bpe, self.known = bpe, set()  # known: characters found to have tokens
         bpe.no_truncation()
         bpe.no_padding()
@@ -206,6 +207,7 @@ class BPETokenizer(Tokenizer):
         self.ends = [token for token in ends if token in controls] or named[:1]
         self.eos = next(iter(self.ends), None)
         self.marked = self.ends != named[:1]  # the names don't tell
+        self.roles = {role: token for role, token in (roles or {}).items() if token in controls}
         self.start = first_controls(bpe)
         self.pad, self.bos = map(bpe.token_to_id, ("<pad>", "<bos>"))
 
@@ -258,13 +260,13 @@ class BPETokenizer(Tokenizer):
         return self.bpe
 
     def save(self, path):
-        """The library reads the file too: it passes over the number "end" of the control tokens in `ends`."""
+        """The library reads the file too: it passes over the numbers "end", "bos" and "pad" of control tokens."""
         saved = self.bpe.to_str()
-        if self.marked:
+        marks = {"end": self.ends * self.marked, **{role: [token] for role, token in self.roles.items()}}
+        if any(marks.values()):
             saved = json.loads(saved)
             for token in saved["added_tokens"]:
-                if token["id"] in self.ends:
-                    token["end"] = self.ends.index(token["id"])
+                token.update({mark: ids.index(token["id"]) for mark, ids in marks.items() if token["id"] in ids})
             saved = json.dumps(saved, ensure_ascii=False)
         Path(path).write_text(saved, encoding="utf-8", newline="\n")
 
@@ -279,18 +281,19 @@ def first_controls(bpe):
     return [token for token, _ in itertools.takewhile(lambda pair: pair[1], pairs)]
 
 
-def ends_of(saved, path):
-    """The ids of the tokens that end a text, the usual one first; [] if unknown. saved: the content of the file `path`.
+def controls_of(saved, path, mark):
+    """The ids of the tokens with a mark, the usual one first; [] if unknown. saved: the content of the file `path`.
 
-    They are marked in a file that BPETokenizer.save wrote. A published model's are in the JSON files beside it.
+    mark: end, bos or pad, as BPETokenizer.save writes them. A published model's are in the JSON files beside it.
     """
-    if marked := sorted((token["end"], token["id"]) for token in saved.get("added_tokens", ()) if "end" in token):
+    key = f"{mark.replace('end', 'eos')}_token_id"
+    if marked := sorted((token[mark], token["id"]) for token in saved.get("added_tokens", ()) if mark in token):
         return [token for _, token in marked]
     for name in ("generation_config.json", "config.json"):
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            ids = json.loads((Path(path).parent / name).read_text(encoding="utf-8")).get("eos_token_id")
-            if ids is not None:
-                return ids if isinstance(ids, list) else [ids]
+            ids = json.loads((Path(path).parent / name).read_text(encoding="utf-8")).get(key)
+            if ids := [token for token in (ids if isinstance(ids, list) else [ids]) if type(token) is int]:
+                return ids
     return []
 
 
@@ -379,7 +382,9 @@ def load(path):
         saved = json.loads(Path(path).read_text(encoding="utf-8"))
         if "model" in saved:
             import tokenizers
-            return BPETokenizer(tokenizers.Tokenizer.from_file(str(path)), ends_of(saved, path))
+            ends, *roles = (controls_of(saved, path, mark) for mark in ("end", "bos", "pad"))
+            roles = {role: ids[0] for role, ids in zip(("bos", "pad"), roles) if ids}
+            return BPETokenizer(tokenizers.Tokenizer.from_file(str(path)), ends, roles)
         return KINDS[saved.pop("kind")](**saved)
     except Exception as error:  # the tokenizers library raises nothing more specific
         raise UserError(f"{path} is not a tokenizer file ({type(error).__name__}: {error})") from None

@@ -2,13 +2,15 @@
 
     python sample.py --init_from=gpt2 --prompt="Once upon"
 
-A published folder holds config.json, tokenizer.json, and model.safetensors (or pytorch_model.bin) or its shards.
-gpt2.py, llama.py and paligemma.py each have MODEL (from our config to the model), to_config and load_tokenizer.
+A published folder holds config.json, tokenizer.json, and model.safetensors (or pytorch_model.bin) or its shards, with
+their index. gpt2.py, llama.py and paligemma.py each have MODEL (from our config to the model), to_config and
+load_tokenizer.
 Published files differ in how they name tensors. first_name gives the name in the layout that came first (None: unused);
 source finds our parameter in it.
 """
 
 import importlib
+import math
 import os
 import shutil
 from pathlib import Path
@@ -25,14 +27,23 @@ from machine.digest import code_of
 from model import GPT
 from published import check_publish, download
 from run.checkpoint import clear, fill, read_config, reason, unfilled
-from run.files import rename, write_json
+from run.files import read_json, rename, write_json
 from tokenizer import Tokenizer
 from vlm import Gemma, PaliGemma
 
-WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # the first that exists; loading either runs no code
+# {file of the weights: pattern of it, its shards and their index}. The first that exists; loading either runs no code.
+WEIGHTS = {"model.safetensors": "model*.safetensors*", "pytorch_model.bin": "pytorch_model*.bin*"}
 FAMILIES = {"gpt2": "published.gpt2", **dict.fromkeys(("llama", "mistral", "qwen2", "gemma"), "published.llama"),
             "paligemma": "published.paligemma"}  # by the model_type in config.json
+HEAD = "lm_head.weight"  # the output head in every first layout; a tied model has none
 LAYOUTS = {GPT: ("gpt2", "llama"), Gemma: ("llama",), PaliGemma: ("paligemma",)}  # that may hold a class of ours
+
+FITS = {  # {what a value of config.json must be: whether it is}
+    "a whole number from 1 to 2^31 - 1": lambda value: type(value) is int and 0 < value < 2**31,
+    "a finite number above 0": lambda value: type(value) in (int, float) and 0 < value < math.inf,
+    "true or false": lambda value: type(value) is bool}
+SIZE, NUMBER, FLAG = FITS
+KINDS = {"norm_eps": NUMBER, "tied": FLAG}  # of fields of ours that are no SIZE
 
 
 class Source(NamedTuple):
@@ -52,8 +63,8 @@ def load(name, device="cpu", dtype=torch.float32, block_size=0, dropout=0.0):
     """
     folder = locate(name)
     theirs = read_config(folder)
-    kind = theirs.get("model_type")
-    if kind not in FAMILIES:
+    kind = theirs.get("model_type") if isinstance(theirs, dict) else None
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(f"{name}: model_type = {kind!r}, but only {', '.join(FAMILIES)} can be loaded")
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{name} has no tokenizer.json: transformers writes it, in Python:"
@@ -72,11 +83,22 @@ def load(name, device="cpu", dtype=torch.float32, block_size=0, dropout=0.0):
     return model, {"tokenizer": tokenizer}
 
 
+def require(values, kinds, name):
+    """Raises UserError for the first value that is not of its kind, or missing. kinds: {key: SIZE, NUMBER or FLAG}."""
+    for key, kind in kinds.items():
+        if not FITS[kind](values.get(key)):
+            raise UserError(f"{name}: {key} = {values.get(key)!r:.60}, but it must be {kind}")
+
+
 def locate(name):
     """The path of folder `name`, or of the hub's model, downloaded if needed. Raises UserError if there is neither."""
     if Path(name).is_dir():
         return Path(name)
-    for weights in WEIGHTS:
+    new, old = (Path(f"{Path(name)}{ending}") for ending in (".unfinished", ".replaced"))  # see `save`
+    if new.is_dir() and old.is_dir():
+        raise UserError(f"{name} was being replaced when its program was killed: {new} is the new model, {old} the old"
+                        f" one, both complete; rename one of them to {name}")
+    for weights in WEIGHTS.values():
         files = ["config.json", "generation_config.json", "tokenizer.json", weights]
         folder = Path(download(name, files, "init_from"))
         if any(folder.glob(weights)):
@@ -84,15 +106,29 @@ def locate(name):
     return folder
 
 
+def weight_files(folder):
+    """The paths of the weights: one file, or the files that an index names. Raises UserError if there is neither."""
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            try:
+                return [folder / part for part in sorted(set(read_json(index)["weight_map"].values()))]
+            except (AttributeError, KeyError, TypeError):
+                raise UserError(f"{index} is damaged: it has no weight_map from tensors to files") from None
+    raise UserError(f"{folder} has no weights: {' or '.join(WEIGHTS)}, or the .index.json that names its shards")
+
+
 def read_weights(folder, model, family, theirs):
     """A state dict for the model, from a folder. family: gpt2.py, ... theirs: content of its config.json.
 
     It also holds tensors that the model does not know, under their names in the file: `fill` then raises an error.
-    Safetensors are memory-mapped. Raises UserError for unreadable files.
+    Safetensors are memory-mapped. Raises UserError for unreadable files, a tensor that occurs twice, and an output head
+    that a tied model has no place for.
     """
     stored = {}  # {name in the first layout: (name in the file, tensor)}
-    found = sorted(folder.glob(WEIGHTS[0])) or sorted(folder.glob(WEIGHTS[1]))
-    for path in found or [folder / "model.safetensors"]:  # the error names the missing file
+    for path in weight_files(folder):
         try:
             safe = path.suffix == ".safetensors"
             tensors = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
@@ -100,11 +136,22 @@ def read_weights(folder, model, family, theirs):
             raise UserError(f"{path} can't be read: {error}") from None
         except (RuntimeError, UnpicklingError):
             raise UserError(f"{path} is damaged, or holds more than tensors") from None
-        stored |= {family.first_name(key, theirs): (key, tensor) for key, tensor in tensors.items()}
-    stored.pop(None, None)  # unused tensors
+        for key, tensor in tensors.items():
+            first = family.first_name(key)
+            if first in stored:
+                raise UserError(f"{path} has {key}, but {stored[first][0]} was the same tensor: take one of them out")
+            if first is not None:
+                stored[first] = key, tensor
     parameters = model.state_dict()
     sources = {ours: family.source(ours, theirs) for ours in parameters}
     wanted = {source.name for source in sources.values()}
+    if HEAD in stored and HEAD not in wanted:
+        name = next(source.name for ours, source in sources.items() if ours.endswith("wte.weight"))
+        key, head = stored.pop(HEAD)
+        _, embedding = stored.get(name, (name, head))  # `fill` names a missing one
+        if head.dtype != embedding.dtype or not torch.equal(head, embedding):
+            raise UserError(f"{folder}: tie_word_embeddings is on, but {key} is not the embedding: turn it off in"
+                            " config.json, or take the tensor out of the file")
     state = {key: tensor for first, (key, tensor) in stored.items() if first not in wanted}
     for ours, (name, turned, rows, first) in sources.items():
         if name in stored:
@@ -170,16 +217,17 @@ def save(model, tokenizer, folder, shard_size=5 * 10**9):
 
 
 def write(family, model, tokenizer, folder, shard_size):
-    """Writes the files of a language model into `folder`. family: gpt2.py or llama.py."""
+    """Writes the files of a language model into `folder`, without a chat template. family: gpt2.py or llama.py."""
     from huggingface_hub import save_torch_state_dict
     config, state = family.to_published(model)
     context = model.config.context or model.config.block_size
     library, eos = tokenizer.as_library(), tokenizer.eos
     begin, ends = (list(getattr(tokenizer, name, ())) for name in ("start", "ends"))
-    ids = {"bos": begin[0] if begin else eos, "eos": eos}
+    ids = {"bos": begin[0] if begin else eos, "eos": eos, **getattr(tokenizer, "roles", {})}
     names = {f"{name}_token": library.id_to_token(token) for name, token in ids.items() if token is not None}
     # None is written too: without it, transformers takes GPT-2's 50256.
-    numbers = {"bos_token_id": ids["bos"], "eos_token_id": ends if len(ends) > 1 else eos}
+    numbers = {f"{name}_token_id": token for name, token in ids.items()}
+    numbers["eos_token_id"] = ends if len(ends) > 1 else eos
     save_torch_state_dict(state, folder, max_shard_size=shard_size)
     library.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json",

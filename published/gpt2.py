@@ -8,7 +8,7 @@ import torch
 import tokenizer as tokenizers
 from configurator import UserError
 from model import GPT, GPTConfig
-from published.files import Source
+from published.files import FLAG, NUMBER, SIZE, Source, require
 
 MODEL = GPT
 load_tokenizer = tokenizers.load
@@ -27,21 +27,21 @@ def to_config(theirs, name, block_size, dropout):
     for key, known in expected.items():
         if key in theirs and theirs[key] not in known:
             raise UserError(f"{name}: {key} = {theirs[key]!r}, but only {' or '.join(map(repr, known))} can be loaded")
+    theirs = {"n_inner": None, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, **theirs}
+    sizes = ["n_layer", "n_head", "n_embd", "vocab_size", "n_positions", *["n_inner"] * (theirs["n_inner"] is not None)]
+    require(theirs, {**dict.fromkeys(sizes, SIZE), "layer_norm_epsilon": NUMBER, "tie_word_embeddings": FLAG}, name)
     if block_size and block_size > theirs["n_positions"]:
         raise UserError(f"block_size = {block_size}: {name} has learned only {theirs['n_positions']} positions")
     return GPTConfig(
         n_layer=theirs["n_layer"], n_head=theirs["n_head"], n_embd=theirs["n_embd"],
-        n_hidden=theirs.get("n_inner") or 0, vocab_size=theirs["vocab_size"],
-        block_size=block_size or theirs["n_positions"], norm_eps=theirs.get("layer_norm_epsilon", 1e-5),
-        bias=True, dropout=dropout, mlp=ACTIVATIONS[activation], tied=theirs.get("tie_word_embeddings", True))
+        n_hidden=theirs["n_inner"] or 0, vocab_size=theirs["vocab_size"],
+        block_size=block_size or theirs["n_positions"], norm_eps=theirs["layer_norm_epsilon"],
+        bias=True, dropout=dropout, mlp=ACTIVATIONS[activation], tied=theirs["tie_word_embeddings"])
 
 
-def first_name(name, theirs):
-    """The name without "transformer."; None for causal masks (bias, masked_bias), and for a head that is the embedding.
-    """
-    tied = theirs.get("tie_word_embeddings", True)
-    unused = tied and name == "lm_head.weight" or name.endswith((".attn.bias", ".attn.masked_bias"))
-    return None if unused else name.removeprefix("transformer.")
+def first_name(name):
+    """The name without "transformer."; None for causal masks (bias, masked_bias)."""
+    return None if name.endswith((".attn.bias", ".attn.masked_bias")) else name.removeprefix("transformer.")
 
 
 def source(ours, theirs):

@@ -7,12 +7,13 @@ They are GPTs with other parts: rotary positions, an RMSNorm, a gated MLP. A fam
 another model_type, or keys in its config.json that no Llama has, and is refused.
 """
 
+import math
 import re
 
 import tokenizer as tokenizers
 from configurator import UserError, say
 from model import GPT, GPTConfig
-from published.files import Source
+from published.files import KINDS, NUMBER, SIZE, Source, require
 from vlm import Gemma, GemmaConfig
 
 load_tokenizer = tokenizers.load
@@ -75,13 +76,15 @@ def to_config(theirs, name, block_size, dropout):
     kind = theirs["model_type"]
     require_known(theirs, name)
     full = {**DEFAULTS[kind], **theirs}
+    unset = [key for key in ("num_key_value_heads", "head_dim") if full[key] is None]
+    require(full, {key: KINDS.get(ours, SIZE) for ours, key in SIZES.items() if key not in unset}, name)
     most = full["max_position_embeddings"]
     if block_size is None and most > WINDOW:
         say(f"{name} has {most:,} positions: a run keeps {WINDOW:,}, its window of training; --block_size=N keeps N")
     kept = min(most, WINDOW) if block_size is None else block_size or most
     if kept > most:
         raise UserError(f"block_size = {kept}: {name} has only {most} positions")
-    require_no_window(full, name, kept)
+    reach = min(most, require_no_window(full, name, kept))
     act = "gelu_pytorch_tanh" if (kind, full["hidden_act"]) == ("gemma", "gelu") else full["hidden_act"]  # so meant
     if act not in ACTIVATIONS:
         raise UserError(f"{name}: hidden_act = {act!r}, but only {' and '.join(ACTIVATIONS)} can be loaded")
@@ -92,7 +95,7 @@ def to_config(theirs, name, block_size, dropout):
     theta, scaling = rope_of(theirs, name, most)
     sizes = {ours: 0 if full[key] is None else full[key] for ours, key in SIZES.items()}
     cls, norm = (GemmaConfig, "rmsnorm") if kind == "gemma" else (GPTConfig, "plain_rmsnorm")
-    sizes |= {"block_size": kept, "context": most if kept < most else 0}
+    sizes |= {"block_size": kept, "context": reach if kept < reach else 0}
     return cls(**sizes, norm=norm, mlp=ACTIVATIONS[act], positions="rotary", rope_theta=theta, rope_scaling=scaling,
                bias=biases[0], qkv_bias=kind == "qwen2", dropout=dropout)
 
@@ -109,16 +112,20 @@ def require_known(theirs, name):
 
 
 def require_no_window(full, name, kept):
-    """Raises UserError if a layer attends to fewer than all earlier ones of the `kept` positions (a sliding window)."""
+    """How many positions attend to all earlier ones; math.inf: any. Raises UserError if it is fewer than `kept`."""
     slides = full["model_type"] == "mistral" or bool(full.get("use_sliding_window"))
     for layer in full.get("layer_types") or ():
         if layer not in ("full_attention", "sliding_attention"):
             raise UserError(f"{name}: layer_types has {layer!r}, but only full attention can be loaded")
         slides = slides or layer == "sliding_attention"
     window = full.get("sliding_window")
-    if slides and window is not None and window < kept:
+    if not slides or window is None:
+        return math.inf
+    require(full, {"sliding_window": SIZE}, name)
+    if window < kept:
         raise UserError(f"{name}: sliding_window = {window}, but only attention to all positions can be loaded; fewer"
                         f" positions are all within the window: train.py keeps them with --block_size={window}")
+    return window
 
 
 def rope_of(theirs, name, most):
@@ -135,14 +142,13 @@ def rope_of(theirs, name, most):
     if unknown := rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor", *keys.values()}:
         raise UserError(f"{name}: rope_parameters has {sorted(unknown)[0]!r}, which a rope_type {kind!r} has not")
     rope = {"original_max_position_embeddings": most, "rope_theta": theirs.get("rope_theta", 10000.0), **rope}
+    require(rope, dict.fromkeys(("rope_theta", *keys.values()), NUMBER), name)
     return float(rope["rope_theta"]), {ours: rope[key] for ours, key in keys.items()}
 
 
-def first_name(name, theirs):
-    """The name without "model."; None for the tables of old files, and for an output head that is the embedding."""
-    tied = theirs.get("tie_word_embeddings", DEFAULTS[theirs["model_type"]]["tie_word_embeddings"])
-    unused = tied and name == "lm_head.weight" or name.endswith(".rotary_emb.inv_freq")
-    return None if unused else name.removeprefix("model.")
+def first_name(name):
+    """The name without "model."; None for the tables of old files."""
+    return None if name.endswith(".rotary_emb.inv_freq") else name.removeprefix("model.")
 
 
 def source(ours, _=None):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tokenizer as tokenizers
 from configurator import UserError
-from published.files import Source
+from published.files import KINDS, NUMBER, SIZE, Source, require
 from run.files import write_json
 from run.pictures import LOCATIONS, SEGMENTS
 from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig
@@ -64,8 +64,12 @@ def to_config(theirs, name, block_size=0, dropout=0.0):
     for key, (value, only) in expected.items():
         if value != only:
             raise UserError(f"{name}: {key} = {value!r}, but only {only!r} can be loaded")
-    sizes = [{ours: published.get(key, default) for ours, (key, default) in table.items()}
-             for published, table in zip((vision, text), SIZES.values())]
+    sizes = []
+    for table, part in zip(SIZES.values(), (vision, text)):
+        part = {**dict(table.values()), **part}
+        require(part, {key: KINDS.get(ours, SIZE) for ours, (key, _) in table.items()}, name)
+        sizes.append({ours: part[key] for ours, (key, _) in table.items()})
+    require(rope, {"rope_theta": NUMBER}, name)
     config = PaliGemmaConfig(ViTConfig(**sizes[0]), GemmaConfig(**sizes[1], rope_theta=rope["rope_theta"]), dropout)
     if block_size not in (0, None, config.text.block_size):
         raise UserError(f"block_size = {block_size}: {name} has {config.text.block_size}; leave it out")
@@ -90,13 +94,13 @@ def source(name, _=None):
     return Source(name)
 
 
-def first_name(theirs, _=None):
-    """A published tensor's name in the layout of NAMES. None for the tied output head and the unused pooling head."""
+def first_name(theirs):
+    """A published tensor's name in the layout of NAMES; None for the unused pooling head."""
     name = theirs.removeprefix("model.")
     name = re.sub(r"^vision_tower\.(vision_model\.)?", "vision_tower.vision_model.", name)
     name = re.sub(r"^language_model\.(model\.)?", "language_model.model.", name)
-    unused = ("lm_head.", "language_model.model.lm_head.", "vision_tower.vision_model.head.")
-    return None if name.startswith(unused) else name
+    name = name.replace("language_model.model.lm_head.", "lm_head.")
+    return None if name.startswith("vision_tower.vision_model.head.") else name
 
 
 def save(model, tokenizer, folder, shard_size=5 * 10**9):

@@ -1,6 +1,7 @@
 """The Llama layout, in and out: tiny random models of each family, compared with transformers."""
 
 import dataclasses
+import fnmatch
 import json
 import shutil
 
@@ -110,7 +111,7 @@ def test_gradients_equal_those_of_transformers(family):
     ours(tokens[:, :-1], tokens[:, 1:]).mean().backward()
     theirs.zero_grad()
     theirs(tokens, labels=tokens).loss.backward()
-    gradients = {llama.first_name(name, theirs.config.to_dict()): p.grad for name, p in theirs.named_parameters()}
+    gradients = {llama.first_name(name): p.grad for name, p in theirs.named_parameters()}
     named = dict(ours.named_parameters())
     assert {llama.source(name).name for name in named} == gradients.keys()
     for name, p in named.items():
@@ -240,7 +241,18 @@ REFUSED = {  # what it is about: (family, changes of config.json, what the error
     "not causal": ("llama", dict(is_causal=False), "is_causal = False"),
     "odd head": ("mistral", dict(head_dim=7), "head_dim = 7: rotary"),
     "no table": ("llama", dict(rope_parameters="default"), "config.json can't be used"),
-    "no size": ("llama", dict(hidden_size="32"), "config.json can't be used")}
+    "text": ("llama", dict(hidden_size="32"), "hidden_size = '32', but it must be a whole number"),
+    "16.0": ("gemma", dict(head_dim=16.0), "head_dim = 16.0, but it must be a whole number"),
+    "yes": ("llama", dict(num_hidden_layers=True), "num_hidden_layers = True, but it must be a whole number"),
+    "endless": ("llama", dict(vocab_size=float("inf")), "vocab_size = inf, but it must be a whole number"),
+    "half": ("mistral", dict(max_position_embeddings=64.5), "max_position_embeddings = 64.5, but it must be a whole"),
+    "half a window": ("mistral", dict(sliding_window=99.5), "sliding_window = 99.5, but it must be a whole number"),
+    "no epsilon": ("llama", dict(rms_norm_eps=None), "rms_norm_eps = None, but it must be a finite number above 0"),
+    "theta": ("llama", dict(rope_parameters={**LINEAR, "rope_theta": -1}), "rope_theta = -1, but it must be a finite"),
+    "factor": ("llama", dict(rope_parameters={**LINEAR, "factor": 0}), "factor = 0, but it must be a finite number"),
+    "no factor": ("llama", dict(rope_parameters={"rope_type": "linear"}), "factor = None, but it must be a finite"),
+    "perhaps": ("llama", dict(tie_word_embeddings="no"), "tie_word_embeddings = 'no', but it must be true or false"),
+    "several": ("llama", dict(model_type=["llama"]), r"model_type = .'llama'., but only gpt2, llama")}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -257,6 +269,7 @@ def test_a_window_that_no_position_leaves_is_loaded(families, tmp_path):
     folder, theirs = families["mistral"]
     path = rewritten(folder, tmp_path / "window", sliding_window=40)
     ours, tokens = files.load(path, block_size=40)[0], tokens_of(theirs, length=40)
+    assert (ours.config.context, files.load(path, block_size=20)[0].config.context) == (0, 40)  # published with 40
     slides = transformers.AutoModelForCausalLM.from_pretrained(path)
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens), slides(tokens).logits, atol=1e-4, rtol=0)
@@ -280,6 +293,42 @@ def test_a_tied_head_and_old_tables_in_the_file_are_left_out(families, tmp_path)
     folder, _ = families["llama"]
     model, expected = files.load(rewritten(folder, tmp_path / "old", add))[0], files.load(str(folder))[0]
     assert model.head is None and all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters()))
+
+
+def test_a_head_of_its_own_and_a_tensor_that_occurs_twice_are_refused(families, tmp_path):
+    folder, _ = families["llama"]
+    extra = torch.ones(VOCAB, 32)
+    for i, (name, message) in enumerate((("lm_head.weight", "lm_head.weight is not the embedding: turn it off"),
+                                         ("norm.weight", "was the same tensor"))):
+        path = rewritten(folder, tmp_path / str(i), lambda state, name=name: state.update({name: extra}))
+        with pytest.raises(UserError, match=message):
+            files.load(path)
+
+
+def test_shards_and_their_index_are_downloaded(families, tmp_path, monkeypatch):
+    folder, _ = families["llama"]
+
+    def download(name, patterns, setting):
+        shutil.copytree(folder, tmp_path, dirs_exist_ok=True, ignore=lambda _, names: [
+            file for file in names if not any(fnmatch.fnmatch(file, pattern) for pattern in patterns)])
+        return tmp_path
+
+    monkeypatch.setattr(files, "download", download)
+    assert files.load("someone/llama")[0].config == files.load(folder)[0].config
+
+
+def test_weights_beside_the_ones_of_the_index_are_not_read(families, tmp_path):
+    folder, _ = families["llama"]
+    path = shutil.copytree(folder, tmp_path / "stale")
+    shard = min(path.glob("*.safetensors"))
+    save_file({key: tensor * 0 for key, tensor in load_file(shard).items()}, path / "model-00009-of-00009.safetensors")
+    model, expected = files.load(path)[0], files.load(folder)[0]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters()))
+    index = path / "model.safetensors.index.json"
+    for words, message in (("[]", "has no weight_map"), (None, "has no weights: model.safetensors or .*index.json")):
+        index.unlink() if words is None else index.write_text(words)
+        with pytest.raises(UserError, match=message):
+            files.load(path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -400,6 +449,19 @@ def test_a_published_model_goes_out_as_it_came_in(family, tmp_path, bpe):
     tokens = tokens_of(theirs)
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, theirs(tokens).logits)
+
+
+def test_control_tokens_keep_their_roles(families, tmp_path):
+    folder, _ = families["qwen2"]
+    path = rewritten(folder, tmp_path / "chat", bos_token_id=TURN, pad_token_id=BEGIN, eos_token_id=END)
+    (tmp_path / "chat" / "generation_config.json").write_text('{"eos_token_id": [[2], true, "x"]}')  # nothing usable
+    model, its = files.load(path)
+    its["tokenizer"].save(tmp_path / "kept.json")  # as in a checkpoint
+    files.save(model, tokenizers.load(tmp_path / "kept.json"), tmp_path / "again")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "again")
+    reader = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    for has in (config, reader):
+        assert (has.bos_token_id, has.pad_token_id, has.eos_token_id) == (TURN, BEGIN, END)
 
 
 def test_settings_that_the_layout_cannot_hold_are_named():

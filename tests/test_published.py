@@ -175,9 +175,10 @@ def rewritten(folder, to, config=lambda config: None, state=lambda state: None):
     (lambda c: c["vision_config"].update(hidden_act="gelu"), "vision hidden_act = 'gelu', but only"),
     (lambda c: c["text_config"].update(attention_bias=True), "attention_bias = True, but only False"),
     (lambda c: c["text_config"].update(rope_parameters={"rope_type": "linear"}), "rope_type = 'linear'"),
+    (lambda c: c["vision_config"].update(image_size="28"), "image_size = '28', but it must be a whole number"),
     (lambda c: c.update(tie_word_embeddings=False), "tie_word_embeddings = False, but only True"),
     (lambda c: c["text_config"].update(vocab_size=1200), "has 1256 tokens, the model only 1200|another shape"),
-], ids=["gemma2", "relu", "gelu", "bias", "rope", "untied", "vocabulary"])
+], ids=["gemma2", "relu", "gelu", "bias", "rope", "size", "untied", "vocabulary"])
 def test_configurations_that_we_cannot_compute_are_refused(change, message, folder, tmp_path):
     with pytest.raises(UserError, match=message) as error:
         files.load(rewritten(folder, tmp_path, config=change))
