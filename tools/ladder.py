@@ -113,8 +113,8 @@ def page(results, seeds):
 
 `lecture.py` has the rungs, each a class that adds one thing to the rung before it. `python -m tools.ladder` trains them
 all and writes this page. The loss is the mean of random windows of the validation split, in nats, which is the
-lecture's measure too. Here: {'one seed' if seeds == 1 else f'{seeds} seeds'}, one thread of a CPU; the times are by the
-clock, and other programs on the machine lengthen them.
+lecture's measure too. Here: {'one seed' if seeds == 1 else f'{seeds} seeds'}, one thread of a CPU.
+Times are by the clock: other programs on the machine lengthen them.
 
 {lines}
 
