@@ -243,9 +243,11 @@ class PairRows(dict):
 
     def __missing__(self, split):
         path, count = self.dataset.folder / f"{split}.jsonl", self.dataset.meta[f"{split}_rows"]
-        with contextlib.suppress(OSError, ValueError):  # the file is missing or damaged
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # the file is missing or damaged
             with open(path, encoding="utf-8") as file:
-                self[split] = [json.loads(line) for line in file]
+                rows = [json.loads(line) for line in file]
+            if all(isinstance(row["source"], str) and isinstance(row["target"], str) for row in rows):
+                self[split] = rows
         if len(self.get(split, ())) != count:
             raise UserError(f"{path} does not hold the {count:,} rows that meta.json promises: prepare it again")
         return self[split]

@@ -51,12 +51,14 @@ from run import checkpoint
 from run.files import read_json, write_json
 from tasks.loading import load
 
+SAME = ("step", "checkpoint", "dataset", "split", "dtype", "beam", "length_penalty")  # for figures to stand together
+
 
 def earlier(path, result):
     """The evaluation.json at `path`, a dict, if it is of the same step, checkpoint, data, split and dtype; else {}."""
     with suppress(UserError, ValueError, TypeError):
         found = dict(read_json(path))
-        if all(found.get(name) == result[name] for name in ("step", "checkpoint", "dataset", "split", "dtype")):
+        if all(found.get(name) == result.get(name) for name in SAME):
             return found
     return {}
 

@@ -54,7 +54,7 @@ class Settings:
 if __name__ == "__main__":  # --help and typos are answered before the slow imports
     SOURCES = [arg for arg in sys.argv[1:] if not arg.startswith("-")]
     sys.argv[1:] = [arg for arg in sys.argv[1:] if arg.startswith("-")] or ([] if SOURCES else ["--help"])
-    SETTINGS, _ = from_command_line(Settings, __doc__)
+    SETTINGS, GIVEN = from_command_line(Settings, __doc__)
 
 from machine.terminal import printable
 from published import download as download_model
@@ -72,15 +72,20 @@ SETTINGS_OF = {  # for each kind of source, its settings that some other kinds l
 PAIRS_RECIPE = "config/translate_en_it.py"
 
 
-def main(settings, sources):
-    """Makes a data set of the sources (paths, a URL, or a known name), and prints a command that trains on it."""
+def main(settings, sources, named=()):
+    """Makes a data set of the sources (paths, a URL, or a known name), and prints a command that trains on it.
+
+    named: the names of settings that the user gave, which others with their defaults may leave out.
+    """
     sources = list(map(os.path.expanduser, sources))
     is_known = len(sources) == 1 and sources[0] in TOKENIZERS and not Path(sources[0]).exists()
     given, settings = settings.tokenizer, replace(settings, tokenizer=local_tokenizer(settings.tokenizer))
-    name, recipe = prepare_known_source(settings, sources[0]) if is_known else prepare_own(settings, sources)
+    name, recipe = (prepare_known_source(settings, sources[0], named) if is_known else
+                    prepare_own(settings, sources, named))
     start = [recipe]
     if os.path.isdir(given) or given != settings.tokenizer:  # the tokenizer of a model, to fine-tune
-        start = ["--task=image-text"] * ("vlm" in recipe) + [f"--init_from={given}"]
+        task = "image-text" if "vlm" in recipe else "translation" if recipe == PAIRS_RECIPE else ""
+        start = [f"--task={task}"] * bool(task) + [f"--init_from={given}"]
     command = ["python", "train.py", *start, f"--dataset={name}", f"--out_dir=out/{locate(name).name}"]
     print(printable(f"train on it: {shlex.join(command)}"))
 
@@ -92,10 +97,10 @@ def local_tokenizer(name):
     return download_model(name, ["tokenizer.json", "config.json", "generation_config.json"], "tokenizer")
 
 
-def prepare_known_source(settings, source):
+def prepare_known_source(settings, source, named):
     """Prepares a known data set, under its own name or settings.name. Returns (name, path of a recipe in config/)."""
     if source in PAIRS:
-        return prepare_known_pairs(settings, source), PAIRS_RECIPE
+        return prepare_known_pairs(settings, source, named), PAIRS_RECIPE
     name, is_corpus, has_images = settings.name or source, source in CORPORA, source in GENERATED
     check_kind(settings, "a known corpus" if is_corpus else "known images" if has_images else "a known text")
     if name == source:  # under its own name, a data set is the same for everyone
@@ -113,14 +118,15 @@ def prepare_known_source(settings, source):
     return name, f"config/vlm_{source}.py" if has_images else text_recipe(TOKENIZERS.get(name, settings.tokenizer))
 
 
-def prepare_known_pairs(settings, source):
+def prepare_known_pairs(settings, source, named):
     """Prepares a known parallel text. Returns its name: settings.name, or the source's, with its languages if given.
 
     Settings that are not given are those in PAIRS.
     """
     check_kind(settings, "known pairs")
     usual = pairs.How(**PAIRS[source])
-    chosen = {key: getattr(settings, key) for key in usual._fields if getattr(settings, key) != getattr(Settings, key)}
+    chosen = {key: getattr(settings, key) for key in usual._fields
+              if key in named or getattr(settings, key) != getattr(Settings, key)}
     how = usual._replace(**chosen)
     name = source if how.languages == usual.languages else "_".join([source, *pairs.two(how.languages, "languages")])
     name = settings.name or name
@@ -131,12 +137,12 @@ def prepare_known_pairs(settings, source):
     return prepare_pairs(source, name, how._asdict())
 
 
-def prepare_own(settings, sources):
+def prepare_own(settings, sources, named):
     """Prepares files and folders, or a URL. Returns (the data set's name, path of a recipe in config/)."""
     is_url = len(sources) == 1 and "://" in sources[0]
     check_sources(settings, sources, is_url)
     if settings.languages or settings.columns or sources[0].lower().endswith(".tmx"):
-        return prepare_own_pairs(settings, sources), PAIRS_RECIPE
+        return prepare_own_pairs(settings, sources, named), PAIRS_RECIPE
     paths = list(map(Path, sources))
     tables = images.find_tables(paths[0]) if len(paths) == 1 else []
     text_files, row_files = ([], []) if is_url or tables else texts.find(paths, documents.READERS, settings.files)
@@ -164,7 +170,7 @@ def prepare_own(settings, sources):
     return name, text_recipe(settings.tokenizer)
 
 
-def prepare_own_pairs(settings, sources):
+def prepare_own_pairs(settings, sources, named):
     """Prepares parallel files. Returns the data set's name."""
     check_kind(settings, "pairs")
     if not all(map(os.path.isfile, sources)):
@@ -174,7 +180,7 @@ def prepare_own_pairs(settings, sources):
     rows, languages = pairs.read(paths, settings.languages, settings.columns)
     name, source = settings.name or re.sub(r"\W+", "_", paths[0].stem), ", ".join(map(os.path.abspath, sources))
     how = pairs.How(**{key: getattr(settings, key) for key in pairs.How._fields})._replace(languages=languages)
-    if settings.tokenizer == Settings.tokenizer:
+    if settings.tokenizer == Settings.tokenizer and "tokenizer" not in named:
         how = how._replace(tokenizer=pairs.How().tokenizer)
     pairs.prepare(rows, claim(name, source), how, source)
     return name
@@ -215,4 +221,4 @@ def check_kind(settings, kind):
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(SETTINGS, SOURCES)
+        main(SETTINGS, SOURCES, GIVEN)

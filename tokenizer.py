@@ -212,8 +212,11 @@ class BPETokenizer(Tokenizer):
         self.pad, self.bos = map(bpe.token_to_id, ("<pad>", "<bos>"))
 
     @classmethod
-    def train(cls, texts, vocab_size, special=("<|endoftext|>",)):
-        """Learns a BPE of vocab_size tokens from an iterable of strings. special: control tokens, with ids 0, 1, ..."""
+    def train(cls, texts, vocab_size, special=("<|endoftext|>",), exact=True):
+        """Learns a BPE of vocab_size tokens from an iterable of strings. special: control tokens, with ids 0, 1, ...
+
+        exact: raise UserError if the text yields fewer tokens; False: take those.
+        """
         import tokenizers
         least = 256 + len(special)
         if vocab_size < least:
@@ -224,7 +227,7 @@ class BPETokenizer(Tokenizer):
         bpe.train_from_iterator(short_words(texts), vocab_size, min_frequency=0, show_progress=False,
                                 special_tokens=list(special))
         most = bpe.get_vocab_size()
-        if most < vocab_size:
+        if most < vocab_size and exact:
             raise UserError(f"tokenizer = bpe:{vocab_size}: the text yields only {most} tokens; use bpe:{most} or less")
         return cls(tokenizers.Tokenizer.from_str(bpe.to_str()))
 

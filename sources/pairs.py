@@ -36,6 +36,7 @@ from sources.texts import finish, id_type, read_file, sample, writing
 SPLITS = ("train", "val", "test")
 SIDES = ("source", "target")
 FILES = (".jsonl", "_source.bin", "_target.bin", "_lengths.bin")  # of each split
+USUAL_SIZE = 4000  # tokens of a BPE if none is named
 SPECIAL = ("<pad>", "<bos>", "<eos>")  # a vocabulary of words has <unk> too
 MARKUP = ("bpt", "ept", "ph", "it", "ut")  # TMX: elements inside a sentence that hold another program's codes
 NO_SPACES = "\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"  # Thai, Lao, Khmer, Japanese, Chinese
@@ -45,7 +46,8 @@ WORD = re.compile(rf"[{NO_SPACES}]|[^\s{NO_SPACES}]+")
 class How(NamedTuple):
     """How pairs are prepared; prepare.py's settings of the same names."""
     languages: str = ""  # two codes, such as "en,it", source first
-    tokenizer: str = "bpe:4000"  # bpe:SIZE, word:TIMES, char and byte (both one token per byte), or a model's folder
+    tokenizer: str = ""  # bpe:SIZE, word:TIMES, char and byte (both one token per byte), or a model's folder
+    # "": bpe:4000, or for a small text a BPE of as many tokens as it yields
     shared: bool = True  # one vocabulary for both languages
     val_fraction: float = 0.1  # the share of pairs for validation, and once more for test
     min_words: int = 1  # of a source
@@ -170,13 +172,16 @@ def learn(how, rows):
     A model's folder has its own: one, or two.
     """
     name = f"bpe:{256 + len(SPECIAL)}" if how.tokenizer in ("char", "byte") else how.tokenizer
-    path = None if name.startswith(("bpe:", "word:")) else tokenizers.find(name)
+    path = tokenizers.find(name) if name and not name.startswith(("bpe:", "word:")) else None
+    if path and not how.shared:
+        raise UserError(f"shared = False: does nothing beside --tokenizer={how.tokenizer}, a model's; leave it out")
     if path:
         found = {part: tokenizers.load(path.with_name(f"{part}.json")) for part in ("tokenizer", "tokenizer_source")
                  if path.with_name(f"{part}.json").exists()}
     else:
         parts = {"tokenizer": SIDES} if how.shared else {"tokenizer": ("target",), "tokenizer_source": ("source",)}
-        found = {part: tokenizers.build(name, None, functools.partial(texts_of, rows, sides), SPECIAL)
+        found = {part: tokenizers.build(name, None, functools.partial(texts_of, rows, sides), SPECIAL) if name else
+                 tokenizers.BPETokenizer.train(texts_of(rows, sides), USUAL_SIZE, SPECIAL, exact=False)
                  for part, sides in parts.items()}
     for vocabulary in found.values():
         if None in (vocabulary.pad, vocabulary.bos, vocabulary.eos):
@@ -284,7 +289,7 @@ def pick(row, name, where):
     """The text in a column; "" for null. Raises UserError if there is no such column, or it holds something else."""
     if name not in row:
         raise UserError(f"{where}: no column is named {name}, only {', '.join(map(str, row))}: choose two with"
-                        " --columns=SOURCE,TARGET")
+                        " --columns=SOURCE,TARGET, or --columns=1,2 in a .tsv whose first line has no names")
     text = "" if row[name] is None else row[name]
     if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
         raise UserError(f"{where}: {name} = {reprlib.repr(text)}: is not valid text; correct or remove the row")

@@ -144,7 +144,9 @@ class ImageText:
 
 @dataclass(frozen=True)
 class Translation:
-    # the model: an encoder and a decoder; --batch_size and --micro_batch_size count tokens, padding included
+    batch_size: int = 2048  # tokens per update, all workers together: of both languages, padding included
+    micro_batch_size: int = 0  # tokens per forward and backward pass; 0: batch_size / number of workers
+    # the model: an encoder and a decoder
     n_layer: int = 2  # blocks of the decoder
     n_encoder_layer: int = 0  # blocks of the encoder; 0: as many as n_layer
     n_head: int = 2  # attention heads

@@ -148,7 +148,8 @@ class TranslationTask(Task):
 
         Writes the translations to translations.jsonl (and translations_test.jsonl) in settings.out_dir.
         """
-        result = {"perplexity": math.exp(min(found["loss"], 700))}
+        result = {"beam": settings.beam, "length_penalty": settings.length_penalty,
+                  "perplexity": math.exp(min(found["loss"], 700))}
         for part in [split, *["test"] * settings.test]:
             start = "" if part == split else "test "
             if start:
@@ -166,15 +167,19 @@ class TranslationTask(Task):
         with autocast(self.world.device, dtype):
             how = Translating(beam=settings.beam, length_penalty=settings.length_penalty)
             written = [best[0].text for best in self.translate(model, texts, how)]
-        path = Path(settings.out_dir) / ("translations_test.jsonl" if part == "test" else "translations.jsonl")
-        write_text(path, "".join(to_json({"source": a, "target": b, "translation": c})
-                                 for a, b, c in zip(sources, wanted, written)))
+        if not settings.init_from:  # else there is no folder of a run
+            path = Path(settings.out_dir) / ("translations_test.jsonl" if part == "test" else "translations.jsonl")
+            write_text(path, "".join(to_json({"source": a, "target": b, "translation": c})
+                                     for a, b, c in zip(sources, wanted, written)))
         train = self.dataset.rows["train"]
         near = nearest([row["source"] for row in train], sources)
         bleu, chrf, signature = measures(written, wanted)
         result = {"sentences": len(rows), "bleu": bleu, "chrf": chrf,
                   "exact": sum(map(str.__eq__, written, wanted)) / len(rows)}
-        for name, texts in (("source copied", sources), ("nearest sentence", [train[i]["target"] for i in near])):
+        floors = {"source copied": sources, "nearest sentence": [train[i]["target"] for i in near]}
+        if part == "train":  # each sentence would be its own nearest
+            del floors["nearest sentence"]
+        for name, texts in floors.items():
             result |= dict(zip((f"bleu, {name}", f"chrf, {name}"), measures(texts, wanted)))
         for low, high in BUCKETS:
             chosen = [i for i, text in enumerate(sources) if low <= len(text.split()) <= high]
@@ -279,13 +284,14 @@ class TranslationTask(Task):
         for index, request in enumerate(requests):
             if not request["text"]:
                 raise UserError("this model translates: add --prompt with a sentence, or --prompt=FILE:path")
-            lines = [" ".join(line.split()) for line in request["text"].rstrip("\n").split("\n")]
+            lines = [" ".join(line.split()) for line in request["text"].removesuffix("\n").split("\n")]
             if (sampling.show_steps or sampling.attention) and (len(lines) > 1 or not lines[0]):
                 name = "show_steps" if sampling.show_steps else "attention"
                 raise UserError(f"{name}: needs a --prompt of one sentence")
+            tokens = iter(self.tokens_of(filter(None, lines), most))  # all of them, so that errors come first
             for start in range(0, len(lines), CHUNK):
                 chunk = lines[start:start + CHUNK]
-                sources = self.tokens_of(filter(None, chunk), most)
+                sources = list(itertools.islice(tokens, sum(map(bool, chunk))))
                 if sampling.show_steps:
                     yield from ((index, line) for line in self.steps(model, sources[0], sampling))
                 written = iter(self.translate(model, sources, sampling))

@@ -170,7 +170,7 @@ def test_bad_pairs_give_the_reason(data, tmp_path):
             ((broken,), dict(languages="en,it"), "b.tmx is not a complete .tmx: "),
             ((numbers,), dict(languages="en,it"), "line 1: en = 7: is not valid text"),
             ((tmp_path,), dict(languages="en,it"), "pairs come from files on this machine"),
-            ((table,), dict(languages="en,it", tokenizer="char"), "bpe:4000: the text yields only .* tokens; use "),
+            ((table,), dict(languages="en,it", tokenizer="bpe:4000"), "bpe:4000: the text yields only .* tokens; use "),
             ((table,), dict(languages="en,it", tokenizer="gpt2:x"), "tokenizer = gpt2:x: must be char"),
             ((table,), dict(languages="en,it", tokenizer="word:999"), "word:999: no word occurs 999 times"),
             ((table,), dict(languages="en,it", val_fraction=0.5), "val_fraction = 0.5: must lie between 0 and 0.5"),
@@ -179,6 +179,12 @@ def test_bad_pairs_give_the_reason(data, tmp_path):
         with pytest.raises(UserError, match=message):
             run(*sources, name="bad", **settings)
         assert not (data / "bad" / "meta.json").exists()
+    run(table, name="small", languages="en,it", tokenizer="char")  # the default
+    assert json.loads((data / "small" / "meta.json").read_text())["vocab_size"] < 4000  # as many as the text yields
+    with pytest.raises(UserError, match="shared = False: does nothing beside"):
+        run(table, name="more", languages="en,it", tokenizer=str(data / "small"), shared=False)
+    prepare.main(prepare.Settings(name="bytes", languages="en,it", tokenizer="char"), [str(table)], {"tokenizer"})
+    assert json.loads((data / "bytes" / "meta.json").read_text())["vocab_size"] == 259
     with pytest.raises(UserError, match="max_words = 2: must be .*3"):
         prepare.Settings(min_words=3, max_words=2)
 
