@@ -4,10 +4,10 @@
     python sample.py --out_dir=out/translate_en_it --prompt="Click the button to save the document." --beam=4
     python evaluate.py --out_dir=out/translate_en_it
 
-The data come from two Debian packages, by apt-get. Whole pages are held out. With --max_iters=900, which took eight
-minutes of computing on one thread of a CPU without AMX, greedy translations of the validation pages had BLEU 23.4 and
-chrF 50.1; the translation of the most similar training sentence has 13.6 and 35.2, the source itself 4.9 and 25.6
-(seed 1337, version 7.4.7 of the packages). Nobody has run all 2,700 updates yet.
+The data come from two Debian packages, by apt-get. Whole pages are held out. Half an hour on one thread of a busy CPU
+without AMX reached BLEU 35.8 and chrF 61.2 on the test pages with a beam of 4 (seed 1337, version 7.4.7 of the
+packages); the translation of the most similar training sentence has 12.7 and 33.6. A third of the updates,
+--max_iters=900, reached 23.4 on the validation pages, greedily.
 """
 
 task = "translation"

@@ -13,7 +13,7 @@ import prepare
 import sample
 import train
 from configurator import parse, read_file
-from tools import bench, compare, figures, ladder, scaling, versus
+from tools import bench, compare, figures, ladder, publish, scaling, versus
 
 ROOT = Path(train.__file__).parent
 README, *PAGES = ((ROOT / name).read_text(encoding="utf-8") for name in
@@ -27,9 +27,9 @@ DOCUMENTED += (ROOT / "config").glob("*/*.py")
 OTHERS = [*ROOT.glob("data/*/README.md"), *ROOT.glob("config/ladder/*.md"), ROOT / "ideas" / "README.md"]
 TEXTS = [README, *PAGES, *(path.read_text(encoding="utf-8") for path in OTHERS),
          *(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "" for path in DOCUMENTED),
-         *(figures.filled(entry, row, 1, ".").replace("&&", "\n") for entry in FIGURES
-           for row in entry["rows"].values())]
-TOOLS = ("bench", "scaling", "compare", "versus", "figures", "ladder")
+         *(figures.filled(entry, row, 1, "out/translate_en_it" if "translate" in entry["command"] else ".")
+           .replace("&&", "\n") for entry in FIGURES for row in entry["rows"].values())]
+TOOLS = ("bench", "scaling", "compare", "versus", "figures", "ladder", "publish")
 COMMAND = (r"(?:python|torchrun(?: --\S+)+) ((?:(?:train|sample|evaluate|prepare)\.py|-m tools\.(?:" + "|".join(TOOLS) +
            r"))\b"
            r"(?:\"[^\"\n]*\"|[^|`\"\n])*)")  # a | between quotes belongs to it
@@ -83,9 +83,11 @@ def test_commands_parse(line, monkeypatch):
     if script in ("tools.compare", "tools.figures"):
         arguments = [argument for argument in arguments if argument.startswith("-")]
     command = {"train.py": train, "sample.py": sample, "evaluate.py": evaluate, "prepare.py": prepare,
-               "tools.bench": bench, "tools.compare": compare, "tools.figures": figures, "tools.ladder": ladder}[script]
+               "tools.bench": bench, "tools.compare": compare, "tools.figures": figures, "tools.ladder": ladder,
+               "tools.publish": publish}[script]
     if command in (sample, evaluate):  # the run or the model isn't there
         monkeypatch.setattr(command, "find_task", lambda name: task_of(arguments))
+    if hasattr(command, "check_run"):
         monkeypatch.setattr(command, "check_run", lambda out_dir: None)
     how = getattr(command, "HOW", {}) | {"has_accelerator": lambda device: False}
     parse(command.Settings, arguments, **{**how, "base": None, "check": None})
@@ -98,7 +100,7 @@ def test_the_commands_were_found():
 
 
 def test_the_readme_is_a_newcomers_page():
-    assert len(README.splitlines()) <= 265  # 300 when all models are in
+    assert len(README.splitlines()) <= 270  # 300 when all models are in
 
 
 def test_the_file_tree_is_complete():
