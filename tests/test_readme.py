@@ -89,6 +89,9 @@ def test_commands_parse(line, monkeypatch):
         monkeypatch.setattr(command, "find_task", lambda name: task_of(arguments))
     if hasattr(command, "check_run"):
         monkeypatch.setattr(command, "check_run", lambda out_dir: None)
+    if command is publish:
+        monkeypatch.setattr(command, "check_model", lambda settings: None)
+        arguments = arguments or ["--to=somewhere"]  # the command is only named
     how = getattr(command, "HOW", {}) | {"has_accelerator": lambda device: False}
     parse(command.Settings, arguments, **{**how, "base": None, "check": None})
 
