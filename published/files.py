@@ -26,7 +26,7 @@ from machine.decode import KNOWN
 from machine.digest import code_of
 from model import GPT
 from published import check_publish, download
-from run.checkpoint import clear, fill, read_config, reason, unfilled
+from run.checkpoint import clear, fill, read_config, unfilled
 from run.files import read_json, rename, write_json
 from tokenizer import Tokenizer
 from vlm import Gemma, PaliGemma

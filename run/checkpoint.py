@@ -21,7 +21,6 @@ import glob
 import hashlib
 import os
 import platform
-import re
 import shlex
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +40,7 @@ import tokenizer as tokenizers
 from configurator import UserError, say
 from machine.device import synchronize
 from run import lock, shards
-from run.files import read_json, rename, to_json, write_text
+from run.files import read_json, reason, rename, to_json, write_text
 
 
 def versions():
@@ -166,14 +165,6 @@ def seal(folder, config):
     for name in sums.keys() - {"config.json"}:  # safetensors' files are readable by their owner only
         os.chmod(folder / name, (folder / "SHA256SUMS").stat().st_mode)
     write_text(folder / "config.json", text)
-
-
-def reason(error):
-    """Returns why a write failed: the operating system's words, if torch or safetensors have wrapped them in others."""
-    said = re.sub(r".*: (.*) \(os error \d+\)", r"\1", str(error).partition("\n")[0])
-    while error and not isinstance(error, OSError):
-        error = error.__context__
-    return getattr(error, "strerror", None) or said
 
 
 # ----------------------------------------------------------------------------------------------------------------------

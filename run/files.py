@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 from pathlib import Path
 
 from configurator import UserError
@@ -51,3 +52,11 @@ def rename(old, new):
             raise
     finally:
         os.close(folder)
+
+
+def reason(error):
+    """Returns why a write failed: the operating system's words, if torch or safetensors have wrapped them in others."""
+    said = re.sub(r".*: (.*) \(os error \d+\)", r"\1", str(error).partition("\n")[0])
+    while error and not isinstance(error, OSError):
+        error = error.__context__
+    return getattr(error, "strerror", None) or said

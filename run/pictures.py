@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configurator import UserError
-from run.checkpoint import reason
+from run.files import reason
 
 LOCATIONS = [f"<loc{i:04}>" for i in range(1024)]  # box corners, in 1024ths of the image's height or width
 SEGMENTS = [f"<seg{i:03}>" for i in range(128)]  # codes of the mask inside a box
