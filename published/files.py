@@ -27,7 +27,7 @@ from machine.digest import code_of
 from model import GPT
 from published import check_publish, download
 from run.checkpoint import clear, fill, read_config, unfilled
-from run.files import read_json, rename, write_json
+from run.files import read_json, reason, rename, write_json
 from tokenizer import Tokenizer
 from vlm import Gemma, PaliGemma
 
