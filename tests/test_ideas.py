@@ -139,7 +139,7 @@ def test_a_patch_that_failed_makes_room_for_the_next(tmp_path, monkeypatch, caps
 @pytest.mark.slow
 def test_versus_trains_b_with_the_patch_and_goes_on(tmp_path, tiny, capsys):
     patch, out = tmp_path / "x.patch", tmp_path / "out"
-    text = (FOLDER / "post_norm.patch").read_text(encoding="utf-8")
+    text = (FOLDER / "parallel_blocks.patch").read_text(encoding="utf-8")
     patch.write_text(text, encoding="utf-8")
     recipe = " " + " ".join(f"--{name}={value}" for name, value in (tiny | {"eval_interval": 10}).items())
     versus.main([recipe], ["--max_iters=20"], versus.Settings(seeds=1, out=str(out), patch=str(patch)))
@@ -149,7 +149,7 @@ def test_versus_trains_b_with_the_patch_and_goes_on(tmp_path, tiny, capsys):
     logs = {path: path.stat().st_mtime_ns for path in out.glob("*/seed1/log.jsonl")}
     versus.main([recipe], ["--max_iters=20"], versus.Settings(seeds=1, out=str(out), patch=str(patch)))
     assert len(logs) == 2 and all(path.stat().st_mtime_ns == time for path, time in logs.items())
-    for changed, match in ((text.replace("as in 2017", "as it was"), "another patch"), ("", "x.patch: is empty")):
+    for changed, match in ((text.replace("which read", "that read"), "another patch"), ("", "x.patch: is empty")):
         patch.write_text(changed, encoding="utf-8")
         with pytest.raises(UserError, match=match):
             versus.main([recipe], ["--max_iters=20"], versus.Settings(out=str(out), patch=str(patch)))
