@@ -185,7 +185,7 @@ def torchrun(ranks, *arguments):
 
 def assert_equal_to_rounding(one, other):
     for a, b in zip(curve(one), curve(other), strict=True):
-        assert a == pytest.approx(b, abs=1e-5)
+        assert a == pytest.approx(b, rel=3e-6, abs=1e-5)  # gradient norms are about 9
 
 
 CHANGES = dict(micro_batch_size=4, grad_clip=0.3, dropout=0.1, lr_decay_iters=40)
