@@ -23,7 +23,7 @@ from machine.distributed import World
 from optimizer import make_optimizers
 from run import checkpoint
 from run.shards import is_sharded
-from tasks import task as tasks
+from tasks import loading as tasks
 
 CPU = torch.device("cpu")
 
