@@ -5,8 +5,8 @@
     torchrun --nproc_per_node=2 evaluate.py --out_dir=out
 
 Prints one table, and writes it to evaluation.json in a run's out directory. Figures that are in there already and were
-not measured again, such as those of --test, stay if they are of the same checkpoint and split. For text, `loss` is the
-mean over the whole split, and `random_window_loss` is nanoGPT's estimate, the mean over random windows. They are
+not measured again, such as those of --test, stay if they are of the same checkpoint, split and beam. For text, `loss`
+is the mean over the whole split, and `random_window_loss` is nanoGPT's estimate, the mean over random windows. They are
 different measures.
 """
 
@@ -55,7 +55,7 @@ SAME = ("step", "checkpoint", "dataset", "split", "dtype", "beam", "length_penal
 
 
 def earlier(path, result):
-    """The evaluation.json at `path`, a dict, if it is of the same step, checkpoint, data, split and dtype; else {}."""
+    """The evaluation.json at `path`, a dict, if it and `result` agree in all of SAME; else {}."""
     with suppress(UserError, ValueError, TypeError):
         found = dict(read_json(path))
         if all(found.get(name) == result.get(name) for name in SAME):

@@ -52,7 +52,7 @@ class GPTConfig(TransformerConfig):
     context: int = 0  # the context that a published model had before we kept fewer positions; 0: block_size
     positions: str = "learned"  # a key of POSITIONS
     rope_theta: float = 10000.0  # base of the wavelengths of rotary positions
-    rope_scaling: dict = field(default_factory=dict)  # stretches them: see rotary.py; {}: as they are
+    rope_scaling: dict = field(default_factory=dict)  # stretches them: see positions.py; {}: as they are
     tied: bool = True  # the embedding matrix is also the output head
     bigrams: bool = False  # add an embedding of each (previous token, token) pair; the table has vocab_size^2 rows
 

@@ -23,8 +23,8 @@ def check_publish(folder, out_dir="", init_from="", setting="publish"):
         return
     path = os.path.realpath(folder)
     inside = os.path.relpath(path, os.path.realpath(out_dir)) if out_dir else ""
-    needed = [os.path.realpath(each) for each in (out_dir, init_from) if each == out_dir != "" or os.path.exists(each)]
-    # In the run's folder: its checkpoints, its files and earlier runs.
+    needed = [os.path.realpath(each) for each in [out_dir] * bool(out_dir) + [init_from] * os.path.exists(init_from)]
+    # The pattern: what a run has in its folder, which is checkpoints, files and earlier runs.
     if re.match(r"best|last|[^/.]+\.", inside) or any(f"{each}/".startswith(f"{path}/") for each in needed):
         raise UserError(f"{setting} = {folder}: the run in {out_dir} needs that folder; name another")
     if os.path.lexists(path) and not os.path.isdir(path):

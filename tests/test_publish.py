@@ -123,6 +123,13 @@ def test_a_model_that_no_layout_holds_is_refused_by_name(model, message, tmp_pat
     assert "\n" not in str(error.value) and os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("parts", [{}, LLAMA])
+@pytest.mark.parametrize("change", [dict(block="post"), dict(final_norm=False)])
+def test_norms_in_other_places_are_refused(parts, change):
+    with pytest.raises(UserError, match=f"can't hold .*{next(iter(change))} = "):
+        files.layout(make_model(ByteTokenizer(), **parts, **change), ByteTokenizer())
+
+
 def test_an_edited_block_is_published_with_a_line_that_says_so(monkeypatch, capsys):
     model = make_model(ByteTokenizer())
     files.layout(model, ByteTokenizer())
