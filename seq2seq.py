@@ -11,7 +11,7 @@ blocks looks at the target so far, and then, by cross-attention, at the encoder'
 
 With block = "post" it is the paper's model. The default, block = "pre", has the norms before attention and MLP instead
 of after them; it trains without a long warm-up (Xiong et al. 2020). What belongs to the task is not here: special
-tokens, padding and smoothing of the loss are in tasks/translation.py, beam search in generate.py.
+tokens, padding and smoothing of the loss are in tasks/translation.py, beam search in beam.py.
 
 Axes: B batch, S source positions, T target positions, C channels (n_embd), H heads, K key-value heads, D head_dim,
 V target vocabulary, A predicted positions, L decoder blocks.
