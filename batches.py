@@ -74,7 +74,9 @@ class Joined:
 
 META_KEYS = {"text": ("dtype", "train_tokens", "val_tokens"),
              "image-text": ("image_size", "images", "train_rows", "val_rows"),
-             "pairs": ("dtype", "shared", "train_rows", "val_rows", "test_rows")}
+             "pairs": ("dtype", "shared", "train_rows", "val_rows", "test_rows"),
+             "labels": ("labels", "several", "train_rows", "val_rows", "test_rows"),
+             "tags": ("tags", "intents", "train_rows", "val_rows", "test_rows")}
 
 
 def read_meta(folder, kind):
@@ -209,7 +211,7 @@ class PairsDataset:
 
     def __init__(self, folder):
         self.folder, self.meta = folder, read_meta(folder, "pairs")
-        self.lengths, self.files, self.ends, self.rows = {}, {}, {}, PairRows(self)
+        self.lengths, self.files, self.ends, self.rows = {}, {}, {}, Rows(self, {"source": str, "target": str})
         for split in ("train", "val", "test"):
             count = self.meta[f"{split}_rows"]
             lengths = self.open(f"{split}_lengths.bin", np.int32, 2 * count).reshape(count, 2)
@@ -234,19 +236,22 @@ class PairsDataset:
         return tuple(file[begin[i]:end[i]] for i, file in enumerate(self.files[split]))
 
 
-class PairRows(dict):
-    """{split: list of dicts}, where a split is read from its .jsonl when it is asked for."""
+class Rows(dict):
+    """{split: list of dicts}, where a split is read from the data set's {split}.jsonl when it is asked for.
 
-    def __init__(self, dataset):
+    columns: {name: the type of its values}, which every row has.
+    """
+
+    def __init__(self, dataset, columns):
         super().__init__()
-        self.dataset = dataset
+        self.dataset, self.columns = dataset, columns
 
     def __missing__(self, split):
         path, count = self.dataset.folder / f"{split}.jsonl", self.dataset.meta[f"{split}_rows"]
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # the file is missing or damaged
             with open(path, encoding="utf-8") as file:
                 rows = [json.loads(line) for line in file]
-            if all(isinstance(row["source"], str) and isinstance(row["target"], str) for row in rows):
+            if all(isinstance(row[name], kind) for row in rows for name, kind in self.columns.items()):
                 self[split] = rows
         if len(self.get(split, ())) != count:
             raise UserError(f"{path} does not hold the {count:,} rows that meta.json promises: prepare it again")
@@ -312,3 +317,49 @@ def by_length(lengths):
     """
     source, target = lengths.astype(np.int64).T
     return np.lexsort((np.where(target % 2, source, -source), target))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Labelled texts
+
+LABELLED = {"labels": {"text": str, "labels": list}, "tags": {"words": list, "tags": list, "intent": str}}
+
+
+class LabelledDataset:
+    """A prepared folder of texts with labels. meta: from meta.json. Each split is "train", "val" or "test".
+
+    rows: {split: list of dicts}. kind "labels": each has text and labels, a list of names. kind "tags": words, tags (a
+    name for each word, or []), and intent (a name, or ""). The tokenizer of the model makes token ids of them later, so
+    a data set serves every model. Raises UserError if the files don't fit meta.json.
+    """
+
+    def __init__(self, folder, kind):
+        self.folder, self.meta = folder, read_meta(folder, kind)
+        self.rows = Rows(self, LABELLED[kind])
+
+    def __repr__(self):
+        counts = ", ".join(f"{self.meta[f'{split}_rows']:,} {split}" for split in ("train", "val", "test"))
+        return f"LabelledDataset({self.folder}: {counts} rows)"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Texts of different lengths
+
+def padded(rows, pad):
+    """(ids (B, longest) int64, padded on the right; lengths (B,)) of B lists of ids."""
+    lengths = np.array([len(ids) for ids in rows])
+    out = np.full((len(rows), lengths.max()), pad, dtype=np.int64)
+    for line, ids in zip(out, rows):
+        line[:len(ids)] = ids
+    return out, lengths
+
+
+def length_batches(lengths, most):
+    """A list of batches of indices, from the shortest to the longest, of at most `most` tokens with padding."""
+    batches, batch = [], []
+    for i in np.argsort(lengths, kind="stable"):
+        if batch and lengths[i] * (len(batch) + 1) > most:
+            batches.append(np.array(batch))
+            batch = []
+        batch.append(i)
+    return batches + [np.array(batch)] * bool(batch)

@@ -33,6 +33,11 @@ TASKS = {
                       ()),
     "translation": Row("tasks.translation", "TranslationTask", settings.Translation, settings.Translating,
                        settings.Translations, ()),
+    "masked": Row("tasks.masked", "MaskedTask", settings.Masked, settings.Filling, settings.Nothing,
+                  ("bert",)),
+    "classification": Row("tasks.classification", "ClassificationTask", settings.Classification, settings.Classifying,
+                          settings.Labels, ()),
+    "tagging": Row("tasks.tagging", "TaggingTask", settings.Tagging, settings.Nothing, settings.Labels, ()),
 }
 
 

@@ -79,6 +79,7 @@ def start(settings, given, folder, data, world):
         model, its_tokenizers = initial(s, device, given.get("block_size"))
         task = task_class(s.task)(s, its_tokenizers, s.init_from)
         task.open(data, world)
+        model = task.adopt(model, generator).to(device)
     else:
         task = task_class(s.task)(s)
         task.open(data, world)
@@ -101,14 +102,10 @@ def start(settings, given, folder, data, world):
 
 
 def initial(settings, device, block_size=0):
-    """(model, tokenizers) from init_from, LoRA merged. block_size: see `load`. UserError if the task can't train it."""
-    name, models = settings.init_from, task_class(settings.task).models
-    task, model, _ = load(name, device, dropout=settings.dropout, block_size=block_size)
+    """(model, tokenizers) from init_from, LoRA merged, all of it to be trained. block_size: see `load`."""
+    task, model, _ = load(settings.init_from, device, dropout=settings.dropout, block_size=block_size)
     merge_lora(model)
     model.requires_grad_(True)
-    if model_type_of(model, models) is None:
-        raise UserError(f"init_from = {name}: is a {type(model).__name__}, and --task={settings.task} trains"
-                        f" {' or '.join(cls.__name__ for cls, _ in models.values())}")
     return model, task.tokenizers
 
 

@@ -169,6 +169,56 @@ class Translation:
             raise UserError(f"smoothing = {self.smoothing}: must be below 1")
 
 
+@dataclass(frozen=True)
+class Encoding:
+    # the model: an encoder, which reads in both directions
+    n_layer: int = 2  # blocks
+    n_head: int = 2  # attention heads
+    n_embd: int = 64  # width: channels of a token's vector
+    n_hidden: int = 0  # width inside the MLP; 0: 4 * n_embd
+    block_size: int = 64  # most tokens of a text, [CLS] included
+    norm: Literal["layernorm", "rmsnorm", "plain_rmsnorm"] = "layernorm"  # see NORMS in model.py
+    mlp: Literal["gelu", "gelu_erf", "relu", "geglu", "swiglu", "relu2"] = "gelu"  # see MLPS in model.py
+    block: Literal["pre", "post"] = "pre"  # norms before attention and MLP; or after them and the embeddings, as in BERT
+    positions: Literal["learned", "sinusoidal", "rotary"] = "learned"  # of the tokens
+
+    def __post_init__(self):
+        check_sizes(self)
+        check_sample_tokens(self)
+
+
+@dataclass(frozen=True)
+class Masked(Encoding):
+    mask_rate: float = 0.15  # the share of each row's tokens that are hidden and predicted
+    publish: str = ""  # folder to write the best model to at the end, as transformers can load it
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.mask_rate < 1:
+            raise UserError(f"mask_rate = {self.mask_rate}: must lie between 0 and 1")
+        check_publish(self.publish, self.out_dir, self.init_from)
+
+
+@dataclass(frozen=True)
+class Classification(Encoding):
+    pool: Literal["mean", "first"] = "mean"  # what the head reads: the mean of all tokens, or [CLS]
+    train_rows: int = 0  # learn from so many training rows only, drawn with the seed; 0: all
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_ranges(self, train_rows=0)
+
+
+@dataclass(frozen=True)
+class Tagging(Encoding):
+    learn: Literal["both", "tags", "intents"] = "both"  # labels of words, of sentences, or both where the data have them
+    train_rows: int = 0  # learn from so many training rows only, drawn with the seed; 0: all
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_ranges(self, train_rows=0)
+
+
 def check_sizes(settings):
     """Raises UserError for sizes that no model can have."""
     check_ranges(settings, n_layer=1, n_head=1, n_embd=1, block_size=1)
@@ -299,6 +349,29 @@ class Translating:
             check_idle(self, "is for --attention=FILE", "attention_layer", "attention_head")
 
 
+@dataclass(frozen=True)
+class Filling:
+    # the answers
+    top: int = 5  # how many of the likeliest tokens to show for each [MASK]; with --rank, how many texts; 0: all
+    rank: str = ""  # FILE:path, a file of texts, one per line: show those whose vectors are most like the prompt's
+
+    def __post_init__(self):
+        check_model(self)
+        check_ranges(self, top=0)
+        if self.rank and not os.path.isfile(self.rank.removeprefix("FILE:")):
+            raise UserError(f"rank = {self.rank}: there is no such file")
+
+
+@dataclass(frozen=True)
+class Classifying:
+    # the answers
+    top: int = 3  # how many of the likeliest labels to show; 0: all
+
+    def __post_init__(self):
+        check_model(self)
+        check_ranges(self, top=0)
+
+
 def check_beam(settings, *names):
     """Raises UserError for a bad beam or length_penalty, or for one of `names` where there is no beam."""
     check_ranges(settings, beam=1, length_penalty=0.0)
@@ -342,6 +415,17 @@ class Translations:
     def __post_init__(self):
         check_model(self)
         check_beam(self)
+
+
+@dataclass(frozen=True)
+class Labels:
+    # the labels
+    test: bool = False  # also score the second held-out part, which no choice was made on: once, at the very end
+    picture: str = ""  # a .png or .jpg to write: which label was taken for which
+
+    def __post_init__(self):
+        check_model(self)
+        check_picture(self, "picture")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 import tokenizer as tokenizers
-from batches import PairsDataset, batches_per_epoch, to_device, token_batches
+from batches import PairsDataset, batches_per_epoch, length_batches, padded, to_device, token_batches
 from beam import beam_search
 from configurator import UserError, say
 from generate import generate, picker
@@ -135,7 +135,7 @@ class TranslationTask(Task):
         if limit and wanted < len(rows):
             rows = rows[np.arange(wanted) * len(rows) // wanted]  # evenly spread
         total = count = 0
-        for batch, weight in world.share([rows[part] for part in length_batches(lengths[rows].max(1))]):
+        for batch, weight in world.share([rows[part] for part in length_batches(lengths[rows].max(1), AT_ONCE)]):
             arguments, weights = self.gather(split, batch)
             with autocast(world.device, dtype):
                 total += weight * (model(**arguments) * weights).sum().item()
@@ -340,26 +340,6 @@ class TranslationTask(Task):
         weights = weights[:, head - 1 if head else slice(None)].reshape(-1, len(target), len(source)).mean(0)
         names = [self.name(i) for i in target], [self.name(i, self.source_tokenizer) for i in source]
         return save_picture(draw_map(weights.cpu(), *names), sampling.attention)
-
-
-def padded(rows, pad):
-    """(ids (B, longest) int64, padded on the right; lengths (B,)) of B lists of ids."""
-    lengths = np.array([len(ids) for ids in rows])
-    out = np.full((len(rows), lengths.max()), pad, dtype=np.int64)
-    for line, ids in zip(out, rows):
-        line[:len(ids)] = ids
-    return out, lengths
-
-
-def length_batches(lengths, most=AT_ONCE):
-    """A list of batches of indices, from the shortest to the longest, of at most `most` tokens with padding."""
-    batches, batch = [], []
-    for i in np.argsort(lengths, kind="stable"):
-        if batch and lengths[i] * (len(batch) + 1) > most:
-            batches.append(np.array(batch))
-            batch = []
-        batch.append(i)
-    return batches + [np.array(batch)] * bool(batch)
 
 
 def shown_best(hypotheses, n_best):

@@ -1,0 +1,175 @@
+"""What the tasks of a bidirectional encoder share: its control tokens, its making, and a start from another model.
+
+    EncoderTask     builds a model of encoder.py, or puts a new head on the encoder of another one
+    LabelledTask    is one whose data set is a LabelledDataset, with a text and its labels in each row
+
+A text is read as [CLS], its tokens, and [SEP] where the tokenizer was made for BERT.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import tokenizer as tokenizers
+from batches import LabelledDataset, length_batches, padded, shuffled_rows, to_device
+from configurator import UserError
+from encoder import Encoder, EncoderConfig
+from machine.device import autocast
+from model import init_weights
+from run.cost import size_in_words
+from tasks.task import Task
+
+SHAPE = ("n_layer", "n_head", "n_embd", "n_hidden", "block_size", "norm", "mlp", "block", "positions")
+AT_ONCE = 8192  # tokens per batch of an evaluation: it limits memory and changes no result
+
+
+class Marks(NamedTuple):
+    """The ids of an encoder's control tokens."""
+    cls: int  # before every text
+    sep: int | None  # after every text; None: nothing
+    mask: int  # instead of a hidden token
+    pad: int  # fills a row; the encoder does not see it
+    size: int  # of the vocabulary, these included
+
+
+def marks_of(tokenizer):
+    """The Marks of a tokenizer. One made for BERT has them. To any other, [CLS] and [MASK] are added at the end."""
+    V = tokenizer.vocab_size
+    if isinstance(tokenizer, tokenizers.BPETokenizer):
+        cls, sep, mask, pad = map(tokenizer.bpe.token_to_id, ("[CLS]", "[SEP]", "[MASK]", "[PAD]"))
+        if None not in (cls, sep, mask):
+            return Marks(cls, sep, mask, pad or 0, V)
+    return Marks(V, None, V + 1, 0, V + 2)
+
+
+class EncoderTask(Task):
+    """Base class. models: the first one is trained, and its class has an `encoder`."""
+
+    @property
+    def marks(self):
+        return marks_of(self.tokenizer)
+
+    def own(self):
+        """{name: value} of the fields that the configuration of the task's model has beside an encoder's."""
+        return {}
+
+    def build(self, generator):
+        s = self.settings
+        shape = {name: getattr(s, name) for name in (*SHAPE, "dropout")}
+        post = s.block == "post"
+        return self.new(generator, shape | {"vocab_size": self.marks.size, "embed_norm": post, "final_norm": not post})
+
+    def new(self, generator, shape):
+        """A new model. shape: {name: value} of the fields of EncoderConfig."""
+        cls, config_cls = next(iter(self.models.values()))
+        model = cls(config_cls(**shape, **self.own()))
+        init_weights(model, generator, std=model.config.n_embd**-0.5)
+        return model
+
+    def adopt(self, model, generator):
+        """The model of init_from, if it has the class and the labels; else its encoder under a new head."""
+        cls, _ = next(iter(self.models.values()))
+        if type(model) is cls and all(getattr(model.config, name) == value for name, value in self.own().items()):
+            return model
+        if not isinstance(getattr(model, "encoder", None), Encoder):
+            return super().adopt(model, generator)  # raises
+        shape = {field.name: getattr(model.config, field.name) for field in dataclasses.fields(EncoderConfig)}
+        new = self.new(generator, shape).to(next(model.parameters()).device)
+        new.encoder.load_state_dict(model.encoder.state_dict())
+        return new
+
+    def shape(self, model):
+        return {name: getattr(model.config, name) for name in SHAPE}
+
+    def framed(self, ids):
+        """A text's ids with what stands around them, at most block_size: a list. A longer text loses its end."""
+        marks = self.marks
+        end = [] if marks.sep is None else [marks.sep]
+        return [marks.cls, *ids[:self.block_size - 1 - len(end)], *end]
+
+    def fit(self, model):
+        self.block_size = model.config.block_size
+
+
+class LabelledTask(EncoderTask):
+    """Base class of tasks with rows of texts and labels. A subclass has kind, read(row), targets(split, rows)."""
+
+    kind = ""  # of the data set
+
+    def open(self, folder, world):
+        self.dataset, self.world = LabelledDataset(folder, self.kind), world
+        if self.tokenizers is None:  # else the loaded model has brought its own
+            self.tokenizers = {"tokenizer": tokenizers.load(folder / "tokenizer.json")}
+
+    def fit(self, model):
+        """Tokenizes all rows, and chooses those to learn from."""
+        super().fit(model)
+        self.texts = {split: [self.read(row) for row in self.dataset.rows[split]] for split in ("train", "val", "test")}
+        n, s = len(self.texts["train"]), self.settings
+        wanted = getattr(s, "train_rows", 0)
+        if wanted > n:
+            raise UserError(f"train_rows = {wanted}: the data set {s.dataset} has only {n} training rows")
+        order = np.random.Generator(np.random.Philox(key=s.seed)).permutation(n)
+        self.rows = np.sort(order[:wanted]) if wanted else np.arange(n)
+
+    def read(self, row):
+        """The ids of a row's text, framed. row: a dict of the data set."""
+        raise NotImplementedError
+
+    def targets(self, split, rows):
+        """({argument of the model beside tokens and lengths: array}, weights of the targets: an array)."""
+        raise NotImplementedError
+
+    def pick(self, step):
+        s = self.settings
+        return self.rows[shuffled_rows(len(self.rows), s.batch_size, s.seed, step)]
+
+    def batch(self, rows, generator):
+        return self.gather("train", rows)
+
+    def gather(self, split, rows):
+        """(the model's arguments, the weight of each target) for some rows of a split, on the device."""
+        tokens, lengths = padded([self.texts[split][row] for row in rows], self.marks.pad)
+        more, weights = self.targets(split, rows)
+        arrays = {"tokens": tokens, "lengths": lengths, **more}
+        device = self.world.device
+        return {name: to_device(array, device) for name, array in arrays.items()}, to_device(weights, device)
+
+    def parts(self, split, limit=0):
+        """The rows of a split in batches of like length. limit: at most so many tokens, evenly spread; 0: all."""
+        lengths = np.array([len(ids) for ids in self.texts[split]])
+        rows = np.arange(len(lengths))
+        wanted = limit and max(1, int(limit / lengths.mean()))
+        if limit and wanted < len(rows):
+            rows = rows[np.arange(wanted) * len(rows) // wanted]
+        return [rows[part] for part in length_batches(lengths[rows], AT_ONCE)]
+
+    @torch.no_grad()
+    def evaluate(self, model, split, world, dtype, limit=0):
+        """{"loss": ..., "accuracy": ...}: what `score` adds up over the split, divided by what it counts."""
+        totals = {}
+        for rows, weight in world.share(self.parts(split, limit)):  # weight: 1, or 0 for what another rank counts
+            arguments, weights = self.gather(split, rows)
+            with autocast(world.device, dtype):
+                found = self.score(model, arguments, weights)
+            for name, (total, count) in found.items():
+                before = totals.get(name, (0.0, 0.0))
+                totals[name] = before[0] + weight * total, before[1] + weight * count
+        return {name: total / max(count, 1) for name, pair in totals.items() for total, count in [world.sum(*pair)]}
+
+    def score(self, model, arguments, weights):
+        """{name: (total, count)} of a batch, as numbers; the same names for every batch, "loss" among them."""
+        raise NotImplementedError
+
+    def summary(self, model):
+        s, n = self.settings, len(self.rows)
+        cut = sum(len(ids) >= self.block_size for ids in self.texts["train"])
+        return (f"model: {size_in_words(model)}; data: {n:,} rows of {s.dataset}"
+                + f", {cut:,} of them cut to {self.block_size} tokens" * (cut > 0)
+                + f"; {s.max_iters} updates = {s.max_iters * s.batch_size / n:.1f} epochs")
+
+    def cost(self, model):
+        """(mean tokens of an update, 0: its FLOPs are not counted)."""
+        return round(self.settings.batch_size * np.mean([len(self.texts["train"][row]) for row in self.rows])), 0
