@@ -383,7 +383,8 @@ PREPARING = {
     "tokenizer": Change("bpe:300"), "name": Change("data/named_{task}"), "files": Change("a*"),
     "val_fraction": Change(0.3), "newlines": Change("keep"), "image_size": Change(24),
     "column": Change("other"), "processes": Change(1), "max_files": Change(1), "languages": Change("it,en"),
-    "columns": Change("other,it"), "shared": Change(False, tokenizer="word:1"), "min_words": Change(4), "max_words": Change(5)}
+    "columns": Change("other,it"), "shared": Change(False, tokenizer="word:1"), "min_words": Change(4),
+    "max_words": Change(5)}
 FOR_PAIRS = ("languages", "columns", "shared", "min_words", "max_words")
 IDLE = {  # settings that do nothing for a kind of source
     "texts": ("image_size", "column", "processes", "max_files", *FOR_PAIRS),
