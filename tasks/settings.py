@@ -178,8 +178,8 @@ class Encoding:
     n_hidden: int = 0  # width inside the MLP; 0: 4 * n_embd
     block_size: int = 64  # most tokens of a text, [CLS] included
     norm: Literal["layernorm", "rmsnorm", "plain_rmsnorm"] = "layernorm"  # see NORMS in model.py
-    mlp: Literal["gelu", "gelu_erf", "relu", "geglu", "swiglu", "relu2"] = "gelu"  # see MLPS in model.py
-    block: Literal["pre", "post"] = "pre"  # norms before attention and MLP; or after them and the embeddings, as in BERT
+    mlp: Literal["gelu", "gelu_erf", "geglu", "swiglu", "relu2"] = "gelu"  # see MLPS in model.py
+    block: Literal["pre", "post"] = "pre"  # norms before attention and MLP, or after them as in BERT
     positions: Literal["learned", "sinusoidal", "rotary"] = "learned"  # of the tokens
 
     def __post_init__(self):
@@ -211,7 +211,7 @@ class Classification(Encoding):
 
 @dataclass(frozen=True)
 class Tagging(Encoding):
-    learn: Literal["both", "tags", "intents"] = "both"  # labels of words, of sentences, or both where the data have them
+    learn: Literal["both", "tags", "intents"] = "both"  # labels of words, of sentences, or what the data have
     train_rows: int = 0  # learn from so many training rows only, drawn with the seed; 0: all
 
     def __post_init__(self):

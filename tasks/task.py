@@ -35,7 +35,7 @@ class Task:
         """Returns a new model of the shape that the settings name. generator: for its initial weights."""
 
     def adopt(self, model, generator):
-        """The model that training starts with: init_from's, or one made of its parts. UserError if nothing of it fits."""
+        """The model to start from: init_from's, or one made of its parts. Raises UserError if nothing of it fits."""
         if type(model) not in (cls for cls, _ in self.models.values()):
             raise UserError(f"init_from = {self.source}: is a {type(model).__name__}, and --task={self.settings.task}"
                             f" trains {' or '.join(cls.__name__ for cls, _ in self.models.values())}")
