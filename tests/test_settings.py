@@ -176,7 +176,8 @@ BASES["contrastive"] = BASES["image-text"] = {
 BASES["arithmetic"] = {**BASES["text"], "operations": "+-*", "digits": 1, "sample_tokens": 300}
 BASES["translation"] = {**BASES["text"], "batch_size": 200, "learning_rate": 0.003, "sample_tokens": 300}
 BASES["masked"] = {**BASES["text"], "learning_rate": 0.003, "block": "post", "mlp": "gelu_erf", "sample_tokens": 300}
-DATA = {"text": "data/words", "masked": "data/words", "arithmetic": "arithmetic", "translation": "data/pairs"}  # of other tasks: data/shapes
+DATA = {  # of other tasks: data/shapes
+    "text": "data/words", "masked": "data/words", "arithmetic": "arithmetic", "translation": "data/pairs"}
 
 
 @pytest.fixture(scope="module")
