@@ -207,10 +207,12 @@ def test_the_map_shows_where_each_token_looks(opened, trained, capsys, tmp_path,
 
     monkeypatch.setattr("tasks.translation.draw_map", spied)
     text = task.dataset.rows["val"][0]["source"]
-    for name, more in (("all", ()), ("one", ("--attention_layer=1", "--attention_head=2"))):
+    for name, more in (("all", ()), ("one", ("--attention_layer=1", "--attention_head=2")),
+                       ("cut", ("--max_new_tokens=2",))):
         said = sampled(trained, capsys, f"--prompt={text}", f"--attention={tmp_path / name}.png", *more)
         assert f"wrote {tmp_path / name}.png" in said and Image.open(tmp_path / f"{name}.png").width > 100
-    (mean, rows, columns), (one, *_) = drawn
+    (mean, rows, columns), (one, *_), (_, cut, _) = drawn
+    assert cut == rows[:2]  # no <eos>, for the model had more to say
     assert rows[-1] == columns[-1] == "<eos>" and len(columns) == len(text.split()) + 1 and not torch.equal(mean, one)
     torch.testing.assert_close(mean.sum(1), torch.ones(len(rows)))
     assert mean.shape == (len(rows), len(columns))
