@@ -9,5 +9,3 @@ _base = "translate_en_it.py"
 
 dataset = "bible_en_es"
 out_dir = "out/translate_bible"
-max_iters = 3000
-eval_interval = 600

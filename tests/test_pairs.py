@@ -319,7 +319,7 @@ def write_module(folder, entries):
 
 ENGLISH_VERSE = ("¶ And God said,<note>a</note> Let there be light &amp; light:", ("1", "God"), ("2", "said"),
                  ("3", "be"), ("4", "light"), ("4", "light"))
-SPANISH_VERSE = ("Y dijo ¿Dios? Sea la luz.", ("2", "Y dijo"), ("1", "Dios"), ("3", "Sea"), ("4", "la luz"))
+SPANISH_VERSE = ("Y dijo ¿Dios? Sea la luz.", ("2", "Y dijo"), ("1", "Dios"), ("3", "Sea"), ("4", "luz"))
 HEADING = '<chapter n="{0}" osisID="Gen.{0}" sID="x"/><title level="1">Genesis</title>'
 
 
