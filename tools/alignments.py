@@ -8,7 +8,7 @@ attention, and is it the linked one? The attention that a target word pays is th
 that a source word gets is the sum of its tokens'; <eos> is no word. A word's attention can be taken in two ways:
 
     output    from the positions that predict its tokens
-    input     from the positions one later, which read its tokens (Chen et al. 2020 find this better)
+    input     from the positions one later, which read its tokens (better in Chen et al. 2020, worse here)
 
 Prints the share of links that are found, for each head, the mean of each decoder block's heads, and the mean of all.
 Then the one that is best on the validation split, with its share on the test split, beside what needs no attention: a
