@@ -168,10 +168,11 @@ def heat_map(image, weights):
     return Image.composite(ImageOps.colorize(heat, "red", "yellow"), gray, heat)
 
 
-def draw_map(weights, rows, columns, cell=30):
+def draw_map(weights, rows, columns, cell=30, marks=()):
     """Returns a PIL image of weights (T, S), white for 0 to blue for the largest, with names of its rows and columns.
 
     A row's name is on its left; a column's name is above it, written upwards. cell: the side of a square, in pixels.
+    marks: the (row, column) of squares with a red frame.
     """
     from PIL import Image, ImageDraw, ImageOps
     size, gap = cell // 2, cell // 4
@@ -190,6 +191,9 @@ def draw_map(weights, rows, columns, cell=30):
         ImageDraw.Draw(label).text((gap, cell // 2), name, fill="black", font_size=size, anchor="lm")
         picture.paste(label.rotate(90, expand=True), (left + cell * i, 0))
     draw.rectangle((left, top, left + cell * len(columns), top + cell * len(rows)), outline="gray")
+    for row, column in marks:
+        corner = left + cell * column, top + cell * row
+        draw.rectangle((*corner, corner[0] + cell, corner[1] + cell), outline="red", width=cell // 10)
     return picture
 
 

@@ -224,6 +224,10 @@ def test_weights_are_drawn_in_their_cells():
     shades = [[sum(picture.getpixel((left + 20 * x + 9, top + 20 * y + 9))) for x in range(3)] for y in range(2)]
     (white, middle, dark), other = shades
     assert white == 3 * 255 and white > middle > dark and other == [dark, white, white]
+    marked = draw_map(torch.tensor([[0.0, 0.5, 1.0], [1.0, 0.0, 0.0]]), ["a", "b"], ["x", "y", "zz"], 20, [(1, 2)])
+    red = [(x, y) for x in range(3) for y in range(2)
+           if marked.getpixel((left + 20 * x + 20, top + 20 * y + 9)) == (255, 0, 0)]  # the right edge of a cell
+    assert (2, 1) in red and not {(0, 0), (1, 0), (2, 0), (0, 1)} & set(red)
 
 
 def test_evaluate_scores_the_translations_beside_the_floors(opened, trained, capsys):
