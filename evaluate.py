@@ -51,14 +51,14 @@ from run import checkpoint
 from run.files import read_json, write_json
 from tasks.loading import load
 
-SAME = ("step", "checkpoint", "dataset", "split", "dtype", "beam", "length_penalty")  # for figures to stand together
+SAME = ("step", "checkpoint", "dataset", "split", "dtype")  # in figures that may stand together
 
 
-def earlier(path, result):
-    """The evaluation.json at `path`, a dict, if it and `result` agree in all of SAME; else {}."""
+def earlier(path, result, asked):
+    """The evaluation.json at `path`, a dict, if it and `result` agree in SAME and in what Task.asked names; else {}."""
     with suppress(UserError, ValueError, TypeError):
         found = dict(read_json(path))
-        if all(found.get(name) == result.get(name) for name in SAME):
+        if all(found.get(name) == result.get(name) for name in (*SAME, *asked)):
             return found
     return {}
 
@@ -80,14 +80,14 @@ def main(settings):
         for key, value in result.items():
             print(f"  {key:36} {value:,.6f}" if isinstance(value, float) else f"  {key:36} {value}")
         if not settings.init_from:
-            save(Path(settings.out_dir) / "evaluation.json", result)
+            save(Path(settings.out_dir) / "evaluation.json", result, task.asked)
     world.close()
 
 
-def save(path, result):
+def save(path, result, asked):
     """Writes evaluation.json, and says where. What `earlier` finds there stays beside it."""
     try:
-        write_json(path, earlier(path, result) | result)
+        write_json(path, earlier(path, result, asked) | result)
         print(f"written to {path}")
     except OSError as error:  # the folder may belong to somebody else
         print(f"{path} can't be written: {error.strerror}")

@@ -3,6 +3,8 @@
 Axes: B batch, H and W height and width in pixels, N patches of the image, A tokens of an answer.
 """
 
+import contextlib
+import functools
 import math
 import re
 import warnings
@@ -14,6 +16,7 @@ from run.files import reason
 
 LOCATIONS = [f"<loc{i:04}>" for i in range(1024)]  # box corners, in 1024ths of the image's height or width
 SEGMENTS = [f"<seg{i:03}>" for i in range(128)]  # codes of the mask inside a box
+FONTS = ("DejaVuSans.ttf", "Arial.ttf", "arial.ttf", "LiberationSans-Regular.ttf", "NotoSans-Regular.ttf")
 
 
 def read_image(path):
@@ -119,6 +122,16 @@ def overlap(a, b):
     return shared / (areas - shared) if areas > shared else 0.0
 
 
+@functools.cache
+def font(size):
+    """A PIL font of this size in pixels: the first of FONTS on this machine, else Pillow's own, which lacks accents."""
+    from PIL import ImageFont
+    for name in FONTS:
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(name, size)
+    return ImageFont.load_default(size)
+
+
 def draw_boxes(image, boxes):
     """Returns a copy of a PIL image in RGB, with boxes and labels drawn on it."""
     from PIL import ImageDraw
@@ -132,8 +145,8 @@ def draw_boxes(image, boxes):
         draw.rectangle((left, top, right, bottom), outline=color, width=line)
         font_size = max(10, min(image.size) // 25)
         where = (left + line, top + line)
-        draw.rectangle(draw.textbbox(where, box.label, font_size=font_size), fill=color)
-        draw.text(where, box.label, fill="white", font_size=font_size)
+        draw.rectangle(draw.textbbox(where, box.label, font=font(font_size)), fill=color)
+        draw.text(where, box.label, fill="white", font=font(font_size))
     return image
 
 
@@ -168,15 +181,16 @@ def heat_map(image, weights):
     return Image.composite(ImageOps.colorize(heat, "red", "yellow"), gray, heat)
 
 
-def draw_map(weights, rows, columns, cell=30):
+def draw_map(weights, rows, columns, cell=30, marks=()):
     """Returns a PIL image of weights (T, S), white for 0 to blue for the largest, with names of its rows and columns.
 
     A row's name is on its left; a column's name is above it, written upwards. cell: the side of a square, in pixels.
+    marks: the (row, column) of squares with a red frame.
     """
     from PIL import Image, ImageDraw, ImageOps
     size, gap = cell // 2, cell // 4
     ruler = ImageDraw.Draw(Image.new("L", (1, 1)))
-    left, top = (2 * gap + max(int(ruler.textlength(name, font_size=size)) for name in names)
+    left, top = (2 * gap + max(int(ruler.textlength(name, font=font(size))) for name in names)
                  for names in (rows, columns))
     shades = (weights / weights.max() * 255).round().byte()
     shades = ImageOps.colorize(Image.fromarray(shades.numpy()), "white", "midnightblue")
@@ -184,12 +198,15 @@ def draw_map(weights, rows, columns, cell=30):
     picture.paste(shades.resize((cell * len(columns), cell * len(rows)), Image.Resampling.NEAREST), (left, top))
     draw = ImageDraw.Draw(picture)
     for i, name in enumerate(rows):
-        draw.text((left - gap, top + cell * i + cell // 2), name, fill="black", font_size=size, anchor="rm")
+        draw.text((left - gap, top + cell * i + cell // 2), name, fill="black", font=font(size), anchor="rm")
     for i, name in enumerate(columns):
         label = Image.new("RGB", (top, cell), "white")
-        ImageDraw.Draw(label).text((gap, cell // 2), name, fill="black", font_size=size, anchor="lm")
+        ImageDraw.Draw(label).text((gap, cell // 2), name, fill="black", font=font(size), anchor="lm")
         picture.paste(label.rotate(90, expand=True), (left + cell * i, 0))
     draw.rectangle((left, top, left + cell * len(columns), top + cell * len(rows)), outline="gray")
+    for row, column in marks:
+        corner = left + cell * column, top + cell * row
+        draw.rectangle((*corner, corner[0] + cell, corner[1] + cell), outline="red", width=cell // 10)
     return picture
 
 
@@ -198,7 +215,7 @@ def caption(image, text, width, margin=4, line=22):
     from PIL import Image, ImageDraw
     framed = Image.new("RGB", (width + 2 * margin, image.height + 2 * margin + line), "white")
     framed.paste(image, (margin, margin + line))
-    ImageDraw.Draw(framed).text((margin, margin), text, fill="black", font_size=14)
+    ImageDraw.Draw(framed).text((margin, margin), text, fill="black", font=font(14))
     return framed
 
 

@@ -1,22 +1,28 @@
 """Parallel texts that are known by name: fetches each, and yields its rows as `pairs.prepare` takes them.
 
     python prepare.py libreoffice_help --languages=en,it     from two Debian packages, by apt-get; needs no root
+    python prepare.py bible_en_es                            verses, from two Debian packages, with links of words
     python prepare.py opus_books --languages=en,it           novels, from the Hugging Face Hub
     python prepare.py multi30k --languages=en,de             captions of photographs, from GitHub
     python prepare.py phrases                                made here, needs no network
 
 data/<name>/README.md says what each holds. A row is a dict with source and target, and with page (rows of a page stay
-in one split) or split.
+in one split) or split. Links, which bible_en_es has, are pairs [source word, target word] of numbers from 0: the second
+word translates the first. Words are what spaces separate.
 """
 
 import gzip
 import hashlib
+import html
 import os
 import re
 import runpy
 import shutil
+import struct
 import subprocess
 import tempfile
+import zlib
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -26,6 +32,9 @@ from sources.documents import hub, hub_source
 from sources.download import Offline, download
 from sources.pairs import read_rows
 
+BIBLES = {  # {language: (Debian package, the module in it)}
+    "en": ("sword-text-kjv", "engKJV2006eb"), "es": ("sword-text-sparv", "spaRV1909eb")}
+HELP = "libreoffice-help-"  # how the names of LibreOffice's packages begin
 OPUS_BOOKS = ("Helsinki-NLP/opus_books", "1f9f6191d0e91a3c539c2595e2fe48fc1420de9b")  # data set, commit
 PASSAGE = 100  # sentences of a book that follow each other and stay in one split
 MULTI30K = "https://raw.githubusercontent.com/multi30k/dataset/a3d2e0d26b56f3846f66a952536ffed4e401d05a/data/task1/raw"
@@ -43,7 +52,8 @@ def fetch(name, languages, folder):
     languages: two codes, source first. folder: what is downloaded and kept lies there. Raises Offline without a network
     or apt-get, and UserError for a language that the text doesn't have.
     """
-    loaders = {"libreoffice_help": libreoffice_help, "opus_books": opus_books, "multi30k": multi30k, "phrases": phrases}
+    loaders = {"libreoffice_help": libreoffice_help, "bible_en_es": bible_en_es, "opus_books": opus_books,
+               "multi30k": multi30k, "phrases": phrases}
     return loaders[name](languages, folder)
 
 
@@ -54,11 +64,11 @@ PARAGRAPH = re.compile(r'<(p|h[1-6])\b[^>]*\bid="(\w+)"[^>]*>(.*?)</\1>', re.DOT
 
 
 def libreoffice_help(languages, folder):
-    packages = ["libreoffice-help-" + {"en": "en-us"}.get(language, language).lower() for language in languages]
+    packages = [HELP + {"en": "en-us"}.get(language, language).lower() for language in languages]
     with tempfile.TemporaryDirectory() as temporary:
         versions = [unpack(package, temporary) for package in packages]
         help_folder = Path(temporary, "usr/share/libreoffice/help")
-        roots = [help_in(help_folder, package.removeprefix("libreoffice-help-")) for package in packages]
+        roots = [help_in(help_folder, package.removeprefix(HELP)) for package in packages]
         pages = sorted(path.relative_to(roots[0]).as_posix() for path in roots[0].rglob("*.html"))
         pages = [page for page in pages if (roots[1] / page).is_file()]
         rows = [row for page in watched(pages, "reading pages") for row in aligned(page, *roots)]
@@ -84,7 +94,7 @@ def unpack(package, folder):
 
 def missing(package, said):
     """The error for a package that apt-get did not download. said: the lines of its complaint."""
-    prefix = "libreoffice-help-"
+    prefix = HELP if package.startswith(HELP) else package
     names = subprocess.run(["apt-cache", "pkgnames", prefix], capture_output=True, text=True).stdout.split()
     codes = sorted({"en-us": "en"}.get(code := name.removeprefix(prefix), code) for name in names)
     if codes and package not in names:
@@ -141,6 +151,71 @@ class Paragraph(HTMLParser):
     def handle_data(self, data):
         if self.spans[-1]["shown"]:
             self.text += data
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The Bible: modules of the SWORD project, format zText, marked up in OSIS. A word, or a few, are marked with the number
+# that Strong's concordance gives to the Hebrew or Greek word which they translate.
+
+NO_TEXT = re.compile(r"<(note|title)\b[^>]*(?<!/)>.*?</\1>|¶|\\nd ", re.DOTALL)  # \nd: a slip of the converter
+CHAPTER = re.compile(r'<chapter [^>]*osisID="([^"]+)"')
+
+
+def bible_en_es(languages, folder):
+    if set(languages) != set(BIBLES):
+        raise UserError(f"languages = {','.join(languages)}: bible_en_es has only en and es")
+    packages, modules = zip(*(BIBLES[language] for language in languages))
+    with tempfile.TemporaryDirectory() as temporary:
+        versions = [unpack(package, temporary) for package in packages]
+        texts = Path(temporary, "usr/share/sword/modules/texts/ztext")
+        rows = list(verses(*([*entries(texts / module)] for module in modules)))
+    print(f"{packages[0]} {versions[0]}, {packages[1]} {versions[1]}: {len(rows):,} verses", flush=True)
+    return rows, f"Debian packages {packages[0]} and {packages[1]}", " and ".join(versions)
+
+
+def entries(module):
+    """Yields the entries of a module's folder, as text in OSIS: headings and verses, "" where there is none.
+
+    Of each testament, .bzz holds compressed blocks, .bzs where each of them is, and .bzv where in them each entry is.
+    Bibles with the same verses have as many entries, in the same order.
+    """
+    for part in ("ot", "nt"):
+        places, blocks, packed = ((module / f"{part}.{end}").read_bytes() for end in ("bzv", "bzs", "bzz"))
+        blocks = struct.iter_unpack("<III", blocks)
+        unpacked = [zlib.decompress(packed[start:start + size]) for start, size, _ in blocks]
+        for block, start, size in struct.iter_unpack("<IIH", places):
+            yield unpacked[block][start:start + size].decode("utf-8") if size else ""
+
+
+def verses(sources, targets):
+    """Yields the rows of two Bibles, without links to words that stand for several. sources, targets: their entries."""
+    page = ""
+    for source, target in zip(sources, targets, strict=True):
+        if heading := CHAPTER.search(source):
+            page = heading[1]
+        (text, words), (other, others) = read_verse(source), read_verse(target)
+        if text or other:  # else it is a heading
+            links = sorted([words[number], others[number]] for number in words.keys() & others.keys())
+            yield {"source": text, "target": other, "page": page, "links": links}
+
+
+def read_verse(osis):
+    """(text, {Strong's number: the word that it marks}) of a verse: those numbers that mark just one word, once."""
+    text, marks = "", []  # marks: (numbers, where the text that they mark starts, where it ends)
+    for piece in re.split("(<[^>]*>)", NO_TEXT.sub("", osis)):
+        if piece.startswith("<w "):
+            numbers, start = re.findall(r"strong:(\w+)", piece), len(text)
+        elif piece == "</w>":
+            marks.append((numbers, start, len(text)))
+        elif not piece.startswith("<"):
+            text += html.unescape(piece)
+    often = Counter(number for numbers, *_ in marks for number in numbers)
+    spans, found = [word.span() for word in re.finditer(r"\S+", text)], {}
+    for numbers, start, end in marks:
+        marked = [i for i, (first, last) in enumerate(spans) if first < end and start < last]
+        if len(numbers) == len(marked) == often[numbers[0]] == 1:
+            found[numbers[0]] = marked[0]
+    return " ".join(text.split()), found
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ CORPORA = {  # documents on the hub: data set, folder of its parquet files, comm
     "openwebtext": ("Skylion007/openwebtext", "plain_text", "b4325f019c648b1641a1784748667e8b74e5e064")}
 PAIRS = {  # parallel texts, from sources/corpora.py: settings of prepare.py, for sources.pairs.How
     "libreoffice_help": dict(languages="en,it", tokenizer="bpe:4000", val_fraction=0.05, min_words=3, max_words=40),
+    "bible_en_es": dict(languages="en,es", tokenizer="bpe:4000", val_fraction=0.05, max_words=40),
     "opus_books": dict(languages="en,it", tokenizer="bpe:8000", val_fraction=0.05),
     "multi30k": dict(languages="en,de", tokenizer="bpe:8000"),
     "phrases": dict(languages="en,it", tokenizer="bpe:400")}

@@ -206,7 +206,7 @@ def write_split(folder, split, rows, vocabularies, dtype, digest):
           open(folder / f"{split}_source.bin.new", "wb") as sources,
           open(folder / f"{split}_target.bin.new", "wb") as targets):
         for number, row in enumerate(rows):
-            saved = {name: row[name] for name in ("source", "target", "page") if name in row}
+            saved = {name: row[name] for name in ("source", "target", "page", "links") if name in row}
             line = json.dumps(saved, ensure_ascii=False).encode("utf-8") + b"\n"
             texts.write(line)
             digest.update(line)

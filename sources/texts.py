@@ -278,10 +278,12 @@ def prepare(paths, folder, tokenizer_name, val_fraction=0.1, source="", newlines
 
 @contextlib.contextmanager
 def writing(folder):
-    """A context that makes the folder and locks it for this process. At its end, every .new in the folder is removed.
+    """A context that makes the folder and locks it for this process. At its end, every .new in the folder is removed,
+    and so is a folder that was made for nothing.
 
     Raises UserError if another process has the folder, or the disk is full.
     """
+    is_new = not folder.exists()
     with owned(folder, "name", "been preparing a data set"):
         try:
             yield
@@ -292,6 +294,10 @@ def writing(folder):
         finally:
             for path in folder.glob("*.new"):
                 path.unlink(missing_ok=True)
+            if is_new and [path.name for path in folder.iterdir()] == ["run.lock"]:
+                with contextlib.suppress(OSError):  # Windows deletes no open file
+                    (folder / "run.lock").unlink()
+                    folder.rmdir()
 
 
 def write_tokens(path, texts, tokenizer, digest):

@@ -53,6 +53,7 @@ class Translated(NamedTuple):
 
 class TranslationTask(Task):
     models = {"seq2seq": (Seq2Seq, Seq2SeqConfig)}
+    asked = ("beam", "length_penalty")
     rows_label = "the sentence pairs"
 
     @property
@@ -332,7 +333,9 @@ class TranslationTask(Task):
         for name, value, most in (("layer", layer, config.n_layer), ("head", head, config.n_head)):
             if value > most:
                 raise UserError(f"attention_{name} = {value}: the decoder has {most}; 0 takes the mean of all")
-        target = [*self.translate(model, [source], sampling)[0][0].ids, self.tokenizer.eos][:config.block_size]
+        target = self.translate(model, [source], sampling)[0][0].ids
+        if len(target) < min(sampling.max_new_tokens, config.block_size):  # it was not cut off
+            target = [*target, self.tokenizer.eos]
         rows = ([source], [len(source)], [[self.tokenizer.bos, *target[:-1]]])
         rows = (torch.tensor(row, device=next(model.parameters()).device) for row in rows)
         weights = cross_attention(model, *rows)[:, 0]  # (L, H, T, S)

@@ -4,7 +4,9 @@ import gzip
 import hashlib
 import json
 import shutil
+import struct
 import subprocess
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -284,8 +286,75 @@ def test_libreoffice_help_is_aligned_by_page_and_paragraph(monkeypatch, tmp_path
     with pytest.raises(UserError, match="no package libreoffice-help-xx: choose two languages of en, it"):
         corpora.fetch("libreoffice_help", ["en", "xx"], tmp_path)
     pages.clear()
-    with pytest.raises(Offline, match="E: Unable to locate package.: run apt-get update"):
-        corpora.fetch("libreoffice_help", ["en", "it"], tmp_path)
+    for name, languages in (("libreoffice_help", ["en", "it"]), ("bible_en_es", ["en", "es"])):
+        with pytest.raises(Offline, match="E: Unable to locate package.: run apt-get update"):
+            corpora.fetch(name, languages, tmp_path)
+
+
+def osis(text, *words):
+    """A verse in OSIS. words: (number or numbers, the words of the text that they mark), in order."""
+    for numbers, marked in words:
+        before, found, text = text.partition(marked)
+        yield f'{before}<w lemma="{" ".join(f"strong:{number}" for number in numbers.split())}">{found}</w>'
+    yield text
+
+
+def write_module(folder, entries):
+    """A SWORD module in format zText: the entries in two blocks of the New Testament; the Old Testament is empty."""
+    folder.mkdir(parents=True)
+    blocks, places = [b"", b""], b""
+    for number, entry in enumerate(entries):
+        block, entry = int(number >= 2), entry.encode()
+        places += struct.pack("<IIH", block, len(blocks[block]) if entry else 0, len(entry))
+        blocks[block] += entry
+    packed, index = b"", b""
+    for block in blocks:
+        new = zlib.compress(block)
+        index += struct.pack("<III", len(packed), len(new), len(block))
+        packed += new
+    for part, contents in (("ot", (b"", b"", b"")), ("nt", (places, index, packed))):
+        for end, content in zip(("bzv", "bzs", "bzz"), contents):
+            (folder / f"{part}.{end}").write_bytes(content)
+
+
+ENGLISH_VERSE = ("¶ And God said,<note>a</note> Let there be light &amp; light:", ("1", "God"), ("2", "said"),
+                 ("3", "be"), ("4", "light"), ("4", "light"))
+SPANISH_VERSE = ("Y dijo ¿Dios? Sea la luz.", ("2", "Y dijo"), ("1", "Dios"), ("3", "Sea"), ("4", "luz"))
+HEADING = '<chapter n="{0}" osisID="Gen.{0}" sID="x"/><title level="1">Genesis</title>'
+
+
+def test_verses_are_linked_by_unambiguous_numbers(monkeypatch, tmp_path):
+    """"said" is not linked, as its number marks two words in Spanish; nor is "light", whose number occurs twice."""
+    entries = {"en": ["", HEADING.format(1), "".join(osis(*ENGLISH_VERSE)), HEADING.format(2), "alone",
+                      "".join(osis("a b c", ("5 6", "a"), ("7", "b")))],
+               "es": ["", HEADING.format(1), "".join(osis(*SPANISH_VERSE)), HEADING.format(2), "",
+                      "".join(osis("x y z", ("5", "x"), ("7", "z")))]}
+
+    def unpack(package, folder):
+        language, module = next((key, module) for key, (name, module) in corpora.BIBLES.items() if name == package)
+        write_module(known.Path(folder, "usr/share/sword/modules/texts/ztext", module), entries[language])
+        return "1.2"
+
+    monkeypatch.setattr(corpora, "unpack", unpack)
+    rows, source, revision = corpora.fetch("bible_en_es", ["en", "es"], tmp_path)
+    assert rows == [
+        {"source": "And God said, Let there be light & light:", "target": "Y dijo ¿Dios? Sea la luz.", "page": "Gen.1",
+         "links": [[1, 2], [5, 3]]},
+        {"source": "alone", "target": "", "page": "Gen.2", "links": []},
+        {"source": "a b c", "target": "x y z", "page": "Gen.2", "links": [[1, 2]]}]
+    assert source == "Debian packages sword-text-kjv and sword-text-sparv" and revision == "1.2 and 1.2"
+    assert corpora.fetch("bible_en_es", ["es", "en"], tmp_path)[0][0]["links"] == [[2, 1], [3, 5]]
+    with pytest.raises(UserError, match="languages = en,it: bible_en_es has only en and es"):
+        corpora.fetch("bible_en_es", ["en", "it"], tmp_path)
+
+
+def test_links_are_saved_beside_the_rows(tmp_path):
+    rows = [{"source": one, "target": other, "links": [[1, number % 5]]}
+            for number, (one, other) in enumerate(zip(ENGLISH, ITALIAN))]
+    pairs.prepare(rows, tmp_path / "linked", pairs.How(languages="en,it", tokenizer="byte", val_fraction=0.2), "here")
+    dataset = PairsDataset(tmp_path / "linked")
+    found = {row["source"]: row["links"] for split in ("train", "val", "test") for row in dataset.rows[split]}
+    assert found == {row["source"]: row["links"] for row in rows if row["source"] in found} and found
 
 
 def test_opus_books_has_the_hubs_layout_and_passages_as_pages(data, monkeypatch, tmp_path):

@@ -264,7 +264,7 @@ def test_a_text_that_changes_while_it_is_read_is_refused(data, source, monkeypat
     monkeypatch.setattr(tokenizers, "build", cut)
     with pytest.raises(UserError, match="hamlet.txt was changed while it was read: run again"):
         run(source, tokenizer="byte")
-    assert [path.name for path in (data / "hamlet").iterdir()] == ["run.lock"]
+    assert not (data / "hamlet").exists()
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
@@ -284,7 +284,7 @@ def test_a_full_disk_leaves_nothing_behind(data, source, monkeypatch):
     monkeypatch.setattr(texts, "stored", full)
     with pytest.raises(UserError, match="hamlet can't be written: No space left on device"):
         run(source)
-    assert [path.name for path in (data / "hamlet").iterdir()] == ["run.lock"]
+    assert not (data / "hamlet").exists()
 
 
 def test_a_models_tokenizer_is_reused_and_the_command_fine_tunes_it(data, tmp_path, source, capsys, monkeypatch):

@@ -207,10 +207,12 @@ def test_the_map_shows_where_each_token_looks(opened, trained, capsys, tmp_path,
 
     monkeypatch.setattr("tasks.translation.draw_map", spied)
     text = task.dataset.rows["val"][0]["source"]
-    for name, more in (("all", ()), ("one", ("--attention_layer=1", "--attention_head=2"))):
+    for name, more in (("all", ()), ("one", ("--attention_layer=1", "--attention_head=2")),
+                       ("cut", ("--max_new_tokens=2",))):
         said = sampled(trained, capsys, f"--prompt={text}", f"--attention={tmp_path / name}.png", *more)
         assert f"wrote {tmp_path / name}.png" in said and Image.open(tmp_path / f"{name}.png").width > 100
-    (mean, rows, columns), (one, *_) = drawn
+    (mean, rows, columns), (one, *_), (_, cut, _) = drawn
+    assert cut == rows[:2]  # no <eos>, for the model had more to say
     assert rows[-1] == columns[-1] == "<eos>" and len(columns) == len(text.split()) + 1 and not torch.equal(mean, one)
     torch.testing.assert_close(mean.sum(1), torch.ones(len(rows)))
     assert mean.shape == (len(rows), len(columns))
@@ -222,6 +224,10 @@ def test_weights_are_drawn_in_their_cells():
     shades = [[sum(picture.getpixel((left + 20 * x + 9, top + 20 * y + 9))) for x in range(3)] for y in range(2)]
     (white, middle, dark), other = shades
     assert white == 3 * 255 and white > middle > dark and other == [dark, white, white]
+    marked = draw_map(torch.tensor([[0.0, 0.5, 1.0], [1.0, 0.0, 0.0]]), ["a", "b"], ["x", "y", "zz"], 20, [(1, 2)])
+    red = [(x, y) for x in range(3) for y in range(2)
+           if marked.getpixel((left + 20 * x + 20, top + 20 * y + 9)) == (255, 0, 0)]  # the right edge of a cell
+    assert (2, 1) in red and not {(0, 0), (1, 0), (2, 0), (0, 1)} & set(red)
 
 
 def test_evaluate_scores_the_translations_beside_the_floors(opened, trained, capsys):

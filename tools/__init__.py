@@ -5,6 +5,7 @@
     python -m tools.compare     runs side by side: a table, and their curves in one picture
     python -m tools.figures     what README.md and EXPERIMENTS.md claim, measured again: does it hold?
     python -m tools.ladder      the lecture's models, from bigram to GPT, beside the lecture's losses
+    python -m tools.alignments  does cross-attention look at the right word?
     python -m tools.publish     a finished run's model, for other programs
     python -m tools.versus      two recipes, seed by seed: which is better, and how sure that is
     sbatch tools/slurm.sh ...   a run on the nodes of a cluster, requeued until it has finished
