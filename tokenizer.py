@@ -13,6 +13,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -409,6 +410,25 @@ def word_piece(path):
         str(path), lowercase=given.get("do_lower_case", True), strip_accents=given.get("strip_accents"),
         handle_chinese_chars=given.get("tokenize_chinese_chars", True))
     return tokenizers.Tokenizer.from_str(made.to_str())
+
+
+class Marks(NamedTuple):
+    """The ids of an encoder's control tokens."""
+    cls: int  # before every text
+    sep: int | None  # after every text; None: nothing
+    mask: int  # instead of a hidden token
+    pad: int  # fills a row; the encoder does not see it
+    size: int  # of the vocabulary, these included
+
+
+def marks_of(tokenizer):
+    """The Marks of a tokenizer. One that has [CLS] and [MASK], as BERT's, keeps them; to any other they are added."""
+    V = tokenizer.vocab_size
+    if isinstance(tokenizer, BPETokenizer):
+        cls, sep, mask, pad = map(tokenizer.bpe.token_to_id, ("[CLS]", "[SEP]", "[MASK]", "[PAD]"))
+        if None not in (cls, mask):
+            return Marks(cls, sep, mask, pad or 0, V)
+    return Marks(V, None, V + 1, 0, V + 2)
 
 
 def same_vocabulary(a, b):
