@@ -11,6 +11,7 @@ import tokenizer as tokenizers
 from configurator import UserError, say
 from encoder import EncoderConfig, MaskedLM, SentenceConfig, SentenceEncoder
 from published.files import HEAD, KINDS, SIZE, Source, require
+from run.files import write_json
 
 # (ours, theirs), applied in this order
 NAMES = (("encoder.transformer.blocks.", "encoder.layer."), ("encoder.wte.", "embeddings.word_embeddings."),
@@ -26,6 +27,7 @@ BIAS_TWICE = "cls.predictions.decoder.bias"  # some files have the head's bias u
 POOLED = ("pooler.", "cls.seq_relationship.")  # BERT's second task, the next sentence: a masked model has no use for it
 
 ACTIVATIONS = {"gelu": "gelu_erf", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}  # theirs: ours
+REMEDY = "--block=post --mlp=gelu_erf"  # what can be published
 MASKED = ("BertForMaskedLM", "BertForPreTraining")
 
 # our field: (their key, transformers' value if config.json lacks it)
@@ -119,3 +121,74 @@ def source(ours, theirs):
         name = name.replace(our_part, their_part)
     key, default = SIZES["block_size"]
     return Source(name, rows=theirs.get(key, default) if ours == "encoder.wpe.weight" else 0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Out
+
+def misfit(config):
+    """The settings of an EncoderConfig that BERT's layout can't hold, as text such as "block = 'pre'"; "": it can."""
+    fitting = {"block": ("post",), "embed_norm": (True,), "final_norm": (False,), "norm": ("layernorm",),
+               "mlp": tuple(ACTIVATIONS.values()), "positions": ("learned",), "bias": (True,),
+               "n_kv_head": (0, config.n_head), "head_dim": (0, config.n_embd / config.n_head)}
+    found = {name: getattr(config, name) for name, values in fitting.items() if getattr(config, name) not in values}
+    return ", ".join(f"{name} = {value!r}" for name, value in found.items())
+
+
+def save(model, tokenizer, folder, shard_size):
+    """Writes a model without `misfit` into `folder` as a BertForMaskedLM or BertModel, which transformers can load.
+
+    Its tokenizer frames texts as the model was trained: see `library`. shard_size: most bytes per weight file.
+    """
+    from huggingface_hub import save_torch_state_dict
+    frames = library(tokenizer)
+    names = {f"{role}_token": f"[{role.upper()}]" for role in ("cls", "sep", "mask", "pad", "unk")}
+    names = {role: token for role, token in names.items() if frames.token_to_id(token) is not None}
+    pad = frames.token_to_id("[PAD]")  # None: no row of the embedding is only for padding
+    save_torch_state_dict(to_published(model), folder, max_shard_size=shard_size)
+    frames.save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json",
+               {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+                "model_max_length": model.config.block_size, "pad_token": "[CLS]", **names})  # nobody looks for a [CLS]
+    write_json(folder / "config.json", {**to_published_config(model), "pad_token_id": pad})
+
+
+def library(tokenizer):
+    """A tokenizers.Tokenizer with the control tokens of `marks_of`, which it puts around texts as the tasks do.
+
+    Raises UserError for a tokenizer that can't be one, or in which [CLS] and [MASK] would have other ids.
+    """
+    from tokenizers import Tokenizer, processors
+    marks, made = tokenizers.marks_of(tokenizer), Tokenizer.from_str(tokenizer.as_library().to_str())
+    made.add_special_tokens([token for token in ("[CLS]", "[MASK]") if made.token_to_id(token) is None])
+    if (made.token_to_id("[CLS]"), made.token_to_id("[MASK]")) != (marks.cls, marks.mask):
+        raise UserError(f"{tokenizer!r} can't be published for an encoder: [CLS] and [MASK] can't have the ids"
+                        f" {marks.cls} and {marks.mask} in it; train with another, such as bpe:SIZE")
+    ids, single, pair = [("[CLS]", marks.cls)], "[CLS] $A", "[CLS] $A $B:1"
+    if marks.sep is not None:
+        ids, single, pair = [*ids, ("[SEP]", marks.sep)], "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1"
+    made.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ids)
+    return made
+
+
+def to_published(model):
+    """{published name: tensor} of a model without `misfit`. A table of token types that it lacks is 0."""
+    prefix = "bert." if isinstance(model, MaskedLM) else ""
+    named = {source(ours, {}).name: tensor for ours, tensor in model.state_dict().items()}
+    state = {name if name.startswith("cls.") else prefix + name: tensor for name, tensor in named.items()}
+    table = f"{prefix}embeddings.token_type_embeddings.weight"
+    if table not in state:
+        state[table] = model.encoder.wte.weight.new_zeros(2, model.config.n_embd)
+    return state
+
+
+def to_published_config(model):
+    """The dict for the config.json of a model without `misfit`."""
+    c = model.config
+    sizes = {their: getattr(c, ours) for ours, (their, _) in SIZES.items()}
+    sizes |= {"intermediate_size": c.n_hidden or 4 * c.n_embd, "type_vocab_size": c.n_types or 2}
+    return {"architectures": [MASKED[0] if isinstance(model, MaskedLM) else "BertModel"], "model_type": "bert", **sizes,
+            "hidden_act": next(theirs for theirs, ours in ACTIVATIONS.items() if ours == c.mlp),
+            "hidden_dropout_prob": c.dropout, "attention_probs_dropout_prob": c.dropout,
+            "position_embedding_type": "absolute", "is_decoder": False, "tie_word_embeddings": True,
+            "torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}

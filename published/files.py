@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from configurator import UserError, say
+from encoder import MaskedLM, SentenceEncoder
 from machine.decode import KNOWN
 from machine.digest import code_of
 from model import GPT
@@ -36,7 +37,8 @@ WEIGHTS = {"model.safetensors": "model*.safetensors*", "pytorch_model.bin": "pyt
 FAMILIES = {"gpt2": "published.gpt2", **dict.fromkeys(("llama", "mistral", "qwen2", "gemma"), "published.llama"),
             "paligemma": "published.paligemma", "bert": "published.bert"}  # by the model_type in config.json
 HEAD = "lm_head.weight"  # the output head in every first layout; a tied model has none
-LAYOUTS = {GPT: ("gpt2", "llama"), Gemma: ("llama",), PaliGemma: ("paligemma",)}  # that may hold a class of ours
+LAYOUTS = {GPT: ("gpt2", "llama"), Gemma: ("llama",), PaliGemma: ("paligemma",), MaskedLM: ("bert",),
+           SentenceEncoder: ("bert",)}  # that may hold a class of ours
 
 FITS = {  # {what a value of config.json must be: whether it is}
     "a whole number from 1 to 2^31 - 1": lambda value: type(value) is int and 0 < value < 2**31,
@@ -189,10 +191,12 @@ def layout(model, tokenizer):
         if not found:
             if edited := [name for name, code in code_of(model).items() if KNOWN.get(name, code) != code]:
                 say(f"the code of {', '.join(sorted(edited))} was edited: other programs compute what it was before")
+            if hasattr(family, "library"):
+                family.library(tokenizer)  # raises
             return family
         reasons.append(f"the layout of {name} can't hold {found}")
-    raise UserError(f"the {type(model).__name__} can't be published: {'; '.join(reasons)}. Train one with the settings"
-                    " of config/shakespeare_char.py or config/shakespeare_llama.py")
+    remedy = getattr(family, "REMEDY", "the settings of config/shakespeare_char.py or config/shakespeare_llama.py")
+    raise UserError(f"the {type(model).__name__} can't be published: {'; '.join(reasons)}. Train one with {remedy}")
 
 
 def save(model, tokenizer, folder, shard_size=5 * 10**9):
