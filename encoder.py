@@ -124,6 +124,11 @@ def mean(x, lengths=None):
     return (x * real).sum(1) / lengths[:, None]
 
 
+def vectors(encoder, tokens, lengths=None):
+    """The vectors of texts, of length 1: (B, C). The product of two is the cosine of their angle. See `Encoder`."""
+    return F.normalize(mean(encoder(tokens, lengths), lengths), dim=-1)
+
+
 class Head(nn.Module):
     """out(dropout(relu(dense(x)))): (..., C) -> (..., N), the logits of N labels, in float32."""
 
@@ -223,5 +228,4 @@ class SentenceEncoder(nn.Module):
         self.pooler = nn.Linear(config.n_embd, config.n_embd) if config.pooler else None
 
     def forward(self, tokens, lengths=None):
-        """Vectors of length 1, (B, C): the product of two is the cosine of their angle. Arguments: see `Encoder`."""
-        return F.normalize(mean(self.encoder(tokens, lengths), lengths), dim=-1)
+        return vectors(self.encoder, tokens, lengths)
