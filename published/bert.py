@@ -27,7 +27,7 @@ BIAS_TWICE = "cls.predictions.decoder.bias"  # some files have the head's bias u
 POOLED = ("pooler.", "cls.seq_relationship.")  # BERT's second task, the next sentence: a masked model has no use for it
 
 ACTIVATIONS = {"gelu": "gelu_erf", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}  # theirs: ours
-REMEDY = "--block=post --mlp=gelu_erf"  # what can be published
+REMEDY = "--block=post --mlp=gelu"  # and with the defaults: what can be published
 MASKED = ("BertForMaskedLM", "BertForPreTraining")
 
 # our field: (their key, transformers' value if config.json lacks it)
@@ -149,7 +149,9 @@ def save(model, tokenizer, folder, shard_size):
     frames.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json",
                {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-                "model_max_length": model.config.block_size, "pad_token": "[CLS]", **names})  # nobody looks for a [CLS]
+                "model_max_length": model.config.block_size,
+                "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+                "pad_token": "[CLS]", **names})  # [CLS], because nobody looks for a second one
     write_json(folder / "config.json", {**to_published_config(model), "pad_token_id": pad})
 
 
