@@ -61,7 +61,7 @@ def folders(tmp_path_factory):
 
 def padded_rows(size=VOCAB, longest=40):
     """(tokens, lengths, types) of three texts, two of them padded with tokens that must not matter."""
-    tokens = torch.randint(size, (3, longest), generator=seeded())
+    tokens = torch.randint(1, size, (3, longest), generator=seeded())  # 0 is [PAD], which transformers does not train
     return tokens, torch.tensor([longest, 17, 1]), torch.randint(3, (3, longest), generator=seeded(1))
 
 
