@@ -11,12 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import settings_for
 from safetensors.torch import load_file, save_file
 
 import tokenizer as tokenizers
+import train
 from configurator import UserError
 from encoder import Classifier, ClassifierConfig, EncoderConfig, MaskedLM, SentenceEncoder, is_real
 from published import bert, files
+from sources import texts
 from tasks import task_of
 from tasks.loading import load
 from tasks.masked import MaskedTask
@@ -289,6 +292,21 @@ def test_transformers_loads_a_masked_model_of_our_own(kind, mlp, text, tmp_path)
     assert marks_of(its["tokenizer"]) == task.marks and its["tokenizer"].encode("fool").tolist() \
         == task.tokenizer.encode("fool").tolist()
     assert_close(again(batch.input_ids, lengths=lengths), theirs(**batch).logits, lengths)
+
+
+def test_a_run_starts_from_published_vectors_and_publishes_a_masked_model(folders, text, tmp_path, tiny):
+    folder, theirs = folders["vectors"]
+    (tmp_path / "words.txt").write_text(text, encoding="utf-8")
+    texts.prepare([tmp_path / "words.txt"], tmp_path / "words", str(folder))
+    shape = ("n_layer", "n_head", "n_embd", "block_size")
+    settings = {name: value for name, value in tiny.items() if name not in shape}
+    settings |= dict(dataset=str(tmp_path / "words"), init_from=str(folder), max_iters=1, learning_rate=1e-30,
+                     min_lr=0.0, publish=str(tmp_path / "again"), sample_tokens=0)
+    train.main(settings_for("masked", **settings, out_dir=str(tmp_path / "out")), {"block_size": 16})
+    again = transformers.BertForMaskedLM.from_pretrained(tmp_path / "again")
+    expected = theirs.state_dict()
+    expected["embeddings.position_embeddings.weight"] = expected["embeddings.position_embeddings.weight"][:16]
+    assert all(torch.equal(p, expected[name]) for name, p in again.bert.named_parameters())
 
 
 def test_what_the_layout_cannot_hold_is_named():
