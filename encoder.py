@@ -150,6 +150,7 @@ class MaskedLM(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.dense = nn.Linear(config.n_embd, config.n_embd)
+        self.gelu = nn.GELU("none" if config.mlp == "gelu_erf" else "tanh")  # the blocks' own, as in BERT
         self.ln = NORMS[config.norm](config)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
@@ -159,7 +160,7 @@ class MaskedLM(nn.Module):
 
     def logits(self, x):
         """Float32 logits, (..., C) -> (..., V)."""
-        x = self.ln(F.gelu(self.dense(x)))
+        x = self.ln(self.gelu(self.dense(x)))
         return F.linear(x, self.encoder.wte.weight, self.bias).float()
 
 

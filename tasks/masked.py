@@ -201,7 +201,8 @@ class MaskedTask(EncoderTask):
         if cut := sum(len(row) < len(its) + len(self.framed([])) for row, its in zip(framed, ids)):
             say(f"{cut} of {len(texts)} texts are longer than {self.block_size} tokens: their ends were not read")
         found = torch.zeros(len(texts), model.config.n_embd)
-        for rows in length_batches(np.array(list(map(len, framed))), AT_ONCE):
+        at_once = 512 if device.type == "cpu" else AT_ONCE  # a CPU gains nothing from more, and small batches pad less
+        for rows in length_batches(np.array(list(map(len, framed))), at_once):
             tokens, lengths = (torch.from_numpy(array).to(device) for array in
                                padded([framed[row] for row in rows], self.marks.pad))
             found[rows] = vectors(model.encoder, tokens, lengths).float().cpu()
