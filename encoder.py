@@ -175,8 +175,10 @@ class Classifier(nn.Module):
         """
         x = self.encoder(tokens, lengths)
         logits = self.head(mean(x, lengths) if self.config.pool == "mean" else x[:, 0])
-        if targets is None:
-            return logits
+        return logits if targets is None else self.nats(logits, targets)
+
+    def nats(self, logits, targets):
+        """The nats of each text, (B,), from its logits (B, N)."""
         if self.config.several:
             return F.binary_cross_entropy_with_logits(logits, targets.float(), reduction="none").mean(-1)
         return F.cross_entropy(logits, targets, reduction="none")
