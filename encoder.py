@@ -124,6 +124,11 @@ def mean(x, lengths=None):
     return (x * real).sum(1) / lengths[:, None]
 
 
+def vectors(encoder, tokens, lengths=None):
+    """The vectors of texts, of length 1: (B, C). The product of two is the cosine of their angle. See `Encoder`."""
+    return F.normalize(mean(encoder(tokens, lengths), lengths), dim=-1)
+
+
 class Head(nn.Module):
     """out(dropout(relu(dense(x)))): (..., C) -> (..., N), the logits of N labels, in float32."""
 
@@ -145,6 +150,7 @@ class MaskedLM(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.dense = nn.Linear(config.n_embd, config.n_embd)
+        self.gelu = nn.GELU("none" if config.mlp == "gelu_erf" else "tanh")  # the blocks' own, as in BERT
         self.ln = NORMS[config.norm](config)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
@@ -154,7 +160,7 @@ class MaskedLM(nn.Module):
 
     def logits(self, x):
         """Float32 logits, (..., C) -> (..., V)."""
-        x = self.ln(F.gelu(self.dense(x)))
+        x = self.ln(self.gelu(self.dense(x)))
         return F.linear(x, self.encoder.wte.weight, self.bias).float()
 
 
@@ -224,5 +230,4 @@ class SentenceEncoder(nn.Module):
         self.pooler = nn.Linear(config.n_embd, config.n_embd) if config.pooler else None
 
     def forward(self, tokens, lengths=None):
-        """Vectors of length 1, (B, C): the product of two is the cosine of their angle. Arguments: see `Encoder`."""
-        return F.normalize(mean(self.encoder(tokens, lengths), lengths), dim=-1)
+        return vectors(self.encoder, tokens, lengths)

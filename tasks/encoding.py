@@ -7,7 +7,6 @@ A text is read as [CLS], its tokens, and [SEP] where the tokenizer was made for 
 """
 
 import dataclasses
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,28 +19,10 @@ from machine.device import autocast
 from model import init_weights
 from run.cost import size_in_words
 from tasks.task import Task
+from tokenizer import marks_of
 
 SHAPE = ("n_layer", "n_head", "n_embd", "n_hidden", "block_size", "norm", "mlp", "block", "positions")
 AT_ONCE = 8192  # tokens per batch of an evaluation: it limits memory and changes no result
-
-
-class Marks(NamedTuple):
-    """The ids of an encoder's control tokens."""
-    cls: int  # before every text
-    sep: int | None  # after every text; None: nothing
-    mask: int  # instead of a hidden token
-    pad: int  # fills a row; the encoder does not see it
-    size: int  # of the vocabulary, these included
-
-
-def marks_of(tokenizer):
-    """The Marks of a tokenizer. One made for BERT has them. To any other, [CLS] and [MASK] are added at the end."""
-    V = tokenizer.vocab_size
-    if isinstance(tokenizer, tokenizers.BPETokenizer):
-        cls, sep, mask, pad = map(tokenizer.bpe.token_to_id, ("[CLS]", "[SEP]", "[MASK]", "[PAD]"))
-        if None not in (cls, sep, mask):
-            return Marks(cls, sep, mask, pad or 0, V)
-    return Marks(V, None, V + 1, 0, V + 2)
 
 
 class EncoderTask(Task):
