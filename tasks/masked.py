@@ -136,10 +136,12 @@ class MaskedTask(EncoderTask):
         """The text with the likeliest token at each [MASK]; then, for each [MASK], a line for each likely token."""
         if not isinstance(model, MaskedLM):
             raise UserError("this model has no head that predicts tokens: use --rank=FILE:path, which compares texts")
-        parts = text.split(MASK)
-        if len(parts) == 1:
+        if MASK not in text:
             raise UserError(f"the prompt has no {MASK}: write {MASK} for each token that the model shall find")
-        ids = self.ids_of(parts)
+        ids, most = self.ids_of(text), self.block_size - len(self.framed([]))
+        if len(ids) > most:
+            raise UserError(f"the prompt has {len(ids)} tokens, and the model reads at most {most}: shorten it")
+        ids = self.framed(ids)
         places = [place for place, i in enumerate(ids) if i == self.marks.mask]
         p = self.probabilities(model, ids, places)  # (A, V)
         ids = np.array(ids)
@@ -162,18 +164,14 @@ class MaskedTask(EncoderTask):
                 logits[:, mark] = -math.inf  # a text doesn't hold it
         return logits.softmax(-1)
 
-    def ids_of(self, parts):
-        """The framed ids of a text, with [MASK] between its parts."""
+    def ids_of(self, text):
+        """The ids of a text in which [MASK] may stand for tokens: a list, without what `framed` adds."""
         joined = len(self.tokenizer.encode("a a")) == 2  # a word's token brings the space before it along
+        *before, last = text.split(MASK)
         ids = []
-        for number, part in enumerate(parts):
-            part = part.removesuffix(" ") if joined and number < len(parts) - 1 else part
-            ids += [self.marks.mask] * (number > 0) + self.tokenizer.encode(part).tolist()
-        framed = self.framed(ids)
-        if len(framed) < len(ids) + len(self.framed([])):
-            raise UserError(f"the prompt has {len(ids)} tokens, and the model reads at most"
-                            f" {self.block_size - len(self.framed([]))}: shorten it")
-        return framed
+        for part in before:
+            ids += [*self.tokenizer.encode(part.removesuffix(" ") if joined else part).tolist(), self.marks.mask]
+        return ids + self.tokenizer.encode(last).tolist()
 
     def text_of(self, ids):
         """The text of framed ids, without the marks around it."""
@@ -198,7 +196,7 @@ class MaskedTask(EncoderTask):
     @torch.no_grad()
     def vectors(self, model, texts):
         """The vectors of texts, (n, C), on the CPU. Texts longer than the model reads are cut, which is said."""
-        device, ids = next(model.parameters()).device, [self.tokenizer.encode(text).tolist() for text in texts]
+        device, ids = next(model.parameters()).device, list(map(self.ids_of, texts))
         framed = [self.framed(row) for row in ids]
         if cut := sum(len(row) < len(its) + len(self.framed([])) for row, its in zip(framed, ids)):
             say(f"{cut} of {len(texts)} texts are longer than {self.block_size} tokens: their ends were not read")
