@@ -49,9 +49,9 @@ class ClassificationTask(LabelledTask):
         """Also finds the labels of all rows: labels[split] is (n, N + 1), see `indicators`."""
         config, meta = model.config, self.dataset.meta
         if config.several != meta["several"]:
-            raise UserError(f"the data set {self.dataset.folder} has {'several labels' if meta['several'] else 'one'}"
-                            f" per text, and the model names {'several' if config.several else 'one'}: name another"
-                            " --dataset")
+            has, names = ("several" if several else "one" for several in (meta["several"], config.several))
+            raise UserError(f"the texts of {self.dataset.folder} have {has} label{'s' * meta['several']} each, and the"
+                            f" model names {names}: name another --dataset")
         if not set(config.labels) & set(meta["labels"]):
             raise UserError(f"the data set {self.dataset.folder} has none of the model's labels, such as"
                             f" {config.labels[0]}: name another --dataset")
@@ -169,9 +169,8 @@ class ClassificationTask(LabelledTask):
             cut = sum(len(line) > self.room for line in ids)
             if cut:
                 say(f"texts longer than the model's {self.room} tokens, which lose their end: {cut} of {len(ids)}")
-            found = iter(self.probabilities(model, texts))
-            shown = [f"{line}\n  {described(model.config, next(found), sampling.top)}" if line else "" for line in lines]
-            yield index, "\n".join(shown)
+            answers = (described(model.config, p, sampling.top) for p in self.probabilities(model, texts))
+            yield index, "\n".join(f"{line}\n  {next(answers)}" if line else "" for line in lines)
 
     def show(self, model, short=False):
         """Texts of the validation part with their likeliest labels: ten, or if short three."""
