@@ -12,6 +12,7 @@ Axes: B texts, n texts of a split, N labels of the model.
 import functools
 import shlex
 import textwrap
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,6 @@ from tasks.encoding import AT_ONCE, LabelledTask
 from tasks.settings import Classifying
 
 SHOWN = 100  # characters of a text that are shown with its labels
-STRENGTHS = (1, 10, 100)  # of logistic regression: the best on the validation part counts
 
 
 class ClassificationTask(LabelledTask):
@@ -132,13 +132,10 @@ class ClassificationTask(LabelledTask):
         """{name: decisions (n, N)} for the texts of a part, learned from the rows that the model learns from."""
         known = self.labels["train"][self.rows, :-1]
         sets, counts = np.unique(known, axis=0, return_counts=True)
-        texts = {split: [row["text"] for row in self.dataset.rows[split]] for split in ("train", "val", part)}
-        learned = [texts["train"][row] for row in self.rows]
-        found = {"most frequent": np.tile(sets[counts.argmax()], (len(texts[part]), 1))}
-        if len(sets) > 1:
-            found["bag of words"] = bag_of_words(learned, known, texts["val"], self.labels["val"], texts[part],
-                                                 self.dataset.meta["several"])
-        return found
+        texts, others = ([row["text"] for row in self.dataset.rows[split]] for split in ("train", part))
+        words = bag_of_words([texts[row] for row in self.rows], known, others)
+        return {"most frequent": np.tile(sets[counts.argmax()], (len(others), 1)),
+                "bag of words": decide(words, self.dataset.meta["several"])}
 
     # ------------------------------------------------------------------------------------------------------------------
     # Answers
@@ -234,10 +231,10 @@ def averages(found, wanted):
     return {"accuracy": float(right.mean()), "macro_f1": float(np.nanmean(f1(found, wanted)))}
 
 
-def bag_of_words(texts, labels, val_texts, val_labels, others, several):
-    """(n, N), bool: the labels that logistic regression on the tf-idf of words gives to the texts `others`.
+def bag_of_words(texts, labels, others):
+    """(n, N): the probability of each label for each of the texts `others`, by logistic regression on tf-idf of words.
 
-    It learns from texts and labels (n, N). Of STRENGTHS, the one that is best on the validation part counts.
+    It learns from texts and their labels (B, N). Raises UserError without scikit-learn.
     """
     try:
         from sklearn.feature_extraction.text import TfidfVectorizer
@@ -246,11 +243,8 @@ def bag_of_words(texts, labels, val_texts, val_labels, others, several):
     except ImportError:
         raise UserError("the bag of words needs scikit-learn: pip install scikit-learn") from None
     vectors = TfidfVectorizer(token_pattern=r"\w+", sublinear_tf=True)
-    seen, (val, others) = vectors.fit_transform(texts), map(vectors.transform, (val_texts, others))
-    targets, names, best = labels if several else labels.argmax(1), np.eye(labels.shape[1], dtype=bool), (-1, None)
-    for strength in STRENGTHS:
-        model = LogisticRegression(C=strength, max_iter=1000)
-        model = (OneVsRestClassifier(model) if several else model).fit(seen, targets)
-        found = [chosen.astype(bool) if several else names[chosen] for chosen in map(model.predict, (val, others))]
-        best = max(best, (averages(found[0], val_labels)["accuracy"], found[1]), key=lambda each: each[0])
-    return best[1]
+    model = OneVsRestClassifier(LogisticRegression(C=10, solver="liblinear"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about labels that none of a few texts has
+        model.fit(vectors.fit_transform(texts), labels)
+    return model.predict_proba(vectors.transform(others))
