@@ -37,7 +37,8 @@ PAIRS = {  # parallel texts, from sources/corpora.py: settings of prepare.py, fo
 BUILT_IN_PAIRS = "phrases"  # needs no network
 LABELLED = {  # texts with labels, from sources/labelled_sets.py: kind, recipe, settings for sources.labelled.How
     "help_topics": ("labels", "config/classify_topics.py", dict(languages="en")),
-    "home_assistant_intents": ("tags", "config/tag_home.py", dict(languages="en"))}
+    "home_assistant_intents": ("tags", "config/tag_home.py", dict(languages="en")),
+    "flights": ("tags", "config/tag_flights.py", dict(languages="en"))}
 TOKENIZERS = {  # all known data sets: tokenizer
     **{name: row[0] for name, row in KNOWN.items()}, BUILT_IN: "char", **GENERATED, **dict.fromkeys(CORPORA, "gpt2"),
     **{name: row["tokenizer"] for name, row in PAIRS.items()}, **dict.fromkeys(LABELLED, "")}

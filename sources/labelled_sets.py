@@ -2,6 +2,7 @@
 
     python prepare.py help_topics                       pages of LibreOffice's help and their topics, by apt-get
     python prepare.py home_assistant_intents            commands to a house, their slots and intents, by pip
+    python prepare.py flights                           questions of air travellers, made by data/flights/generate.py
 
 data/<name>/README.md says what each holds.
 """
@@ -32,7 +33,8 @@ def fetch(name, languages, folder):
     languages: a list of codes. folder: what is downloaded and kept lies there. Raises Offline without a network or
     the tool that downloads, and UserError for a language that the set doesn't have.
     """
-    loaders = {"help_topics": help_topics, "home_assistant_intents": home_assistant_intents}
+    loaders = {"help_topics": help_topics, "home_assistant_intents": home_assistant_intents,
+               "flights": flights}
     return loaders[name](languages, folder)
 
 
@@ -98,3 +100,13 @@ def pip_download(package, version, folder):
         raise Offline(f"{package} {version} can't be downloaded ({said[-1] if said else 'pip failed'}): go online, or"
                       f" put its wheel into {folder}")
     return found[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Questions of air travellers
+
+def flights(languages, folder):
+    if languages != ["en"]:
+        raise UserError(f"languages = {','.join(languages)}: flights is in English alone: en")
+    script = "data/flights/generate.py"
+    return runpy.run_path(str(ROOT / script))["generate"](), script, ""

@@ -28,9 +28,9 @@ from machine.device import autocast
 from machine.terminal import watched
 from run.files import to_json, write_text
 from run.pictures import draw_map, save_picture
+from sources.labelled import WORD
 from tasks.encoding import AT_ONCE, LabelledTask
 
-WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")  # of a prompt; the sentences of a data set are words already
 NONE, UNKNOWN = -1, -2  # instead of a label's id: the word or sentence has no label, or one that the model lacks
 WORST = 10  # labels that an evaluation shows; it writes all of them to a file
 

@@ -18,13 +18,13 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from sources.labelled import WORD
 from sources.pairs import split_of
 
 SEED = 0
 QUESTIONS = 4  # for each template
 WRITTEN = 0.25  # share of questions with capitals and a mark at the end; the others are as speech is written down
 HELD_OUT = 0.1  # share of templates and of values for validation, and again for test
-WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 ASKING = "what which how is are do does can could where when who"  # a question's first word; others are requests
 
 
