@@ -126,6 +126,11 @@ def mean(x, lengths=None):
     return (x * real).sum(1) / lengths[:, None]
 
 
+def vectors(encoder, tokens, lengths=None):
+    """The vectors of texts, of length 1: (B, C). The product of two is the cosine of their angle. See `Encoder`."""
+    return F.normalize(mean(encoder(tokens, lengths), lengths), dim=-1)
+
+
 class Head(nn.Module):
     """out(dropout(relu(dense(x)))): (..., C) -> (..., N), the logits of N labels, in float32."""
 
@@ -147,6 +152,7 @@ class MaskedLM(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.dense = nn.Linear(config.n_embd, config.n_embd)
+        self.gelu = nn.GELU("none" if config.mlp == "gelu_erf" else "tanh")  # the blocks' own, as in BERT
         self.ln = NORMS[config.norm](config)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
@@ -156,7 +162,7 @@ class MaskedLM(nn.Module):
 
     def logits(self, x):
         """Float32 logits, (..., C) -> (..., V)."""
-        x = self.ln(F.gelu(self.dense(x)))
+        x = self.ln(self.gelu(self.dense(x)))
         return F.linear(x, self.encoder.wte.weight, self.bias).float()
 
 
@@ -177,8 +183,10 @@ class Classifier(nn.Module):
         """
         x = self.encoder(tokens, lengths)
         logits = self.head(mean(x, lengths) if self.config.pool == "mean" else x[:, 0])
-        if targets is None:
-            return logits
+        return logits if targets is None else self.nats(logits, targets)
+
+    def nats(self, logits, targets):
+        """The nats of each text, (B,), from its logits (B, N)."""
         if self.config.several:
             return F.binary_cross_entropy_with_logits(logits, targets.float(), reduction="none").mean(-1)
         return F.cross_entropy(logits, targets, reduction="none")
@@ -227,5 +235,4 @@ class SentenceEncoder(nn.Module):
         self.pooler = nn.Linear(config.n_embd, config.n_embd) if config.pooler else None
 
     def forward(self, tokens, lengths=None):
-        """Vectors of length 1, (B, C): the product of two is the cosine of their angle. Arguments: see `Encoder`."""
-        return F.normalize(mean(self.encoder(tokens, lengths), lengths), dim=-1)
+        return vectors(self.encoder, tokens, lengths)

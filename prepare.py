@@ -32,13 +32,13 @@ from configurator import UserError, check_idle, check_ranges, from_command_line,
 
 @dataclass(frozen=True)
 class Settings:
-    tokenizer: str = "char"  # char (pairs, labels: bpe:4000), byte, gpt2, bpe:SIZE, word:TIMES (seen), a model's folder or id
+    tokenizer: str = "char"  # char (pairs, labels: bpe:4000), byte, gpt2, bpe:SIZE, word:TIMES, a model's folder or id
     name: str = ""  # the data set's name under data/, or the path of a folder; default: the source's name
     files: str = ""  # which files of a folder to use, such as "*.py,*.md" or "!*.csv"; default: all that can be read
-    val_fraction: float = 0.1  # for validation: the end of texts, the last images, else by hash; pairs, labels: again to test
+    val_fraction: float = 0.1  # for validation: the end of texts, the last images, else by hash; pairs, labels: 2 parts
     newlines: Literal["one", "keep"] = "one"  # line ends of texts: "one" makes Windows' \r\n a \n, "keep" leaves them
     image_size: int = 48  # width and height in pixels that images are resized to
-    column: str = "text"  # the column of a table that holds the documents, the captions of images, or texts to classify
+    column: str = "text"  # the column of a table that holds the documents, the texts to classify, or images' captions
     labels: str = ""  # the column of a table that holds the label of each text, or a list of labels: to classify texts
     tags: bool = False  # the sources are words with labels: CoNLL files, .jsonl with spans, or seq.in, seq.out, label
     processes: int = 0  # processes that tokenize documents in parallel; 0: one per CPU core
@@ -62,10 +62,9 @@ if __name__ == "__main__":  # --help and typos are answered before the slow impo
 
 from machine.terminal import printable
 from published import download as download_model
-from sources import documents, images, labelled, pairs, texts
+from sources import documents, images, known, labelled, pairs, texts
 from sources.download import download
-from sources.known import (CORPORA, GENERATED, LABELLED, PAIRS, TOKENIZERS, claim, locate, prepare_known,
-                           prepare_labelled, prepare_pairs)
+from sources.known import CORPORA, GENERATED, PAIRS, TOKENIZERS, claim, locate, prepare_known, prepare_pairs
 
 GPT2_TOKENS = 100_000_000  # training tokens above which a GPT-2 from scratch is worthwhile
 SETTINGS_OF = {  # for each kind of source, its settings that some other kinds lack
@@ -112,11 +111,11 @@ def prepare_known_source(settings, source, named):
         check_kind(settings, "known pairs")
         name, how = known_settings(settings, source, named, pairs.How(**PAIRS[source]))
         return prepare_pairs(source, name, how), PAIRS_RECIPE
-    if source in LABELLED:
+    if source in known.LABELLED:
         check_kind(settings, "a known set with labels")
-        _, recipe, usual = LABELLED[source]
+        _, recipe, usual = known.LABELLED[source]
         name, how = known_settings(settings, source, named, labelled.How(**usual))
-        return prepare_labelled(source, name, how), recipe
+        return known.prepare_labelled(source, name, how), recipe
     name, is_corpus, has_images = settings.name or source, source in CORPORA, source in GENERATED
     check_kind(settings, "a known corpus" if is_corpus else "known images" if has_images else "a known text")
     if name == source:  # under its own name, a data set is the same for everyone

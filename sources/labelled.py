@@ -10,7 +10,7 @@ files have a word and its tag in each line, an empty line between sentences, and
 
 The files train, valid (val, dev) and test of a folder keep that part, and so do rows whose `split` says it. What has no
 part gets one by the hash of its text without numbers and punctuation, or of its `page`, if the table has that column.
-A text for validation or test that gets its part so is left out if a near-copy is in training.
+A text for validation or test that gets its part so is left out if nearly all of it is in training.
 
 Rows stay texts. The task makes tokens of them with its model's tokenizer, so that a data set serves every model.
 """
@@ -32,6 +32,7 @@ from sources.texts import files_in, finish, sample, writing
 COLUMNS = {"labels": ("text", "labels"), "tags": ("words", "tags", "intent")}  # of each kind's rows
 PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
          "test": "test"}  # what files and rows call a split
+RUN, COPIED = 8, 0.8  # a near-copy has this share of its runs of so many words in another text
 WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")  # a word, or a punctuation mark
 
 
@@ -131,15 +132,24 @@ def split_for(row, missing, val_fraction):
 
 
 def without_copies(rows, splits, left_out):
-    """The rows without those of some splits that are nearly in an earlier split. Counts these in left_out["copy"]."""
+    """The rows without those of some splits that are nearly in an earlier one. Counts these in left_out["copy"].
+
+    A text is nearly there if COPIED of its runs of words are, such as a page that is quoted in another one.
+    """
     kept, earlier = [], set()
-    for split in SPLITS:
-        found = [(normal(text_of(row)), row) for row in rows if row["split"] == split]
-        kept += [row for text, row in found if split not in splits or text not in earlier]
-        earlier |= {text for text, _ in found}
-    if len(kept) < len(rows):
+    for split in SPLITS if splits else ():
+        found = [(runs(text_of(row)), row) for row in rows if row["split"] == split]
+        kept += [row for own, row in found if split not in splits or len(own & earlier) < COPIED * len(own)]
+        earlier.update(*(own for own, _ in found))
+    if splits and len(kept) < len(rows):
         left_out["copy"] = len(rows) - len(kept)
-    return kept
+    return kept if splits else rows
+
+
+def runs(text):
+    """The hashes of all RUN neighbouring words of a text; of a shorter text, of all its words. See pairs.normal."""
+    words = normal(text).split()
+    return {hash(tuple(words[i:i + RUN])) for i in range(max(1, len(words) - RUN + 1))}
 
 
 def words_for(left_out):
@@ -151,8 +161,8 @@ def check_counts(rows, kind, source):
     """Raises UserError if a class of texts has one row: a class must be in training, and in another split."""
     counts = collections.Counter(name for row in rows for name in classes_of(row, kind))
     if lonely := [name for name, count in counts.items() if count == 1]:
-        raise UserError(f"{source}: one text alone has the label {lonely[0]} ({len(lonely):,} such labels), so that none"
-                        " can be held out: add texts of it, or leave it out")
+        raise UserError(f"{source}: only one text has the label {lonely[0]} ({len(lonely):,} such labels), so that none"
+                        " can be held out: add texts, or leave it out")
 
 
 def classes_of(row, kind):
@@ -254,7 +264,7 @@ def labels_in(value, where, column):
 # Reading words with labels
 
 def read_tags(paths, pattern=""):
-    """An iterable of rows {"words", "tags", "intent", perhaps "split"} of files: .jsonl with spans, CoNLL, or seq.in."""
+    """An iterable of the rows of files, {"words", "tags", "intent", perhaps "split"}: .jsonl, CoNLL, or seq.in."""
     files = files_of(paths, pattern)
     parallel = [path for path in files if path.name == "seq.in"]
     if parallel:
@@ -294,7 +304,7 @@ def cut(text, spans, where):
     try:
         spans = sorted((span["start"], span["end"], span["label"]) for span in spans)
     except (TypeError, KeyError):
-        raise UserError(f"{where}: spans = {spans!r:.60}: must be a list of objects with start, end and label") from None
+        raise UserError(f"{where}: spans = {spans!r:.60}: must be a list of objects with start, end, label") from None
     for start, stop, label in spans:
         inside = [i for i, word in enumerate(words) if start < word.end() and word.start() < stop]
         shown = f"the span {label} from {start} to {stop} ({text[start:stop]!r:.40})"

@@ -175,7 +175,9 @@ BASES["contrastive"] = BASES["image-text"] = {
     "vision.patch_size": 16, "learning_rate": 0.003, "sample_tokens": 300}
 BASES["arithmetic"] = {**BASES["text"], "operations": "+-*", "digits": 1, "sample_tokens": 300}
 BASES["translation"] = {**BASES["text"], "batch_size": 200, "learning_rate": 0.003, "sample_tokens": 300}
-DATA = {"text": "data/words", "arithmetic": "arithmetic", "translation": "data/pairs"}  # of other tasks: data/shapes
+BASES["masked"] = {**BASES["text"], "learning_rate": 0.003, "block": "post", "mlp": "gelu_erf", "sample_tokens": 300}
+DATA = {  # of other tasks: data/shapes
+    "text": "data/words", "masked": "data/words", "arithmetic": "arithmetic", "translation": "data/pairs"}
 
 
 @pytest.fixture(scope="module")
@@ -267,6 +269,8 @@ TRAINING = {
     "working": Change(True),
     # of translation
     "n_encoder_layer": Change(2), "block": Change("post"), "smoothing": Change(0.3),
+    # of the encoders
+    "mask_rate": Change(0.5),
 }
 WITH_IMAGES = {
     "dataset": Change("data/more"), "block_size": Change(120), "eval_tokens": Change(200), "sample_tokens": Change(0)}
@@ -281,10 +285,12 @@ OF_TASK = {  # entries that differ for one task
     "translation": {"dataset": Change("data/more_pairs"), "batch_size": Change(180), "bias": Change(False),
                     "micro_batch_size": Change(60, dropout=0.5), "eval_tokens": Change(40), "sample_tokens": Change(0),
                     "init_from": Change("one_translation"), "lora_rank": Change(2, init_from="one_translation")},
+    "masked": {"init_from": Change("one_masked"), "lora_rank": Change(2, init_from="one_masked"),
+               "block": Change("pre"), "sample_tokens": Change(0)},
 }
 # The part of the model that --rates names.
 PART = {"text": "wte", "contrastive": "text", "image-text": "decoder", "arithmetic": "wte",
-        "translation": "encoder"}
+        "translation": "encoder", "masked": "encoder"}
 
 
 # Settings of every task that the task's own code reads.
@@ -334,7 +340,9 @@ SAMPLING_OF_TASK = {
     "translation": {"prompt": Change("the old\nlady fears ."), "init_from": refused("one_translation"),
                     "temperature": Change(1.0), "top_k": Change(1, temperature=2.0),
                     "top_p": Change(0.1, temperature=2.0), "seed": Change(1, temperature=2.0),
-                    "max_new_tokens": Change(2)}}
+                    "max_new_tokens": Change(2)},
+    "masked": {"prompt": Change("the ma[MASK] king"), "init_from": refused("one_masked"), "top": Change(2),
+               "rank": Change("FILE:words.txt")}}
 EVALUATING = {
     "init_from": refused("one_text"), "out_dir": Change("one_{task}"), "checkpoint": Change("last"),
     "dataset": Change("data/others"),
@@ -342,7 +350,7 @@ EVALUATING = {
     "random_windows": Change(3), "batch_size": Change(5), "seed": Change(1), "test": Change(True),
     "beam": Change(4), "length_penalty": Change(3.0, beam=8),
 }
-EVALUATING_OF_TASK = {"text": {}, "arithmetic": {"dataset": refused("data/others")},
+EVALUATING_OF_TASK = {"text": {}, "masked": {}, "arithmetic": {"dataset": refused("data/others")},
                       "translation": {"dataset": Change("data/more_pairs")},
                       **dict.fromkeys(("contrastive", "image-text"), {"dataset": Change("data/more")})}
 
@@ -356,12 +364,14 @@ def at(task, change):
 @pytest.mark.parametrize("task, name", settings_of(sample, "sampling"))
 def test_each_setting_of_sampling_changes_the_sample_or_is_refused(lab, run, task, name):
     asked = dict(CPU, out_dir=run)
-    if task not in ("contrastive", "arithmetic"):
+    if task not in ("contrastive", "arithmetic", "masked"):
         asked |= {"max_new_tokens": 40}
     if task == "arithmetic":
         asked["prompt"] = "7*8="
     elif task == "translation":
         asked["prompt"] = "the mad king loves ."
+    elif task == "masked":
+        asked["prompt"] = "the m[MASK]d king"
     elif task != "text":
         for letter, number in (("a", 0), ("b", 1)):
             shutil.copy(f"shapes_source/images/{number:05}.png", f"{letter}.png")

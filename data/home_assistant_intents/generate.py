@@ -44,16 +44,16 @@ VALUES = {name: text.split(", ") for name, text in {
                      " door, turn on the heating, pause the movie, start the vacuum, turn down the volume, set the"
                      " thermostat to 20 degrees, switch off the fan, open the curtains, dim the lamp, stop the"
                      " sprinkler, unlock the gate",
-    "shopping_list_item": "milk, eggs, bread, apples, toilet paper, butter, coffee beans, orange juice, rice, olive oil,"
-                          " tomatoes, dish soap, a bag of flour, chicken, cheese, bananas, light bulbs, two lemons,"
-                          " yogurt, sparkling water, onions, batteries, brown sugar, cat food, spinach",
+    "shopping_list_item": "milk, eggs, bread, apples, toilet paper, butter, coffee beans, orange juice, rice, olive"
+                          " oil, tomatoes, dish soap, a bag of flour, chicken, cheese, bananas, light bulbs, two"
+                          " lemons, yogurt, sparkling water, onions, batteries, brown sugar, cat food, spinach",
     "todo_list_item": "call the dentist, wash the car, pay the rent, water the plants, clean the windows, book the"
                       " flights, fix the sink, buy a present, walk the dog, write to anna, renew the passport, return"
                       " the books, mow the lawn, paint the fence, do the dishes, file the taxes, sharpen the knives,"
                       " order firewood, change the sheets, visit grandma"}.items()}
 NAMES = {domain: text.split(", ") for domain, text in {  # of devices and the like, by what they are
-    "light": "ceiling light, desk lamp, floor lamp, reading light, fairy lights, night light, chandelier, bedside lamp,"
-             " spotlights, strip light, wall lamp, lantern, pendant, piano lamp, mirror light",
+    "light": "ceiling light, desk lamp, floor lamp, reading light, fairy lights, night light, chandelier, bedside"
+             " lamp, spotlights, strip light, wall lamp, lantern, pendant, piano lamp, mirror light",
     "switch": "coffee maker, heater, christmas tree, kettle, fountain, printer, aquarium pump, toaster, humidifier,"
               " radio",
     "fan": "ceiling fan, desk fan, extractor fan, tower fan, bathroom fan, box fan, window fan, exhaust, attic fan,"
@@ -81,7 +81,8 @@ NAMES = {domain: text.split(", ") for domain, text in {  # of devices and the li
     "button": "doorbell, restart, identify, emergency stop, feeder, gong, reset, alarm test, reboot, camera snapshot",
     "script": "bedtime routine, leave home, wake up, vacation mode, cleaning day, lunch break, arrive home, game time,"
               " fire drill, goodnight sequence",
-    "vacuum": "roomba, dusty, vacuum cleaner, robot vacuum, rosie, deebot, sweeper, wall-e, dust buster, cleaner"}.items()}
+    "vacuum": "roomba, dusty, vacuum cleaner, robot vacuum, rosie, deebot, sweeper, wall-e, dust buster,"
+              " cleaner"}.items()}
 
 
 def part(values, split):
