@@ -22,13 +22,14 @@ import numpy as np
 import torch
 
 from batches import length_batches, padded, to_device
-from configurator import UserError
+from configurator import UserError, say
 from encoder import Tagger, TaggerConfig
 from machine.device import autocast
 from machine.terminal import watched
 from run.files import to_json, write_text
 from run.pictures import draw_map, save_picture
 from sources.labelled import WORD
+from tasks.classification import averages, bag_of_words
 from tasks.encoding import AT_ONCE, LabelledTask
 
 NONE, UNKNOWN = -1, -2  # instead of a label's id: the word or sentence has no label, or one that the model lacks
@@ -77,8 +78,7 @@ class TaggingTask(LabelledTask):
     def places(self, words):
         """The position of each word's first token, as far as the model sees them: a list, perhaps shorter."""
         starts = itertools.accumulate(map(len, self.pieces(words)), initial=1)  # [CLS] is at 0
-        end = self.block_size - (self.marks.sep is not None)
-        return [start for start, _ in zip(starts, words) if start < end]
+        return [start for start, _ in zip(starts, words) if start <= self.room]
 
     def ids_of(self, words):
         return self.framed(list(itertools.chain.from_iterable(self.pieces(words))))
@@ -115,6 +115,16 @@ class TaggingTask(LabelledTask):
         weights = np.zeros((2, *tags.shape), np.float32)
         weights[0], weights[1, :, 0] = tags >= 0, intents >= 0
         return {"places": places, "tags": tags, "intents": intents}, weights
+
+    def batch(self, rows, generator):
+        """See `gather`. Some tokens, a share of hide_rate, are hidden behind [MASK], as if they were unknown."""
+        arguments, weights = super().batch(rows, generator)
+        if self.settings.hide_rate:
+            tokens = arguments["tokens"]
+            hidden = torch.rand(tokens.shape, generator=generator) < self.settings.hide_rate
+            hidden[:, 0] = False  # [CLS]
+            arguments["tokens"] = tokens.masked_fill(hidden.to(tokens.device), self.marks.mask)
+        return arguments, weights
 
     def weight(self, rows):
         """(2, 1, 1): the number of the rows' tags, and of their intents. Each has a mean of its own in the loss."""
@@ -168,12 +178,14 @@ class TaggingTask(LabelledTask):
             found = self.label(model, [row["words"] for row in rows])
         right = [row["tags"] in ([], one.tags) and row["intent"] in ("", one.intent) for row, one in zip(rows, found)]
         result, scores = {"sentences": len(rows), "sentences_right": sum(right) / len(rows)}, {}
-        for labels, report in ((model.config.tags, tag_report), (model.config.intents, intent_report)):
-            if labels:
-                values, of_labels = report(train, rows, found)
+        known = {"tags": model.config.tags, "intent": model.config.intents}
+        for name, report in (("tags", tag_report), ("intent", intent_report)):
+            if known[name] and any(row[name] for row in rows):
+                values, of_labels = report(train, self.dataset.rows["val"], rows, found)
                 result, scores = result | values, scores | of_labels
         if settings.picture and part == settings.split:
-            print(save_picture(confusion(rows, found, model.config.intents), settings.picture))
+            picture = confusion(rows, found, model.config.intents)
+            say(f"{save_picture(picture, settings.picture)}: a row for each right intent, a column for each found one")
         if not settings.init_from:  # else there is no folder of a run
             keep(Path(settings.out_dir), "labels_test" if part == "test" else "labels", rows, found, scores)
         worst = sorted((score["f1-score"], label, score["support"]) for label, score in scores.items())[:WORST]
@@ -227,7 +239,7 @@ class TaggingTask(LabelledTask):
             if len(self.places(words)) < len(words):
                 count = sum(map(len, self.pieces(words)))
                 raise UserError(f"the sentence {' '.join(words)!r:.60} has {count} tokens, and the model reads"
-                                f" {self.block_size - 1 - (self.marks.sep is not None)}: split it")
+                                f" {self.room}: split it")
 
     def show(self, model, short=False):
         """Sentences of the validation split with the labels found, as text: ten, or if short three."""
@@ -306,31 +318,35 @@ def share(right, asked):
     return (right & asked).sum().item(), asked.sum().item()
 
 
-def tag_report(train, rows, found):
+def tag_report(train, val, rows, found):
     """({name: value}, {span: scores}) of the tags found in rows, beside what needs no model but the rows `train`."""
-    right = [tag for row in rows for tag in row["tags"]]
-    usual = [tags for row, tags in zip(rows, usual_tags(train, rows)) if row["tags"]]
-    result = {"tag_accuracy, all O": right.count("O") / len(right),
-              "tag_accuracy, usual tags": accuracy(right, itertools.chain(*usual)),
-              "non_o_accuracy, usual tags": accuracy(right, itertools.chain(*usual), but="O")}
-    wanted = [row["tags"] for row in rows if row["tags"]]
-    if not all(re.match("O$|[BI]-", tag) for tag in right):
+    rows, found = zip(*((row, one.tags) for row, one in zip(rows, found) if row["tags"]))
+    usual, wanted = usual_tags(train, rows), [row["tags"] for row in rows]
+    all_wanted, all_usual = ([*itertools.chain(*tags)] for tags in (wanted, usual))
+    result = {"tag_accuracy, all O": all_wanted.count("O") / len(all_wanted),
+              "tag_accuracy, usual tags": accuracy(all_wanted, all_usual),
+              "non_o_accuracy, usual tags": accuracy(all_wanted, all_usual, but="O")}
+    if not all(re.match("O$|[BI]-", tag) for tag in all_wanted):
         return result, {}  # parts of speech, say, make no spans
-    scores = span_scores(wanted, [one.tags for row, one in zip(rows, found) if row["tags"]])
-    f1 = scores.pop("micro avg")["f1-score"]
-    return {"span_f1": f1, **result, "span_f1, usual tags": span_scores(wanted, usual)["micro avg"]["f1-score"]}, scores
+    scores, floor = span_scores(wanted, found), span_scores(wanted, usual)
+    result = {"span_f1": scores.pop("micro avg")["f1-score"], **result}
+    return {**result, "span_f1, usual tags": floor["micro avg"]["f1-score"]}, scores
 
 
-def intent_report(train, rows, found):
+def intent_report(train, val, rows, found):
     """({name: value}, {intent: scores}) of the intents found in rows, beside what needs no model, as `tag_report`."""
-    right, intents = zip(*((row["intent"], one.intent) for row, one in zip(rows, found) if row["intent"]))
-    train, rows = ([row for row in part if row["intent"]] for part in (train, rows))
-    (majority, _), = collections.Counter(row["intent"] for row in train).most_common(1)
-    guessed = bag_of_words([row["words"] for row in train], [row["intent"] for row in train],
-                           [row["words"] for row in rows])
-    result = {"intent_accuracy, most frequent": right.count(majority) / len(right),
-              "intent_accuracy, bag of words": accuracy(right, guessed)}
-    return result, label_scores(right, intents)
+    rows, found = zip(*((row, one.intent) for row, one in zip(rows, found) if row["intent"]))
+    parts = [[row for row in part if row["intent"]] for part in (train, val, rows)]
+    texts = [[" ".join(row["words"]) for row in part] for part in parts]
+    names, counts = np.unique([row["intent"] for row in parts[0]], return_counts=True)
+    known = [np.array([row["intent"] for row in part])[:, None] == names for part in parts]  # (n, N)
+    _, of_val, wanted = (np.c_[each, ~each.any(1)] for each in known)  # the last column: none of names
+    floors = {}
+    if len(names) > 1:
+        guessed = bag_of_words(texts[0], known[0], texts[1], of_val, texts[2], False)
+        floors = {"intent_accuracy, most frequent": float(wanted[:, counts.argmax()].mean()),
+                  "intent_accuracy, bag of words": averages(guessed, wanted)["accuracy"]}
+    return floors, label_scores([row["intent"] for row in rows], found)
 
 
 def accuracy(right, found, but=None):
@@ -368,17 +384,6 @@ def without_means(report, *keep):
     """A classification report without its means over all labels, except those in `keep`."""
     means = {"accuracy", "micro avg", "macro avg", "weighted avg", "samples avg"} - {*keep}
     return {name: score for name, score in report.items() if name not in means}
-
-
-def bag_of_words(texts, labels, others):
-    """The labels of `others` by logistic regression on how often each word is in a text. All texts: lists of words."""
-    try:
-        from sklearn.feature_extraction.text import CountVectorizer
-        from sklearn.linear_model import LogisticRegression
-    except ImportError:
-        raise UserError("the bag of words needs scikit-learn: pip install scikit-learn") from None
-    counter = CountVectorizer(analyzer=lambda words: words).fit(texts)
-    return LogisticRegression(max_iter=1000).fit(counter.transform(texts), labels).predict(counter.transform(others))
 
 
 def confusion(rows, found, names):
