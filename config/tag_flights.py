@@ -15,6 +15,7 @@ n_embd = 128
 positions = "rotary"
 block_size = 64
 dropout = 0.1
+hide_rate = 0.1
 
 learning_rate = 3e-3
 min_lr = 3e-5

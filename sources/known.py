@@ -38,7 +38,7 @@ BUILT_IN_PAIRS = "phrases"  # needs no network
 LABELLED = {  # texts with labels, from sources/labelled_sets.py: kind, recipe, settings for sources.labelled.How
     "help_topics": ("labels", "config/classify_topics.py", dict(languages="en")),
     "home_assistant_intents": ("tags", "config/tag_home.py", dict(languages="en")),
-    "flights": ("tags", "config/tag_flights.py", dict(languages="en"))}
+    "flights": ("tags", "config/tag_flights.py", dict(languages="en", tokenizer="word:1"))}
 TOKENIZERS = {  # all known data sets: tokenizer
     **{name: row[0] for name, row in KNOWN.items()}, BUILT_IN: "char", **GENERATED, **dict.fromkeys(CORPORA, "gpt2"),
     **{name: row["tokenizer"] for name, row in PAIRS.items()}, **dict.fromkeys(LABELLED, "")}

@@ -117,13 +117,14 @@ class TaggingTask(LabelledTask):
         return {"places": places, "tags": tags, "intents": intents}, weights
 
     def batch(self, rows, generator):
-        """See `gather`. Some tokens, a share of hide_rate, are hidden behind [MASK], as if they were unknown."""
+        """See `gather`. A share of the tokens, hide_rate, is hidden: they become <unk>, or [MASK] if there is none."""
         arguments, weights = super().batch(rows, generator)
         if self.settings.hide_rate:
-            tokens = arguments["tokens"]
+            tokens, instead = arguments["tokens"], self.tokenizer.unk
             hidden = torch.rand(tokens.shape, generator=generator) < self.settings.hide_rate
             hidden[:, 0] = False  # [CLS]
-            arguments["tokens"] = tokens.masked_fill(hidden.to(tokens.device), self.marks.mask)
+            instead = self.marks.mask if instead is None else instead
+            arguments["tokens"] = tokens.masked_fill(hidden.to(tokens.device), instead)
         return arguments, weights
 
     def weight(self, rows):
@@ -306,7 +307,7 @@ def keep(folder, name, rows, found, scores):
     table = ["| label | precision | recall | F1 | count |", "| --- | --- | --- | --- | --- |"]
     for label, score in scores.items():
         shares = " | ".join(f"{score[key]:.3f}" for key in ("precision", "recall", "f1-score"))
-        table.append(f"| {label} | {shares} | {score['support']:.0f} |")
+        table.append(f"| {label} | {shares} | {score['support']} |")
     write_text(folder / f"{name}.md", "\n".join(table) + "\n")
 
 
@@ -322,10 +323,14 @@ def tag_report(train, val, rows, found):
     """({name: value}, {span: scores}) of the tags found in rows, beside what needs no model but the rows `train`."""
     rows, found = zip(*((row, one.tags) for row, one in zip(rows, found) if row["tags"]))
     usual, wanted = usual_tags(train, rows), [row["tags"] for row in rows]
-    all_wanted, all_usual = ([*itertools.chain(*tags)] for tags in (wanted, usual))
-    result = {"tag_accuracy, all O": all_wanted.count("O") / len(all_wanted),
-              "tag_accuracy, usual tags": accuracy(all_wanted, all_usual),
-              "non_o_accuracy, usual tags": accuracy(all_wanted, all_usual, but="O")}
+    all_wanted, all_usual, all_found = ([*itertools.chain(*tags)] for tags in (wanted, usual, found))
+    seen = {word for row in train for word in row["words"]}
+    new = [pair for pair, word in zip(zip(all_wanted, all_found), (word for row in rows for word in row["words"]))
+           if word not in seen]
+    result = {f"tag_accuracy, new words ({len(new)})": accuracy(*zip(*new))} if new else {}
+    result |= {"tag_accuracy, all O": all_wanted.count("O") / len(all_wanted),
+               "tag_accuracy, usual tags": accuracy(all_wanted, all_usual),
+               "non_o_accuracy, usual tags": accuracy(all_wanted, all_usual, but="O")}
     if not all(re.match("O$|[BI]-", tag) for tag in all_wanted):
         return result, {}  # parts of speech, say, make no spans
     scores, floor = span_scores(wanted, found), span_scores(wanted, usual)
@@ -383,7 +388,7 @@ def label_scores(right, found):
 def without_means(report, *keep):
     """A classification report without its means over all labels, except those in `keep`."""
     means = {"accuracy", "micro avg", "macro avg", "weighted avg", "samples avg"} - {*keep}
-    return {name: score for name, score in report.items() if name not in means}
+    return {name: {**score, "support": int(score["support"])} for name, score in report.items() if name not in means}
 
 
 def confusion(rows, found, names):

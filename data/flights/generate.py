@@ -6,8 +6,8 @@
 The labels have the names that the ATIS corpus gave them (Hemphill et al. 1990); all questions are made up here. A
 template is a question with slots: "flights from <fromloc.city_name> to <toloc.city_name>". Its words in front, such as
 "show me", and at its end, such as "please", do not belong to it. A hash decides whether a template is for training,
-validation or test, and so it does for each value of an open list, such as the cities. There is no other chance in it
-than a seed.
+validation or test. It also decides whether a value of an open list, such as a city, may occur in all parts, or in
+validation alone, or in test alone. So a held-out question has a held-out template, and one in ten of its cities is new.
 """
 
 import random
@@ -36,7 +36,7 @@ def split(text):
 # ----------------------------------------------------------------------------------------------------------------------
 # Values of slots: of <toloc.city_name> those of city_name
 
-OPEN = {  # a value is for training, validation or test
+OPEN = {  # a value is for all parts, or for validation or test alone
     "city_name": """
         Boston | Denver | Atlanta | Dallas | Philadelphia | Pittsburgh | Baltimore | Oakland | San Francisco
         | Chicago | Detroit | Houston | Memphis | Cleveland | Cincinnati | Columbus | Indianapolis | Milwaukee
@@ -490,8 +490,8 @@ def templates(intent, rng):
 
 
 def values_of(part):
-    """{list: its values for a part, "train", "val" or "test"}."""
-    opened = {name: [value for value in split(text) if split_of(f"{name} {value}", HELD_OUT) == part]
+    """{list: its values for a part}: those of training, and for "val" and "test" also those for that part alone."""
+    opened = {name: [value for value in split(text) if split_of(f"{name} {value}", HELD_OUT) in ("train", part)]
               for name, text in OPEN.items()}
     return {**opened, **{name: split(text) for name, text in CLOSED.items()}}
 
