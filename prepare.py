@@ -72,7 +72,7 @@ SETTINGS_OF = {  # for each kind of source, its settings that some other kinds l
     "captions": ("image_size",), "metadata": ("image_size", "column"),
     "pairs": ("languages", "columns", "shared", "min_words", "max_words"),
     "known pairs": ("languages", "shared", "min_words", "max_words"),
-    "texts with labels": ("labels", "column", "files"), "words with labels": ("tags", "files"),
+    "texts with labels": ("labels", "column", "files"), "words with tags": ("tags", "files"),
     "a known set with labels": ("languages",),
     "a known text": (), "a known corpus": ("column", "processes", "max_files"), "known images": ("image_size",)}
 PAIRS_RECIPE = "config/translate_en_it.py"
@@ -155,10 +155,10 @@ def prepare_own(settings, sources, named):
     """Prepares files and folders, or a URL. Returns (the data set's name, path of a recipe in config/)."""
     is_url = len(sources) == 1 and "://" in sources[0]
     check_sources(settings, sources, is_url)
-    if settings.languages or settings.columns or sources[0].lower().endswith(".tmx"):
-        return prepare_own_pairs(settings, sources, named), PAIRS_RECIPE
     if settings.labels or settings.tags:
         return prepare_own_labelled(settings, sources, named)
+    if settings.languages or settings.columns or sources[0].lower().endswith(".tmx"):
+        return prepare_own_pairs(settings, sources, named), PAIRS_RECIPE
     paths = list(map(Path, sources))
     tables = images.find_tables(paths[0]) if len(paths) == 1 else []
     text_files, row_files = ([], []) if is_url or tables else texts.find(paths, documents.READERS, settings.files)
@@ -203,7 +203,11 @@ def prepare_own_pairs(settings, sources, named):
 
 def prepare_own_labelled(settings, sources, named):
     """Prepares files of texts or words with labels. Returns (the data set's name, path of a recipe in config/)."""
-    check_kind(settings, "words with labels" if settings.tags else "texts with labels")
+    if settings.labels and settings.tags:
+        raise UserError(f"labels = {settings.labels}, tags = True: choose one: texts have labels, or words have tags")
+    check_kind(settings, "words with tags" if settings.tags else "texts with labels")
+    if "://" in sources[0]:
+        raise UserError(f"{sources[0]}: only texts are fetched from a URL; download the file, and give its path")
     paths = list(map(Path, sources))
     if settings.tags:
         kind, recipe, rows = "tags", "config/tag_home.py", labelled.read_tags(paths, settings.files)

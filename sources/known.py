@@ -37,8 +37,11 @@ PAIRS = {  # parallel texts, from sources/corpora.py: settings of prepare.py, fo
 BUILT_IN_PAIRS = "phrases"  # needs no network
 LABELLED = {  # texts with labels, from sources/labelled_sets.py: kind, recipe, settings for sources.labelled.How
     "help_topics": ("labels", "config/classify_topics.py", dict(languages="en")),
+    "help_languages": ("labels", "config/classify_languages.py", dict(languages="")),
     "home_assistant_intents": ("tags", "config/tag_home.py", dict(languages="en")),
-    "flights": ("tags", "config/tag_flights.py", dict(languages="en", tokenizer="word:1"))}
+    "flights": ("tags", "config/tag_flights.py", dict(tokenizer="word:1")),
+    **dict.fromkeys(("atis", "snips"), ("tags", "config/tag_home.py", {})),
+    **dict.fromkeys(("sst2", "imdb"), ("labels", "config/classify_topics.py", {}))}
 TOKENIZERS = {  # all known data sets: tokenizer
     **{name: row[0] for name, row in KNOWN.items()}, BUILT_IN: "char", **GENERATED, **dict.fromkeys(CORPORA, "gpt2"),
     **{name: row["tokenizer"] for name, row in PAIRS.items()}, **dict.fromkeys(LABELLED, "")}
@@ -156,7 +159,7 @@ def prepare_labelled(name, target, how):
     """
     from sources import labelled, labelled_sets  # they import numpy, which is slow
     how = labelled.How(**how)
-    languages = [code.strip() for code in how.languages.split(",")]
+    languages = [code.strip() for code in how.languages.split(",") if code.strip()]
     rows, source, revision = labelled_sets.fetch(name, languages, DATA / name)
     folder = locate(target) if target == name else claim(target, source)
     labelled.prepare(rows, folder, LABELLED[name][0], how, source, revision)

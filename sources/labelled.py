@@ -115,6 +115,8 @@ def choose(rows, kind, how, source):
     missing = {"val", "test"} - {row.get("split") for row in kept}
     if missing:
         check_counts(kept, kind, source)
+    elif how.val_fraction != How().val_fraction:
+        raise UserError(f"val_fraction = {how.val_fraction}: the texts of {source} name their split; leave it out")
     kept = [{**row, "split": split_for(row, missing, how.val_fraction)} for row in kept]
     kept = without_copies(kept, missing, left_out)
     print(printable(f"texts: {len(kept):,}; left out: {words_for(left_out)}"), flush=True)
@@ -225,7 +227,7 @@ def read_labels(paths, text_column, label_column, pattern=""):
                         " or .parquet, or a folder of these")
     for path in tables:
         for where, row in rows_of(path):
-            for setting, name in (("column", text_column), ("labels", label_column)):
+            for setting, name in (("labels", label_column), ("column", text_column)):
                 if name not in row:
                     raise UserError(f"{where}: no column is named {name}, only {', '.join(map(str, row))}: choose one"
                                     f" with --{setting}=NAME")
@@ -323,7 +325,8 @@ def bio(tags, where):
     for tag in tags:
         mark, _, label = str(tag).partition("-")
         if not (mark in ("B", "I", "E", "S") and label or tag == "O"):
-            raise UserError(f"{where}: tag = {tag!r:.40}: must be O, or B- or I- and a name")
+            raise UserError(f"{where}: tag = {tag!r:.40}: must be O, or B- or I- and a name; see"
+                            " sources/labelled.py for --tags=True")
         begins = mark in ("B", "S") or before != label
         found.append("O" if tag == "O" else f"{'B' if begins else 'I'}-{label}")
         before = label

@@ -394,13 +394,15 @@ PREPARING = {
     "val_fraction": Change(0.3), "newlines": Change("keep"), "image_size": Change(24),
     "column": Change("other"), "processes": Change(1), "max_files": Change(1), "languages": Change("it,en"),
     "columns": Change("other,it"), "shared": Change(False, tokenizer="word:1"), "min_words": Change(4),
-    "max_words": Change(5)}
+    "max_words": Change(5), "labels": Change("topic"), "tags": Change(False)}
 FOR_PAIRS = ("languages", "columns", "shared", "min_words", "max_words")
 IDLE = {  # settings that do nothing for a kind of source
-    "texts": ("image_size", "column", "processes", "max_files", *FOR_PAIRS),
-    "documents": ("newlines", "image_size", *FOR_PAIRS),
-    "images": ("files", "newlines", "column", "processes", "max_files", *FOR_PAIRS),
-    "pairs.tsv": ("files", "newlines", "image_size", "column", "processes", "max_files")}
+    "texts": ("image_size", "column", "processes", "max_files", "labels", "tags", *FOR_PAIRS),
+    "documents": ("newlines", "image_size", "labels", "tags", *FOR_PAIRS),
+    "images": ("files", "newlines", "column", "processes", "max_files", "labels", "tags", *FOR_PAIRS),
+    "pairs.tsv": ("files", "newlines", "image_size", "column", "processes", "max_files", "labels", "tags"),
+    "labels": ("newlines", "image_size", "processes", "max_files", "tags", *FOR_PAIRS),
+    "tags": ("newlines", "image_size", "column", "processes", "max_files", "labels", *FOR_PAIRS)}
 
 
 def make_sources(folder):
@@ -412,6 +414,7 @@ def make_sources(folder):
         (folder / "texts" / f"{name}.txt").write_bytes("\r\n".join(rows).encode())
         documents = [json.dumps({"text": row, "other": row.upper()}) + "\n" for row in rows]
         (folder / "documents" / f"{name}.jsonl").write_text("".join(documents))
+        make_labelled(folder, name, rows)
     words = [row.split()[:2 + number % 6] for number, row in enumerate(rows)]
     table = [f"{' '.join(row)}\t{' '.join(row[::-1]).upper()}\t{'-'.join(row)}\n" for row in words]
     (folder / "pairs.tsv").write_text("en\tit\tother\n" + "".join(table))
@@ -420,6 +423,15 @@ def make_sources(folder):
     captions = folder / "images" / "captions.jsonl"
     rows = [json.loads(line) for line in captions.read_text().splitlines()]
     captions.write_text("".join(json.dumps({**row, "split": ""}) + "\n" for row in rows))
+
+
+def make_labelled(folder, name, rows):
+    """Makes labels/NAME.csv, where each text has a label, and tags/NAME.jsonl, where its first word has one."""
+    labels = ["label,topic,text,other"] + [f"{len(row) % 2},{len(row) % 3},{row},{row.upper()}" for row in rows]
+    spans = [{"text": row, "spans": [{"start": 0, "end": row.find(" "), "label": "first"}]} for row in rows]
+    for kind, suffix, lines in (("labels", "csv", labels), ("tags", "jsonl", map(json.dumps, spans))):
+        (folder / kind).mkdir(exist_ok=True)
+        (folder / kind / f"{name}.{suffix}").write_text("\n".join(lines))
 
 
 def prepare_run(settings, out):
@@ -446,10 +458,10 @@ def test_each_setting_of_prepare_changes_the_data_or_is_refused(lab, kind, name)
     if not os.path.exists(kind):
         make_sources(lab.folder)
     change = Change("bpe:1500") if (kind, name) == ("images", "tokenizer") else PREPARING[name]
-    base = {"source": kind, "tokenizer": "byte" if kind in ("documents", "pairs.tsv") else "char"}
-    if kind == "pairs.tsv":
-        base |= {"languages": "en,it"}
-    lab.compare(prepare_run, base, name, refused(change.value) if name in IDLE[kind] else at(kind, change))
+    base = {"source": kind, "tokenizer": "char" if kind in ("texts", "images") else "byte"}
+    base |= {"pairs.tsv": {"languages": "en,it"}, "labels": {"labels": "label"}, "tags": {"tags": True}}.get(kind, {})
+    idle = refused(True if name == "tags" else change.value)
+    lab.compare(prepare_run, base, name, idle if name in IDLE[kind] else at(kind, change))
 
 
 def test_val_fraction_is_refused_where_the_rows_name_their_split():
