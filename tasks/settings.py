@@ -212,7 +212,7 @@ class Classification(Encoding):
 @dataclass(frozen=True)
 class Tagging(Encoding):
     learn: Literal["both", "tags", "intents"] = "both"  # labels of words, of sentences, or what the data have
-    hide_rate: float = 0.0  # the share of tokens that training makes unknown, to learn from the words around them
+    hide_rate: float = 0.0  # the share of tagged words (but "O") that training makes unknown: new ones will be
     train_rows: int = 0  # learn from so many training rows only, drawn with the seed; 0: all
 
     def __post_init__(self):

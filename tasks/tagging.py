@@ -62,6 +62,8 @@ class TaggingTask(LabelledTask):
         found = {name: tuple(meta[name]) if s.learn in ("both", name) else () for name in ("tags", "intents")}
         if not any(found.values()):
             raise UserError(f"learn = {s.learn}: the data set {s.dataset} has no {s.learn}; leave it out")
+        if s.hide_rate and not found["tags"]:
+            raise UserError(f"hide_rate = {s.hide_rate}: is for words with tags, and there are none; leave it out")
         return found
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -117,14 +119,18 @@ class TaggingTask(LabelledTask):
         return {"places": places, "tags": tags, "intents": intents}, weights
 
     def batch(self, rows, generator):
-        """See `gather`. A share of the tokens, hide_rate, is hidden: they become <unk>, or [MASK] if there is none."""
+        """See `gather`. A share of the words in spans, hide_rate, becomes <unk>, or [MASK] if there is none.
+
+        New words are mostly names, in spans. So the model learns what an unknown word is from the words around it.
+        """
         arguments, weights = super().batch(rows, generator)
-        if self.settings.hide_rate:
-            tokens, instead = arguments["tokens"], self.tokenizer.unk
-            hidden = torch.rand(tokens.shape, generator=generator) < self.settings.hide_rate
-            hidden[:, 0] = False  # [CLS]
-            instead = self.marks.mask if instead is None else instead
-            arguments["tokens"] = tokens.masked_fill(hidden.to(tokens.device), instead)
+        if rate := self.settings.hide_rate:
+            tags, places, tokens = (arguments[name].cpu() for name in ("tags", "places", "tokens"))
+            in_span = (tags >= 0) & (tags != self.ids["tags"].get("O", NONE))
+            hidden = in_span & (torch.rand(tags.shape, generator=generator) < rate)  # (B, W)
+            hidden = torch.zeros_like(tokens, dtype=torch.bool).scatter(1, places, hidden)  # (B, W) -> (B, S)
+            unknown = self.marks.mask if self.tokenizer.unk is None else self.tokenizer.unk
+            arguments["tokens"] = arguments["tokens"].masked_fill(hidden.to(self.world.device), unknown)
         return arguments, weights
 
     def weight(self, rows):
