@@ -164,6 +164,7 @@ def test_other_schemes_become_bio():
     ("a.jsonl", '{"text": "to new york", "spans": [{"start": 3, "end": 9, "label": "a"}]}', {"tags": True},
      "the span a from 3 to 9 .'new yo'. does not begin and end at a word of 'to new york'"),
     ("a.jsonl", '{"text": "hi", "spans": [{"begin": 3}]}', {"tags": True}, "must be a list of objects with start, end"),
+    ("a.jsonl", '{"words": ["a", " "], "tags": ["O", "O"]}', {"tags": True}, "line 1: ' ' is no word"),
     ("a.jsonl", '{"words": ["a", "b"], "tags": ["O"]}', {"tags": True}, "has 2 words and 1 tags: each word needs one"),
     ("a.conll", "a O\nb\n", {"tags": True}, "a.conll, line 2: 'b' has no tag: write a word and its tag"),
     ("a.conll", "a O\nb FOO\n", {"tags": True}, "a.conll, lines 1 to 2: tag = 'FOO': must be O, or B- or I- and a"),
@@ -181,6 +182,21 @@ def test_what_a_user_can_get_wrong_is_one_line(data, tmp_path, name, content, se
     with pytest.raises(UserError, match=message) as error:
         run(tmp_path / name, **settings)
     assert "\n" not in str(error.value)
+
+
+def test_names_of_files_and_folders_say_the_split_unless_they_say_nothing(tmp_path):
+    for name in ("all/train/seq.in", "all/dev/seq.in", "dev/a.csv", "dev/b.csv", "dev/c/train.tsv", "mine/test.csv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name, "")
+
+    def found(*names):
+        files = labelled.find([tmp_path / name for name in names], "", (".in", ".csv", ".tsv"))
+        return {path.relative_to(tmp_path).as_posix(): part.get("split") for path, part in files}
+
+    assert found("all") == found("all/train", "all/dev") == {"all/dev/seq.in": "val", "all/train/seq.in": "train"}
+    assert found("mine") == found("mine/test.csv") == {"mine/test.csv": None}
+    assert set(found("dev/a.csv", "dev/b.csv").values()) == {None}
+    assert found("dev") == {"dev/a.csv": "val", "dev/b.csv": "val", "dev/c/train.tsv": "train"}
 
 
 def test_parallel_files_need_equal_lengths(tmp_path):
