@@ -29,6 +29,7 @@ from tasks.encoding import AT_ONCE, LabelledTask
 from tasks.settings import Classifying
 
 SHOWN = 100  # characters of a text that are shown with its labels
+MOST_CHARACTERS = 5_000_000  # of the texts: with more, counting their characters would take minutes
 
 
 class ClassificationTask(LabelledTask):
@@ -133,9 +134,12 @@ class ClassificationTask(LabelledTask):
         known = self.labels["train"][self.rows, :-1]
         sets, counts = np.unique(known, axis=0, return_counts=True)
         texts, others = ([row["text"] for row in self.dataset.rows[split]] for split in ("train", part))
-        words = bag_of_words([texts[row] for row in self.rows], known, others)
-        return {"most frequent": np.tile(sets[counts.argmax()], (len(others), 1)),
-                "bag of words": decide(words, self.dataset.meta["several"])}
+        texts, several = [texts[row] for row in self.rows], self.dataset.meta["several"]
+        found = {"most frequent": np.tile(sets[counts.argmax()], (len(others), 1))}
+        for unit in ("words", "characters"):
+            if unit == "words" or sum(map(len, texts)) <= MOST_CHARACTERS:
+                found[f"bag of {unit}"] = decide(bag_of(unit, texts, known, others), several)
+        return found
 
     # ------------------------------------------------------------------------------------------------------------------
     # Answers
@@ -231,10 +235,11 @@ def averages(found, wanted):
     return {"accuracy": float(right.mean()), "macro_f1": float(np.nanmean(f1(found, wanted)))}
 
 
-def bag_of_words(texts, labels, others):
-    """(n, N): the probability of each label for each of the texts `others`, by logistic regression on tf-idf of words.
+def bag_of(unit, texts, labels, others):
+    """(n, N): the probability of each label for each of the texts `others`, by logistic regression on tf-idf.
 
-    It learns from texts and their labels (B, N). Raises UserError without scikit-learn.
+    It learns from texts and their labels (B, N). unit: "words", or "characters" (up to three in a row). Raises
+    UserError without scikit-learn.
     """
     try:
         from sklearn.feature_extraction.text import TfidfVectorizer
@@ -242,7 +247,8 @@ def bag_of_words(texts, labels, others):
         from sklearn.multiclass import OneVsRestClassifier
     except ImportError:
         raise UserError("the bag of words needs scikit-learn: pip install scikit-learn") from None
-    vectors = TfidfVectorizer(token_pattern=r"\w+", sublinear_tf=True)
+    how = {"token_pattern": r"\w+"} if unit == "words" else {"analyzer": "char", "ngram_range": (1, 3)}
+    vectors = TfidfVectorizer(sublinear_tf=True, **how)
     model = OneVsRestClassifier(LogisticRegression(C=10, solver="liblinear"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about labels that none of a few texts has

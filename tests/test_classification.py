@@ -3,6 +3,7 @@
 import json
 import shlex
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from configurator import UserError, parse
 from machine.distributed import World
 from run import checkpoint
 from sources import labelled, texts
-from tasks.classification import ClassificationTask, averages, bag_of_words, described, f1
+from tasks.classification import ClassificationTask, averages, bag_of, described, f1
 from tasks.loading import load
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -179,7 +180,8 @@ def test_evaluate_scores_the_labels_beside_the_floors(runs, folders, tmp_path, s
         assert [row["text"] for row in rows] == [row["text"] for row in task.dataset.rows[part]]
         right = np.mean([{*row["predicted"]} == {*row["labels"]} for row in rows])
         assert found[f"{start}accuracy"] == pytest.approx(right) and found[f"{start}texts"] == len(rows)
-        assert found[f"{start}accuracy, bag of words"] > found[f"{start}accuracy, most frequent"] + 0.2
+        floors = [found[f"{start}accuracy, {name}"] for name in ("most frequent", "bag of words", "bag of characters")]
+        assert min(floors[1:]) > floors[0] + 0.2
         assert found[f"{start}macro_f1"] > 0.8 and found[f"{start}loss"] > 0
         assert several or found[f"{start}macro_f1"] == pytest.approx(
             np.mean([value for key, value in found.items() if key.startswith(f"{start}f1, ")]))
@@ -190,18 +192,16 @@ def test_evaluate_scores_the_labels_beside_the_floors(runs, folders, tmp_path, s
         assert all(row[i] == min(row) < 100 for i, row in enumerate(shades))  # the right answers are the darkest
 
 
-def test_the_bag_of_words_learns_from_the_texts_that_the_model_learns_from(folders):
+def test_the_bags_learn_from_the_texts_that_the_model_learns_from(folders):
     pytest.importorskip("sklearn")
     task = ClassificationTask(settings_for("classification", train_rows=6, batch_size=3))
     task.open(folders[False], ALONE)
     task.fit(task.build(torch.Generator().manual_seed(0)))
     learned = [task.dataset.rows["train"][row]["text"] for row in task.rows]
-    seen = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tasks.classification.bag_of_words", lambda texts, *more: seen.append(texts) or bag_of_words(
-            texts, *more))
-        few = task.floors("val")["bag of words"]
-    assert seen == [learned] and averages(few, task.labels["val"])["accuracy"] < 0.9
+    with mock.patch("tasks.classification.bag_of", wraps=bag_of) as spy:
+        found = task.floors("val")
+    assert [call.args[:2] for call in spy.mock_calls] == [("words", learned), ("characters", learned)]
+    assert all(averages(floor, task.labels["val"])["accuracy"] < 0.9 for floor in found.values())
 
 
 def test_a_label_that_the_model_lacks_is_an_error_and_weighs_nothing(runs, folders, tmp_path):
