@@ -45,30 +45,29 @@ BAG = "bag of words"
 class Start(NamedTuple):
     arguments: str  # of train.py
     updates: tuple  # for each of ROWS
-    evaluations: int  # of each run
 
 
 def starts(settings):
     """{name: Start} of all that the settings ask for. Their values were chosen once, on the validation pages."""
-    found = {"from scratch": Start(SMALL, (60, 100, 188, 374), 4)}
+    found = {"from scratch": Start(SMALL, (60, 100, 188, 374))}
     if settings.masked:
         masked = f"{SMALL} --init_from={settings.masked}"
-        found["masked model"] = Start(f"{masked} --rates.encoder=0.5", (60, 100, 188, 374), 4)
+        found["masked model"] = Start(f"{masked} --rates.encoder=0.5", (60, 100, 188, 374))
         found["masked model, frozen"] = Start(f"{masked} --rates.encoder=0 --optimizer=adamw --muon_lr=0.02",
-                                              (60, 100, 188, 374), 4)
+                                              (60, 100, 188, 374))
     if settings.sentences:
         large = f"{LARGE} --init_from={settings.sentences}"
-        found["published BERT"] = Start(f"{large} --rates.encoder=0.1", (40, 80, 126, 250), 2)
-        found["published BERT, frozen"] = Start(f"{large} --rates.encoder=0", (60, 100, 200, 300), 2)
+        found["published BERT"] = Start(f"{large} --rates.encoder=0.1", (40, 80, 126, 250))
+        found["published BERT, frozen"] = Start(f"{large} --rates.encoder=0", (60, 100, 200, 300))
     return found
 
 
 def score(folder):
-    """The evaluation.json of a run, with its test part, which is scored once. Raises UserError if that fails."""
+    """The evaluation.json of a run's end, with its test part, which is scored once. Raises UserError if that fails."""
     path = folder / "evaluation.json"
     if not path.exists():
-        done = subprocess.run([sys.executable, "evaluate.py", f"--out_dir={folder}", "--test=True", "--device=cpu"],
-                              capture_output=True, encoding="utf-8")
+        command = ["evaluate.py", f"--out_dir={folder}", "--checkpoint=last", "--test=True", "--device=cpu"]
+        done = subprocess.run([sys.executable, *command], capture_output=True, encoding="utf-8")
         if done.returncode:
             raise UserError(f"evaluate.py --out_dir={folder} failed: {done.stderr.strip()}")
     return read_json(path)
@@ -80,7 +79,7 @@ def learn(name, start, out):
     for rows, updates in zip(ROWS, start.updates):
         folder = out / name.replace(", ", "_").replace(" ", "_") / (str(rows) if rows else "all")
         words = ["train.py", *start.arguments.split(), f"--train_rows={rows}", f"--max_iters={updates}",
-                 f"--warmup_iters={updates // 10}", f"--eval_interval={updates // start.evaluations}", "--device=cpu"]
+                 f"--warmup_iters={updates // 10}", f"--eval_interval={updates}", "--device=cpu"]
         train(words, 1337, folder, updates)
         found.append(score(folder))
         print(f"{name}, {rows or 'all'} labels: {found[-1]['accuracy']:.1%} of the validation pages", flush=True)
