@@ -78,6 +78,8 @@ class TaggerConfig(EncoderConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        for name in ("tags", "intents"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON makes lists of them
         if not self.tags and not self.intents:
             raise UserError("tags = (), intents = (): a tagger needs labels for words, for sentences, or both")
 
@@ -124,6 +126,11 @@ def mean(x, lengths=None):
     return (x * real).sum(1) / lengths[:, None]
 
 
+def vectors(encoder, tokens, lengths=None):
+    """The vectors of texts, of length 1: (B, C). The product of two is the cosine of their angle. See `Encoder`."""
+    return F.normalize(mean(encoder(tokens, lengths), lengths), dim=-1)
+
+
 class Head(nn.Module):
     """out(dropout(relu(dense(x)))): (..., C) -> (..., N), the logits of N labels, in float32."""
 
@@ -145,6 +152,7 @@ class MaskedLM(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.dense = nn.Linear(config.n_embd, config.n_embd)
+        self.gelu = nn.GELU("none" if config.mlp == "gelu_erf" else "tanh")  # the blocks' own, as in BERT
         self.ln = NORMS[config.norm](config)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
@@ -154,7 +162,7 @@ class MaskedLM(nn.Module):
 
     def logits(self, x):
         """Float32 logits, (..., C) -> (..., V)."""
-        x = self.ln(F.gelu(self.dense(x)))
+        x = self.ln(self.gelu(self.dense(x)))
         return F.linear(x, self.encoder.wte.weight, self.bias).float()
 
 
@@ -175,8 +183,10 @@ class Classifier(nn.Module):
         """
         x = self.encoder(tokens, lengths)
         logits = self.head(mean(x, lengths) if self.config.pool == "mean" else x[:, 0])
-        if targets is None:
-            return logits
+        return logits if targets is None else self.nats(logits, targets)
+
+    def nats(self, logits, targets):
+        """The nats of each text, (B,), from its logits (B, N)."""
         if self.config.several:
             return F.binary_cross_entropy_with_logits(logits, targets.float(), reduction="none").mean(-1)
         return F.cross_entropy(logits, targets, reduction="none")
@@ -202,13 +212,16 @@ class Tagger(nn.Module):
         words = x.gather(1, places[..., None].expand(-1, -1, x.size(-1)))  # (B, S, C) -> (B, W, C)
         of_tags = None if self.tags is None else self.tags(words)
         of_intents = None if self.intents is None else self.intents(x[:, 0])
-        if tags is None and intents is None:
-            return of_tags, of_intents
-        nats = x.new_zeros((2, *places.shape), dtype=torch.float32)
+        return (of_tags, of_intents) if tags is None else self.nats(of_tags, of_intents, tags, intents)
+
+    def nats(self, of_tags, of_intents, tags, intents):
+        """The nats (2, B, W) from the logits of tags and intents. A label below 0 is none: its nats mean nothing."""
+        nats = torch.zeros((2, *tags.shape), device=tags.device)
         if of_tags is not None:
-            nats[0] = F.cross_entropy(of_tags.flatten(0, 1), tags.flatten(), reduction="none").view(tags.shape)
+            flat = F.cross_entropy(of_tags.flatten(0, 1), tags.clamp(min=0).flatten(), reduction="none")
+            nats[0] = flat.view(tags.shape)
         if of_intents is not None:
-            nats[1, :, 0] = F.cross_entropy(of_intents, intents, reduction="none")
+            nats[1, :, 0] = F.cross_entropy(of_intents, intents.clamp(min=0), reduction="none")
         return nats
 
 
@@ -222,5 +235,4 @@ class SentenceEncoder(nn.Module):
         self.pooler = nn.Linear(config.n_embd, config.n_embd) if config.pooler else None
 
     def forward(self, tokens, lengths=None):
-        """Vectors of length 1, (B, C): the product of two is the cosine of their angle. Arguments: see `Encoder`."""
-        return F.normalize(mean(self.encoder(tokens, lengths), lengths), dim=-1)
+        return vectors(self.encoder, tokens, lengths)

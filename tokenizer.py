@@ -13,6 +13,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -190,7 +191,8 @@ class GPT2Tokenizer(Tokenizer):
 
 
 class BPETokenizer(Tokenizer):
-    """A BPE of the tokenizers library, trained here or published with a model. Its file has that library's format.
+    """A BPE of the tokenizers library, trained here or published with a model; or BERT's WordPiece, or another kind of
+    that library. Its file has that library's format.
 
     ends: ids of control tokens that end a text, the usual one first; without one, ENDS tells by their names.
     roles: {"bos" or "pad": id} of the control tokens that other programs use so; kept for publishing only.
@@ -375,13 +377,19 @@ def build(name, texts, train_texts, special=("<|endoftext|>",)):
 
 def find(name):
     """The path of a tokenizer's file: `name`, or one in the folder `name` (a run's or a model's). None if absent."""
-    places = [Path(name), *(Path(name, part, "tokenizer.json") for part in ("", "best", "last", "last.old"))]
+    places = [Path(name), *(Path(name, part, "tokenizer.json") for part in ("", "best", "last", "last.old")),
+              Path(name, "vocab.txt")]
     return next((path for path in places if path.is_file()), None)
 
 
 def load(path):
-    """The tokenizer saved at `path`, by Quill or the tokenizers library. Raises UserError if it can't be read."""
+    """The tokenizer saved at `path`, by Quill or the tokenizers library. Raises UserError if it can't be read.
+
+    A vocab.txt is a BERT's: see `word_piece`.
+    """
     try:
+        if Path(path).name == "vocab.txt":
+            return BPETokenizer(word_piece(Path(path)))
         saved = json.loads(Path(path).read_text(encoding="utf-8"))
         if "model" in saved:
             import tokenizers
@@ -391,6 +399,36 @@ def load(path):
         return KINDS[saved.pop("kind")](**saved)
     except Exception as error:  # the tokenizers library raises nothing more specific
         raise UserError(f"{path} is not a tokenizer file ({type(error).__name__}: {error})") from None
+
+
+def word_piece(path):
+    """BERT's tokenizer, of the tokenizers library, from its list of tokens, one a line, and tokenizer_config.json."""
+    import tokenizers
+    beside = path.with_name("tokenizer_config.json")
+    given = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    made = tokenizers.BertWordPieceTokenizer(
+        str(path), lowercase=given.get("do_lower_case", True), strip_accents=given.get("strip_accents"),
+        handle_chinese_chars=given.get("tokenize_chinese_chars", True))
+    return tokenizers.Tokenizer.from_str(made.to_str())
+
+
+class Marks(NamedTuple):
+    """The ids of an encoder's control tokens."""
+    cls: int  # before every text
+    sep: int | None  # after every text; None: nothing
+    mask: int  # instead of a hidden token
+    pad: int  # fills a row; the encoder does not see it
+    size: int  # of the vocabulary, these included
+
+
+def marks_of(tokenizer):
+    """The Marks of a tokenizer. One that has [CLS] and [MASK], as BERT's, keeps them; to any other they are added."""
+    V = tokenizer.vocab_size
+    if isinstance(tokenizer, BPETokenizer):
+        cls, sep, mask, pad = map(tokenizer.bpe.token_to_id, ("[CLS]", "[SEP]", "[MASK]", "[PAD]"))
+        if None not in (cls, mask):
+            return Marks(cls, sep, mask, pad or 0, V)
+    return Marks(V, None, V + 1, 0, V + 2)
 
 
 def same_vocabulary(a, b):

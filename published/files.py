@@ -3,10 +3,10 @@
     python sample.py --init_from=gpt2 --prompt="Once upon"
 
 A published folder holds config.json, tokenizer.json, and model.safetensors (or pytorch_model.bin) or its shards, with
-their index. gpt2.py, llama.py and paligemma.py each have MODEL (from our config to the model), to_config and
+their index. gpt2.py, llama.py, paligemma.py and bert.py each have MODEL (from our config to the model), to_config and
 load_tokenizer.
 Published files differ in how they name tensors. first_name gives the name in the layout that came first (None: unused);
-source finds our parameter in it.
+source finds our parameter in it. bert.py has choose, too: the tensors tell which model they make.
 """
 
 import importlib
@@ -22,21 +22,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from configurator import UserError, say
+from encoder import MaskedLM, SentenceEncoder
 from machine.decode import KNOWN
 from machine.digest import code_of
 from model import GPT
 from published import check_publish, download
 from run.checkpoint import clear, fill, read_config, unfilled
 from run.files import read_json, reason, rename, write_json
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, find
 from vlm import Gemma, PaliGemma
 
 # {file of the weights: pattern of it, its shards and their index}. The first that exists; loading either runs no code.
 WEIGHTS = {"model.safetensors": "model*.safetensors*", "pytorch_model.bin": "pytorch_model*.bin*"}
 FAMILIES = {"gpt2": "published.gpt2", **dict.fromkeys(("llama", "mistral", "qwen2", "gemma"), "published.llama"),
-            "paligemma": "published.paligemma"}  # by the model_type in config.json
+            "paligemma": "published.paligemma", "bert": "published.bert"}  # by the model_type in config.json
 HEAD = "lm_head.weight"  # the output head in every first layout; a tied model has none
-LAYOUTS = {GPT: ("gpt2", "llama"), Gemma: ("llama",), PaliGemma: ("paligemma",)}  # that may hold a class of ours
+LAYOUTS = {GPT: ("gpt2", "llama"), Gemma: ("llama",), PaliGemma: ("paligemma",), MaskedLM: ("bert",),
+           SentenceEncoder: ("bert",)}  # that may hold a class of ours
 
 FITS = {  # {what a value of config.json must be: whether it is}
     "a whole number from 1 to 2^31 - 1": lambda value: type(value) is int and 0 < value < 2**31,
@@ -66,7 +68,8 @@ def load(name, device="cpu", dtype=torch.float32, block_size=0, dropout=0.0):
     kind = theirs.get("model_type") if isinstance(theirs, dict) else None
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(f"{name}: model_type = {kind!r}, but only {', '.join(FAMILIES)} can be loaded")
-    if not (folder / "tokenizer.json").is_file():
+    tokenizer_file = find(folder)
+    if tokenizer_file is None:
         raise UserError(f"{name} has no tokenizer.json: transformers writes it, in Python:"
                         f" AutoTokenizer.from_pretrained({str(name)!r}).save_pretrained({str(folder)!r})")
     family = importlib.import_module(FAMILIES[kind])
@@ -74,12 +77,15 @@ def load(name, device="cpu", dtype=torch.float32, block_size=0, dropout=0.0):
         config = family.to_config(theirs, name, block_size, dropout)
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{folder / 'config.json'} can't be used: {type(error).__name__}: {error}") from None
-    tokenizer = family.load_tokenizer(folder / "tokenizer.json")
+    tokenizer = family.load_tokenizer(tokenizer_file)
     vocab_size = getattr(config, "text", config).vocab_size
     if tokenizer.vocab_size > vocab_size:
         raise UserError(f"the tokenizer of {name} has {tokenizer.vocab_size} tokens, the model only {vocab_size}")
+    stored = read_tensors(folder, family)
+    if hasattr(family, "choose"):
+        config = family.choose(config, theirs, stored, name)
     model = unfilled(family.MODEL, config, device, dtype)
-    fill(model, read_weights(folder, model, family, theirs), name)
+    fill(model, arrange(stored, model, family, theirs, folder), name)
     return model, {"tokenizer": tokenizer}
 
 
@@ -99,8 +105,8 @@ def locate(name):
         raise UserError(f"{name} was being replaced when its program was killed: {new} is the new model, {old} the old"
                         f" one, both complete; rename one of them to {name}")
     for weights in WEIGHTS.values():
-        files = ["config.json", "generation_config.json", "tokenizer.json", weights]
-        folder = Path(download(name, files, "init_from"))
+        files = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt"]
+        folder = Path(download(name, [*files, weights], "init_from"))
         if any(folder.glob(weights)):
             break
     return folder
@@ -120,14 +126,12 @@ def weight_files(folder):
     raise UserError(f"{folder} has no weights: {' or '.join(WEIGHTS)}, or the .index.json that names its shards")
 
 
-def read_weights(folder, model, family, theirs):
-    """A state dict for the model, from a folder. family: gpt2.py, ... theirs: content of its config.json.
+def read_tensors(folder, family):
+    """{name in the first layout: (name in the file, tensor)} of a folder. family: gpt2.py, ...
 
-    It also holds tensors that the model does not know, under their names in the file: `fill` then raises an error.
-    Safetensors are memory-mapped. Raises UserError for unreadable files, a tensor that occurs twice, and an output head
-    that a tied model has no place for.
+    Safetensors are memory-mapped. Raises UserError for unreadable files, and for a tensor that occurs twice.
     """
-    stored = {}  # {name in the first layout: (name in the file, tensor)}
+    stored = {}
     for path in weight_files(folder):
         try:
             safe = path.suffix == ".safetensors"
@@ -142,6 +146,15 @@ def read_weights(folder, model, family, theirs):
                 raise UserError(f"{path} has {key}, but {stored[first][0]} was the same tensor: take one of them out")
             if first is not None:
                 stored[first] = key, tensor
+    return stored
+
+
+def arrange(stored, model, family, theirs, folder):
+    """A state dict for the model. stored: from `read_tensors`. theirs: content of config.json. folder: for messages.
+
+    It also holds tensors that the model does not know, under their names in the file: `fill` then raises an error.
+    Raises UserError for an output head that a tied model has no place for.
+    """
     parameters = model.state_dict()
     sources = {ours: family.source(ours, theirs) for ours in parameters}
     wanted = {source.name for source in sources.values()}
@@ -178,10 +191,12 @@ def layout(model, tokenizer):
         if not found:
             if edited := [name for name, code in code_of(model).items() if KNOWN.get(name, code) != code]:
                 say(f"the code of {', '.join(sorted(edited))} was edited: other programs compute what it was before")
+            if hasattr(family, "library"):
+                family.library(tokenizer)  # raises
             return family
         reasons.append(f"the layout of {name} can't hold {found}")
-    raise UserError(f"the {type(model).__name__} can't be published: {'; '.join(reasons)}. Train one with the settings"
-                    " of config/shakespeare_char.py or config/shakespeare_llama.py")
+    remedy = getattr(family, "REMEDY", "the settings of config/shakespeare_char.py or config/shakespeare_llama.py")
+    raise UserError(f"the {type(model).__name__} can't be published: {'; '.join(reasons)}. Train one with {remedy}")
 
 
 def save(model, tokenizer, folder, shard_size=5 * 10**9):

@@ -39,6 +39,7 @@ LABELLED = {  # texts with labels, from sources/labelled_sets.py: kind, recipe, 
     "help_topics": ("labels", "config/classify_topics.py", dict(languages="en")),
     "help_languages": ("labels", "config/classify_languages.py", dict(languages="")),
     "home_assistant_intents": ("tags", "config/tag_home.py", dict(languages="en")),
+    "flights": ("tags", "config/tag_flights.py", dict(tokenizer="word:1")),
     **dict.fromkeys(("atis", "snips"), ("tags", "config/tag_home.py", {})),
     **dict.fromkeys(("sst2", "imdb"), ("labels", "config/classify_topics.py", {}))}
 TOKENIZERS = {  # all known data sets: tokenizer

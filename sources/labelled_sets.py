@@ -7,6 +7,7 @@
     python prepare.py snips                             orders to a voice assistant, likewise
     python prepare.py sst2                              phrases of film reviews: positive or negative? from GLUE
     python prepare.py imdb                              film reviews: positive or negative? from Stanford
+    python prepare.py flights                           questions of air travellers, made by data/flights/generate.py
 
 data/<name>/README.md says what each holds.
 """
@@ -55,7 +56,7 @@ def fetch(name, languages, folder):
         return of_languages[name](languages, folder)
     if languages:
         raise UserError(f"languages = {','.join(languages)}: {name} is in English alone; leave it out")
-    loaders = {"atis": parallel, "snips": parallel, "sst2": sst2, "imdb": imdb}
+    loaders = {"atis": parallel, "snips": parallel, "sst2": sst2, "imdb": imdb, "flights": flights}
     return loaders[name](name, folder / "download")
 
 
@@ -209,3 +210,11 @@ def imdb(name, folder):
     rows = [{"text": text, "labels": [names[label]], "split": split, "page": films[split, label][number]}
             for (split, label, number), text in sorted(texts.items())]
     return rows, IMDB, ""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Questions of air travellers
+
+def flights(name, folder):
+    script = "data/flights/generate.py"
+    return runpy.run_path(str(ROOT / script))["generate"](), script, ""

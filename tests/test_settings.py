@@ -17,6 +17,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import make_text
+from test_tagging import make_rows
 from test_translation import make_pairs
 
 import evaluate
@@ -26,7 +27,7 @@ import train
 from configurator import UserError, flat_fields, joined, parse
 from machine import distributed
 from run import checkpoint
-from sources import documents, images, pairs, texts
+from sources import documents, images, labelled, pairs, texts
 from tasks import TASKS, find_task, task_class
 
 ROOT = Path(train.__file__).parent
@@ -175,12 +176,16 @@ BASES["contrastive"] = BASES["image-text"] = {
     "vision.patch_size": 16, "learning_rate": 0.003, "sample_tokens": 300}
 BASES["arithmetic"] = {**BASES["text"], "operations": "+-*", "digits": 1, "sample_tokens": 300}
 BASES["translation"] = {**BASES["text"], "batch_size": 200, "learning_rate": 0.003, "sample_tokens": 300}
-DATA = {"text": "data/words", "arithmetic": "arithmetic", "translation": "data/pairs"}  # of other tasks: data/shapes
+BASES["masked"] = {**BASES["text"], "learning_rate": 0.003, "block": "post", "mlp": "gelu_erf", "sample_tokens": 300}
+BASES["tagging"] = {**BASES["text"], "block_size": 64, "learning_rate": 0.003, "sample_tokens": 300}
+DATA = {  # of other tasks: data/shapes
+    "tagging": "data/tags",
+    "text": "data/words", "masked": "data/words", "arithmetic": "arithmetic", "translation": "data/pairs"}
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """A Lab with two text data sets, and two of pairs, in its folder, which is the current one."""
+    """A Lab with two data sets each of text, of pairs, and of tags, in its folder, which is the current one."""
     folder = tmp_path_factory.mktemp("lab")
     for name, seed in (("words", 0), ("others", 1)):
         (folder / f"{name}.txt").write_text(make_text(600, seed), encoding="utf-8")
@@ -188,6 +193,9 @@ def lab(tmp_path_factory):
     for name, seed, tokenizer in (("pairs", 0, "word:1"), ("more_pairs", 1, str(folder / "data" / "pairs"))):
         how = pairs.How(languages="en,xx", tokenizer=tokenizer)
         pairs.prepare(make_pairs(100, seed), folder / "data" / name, how, "made up")
+    for name, seed in (("tags", 0), ("more_tags", 1)):
+        how = labelled.How(tokenizer="byte")
+        labelled.prepare(make_rows(100, seed), folder / "data" / name, "tags", how, "made up")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "wandb", None)
         patch.chdir(folder)
@@ -267,6 +275,9 @@ TRAINING = {
     "working": Change(True),
     # of translation
     "n_encoder_layer": Change(2), "block": Change("post"), "smoothing": Change(0.3),
+    # of the encoders
+    "mask_rate": Change(0.5),
+    "learn": Change("tags"), "train_rows": Change(30), "hide_rate": Change(0.5),
 }
 WITH_IMAGES = {
     "dataset": Change("data/more"), "block_size": Change(120), "eval_tokens": Change(200), "sample_tokens": Change(0)}
@@ -281,10 +292,15 @@ OF_TASK = {  # entries that differ for one task
     "translation": {"dataset": Change("data/more_pairs"), "batch_size": Change(180), "bias": Change(False),
                     "micro_batch_size": Change(60, dropout=0.5), "eval_tokens": Change(40), "sample_tokens": Change(0),
                     "init_from": Change("one_translation"), "lora_rank": Change(2, init_from="one_translation")},
+    "masked": {"init_from": Change("one_masked"), "lora_rank": Change(2, init_from="one_masked"),
+               "block": Change("pre"), "sample_tokens": Change(0)},
+    "tagging": {"dataset": Change("data/more_tags"), "block_size": Change(12), "eval_tokens": Change(40),
+                "sample_tokens": Change(0), "init_from": Change("one_tagging"),
+                "lora_rank": Change(2, init_from="one_tagging")},
 }
 # The part of the model that --rates names.
 PART = {"text": "wte", "contrastive": "text", "image-text": "decoder", "arithmetic": "wte",
-        "translation": "encoder"}
+        "translation": "encoder", "masked": "encoder", "tagging": "encoder"}
 
 
 # Settings of every task that the task's own code reads.
@@ -334,16 +350,20 @@ SAMPLING_OF_TASK = {
     "translation": {"prompt": Change("the old\nlady fears ."), "init_from": refused("one_translation"),
                     "temperature": Change(1.0), "top_k": Change(1, temperature=2.0),
                     "top_p": Change(0.1, temperature=2.0), "seed": Change(1, temperature=2.0),
-                    "max_new_tokens": Change(2)}}
+                    "max_new_tokens": Change(2)},
+    "masked": {"prompt": Change("the ma[MASK] king"), "init_from": refused("one_masked"), "top": Change(2),
+               "rank": Change("FILE:words.txt")},
+    "tagging": {"prompt": Change("send alma to dorex"), "init_from": refused("one_tagging")}}
 EVALUATING = {
     "init_from": refused("one_text"), "out_dir": Change("one_{task}"), "checkpoint": Change("last"),
     "dataset": Change("data/others"),
     "split": Change("train"), "device": refused("meta"), "dtype": Change("bfloat16"),
     "random_windows": Change(3), "batch_size": Change(5), "seed": Change(1), "test": Change(True),
-    "beam": Change(4), "length_penalty": Change(3.0, beam=8),
+    "beam": Change(4), "length_penalty": Change(3.0, beam=8), "picture": refused("picture.txt"),
 }
-EVALUATING_OF_TASK = {"text": {}, "arithmetic": {"dataset": refused("data/others")},
+EVALUATING_OF_TASK = {"text": {}, "masked": {}, "arithmetic": {"dataset": refused("data/others")},
                       "translation": {"dataset": Change("data/more_pairs")},
+                      "tagging": {"dataset": Change("data/more_tags")},
                       **dict.fromkeys(("contrastive", "image-text"), {"dataset": Change("data/more")})}
 
 
@@ -356,12 +376,16 @@ def at(task, change):
 @pytest.mark.parametrize("task, name", settings_of(sample, "sampling"))
 def test_each_setting_of_sampling_changes_the_sample_or_is_refused(lab, run, task, name):
     asked = dict(CPU, out_dir=run)
-    if task not in ("contrastive", "arithmetic"):
+    if task not in ("contrastive", "arithmetic", "masked", "tagging"):
         asked |= {"max_new_tokens": 40}
     if task == "arithmetic":
         asked["prompt"] = "7*8="
     elif task == "translation":
         asked["prompt"] = "the mad king loves ."
+    elif task == "tagging":
+        asked["prompt"] = "who is in alma ?"
+    elif task == "masked":
+        asked["prompt"] = "the m[MASK]d king"
     elif task != "text":
         for letter, number in (("a", 0), ("b", 1)):
             shutil.copy(f"shapes_source/images/{number:05}.png", f"{letter}.png")
