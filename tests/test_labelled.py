@@ -11,6 +11,7 @@ import shutil
 import tarfile
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_pairs import data, fake_packages, page, write  # noqa: F401, data is a fixture
@@ -19,7 +20,8 @@ import prepare
 import tokenizer as tokenizers
 from batches import LabelledDataset
 from configurator import UserError
-from sources import corpora, labelled, labelled_sets
+from sources import corpora, known, labelled, labelled_sets
+from sources.download import Offline
 
 SCRIPT = Path(prepare.__file__).parent / "data/home_assistant_intents/generate.py"
 TEXTS = [f"{a} {b} {c}" for a, b, c in itertools.product(("a red", "my old", "no"), ("cat", "dog", "cow", "hen"),
@@ -320,6 +322,16 @@ def make_imdb(path):
                 member = tarfile.TarInfo(f"aclImdb/{split}/{name}")
                 member.size = len(text)
                 file.addfile(member, io.BytesIO(text.encode()))
+
+
+def test_without_a_network_tags_have_a_built_in_set(data, monkeypatch):  # noqa: F811
+    failed = SimpleNamespace(returncode=1, stderr="collecting\nno route to host\n")
+    monkeypatch.setattr(labelled_sets.subprocess, "run", lambda *arguments, **how: failed)
+    monkeypatch.setattr(known, "built_in", lambda name, wanted, error: (name, wanted, str(error)))
+    name, wanted, why = known.ensure("home_assistant_intents")
+    assert (name, wanted) == ("flights", "home_assistant_intents") and "(no route to host): go online, or put" in why
+    with pytest.raises(Offline, match="home-assistant-intents 2.* can't be downloaded"):
+        prepare.main(prepare.Settings(name="mine"), ["home_assistant_intents"])
 
 
 def test_checksums_are_sha256_or_md5(tmp_path):
