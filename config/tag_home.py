@@ -20,9 +20,16 @@ positions = "rotary"
 dropout = 0.2
 hide_rate = 0.2  # most held-out values are new words, which the words around must explain
 
-learning_rate = 3e-3
-min_lr = 3e-5
+optimizer = "muon"
+learning_rate = 5e-3  # of AdamW, for the embeddings, the biases, the norms and the heads
+muon_lr = 0.02
+lr_schedule = "linear"
+min_lr = 0.0
 warmup_iters = 50
+beta1 = 0.8
+beta2 = 0.95
+weight_decay = 0.05
+grad_clip = 0.0  # no clipping: Muon ignores the length of a gradient
 
 batch_size = 64
 max_iters = 600  # ten epochs

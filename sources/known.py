@@ -42,6 +42,7 @@ LABELLED = {  # texts with labels, from sources/labelled_sets.py: kind, recipe, 
     "flights": ("tags", "config/tag_flights.py", dict(tokenizer="word:1")),
     **dict.fromkeys(("atis", "snips"), ("tags", "config/tag_home.py", {})),
     **dict.fromkeys(("sst2", "imdb"), ("labels", "config/classify_topics.py", {}))}
+BUILT_IN_TAGS = "flights"  # needs no network
 TOKENIZERS = {  # all known data sets: tokenizer
     **{name: row[0] for name, row in KNOWN.items()}, BUILT_IN: "char", **GENERATED, **dict.fromkeys(CORPORA, "gpt2"),
     **{name: row["tokenizer"] for name, row in PAIRS.items()}, **dict.fromkeys(LABELLED, "")}
@@ -153,14 +154,19 @@ def prepare_pairs(name, target, how):
 
 
 def prepare_labelled(name, target, how):
-    """Prepares the texts with labels `name` as the data set `target`, and returns it. Raises Offline as needed.
+    """Prepares the texts with labels `name` as the data set `target`; returns and raises as prepare_known does.
 
-    how: a dict of settings, for sources.labelled.How.
+    how: a dict of settings, for sources.labelled.How. No set to classify texts is built in: Offline is raised.
     """
     from sources import labelled, labelled_sets  # they import numpy, which is slow
     how = labelled.How(**how)
     languages = [code.strip() for code in how.languages.split(",") if code.strip()]
-    rows, source, revision = labelled_sets.fetch(name, languages, DATA / name)
+    try:
+        rows, source, revision = labelled_sets.fetch(name, languages, DATA / name)
+    except Offline as error:
+        if target != name or LABELLED[name][0] != "tags":
+            raise
+        return built_in(BUILT_IN_TAGS, name, error)
     folder = locate(target) if target == name else claim(target, source)
     labelled.prepare(rows, folder, LABELLED[name][0], how, source, revision)
     return target

@@ -233,20 +233,23 @@ class TaggingTask(LabelledTask):
                 raise UserError("this model labels sentences: add --prompt with one, or --prompt=FILE:path")
             lines = request["text"].removesuffix("\n").split("\n")
             sentences = [WORD.findall(line) for line in lines]
-            self.check_lengths(model, sentences)
+            self.check_words(model, sentences)
             found = iter(self.label(model, list(filter(None, sentences))))
             for number, words in enumerate(sentences):
                 text = in_columns(words, next(found)) if words else ""
                 yield index, "\n" * (number > 0) + text + "\n" * (len(lines) > 1 and bool(words))
 
-    def check_lengths(self, model, sentences):
-        """Raises UserError for a sentence of which the model can't see every word."""
+    def check_words(self, model, sentences):
+        """Names unknown words on stderr. Raises UserError for a sentence of which the model can't see every word."""
         self.block_size = model.config.block_size
         for words in sentences:
             if len(self.places(words)) < len(words):
                 count = sum(map(len, self.pieces(words)))
                 raise UserError(f"the sentence {' '.join(words)!r:.60} has {count} tokens, and the model reads"
                                 f" {self.room}: split it")
+        unk, words = self.tokenizer.unk, dict.fromkeys(itertools.chain(*sentences))
+        if unknown := [word for word in words if unk is not None and unk in self.tokenizer.encode(word)]:
+            say(f"words that the model does not know, {len(unknown)}: {', '.join(unknown):.200}")
 
     def show(self, model, short=False):
         """Sentences of the validation split with the labels found, as text: ten, or if short three."""

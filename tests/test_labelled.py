@@ -5,11 +5,13 @@ import io
 import itertools
 import json
 import random
+import re
 import runpy
 import shutil
 import tarfile
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_pairs import data, fake_packages, page, write  # noqa: F401, data is a fixture
@@ -18,7 +20,8 @@ import prepare
 import tokenizer as tokenizers
 from batches import LabelledDataset
 from configurator import UserError
-from sources import corpora, labelled, labelled_sets
+from sources import corpora, known, labelled, labelled_sets
+from sources.download import Offline
 
 SCRIPT = Path(prepare.__file__).parent / "data/home_assistant_intents/generate.py"
 TEXTS = [f"{a} {b} {c}" for a, b, c in itertools.product(("a red", "my old", "no"), ("cat", "dog", "cow", "hen"),
@@ -215,7 +218,8 @@ INTENTS = {
     "expansion_rules": {"the": "(the|my)", "place": "[<the> ]{area}"},
     "intents": {"Set": {"data": [{"sentences": ["set <place> to {level:amount}[%| percent]", "(make <place>;{state})",
                                                 "<place> {state}", "{level:amount}% in <place>"]}]},
-                "Stop": {"data": [{"sentences": ["stop[ped]"]}]}}}
+                "Stop": {"data": [{"sentences": ["stop[ped]"]}]},
+                "Wait": {"data": [{"sentences": ["wait {level}", "(wait|hold) {level}", "[now] wait {level}"]}]}}}
 
 
 def test_a_template_expands_to_all_that_it_stands_for():
@@ -246,6 +250,9 @@ def test_templates_and_values_are_held_out():
         values[row["split"]].add(" ".join(area))
     assert not any(values[a] & values[b] - {""} for a, b in itertools.combinations(PARTS, 2))
     assert {row["split"] for row in rows if row["intent"] == "Stop"} == {"train"}  # one template
+    said = {split: {re.sub(r"\d", "0", " ".join(row["words"])) for row in rows if row["split"] == split}
+            for split in PARTS}
+    assert not any(said[a] & said[b] for a, b in itertools.combinations(PARTS, 2)) and "wait 0" in said["train"]
     assert len({" ".join(row["words"]) for row in rows}) == len(rows)
 
 
@@ -278,7 +285,7 @@ def test_the_published_formats_are_read(data, monkeypatch, tmp_path):  # noqa: F
                           for i in range(3)))
         elif name == "SST-2.zip":
             with zipfile.ZipFile(path, "w") as file:
-                for part, texts in (("train", TEXTS), ("dev", ["it is \" good"] * 2)):
+                for part, texts in (("train", TEXTS), ("dev", ["it is \" good"] * 4)):
                     lines = [f"{text} \t{i % 2}" for i, text in enumerate(texts)]
                     file.writestr(f"SST-2/{part}.tsv", "\n".join(["sentence\tlabel", *lines]))
         else:
@@ -294,7 +301,7 @@ def test_the_published_formats_are_read(data, monkeypatch, tmp_path):  # noqa: F
                         (("atis", "tags"), ("sst2", "labels"), ("imdb", "labels")))
     assert atis.rows["val"][2] == {"words": ["fly", "to", "dev", "2"], "tags": ["O", "O", "B-city", "B-number"],
                                    "intent": "flight"}
-    assert [row["labels"][0] for row in sst2.rows["test"]] == ["negative", "positive"]  # whole, with its doubles
+    assert [row["labels"][0] for row in sst2.rows["test"]] == ["negative", "positive"] * 2  # with doubles
     assert sst2.rows["test"][0]["text"] == 'it is " good'
     found = {split: {row["page"] for row in imdb.rows[split]} for split in PARTS}
     assert all(found.values()) and not found["train"] & found["val"] and "<br" not in imdb.rows["test"][0]["text"]
@@ -315,6 +322,16 @@ def make_imdb(path):
                 member = tarfile.TarInfo(f"aclImdb/{split}/{name}")
                 member.size = len(text)
                 file.addfile(member, io.BytesIO(text.encode()))
+
+
+def test_without_a_network_tags_have_a_built_in_set(data, monkeypatch):  # noqa: F811
+    failed = SimpleNamespace(returncode=1, stderr="collecting\nno route to host\n")
+    monkeypatch.setattr(labelled_sets.subprocess, "run", lambda *arguments, **how: failed)
+    monkeypatch.setattr(known, "built_in", lambda name, wanted, error: (name, wanted, str(error)))
+    name, wanted, why = known.ensure("home_assistant_intents")
+    assert (name, wanted) == ("flights", "home_assistant_intents") and "(no route to host): go online, or put" in why
+    with pytest.raises(Offline, match="home-assistant-intents 2.* can't be downloaded"):
+        prepare.main(prepare.Settings(name="mine"), ["home_assistant_intents"])
 
 
 def test_checksums_are_sha256_or_md5(tmp_path):
