@@ -146,8 +146,8 @@ def known_settings(settings, source, named, usual):
     name = settings.name or name
     for key in usual._fields:
         if name == source and getattr(how, key) != getattr(usual, key):
-            raise UserError(f"{source} always has {key} = {getattr(usual, key)}: add --name=NEW to make a different"
-                            " data set")
+            raise UserError(f"{source} always has {key} = {getattr(usual, key) or 'the usual'}: add --name=NEW to make"
+                            " a different data set")
     return name, how._asdict()
 
 

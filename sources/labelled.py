@@ -27,11 +27,12 @@ from configurator import UserError
 from machine.terminal import printable
 from sources.documents import READERS
 from sources.pairs import SPLITS, USUAL_SIZE, lines, normal, read_parquet, split_of
-from sources.texts import files_in, finish, sample, writing
+from sources.texts import files_in, finish, print_choice, sample, writing
 
 COLUMNS = {"labels": ("text", "labels"), "tags": ("words", "tags", "intent")}  # of each kind's rows
 PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
          "test": "test"}  # what files and rows call a split
+TAGGED = (".jsonl", ".conll", ".bio", ".iob", ".txt", ".tsv", ".in")  # files with words and tags
 RUN, COPIED = 8, 0.8  # a near-copy has this share of its runs of so many words in another text
 WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")  # a word, or a punctuation mark
 
@@ -198,15 +199,22 @@ def names_of(splits, kind):
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading one's own files
 
-def files_of(paths, pattern=""):
-    """The files of some paths, in order: those of each folder that fit the pattern (see texts.wanted), sorted."""
-    return [file for path in paths for file in (files_in(path, pattern) if path.is_dir() else [path])]
+def find(paths, pattern, suffixes):
+    """[(file, {"split": ...} or {})] of some files, and of the files in some folders that have one of the suffixes.
 
-
-def part_of(path):
-    """{"split": ...} of a file that is named after one, or whose folder is; else {}."""
-    names = [path.stem.lower(), path.parent.name.lower()]
-    return next(({"split": PARTS[name]} for name in names if name in PARTS), {})
+    A file or folder that is named train, valid or test says the split, unless all files have the same. pattern: see
+    texts.wanted; it is for files in folders.
+    """
+    found = []
+    for path in paths:
+        inside = [file for file in files_in(path, pattern) if file.suffix.lower() in suffixes] if path.is_dir() else []
+        for file in inside or [path]:
+            names = [path.name, *file.relative_to(path).parts] if inside else [path.name]
+            found.append((file, [PARTS[stem] for name in names if (stem := Path(name).stem.lower()) in PARTS]))
+    if any(path.is_dir() for path in paths):
+        print_choice([file for file, _ in found], [])
+    is_told = len({tuple(splits) for _, splits in found}) > 1
+    return [(file, {"split": splits[-1]} if splits and is_told else {}) for file, splits in found]
 
 
 def own_parts(row, where):
@@ -214,26 +222,27 @@ def own_parts(row, where):
     found = {"page": str(row["page"])} if row.get("page") not in (None, "") else {}
     if row.get("split") in (None, ""):
         return found
-    if row["split"] not in PARTS:
+    if str(row["split"]) not in PARTS:
         raise UserError(f"{where}: split = {row['split']!r}: must be train, val or test")
     return {**found, "split": PARTS[row["split"]]}
 
 
 def read_labels(paths, text_column, label_column, pattern=""):
     """Yields the rows of tables: {"text", "labels", perhaps "page" and "split"}."""
-    tables = [path for path in files_of(paths, pattern) if path.suffix.lower() in READERS]
-    if not tables:
-        raise UserError(f"labels = {label_column}: {', '.join(map(str, paths))} is no table: give a .csv, .tsv, .jsonl"
-                        " or .parquet, or a folder of these")
-    for path in tables:
+    tables = find(paths, pattern, READERS)
+    for path, _ in tables:
+        if path.suffix.lower() not in READERS:
+            raise UserError(f"labels = {label_column}: {path} is no table: give a .csv, .tsv, .jsonl or .parquet, or a"
+                            " folder of these")
+    for path, part in tables:
         for where, row in rows_of(path):
             for setting, name in (("labels", label_column), ("column", text_column)):
                 if name not in row:
                     raise UserError(f"{where}: no column is named {name}, only {', '.join(map(str, row))}: choose one"
                                     f" with --{setting}=NAME")
-            text = row[text_column] or ""
+            text = "" if row[text_column] is None else row[text_column]
             check_text(text, where)
-            yield {"text": text, "labels": labels_in(row[label_column], where, label_column), **part_of(path),
+            yield {"text": text, "labels": labels_in(row[label_column], where, label_column), **part,
                    **own_parts(row, where)}
 
 
@@ -267,11 +276,16 @@ def labels_in(value, where, column):
 
 def read_tags(paths, pattern=""):
     """An iterable of the rows of files, {"words", "tags", "intent", perhaps "split"}: .jsonl, CoNLL, or seq.in."""
-    files = files_of(paths, pattern)
-    parallel = [path for path in files if path.name == "seq.in"]
-    if parallel:
-        return (row for path in parallel for row in read_parallel(path.parent))
-    return (row for path in files for row in (read_spans if path.suffix.lower() == ".jsonl" else read_conll)(path))
+    files = find(paths, pattern, TAGGED)
+    for path, _ in files:
+        if path.is_dir():
+            raise UserError(f"tags = True: {path} holds no file that ends in {', '.join(TAGGED)}")
+    parallel = [(path, part) for path, part in files if path.name == "seq.in"]
+    return ({**part, **row} for path, part in parallel or files for row in reader_of(path)(path))
+
+
+def reader_of(path):
+    return read_parallel if path.name == "seq.in" else read_spans if path.suffix.lower() == ".jsonl" else read_conll
 
 
 def read_spans(path):
@@ -280,20 +294,27 @@ def read_spans(path):
         intent = row.get("intent") or ""
         check_text(intent, where)
         if "words" in row:
-            words, tags = row["words"], bio(row.get("tags") or [], where)
-            check_lengths(words, tags, where)
+            words, tags = row["words"], row.get("tags") or []
+            if not isinstance(words, list) or not isinstance(tags, list):
+                raise UserError(f"{where}: words and tags must be lists")
+            tags = bio(tags, where)
         elif isinstance(row.get("text"), str):
             check_text(row["text"], where)
             words, tags = cut(row["text"], row["spans"], where) if "spans" in row else (WORD.findall(row["text"]), [])
         else:
             raise UserError(f"{where}: has neither text nor words, only {', '.join(row)}: each line needs text and"
                             " spans, or words and tags")
-        yield {"words": words, "tags": tags, "intent": intent, **part_of(path), **own_parts(row, where)}
+        check_words(words, tags, where)
+        yield {"words": words, "tags": tags, "intent": intent, **own_parts(row, where)}
 
 
-def check_lengths(words, tags, where):
+def check_words(words, tags, where):
     if tags and len(words) != len(tags):
         raise UserError(f"{where}: has {len(words)} words and {len(tags)} tags: each word needs one")
+    for word in words:
+        check_text(word, where)
+        if not word.strip():
+            raise UserError(f"{where}: {word!r} is no word: leave it and its tag out")
 
 
 def cut(text, spans, where):
@@ -304,8 +325,8 @@ def cut(text, spans, where):
     words = list(WORD.finditer(text))
     tags, end = ["O"] * len(words), 0
     try:
-        spans = sorted((span["start"], span["end"], span["label"]) for span in spans)
-    except (TypeError, KeyError):
+        spans = sorted((int(span["start"]), int(span["end"]), str(span["label"])) for span in spans)
+    except (TypeError, ValueError, KeyError):
         raise UserError(f"{where}: spans = {spans!r:.60}: must be a list of objects with start, end, label") from None
     for start, stop, label in spans:
         inside = [i for i, word in enumerate(words) if start < word.end() and word.start() < stop]
@@ -347,14 +368,16 @@ def read_conll(path):
             raise UserError(f"{path}, line {number}: {line!r:.40} has no tag: write a word and its tag in each line,"
                             " and an empty line after each sentence")
         elif words:
-            yield {"words": words, "tags": bio(tags, f"{path}, lines {first} to {number - 1}"), "intent": intent,
-                   **part_of(path)}
+            where = f"{path}, lines {first} to {number - 1}"
+            check_words(words, tags, where)
+            yield {"words": words, "tags": bio(tags, where), "intent": intent}
             words, tags, intent = [], [], ""
         first = first if words else number + 1
 
 
-def read_parallel(folder):
-    """Yields the rows of a folder with seq.in, seq.out and perhaps label: line N of each belongs to sentence N."""
+def read_parallel(path):
+    """Yields the rows of a file seq.in, and of seq.out and perhaps label beside it: line N of each is of sentence N."""
+    folder = path.parent
     names = [name for name in ("seq.in", "seq.out", "label") if (folder / name).exists()]
     found = {name: list(lines(folder / name)) for name in names}
     counts = {name: len(each) for name, each in found.items()}
@@ -366,5 +389,5 @@ def read_parallel(folder):
     for number, (text, tags, intent) in enumerate(zip(found["seq.in"], found["seq.out"], intents), start=1):
         where = f"{folder}, line {number}"
         words, tags = text.split(), bio(tags.split(), where)
-        check_lengths(words, tags, where)
-        yield {"words": words, "tags": tags, "intent": intent.strip(), **part_of(Path(folder, "seq.in"))}
+        check_words(words, tags, where)
+        yield {"words": words, "tags": tags, "intent": intent.strip()}

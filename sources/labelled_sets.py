@@ -119,7 +119,8 @@ def help_pages(languages, share=1.0):
 
 def home_assistant_intents(languages, folder):
     if languages != ["en"]:
-        raise UserError(f"languages = {','.join(languages)}: home_assistant_intents has values for English alone: en")
+        raise UserError(f"languages = {','.join(languages)}: home_assistant_intents is in English alone,"
+                        " --languages=en")
     package, version, expected = INTENTS
     wheel = pip_download(package, version, folder / "download")
     check([wheel], expected)

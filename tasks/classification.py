@@ -12,6 +12,7 @@ Axes: B texts, n texts of a split, N labels of the model.
 import functools
 import shlex
 import textwrap
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from tasks.encoding import AT_ONCE, LabelledTask
 from tasks.settings import Classifying
 
 SHOWN = 100  # characters of a text that are shown with its labels
-STRENGTHS = (1, 10, 100)  # of logistic regression: the best on the validation part counts
+MOST_CHARACTERS = 5_000_000  # of the texts: with more, counting their characters would take minutes
 
 
 class ClassificationTask(LabelledTask):
@@ -49,9 +50,9 @@ class ClassificationTask(LabelledTask):
         """Also finds the labels of all rows: labels[split] is (n, N + 1), see `indicators`."""
         config, meta = model.config, self.dataset.meta
         if config.several != meta["several"]:
-            raise UserError(f"the data set {self.dataset.folder} has {'several labels' if meta['several'] else 'one'}"
-                            f" per text, and the model names {'several' if config.several else 'one'}: name another"
-                            " --dataset")
+            has, names = ("several" if several else "one" for several in (meta["several"], config.several))
+            raise UserError(f"the texts of {self.dataset.folder} have {has} label{'s' * meta['several']} each, and the"
+                            f" model names {names}: name another --dataset")
         if not set(config.labels) & set(meta["labels"]):
             raise UserError(f"the data set {self.dataset.folder} has none of the model's labels, such as"
                             f" {config.labels[0]}: name another --dataset")
@@ -132,12 +133,12 @@ class ClassificationTask(LabelledTask):
         """{name: decisions (n, N)} for the texts of a part, learned from the rows that the model learns from."""
         known = self.labels["train"][self.rows, :-1]
         sets, counts = np.unique(known, axis=0, return_counts=True)
-        texts = {split: [row["text"] for row in self.dataset.rows[split]] for split in ("train", "val", part)}
-        learned = [texts["train"][row] for row in self.rows]
-        found = {"most frequent": np.tile(sets[counts.argmax()], (len(texts[part]), 1))}
-        if len(sets) > 1:
-            found["bag of words"] = bag_of_words(learned, known, texts["val"], self.labels["val"], texts[part],
-                                                 self.dataset.meta["several"])
+        texts, others = ([row["text"] for row in self.dataset.rows[split]] for split in ("train", part))
+        texts, several = [texts[row] for row in self.rows], self.dataset.meta["several"]
+        found = {"most frequent": np.tile(sets[counts.argmax()], (len(others), 1))}
+        for unit in ("words", "characters"):
+            if unit == "words" or sum(map(len, texts)) <= MOST_CHARACTERS:
+                found[f"bag of {unit}"] = decide(bag_of(unit, texts, known, others), several)
         return found
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -169,9 +170,8 @@ class ClassificationTask(LabelledTask):
             cut = sum(len(line) > self.room for line in ids)
             if cut:
                 say(f"texts longer than the model's {self.room} tokens, which lose their end: {cut} of {len(ids)}")
-            found = iter(self.probabilities(model, texts))
-            shown = [f"{line}\n  {described(model.config, next(found), sampling.top)}" if line else "" for line in lines]
-            yield index, "\n".join(shown)
+            answers = (described(model.config, p, sampling.top) for p in self.probabilities(model, texts))
+            yield index, "\n".join(f"{line}\n  {next(answers)}" if line else "" for line in lines)
 
     def show(self, model, short=False):
         """Texts of the validation part with their likeliest labels: ten, or if short three."""
@@ -235,10 +235,11 @@ def averages(found, wanted):
     return {"accuracy": float(right.mean()), "macro_f1": float(np.nanmean(f1(found, wanted)))}
 
 
-def bag_of_words(texts, labels, val_texts, val_labels, others, several):
-    """(n, N), bool: the labels that logistic regression on the tf-idf of words gives to the texts `others`.
+def bag_of(unit, texts, labels, others):
+    """(n, N): the probability of each label for each of the texts `others`, by logistic regression on tf-idf.
 
-    It learns from texts and labels (n, N). Of STRENGTHS, the one that is best on the validation part counts.
+    It learns from texts and their labels (B, N). unit: "words", or "characters" (up to three in a row). Raises
+    UserError without scikit-learn.
     """
     try:
         from sklearn.feature_extraction.text import TfidfVectorizer
@@ -246,12 +247,10 @@ def bag_of_words(texts, labels, val_texts, val_labels, others, several):
         from sklearn.multiclass import OneVsRestClassifier
     except ImportError:
         raise UserError("the bag of words needs scikit-learn: pip install scikit-learn") from None
-    vectors = TfidfVectorizer(token_pattern=r"\w+", sublinear_tf=True)
-    seen, (val, others) = vectors.fit_transform(texts), map(vectors.transform, (val_texts, others))
-    targets, names, best = labels if several else labels.argmax(1), np.eye(labels.shape[1], dtype=bool), (-1, None)
-    for strength in STRENGTHS:
-        model = LogisticRegression(C=strength, max_iter=1000)
-        model = (OneVsRestClassifier(model) if several else model).fit(seen, targets)
-        found = [chosen.astype(bool) if several else names[chosen] for chosen in map(model.predict, (val, others))]
-        best = max(best, (averages(found[0], val_labels)["accuracy"], found[1]), key=lambda each: each[0])
-    return best[1]
+    how = {"token_pattern": r"\w+"} if unit == "words" else {"analyzer": "char", "ngram_range": (1, 3)}
+    vectors = TfidfVectorizer(sublinear_tf=True, **how)
+    model = OneVsRestClassifier(LogisticRegression(C=10, solver="liblinear"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about labels that none of a few texts has
+        model.fit(vectors.fit_transform(texts), labels)
+    return model.predict_proba(vectors.transform(others))

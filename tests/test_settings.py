@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+import test_classification
 import torch
 from conftest import make_text
 from test_tagging import make_rows
@@ -177,15 +178,16 @@ BASES["contrastive"] = BASES["image-text"] = {
 BASES["arithmetic"] = {**BASES["text"], "operations": "+-*", "digits": 1, "sample_tokens": 300}
 BASES["translation"] = {**BASES["text"], "batch_size": 200, "learning_rate": 0.003, "sample_tokens": 300}
 BASES["masked"] = {**BASES["text"], "learning_rate": 0.003, "block": "post", "mlp": "gelu_erf", "sample_tokens": 300}
+BASES["classification"] = {**BASES["text"], "block_size": 64, "learning_rate": 0.003, "sample_tokens": 300}
 BASES["tagging"] = {**BASES["text"], "block_size": 64, "learning_rate": 0.003, "sample_tokens": 300}
 DATA = {  # of other tasks: data/shapes
-    "tagging": "data/tags",
+    "tagging": "data/tags", "classification": "data/labels",
     "text": "data/words", "masked": "data/words", "arithmetic": "arithmetic", "translation": "data/pairs"}
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """A Lab with two data sets each of text, of pairs, and of tags, in its folder, which is the current one."""
+    """A Lab with two data sets each of text, pairs, tags and labels, in its folder, which is the current one."""
     folder = tmp_path_factory.mktemp("lab")
     for name, seed in (("words", 0), ("others", 1)):
         (folder / f"{name}.txt").write_text(make_text(600, seed), encoding="utf-8")
@@ -196,6 +198,9 @@ def lab(tmp_path_factory):
     for name, seed in (("tags", 0), ("more_tags", 1)):
         how = labelled.How(tokenizer="byte")
         labelled.prepare(make_rows(100, seed), folder / "data" / name, "tags", how, "made up")
+    for name, seed in (("labels", 0), ("more_labels", 1)):
+        rows = test_classification.make_rows(100, seed=seed)
+        labelled.prepare(rows, folder / "data" / name, "labels", labelled.How(tokenizer="byte"), "made up")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "wandb", None)
         patch.chdir(folder)
@@ -277,7 +282,7 @@ TRAINING = {
     "n_encoder_layer": Change(2), "block": Change("post"), "smoothing": Change(0.3),
     # of the encoders
     "mask_rate": Change(0.5),
-    "learn": Change("tags"), "train_rows": Change(30), "hide_rate": Change(0.5),
+    "learn": Change("tags"), "train_rows": Change(30), "pool": Change("first"), "hide_rate": Change(0.5),
 }
 WITH_IMAGES = {
     "dataset": Change("data/more"), "block_size": Change(120), "eval_tokens": Change(200), "sample_tokens": Change(0)}
@@ -297,10 +302,14 @@ OF_TASK = {  # entries that differ for one task
     "tagging": {"dataset": Change("data/more_tags"), "block_size": Change(12), "eval_tokens": Change(40),
                 "sample_tokens": Change(0), "init_from": Change("one_tagging"),
                 "lora_rank": Change(2, init_from="one_tagging")},
+    "classification": {"dataset": Change("data/more_labels"), "block_size": Change(12), "eval_tokens": Change(40),
+                       "sample_tokens": Change(0), "init_from": Change("one_classification"),
+                       "lora_rank": Change(2, init_from="one_classification")},
 }
 # The part of the model that --rates names.
 PART = {"text": "wte", "contrastive": "text", "image-text": "decoder", "arithmetic": "wte",
-        "translation": "encoder", "masked": "encoder", "tagging": "encoder"}
+        "translation": "encoder", "masked": "encoder", "tagging": "encoder",
+        "classification": "encoder"}
 
 
 # Settings of every task that the task's own code reads.
@@ -353,7 +362,8 @@ SAMPLING_OF_TASK = {
                     "max_new_tokens": Change(2)},
     "masked": {"prompt": Change("the ma[MASK] king"), "init_from": refused("one_masked"), "top": Change(2),
                "rank": Change("FILE:words.txt")},
-    "tagging": {"prompt": Change("send alma to dorex"), "init_from": refused("one_tagging")}}
+    "tagging": {"prompt": Change("send alma to dorex"), "init_from": refused("one_tagging")},
+    "classification": {"prompt": Change("a night"), "init_from": refused("one_classification"), "top": Change(1)}}
 EVALUATING = {
     "init_from": refused("one_text"), "out_dir": Change("one_{task}"), "checkpoint": Change("last"),
     "dataset": Change("data/others"),
@@ -364,6 +374,7 @@ EVALUATING = {
 EVALUATING_OF_TASK = {"text": {}, "masked": {}, "arithmetic": {"dataset": refused("data/others")},
                       "translation": {"dataset": Change("data/more_pairs")},
                       "tagging": {"dataset": Change("data/more_tags")},
+                      "classification": {"dataset": Change("data/more_labels")},
                       **dict.fromkeys(("contrastive", "image-text"), {"dataset": Change("data/more")})}
 
 
@@ -376,7 +387,7 @@ def at(task, change):
 @pytest.mark.parametrize("task, name", settings_of(sample, "sampling"))
 def test_each_setting_of_sampling_changes_the_sample_or_is_refused(lab, run, task, name):
     asked = dict(CPU, out_dir=run)
-    if task not in ("contrastive", "arithmetic", "masked", "tagging"):
+    if task not in ("contrastive", "arithmetic", "masked", "tagging", "classification"):
         asked |= {"max_new_tokens": 40}
     if task == "arithmetic":
         asked["prompt"] = "7*8="
@@ -384,6 +395,8 @@ def test_each_setting_of_sampling_changes_the_sample_or_is_refused(lab, run, tas
         asked["prompt"] = "the mad king loves ."
     elif task == "tagging":
         asked["prompt"] = "who is in alma ?"
+    elif task == "classification":
+        asked["prompt"] = "the mad king"
     elif task == "masked":
         asked["prompt"] = "the m[MASK]d king"
     elif task != "text":

@@ -1,0 +1,23 @@
+"""draft"""
+task = "classification"
+dataset = "help_languages"
+out_dir = "out/classify_languages"
+n_layer = 2
+n_head = 4
+n_embd = 64
+block_size = 64
+dropout = 0.1
+optimizer = "muon"
+learning_rate = 5e-3
+muon_lr = 0.02
+min_lr = 0.0
+warmup_iters = 20
+lr_schedule = "linear"
+beta1 = 0.8
+beta2 = 0.95
+weight_decay = 0.1
+grad_clip = 0.0
+batch_size = 64
+max_iters = 696
+eval_interval = 116
+log_interval = 20

@@ -1,0 +1,23 @@
+"""draft"""
+task = "classification"
+dataset = "help_topics"
+out_dir = "out/classify_topics"
+n_layer = 2
+n_head = 4
+n_embd = 128
+block_size = 128
+dropout = 0.2
+optimizer = "muon"
+learning_rate = 3e-3
+muon_lr = 0.01
+min_lr = 0.0
+warmup_iters = 20
+lr_schedule = "linear"
+beta1 = 0.8
+beta2 = 0.95
+weight_decay = 0.1
+grad_clip = 0.0
+batch_size = 32
+max_iters = 248
+eval_interval = 31
+log_interval = 10
