@@ -125,12 +125,12 @@ class TaggingTask(LabelledTask):
         """
         arguments, weights = super().batch(rows, generator)
         if rate := self.settings.hide_rate:
-            tags, places, tokens = (arguments[name].cpu() for name in ("tags", "places", "tokens"))
-            in_span = (tags >= 0) & (tags != self.ids["tags"].get("O", NONE))
-            hidden = in_span & (torch.rand(tags.shape, generator=generator) < rate)  # (B, W)
-            hidden = torch.zeros_like(tokens, dtype=torch.bool).scatter(1, places, hidden)  # (B, W) -> (B, S)
+            tokens, tags = arguments["tokens"], arguments["tags"]
+            drawn = torch.rand(tags.shape, generator=generator).to(tags.device) < rate
+            hidden = drawn & (tags >= 0) & (tags != self.ids["tags"].get("O", NONE))  # (B, W)
+            hidden = torch.zeros_like(tokens, dtype=torch.bool).scatter(1, arguments["places"], hidden)  # (B, S)
             unknown = self.marks.mask if self.tokenizer.unk is None else self.tokenizer.unk
-            arguments["tokens"] = arguments["tokens"].masked_fill(hidden.to(self.world.device), unknown)
+            arguments["tokens"] = tokens.masked_fill(hidden, unknown)
         return arguments, weights
 
     def weight(self, rows):
