@@ -1,7 +1,7 @@
 """Texts with labels that are known by name: fetches each, and yields its rows as `labelled.prepare` takes them.
 
     python prepare.py help_topics                       pages of LibreOffice's help and their topics, by apt-get
-    python prepare.py help_languages                    its sentences in 33 languages, by apt-get
+    python prepare.py help_languages                    its sentences in 32 languages, by apt-get
     python prepare.py home_assistant_intents            commands to a house, their slots and intents, by pip
     python prepare.py atis                              questions on flights, their slots and intents, from GitHub
     python prepare.py snips                             orders to a voice assistant, likewise
