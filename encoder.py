@@ -78,6 +78,8 @@ class TaggerConfig(EncoderConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        for name in ("tags", "intents"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON makes lists of them
         if not self.tags and not self.intents:
             raise UserError("tags = (), intents = (): a tagger needs labels for words, for sentences, or both")
 
@@ -181,8 +183,10 @@ class Classifier(nn.Module):
         """
         x = self.encoder(tokens, lengths)
         logits = self.head(mean(x, lengths) if self.config.pool == "mean" else x[:, 0])
-        if targets is None:
-            return logits
+        return logits if targets is None else self.nats(logits, targets)
+
+    def nats(self, logits, targets):
+        """The nats of each text, (B,), from its logits (B, N)."""
         if self.config.several:
             return F.binary_cross_entropy_with_logits(logits, targets.float(), reduction="none").mean(-1)
         return F.cross_entropy(logits, targets, reduction="none")
@@ -208,13 +212,16 @@ class Tagger(nn.Module):
         words = x.gather(1, places[..., None].expand(-1, -1, x.size(-1)))  # (B, S, C) -> (B, W, C)
         of_tags = None if self.tags is None else self.tags(words)
         of_intents = None if self.intents is None else self.intents(x[:, 0])
-        if tags is None and intents is None:
-            return of_tags, of_intents
-        nats = x.new_zeros((2, *places.shape), dtype=torch.float32)
+        return (of_tags, of_intents) if tags is None else self.nats(of_tags, of_intents, tags, intents)
+
+    def nats(self, of_tags, of_intents, tags, intents):
+        """The nats (2, B, W) from the logits of tags and intents. A label below 0 is none: its nats mean nothing."""
+        nats = torch.zeros((2, *tags.shape), device=tags.device)
         if of_tags is not None:
-            nats[0] = F.cross_entropy(of_tags.flatten(0, 1), tags.flatten(), reduction="none").view(tags.shape)
+            flat = F.cross_entropy(of_tags.flatten(0, 1), tags.clamp(min=0).flatten(), reduction="none")
+            nats[0] = flat.view(tags.shape)
         if of_intents is not None:
-            nats[1, :, 0] = F.cross_entropy(of_intents, intents, reduction="none")
+            nats[1, :, 0] = F.cross_entropy(of_intents, intents.clamp(min=0), reduction="none")
         return nats
 
 

@@ -39,7 +39,7 @@ class LoRALinear(nn.Linear):
 
 
 def add_lora(model, rank, generator=None, alpha=0.0, targets=""):
-    """Freezes a model's `decoder`, or all of it if it has none, and adds matrices A and B to linear layers there.
+    """Freezes a model's `decoder`, else its `encoder`, else all of it, and adds matrices A and B to its linear layers.
 
     B starts at zero, so the outputs are the same at first. A is drawn on the CPU, with variance 1 / in_features.
     alpha: 0 means 2 * rank. targets: the layers' names, such as "q_proj,v_proj"; "": every linear layer, and so a
@@ -48,7 +48,7 @@ def add_lora(model, rank, generator=None, alpha=0.0, targets=""):
     """
     if rank < 1:
         raise UserError(f"lora_rank = {rank}: must be at least 1")
-    part = getattr(model, "decoder", model)
+    part = getattr(model, "decoder", getattr(model, "encoder", model))  # an encoder's head may be new
     found = layers(part, nn.Linear)
     if not found:
         raise UserError(f"lora_rank = {rank}: {type(model).__name__} has no linear layers; use lora_rank = 0")

@@ -12,6 +12,8 @@
     python prepare.py en.txt it.txt --languages=en,it --name=mine    to translate: line N of one file translates line N
     python prepare.py pairs.tsv --languages=en,it       of the other; or two columns of a table, or a .tmx; or a known
     python prepare.py libreoffice_help --languages=en,it --tokenizer=bpe:4000     one: see sources/pairs.py
+    python prepare.py reviews.csv --labels=stars        texts with labels, to classify them; or words with labels, as
+    python prepare.py queries.jsonl --tags=True         spans of a text or in CoNLL files: see sources/labelled.py
 
 Text must be UTF-8 and may be larger than memory. The first 90 % of each file is for training, the rest for validation.
 """
@@ -30,16 +32,18 @@ from configurator import UserError, check_idle, check_ranges, from_command_line,
 
 @dataclass(frozen=True)
 class Settings:
-    tokenizer: str = "char"  # char (pairs: bpe:4000), byte, gpt2, bpe:SIZE, word:TIMES (seen), a model's folder or id
+    tokenizer: str = "char"  # char (pairs, labels: bpe:4000), byte, gpt2, bpe:SIZE, word:TIMES, a model's folder or id
     name: str = ""  # the data set's name under data/, or the path of a folder; default: the source's name
     files: str = ""  # which files of a folder to use, such as "*.py,*.md" or "!*.csv"; default: all that can be read
-    val_fraction: float = 0.1  # for validation: the end of texts, the last images, else by hash; of pairs again to test
+    val_fraction: float = 0.1  # for validation: the end of texts, the last images, else by hash; pairs, labels: 2 parts
     newlines: Literal["one", "keep"] = "one"  # line ends of texts: "one" makes Windows' \r\n a \n, "keep" leaves them
     image_size: int = 48  # width and height in pixels that images are resized to
-    column: str = "text"  # the column of a table that holds the documents, or the captions of images
+    column: str = "text"  # the column of a table that holds the documents, the texts to classify, or images' captions
+    labels: str = ""  # the column of a table that holds the label of each text, or a list of labels: to classify texts
+    tags: bool = False  # the sources are words with labels: CoNLL files, .jsonl with spans, or seq.in, seq.out, label
     processes: int = 0  # processes that tokenize documents in parallel; 0: one per CPU core
     max_files: int = 0  # use only so many files of documents, from the first on; 0: all
-    languages: str = ""  # two, such as en,it: the sources are parallel texts, to translate from the first to the second
+    languages: str = ""  # two, such as en,it: the sources are parallel texts; of a known set with labels: its languages
     columns: str = ""  # of a table of pairs, the two columns; default: named as the languages; 1,2: if none are named
     shared: bool = True  # pairs: one vocabulary for both languages
     min_words: int = 1  # pairs: leave out those with a shorter source
@@ -58,7 +62,7 @@ if __name__ == "__main__":  # --help and typos are answered before the slow impo
 
 from machine.terminal import printable
 from published import download as download_model
-from sources import documents, images, pairs, texts
+from sources import documents, images, known, labelled, pairs, texts
 from sources.download import download
 from sources.known import CORPORA, GENERATED, PAIRS, TOKENIZERS, claim, locate, prepare_known, prepare_pairs
 
@@ -68,8 +72,12 @@ SETTINGS_OF = {  # for each kind of source, its settings that some other kinds l
     "captions": ("image_size",), "metadata": ("image_size", "column"),
     "pairs": ("languages", "columns", "shared", "min_words", "max_words"),
     "known pairs": ("languages", "shared", "min_words", "max_words"),
+    "texts with labels": ("labels", "column", "files"), "words with tags": ("tags", "files"),
+    "a known set with labels": ("languages",),
     "a known text": (), "a known corpus": ("column", "processes", "max_files"), "known images": ("image_size",)}
 PAIRS_RECIPE = "config/translate_en_it.py"
+TASKS = {"vlm": "image-text", "translate": "translation", "classify": "classification", "tag": "tagging"}
+# by the start of a recipe's name; others are of texts
 
 
 def main(settings, sources, named=()):
@@ -84,7 +92,7 @@ def main(settings, sources, named=()):
                     prepare_own(settings, sources, named))
     start = [recipe]
     if os.path.isdir(given) or given != settings.tokenizer:  # the tokenizer of a model, to fine-tune
-        task = "image-text" if "vlm" in recipe else "translation" if recipe == PAIRS_RECIPE else ""
+        task = TASKS.get(Path(recipe).stem.partition("_")[0])
         start = [f"--task={task}"] * bool(task) + [f"--init_from={given}"]
     command = ["python", "train.py", *start, f"--dataset={name}", f"--out_dir=out/{locate(name).name}"]
     print(printable(f"train on it: {shlex.join(command)}"))
@@ -101,7 +109,14 @@ def local_tokenizer(name):
 def prepare_known_source(settings, source, named):
     """Prepares a known data set, under its own name or settings.name. Returns (name, path of a recipe in config/)."""
     if source in PAIRS:
-        return prepare_known_pairs(settings, source, named), PAIRS_RECIPE
+        check_kind(settings, "known pairs")
+        name, how = known_settings(settings, source, named, pairs.How(**PAIRS[source]))
+        return prepare_pairs(source, name, how), PAIRS_RECIPE
+    if source in known.LABELLED:
+        check_kind(settings, "a known set with labels")
+        _, recipe, usual = known.LABELLED[source]
+        name, how = known_settings(settings, source, named, labelled.How(**usual))
+        return known.prepare_labelled(source, name, how), recipe
     name, is_corpus, has_images = settings.name or source, source in CORPORA, source in GENERATED
     check_kind(settings, "a known corpus" if is_corpus else "known images" if has_images else "a known text")
     if name == source:  # under its own name, a data set is the same for everyone
@@ -119,29 +134,30 @@ def prepare_known_source(settings, source, named):
     return name, f"config/vlm_{source}.py" if has_images else text_recipe(TOKENIZERS.get(name, settings.tokenizer))
 
 
-def prepare_known_pairs(settings, source, named):
-    """Prepares a known parallel text. Returns its name: settings.name, or the source's, with its languages if given.
+def known_settings(settings, source, named, usual):
+    """(name of the data set, dict of settings) for a known source with a How of its own.
 
-    Settings that are not given are those in PAIRS.
+    usual: the How of the data set that has the source's own name; it holds for settings that are not given. Another
+    choice of languages has another name.
     """
-    check_kind(settings, "known pairs")
-    usual = pairs.How(**PAIRS[source])
     chosen = {key: getattr(settings, key) for key in usual._fields
               if key in named or getattr(settings, key) != getattr(Settings, key)}
     how = usual._replace(**chosen)
-    name = source if how.languages == usual.languages else "_".join([source, *pairs.two(how.languages, "languages")])
+    name = source if how.languages == usual.languages else "_".join([source, *re.split(" *, *", how.languages)])
     name = settings.name or name
     for key in usual._fields:
         if name == source and getattr(how, key) != getattr(usual, key):
-            raise UserError(f"{source} always has {key} = {getattr(usual, key)}: add --name=NEW to make a different"
-                            " data set")
-    return prepare_pairs(source, name, how._asdict())
+            raise UserError(f"{source} always has {key} = {getattr(usual, key) or 'the usual'}: add --name=NEW to make"
+                            " a different data set")
+    return name, how._asdict()
 
 
 def prepare_own(settings, sources, named):
     """Prepares files and folders, or a URL. Returns (the data set's name, path of a recipe in config/)."""
     is_url = len(sources) == 1 and "://" in sources[0]
     check_sources(settings, sources, is_url)
+    if settings.labels or settings.tags:
+        return prepare_own_labelled(settings, sources, named)
     if settings.languages or settings.columns or sources[0].lower().endswith(".tmx"):
         return prepare_own_pairs(settings, sources, named), PAIRS_RECIPE
     paths = list(map(Path, sources))
@@ -152,8 +168,7 @@ def prepare_own(settings, sources, named):
         raise UserError(f"{', '.join(sources)}: there are no texts or documents{which}; images need a captions.jsonl,"
                         " see sources/images.py")
     check_kind(settings, tables[0].stem.lower() if tables else "documents" if row_files else "texts")
-    path = os.path.abspath(urlsplit(sources[0]).path if is_url else sources[0])  # absolute: "." has no name
-    name = settings.name or re.sub(r"\W+", "_", Path(path).stem)
+    name = own_name(settings, urlsplit(sources[0]).path if is_url else sources[0])
     source = sources[0] if is_url else ", ".join(map(os.path.abspath, sources))
     source = os.fsencode(source).decode("utf-8", "backslashreplace")  # a file's name may not be UTF-8
     folder, how = claim(name, source), (settings.tokenizer, settings.val_fraction)
@@ -179,12 +194,37 @@ def prepare_own_pairs(settings, sources, named):
         raise UserError(f"{given}: pairs come from files on this machine, and {', '.join(sources)} is none")
     paths = list(map(Path, sources))
     rows, languages = pairs.read(paths, settings.languages, settings.columns)
-    name, source = settings.name or re.sub(r"\W+", "_", paths[0].stem), ", ".join(map(os.path.abspath, sources))
+    name, source = own_name(settings, paths[0]), ", ".join(map(os.path.abspath, sources))
     how = pairs.How(**{key: getattr(settings, key) for key in pairs.How._fields})._replace(languages=languages)
     if settings.tokenizer == Settings.tokenizer and "tokenizer" not in named:
         how = how._replace(tokenizer=pairs.How().tokenizer)
     pairs.prepare(rows, claim(name, source), how, source)
     return name
+
+
+def prepare_own_labelled(settings, sources, named):
+    """Prepares files of texts or words with labels. Returns (the data set's name, path of a recipe in config/)."""
+    if settings.labels and settings.tags:
+        raise UserError(f"labels = {settings.labels}, tags = True: choose one: texts have labels, or words have tags")
+    check_kind(settings, "words with tags" if settings.tags else "texts with labels")
+    if "://" in sources[0]:
+        raise UserError(f"{sources[0]}: only texts are fetched from a URL; download the file, and give its path")
+    paths = list(map(Path, sources))
+    if settings.tags:
+        kind, recipe, rows = "tags", "config/tag_home.py", labelled.read_tags(paths, settings.files)
+    else:
+        kind, recipe = "labels", "config/classify_topics.py"
+        rows = labelled.read_labels(paths, settings.column, settings.labels, settings.files)
+    name, source = own_name(settings, paths[0]), ", ".join(map(os.path.abspath, sources))
+    has_usual = settings.tokenizer == Settings.tokenizer and "tokenizer" not in named
+    how = labelled.How(tokenizer="" if has_usual else settings.tokenizer, val_fraction=settings.val_fraction)
+    labelled.prepare(rows, claim(name, source), kind, how, source)
+    return name, recipe
+
+
+def own_name(settings, path):
+    """--name, or the name of the first source, a path; of "." the folder's."""
+    return settings.name or re.sub(r"\W+", "_", Path(os.path.abspath(path)).stem)
 
 
 def text_recipe(tokenizer):

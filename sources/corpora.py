@@ -64,9 +64,10 @@ PARAGRAPH = re.compile(r'<(p|h[1-6])\b[^>]*\bid="(\w+)"[^>]*>(.*?)</\1>', re.DOT
 
 
 def libreoffice_help(languages, folder):
-    packages = [HELP + {"en": "en-us"}.get(language, language).lower() for language in languages]
+    packages = [help_package(language) for language in languages]
     with tempfile.TemporaryDirectory() as temporary:
-        versions = [unpack(package, temporary) for package in packages]
+        apt_get(packages, temporary)
+        versions = [unpack(package, temporary, temporary) for package in packages]
         help_folder = Path(temporary, "usr/share/libreoffice/help")
         roots = [help_in(help_folder, package.removeprefix(HELP)) for package in packages]
         pages = sorted(path.relative_to(roots[0]).as_posix() for path in roots[0].rglob("*.html"))
@@ -76,31 +77,48 @@ def libreoffice_help(languages, folder):
     return rows, f"Debian packages {packages[0]} and {packages[1]}", " and ".join(dict.fromkeys(versions))
 
 
-def unpack(package, folder):
-    """Downloads a Debian package, unpacks it into the folder, and returns its version."""
+def apt_get(packages, folder):
+    """Downloads Debian packages into the folder."""
     if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
-        raise Offline(f"{package} is a Debian package, and this machine has no apt-get: prepare it on Debian or Ubuntu")
-    print(f"downloading {package}", flush=True)
+        raise Offline(f"{packages[0]} is a Debian package, and this machine has no apt-get: prepare it on Debian or"
+                      " Ubuntu")
+    more = f" and {len(packages) - 1} more packages" if packages[1:] else ""
+    print(f"downloading {packages[0]}{more}", flush=True)
     # As root, apt would like to work as another user, who can't write into this folder.
-    command = ["apt-get", "-o", "APT::Sandbox::User=root", "download", package]
+    command = ["apt-get", "-o", "APT::Sandbox::User=root", "download", *packages]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
-    found = list(Path(folder).glob(f"{package}_*.deb"))
-    if done.returncode or not found:
-        raise missing(package, done.stderr.strip().splitlines())
-    subprocess.run(["dpkg-deb", "-x", str(found[0]), folder], check=True)
-    shown = subprocess.run(["dpkg-deb", "-f", str(found[0]), "Version"], check=True, capture_output=True, text=True)
+    absent = [package for package in packages if not list(Path(folder).glob(f"{package}_*.deb"))]
+    if done.returncode or absent:
+        raise missing([*absent, *packages][0], done.stderr.strip().splitlines())
+
+
+def unpack(package, folder, to):
+    """Unpacks a package, which `apt_get` has put into the folder, into the folder `to`. Returns its version."""
+    file = str(next(Path(folder).glob(f"{package}_*.deb")))
+    subprocess.run(["dpkg-deb", "-x", file, to], check=True)
+    shown = subprocess.run(["dpkg-deb", "-f", file, "Version"], check=True, capture_output=True, text=True)
     return shown.stdout.strip()
 
 
 def missing(package, said):
     """The error for a package that apt-get did not download. said: the lines of its complaint."""
-    prefix = HELP if package.startswith(HELP) else package
-    names = subprocess.run(["apt-cache", "pkgnames", prefix], capture_output=True, text=True).stdout.split()
-    codes = sorted({"en-us": "en"}.get(code := name.removeprefix(prefix), code) for name in names)
-    if codes and package not in names:
-        return UserError(f"there is no package {package}: choose two languages of {', '.join(codes)}")
+    codes = help_codes()
+    if package.startswith(HELP) and codes and package not in map(help_package, codes):
+        return UserError(f"there is no package {package}: choose languages of {', '.join(codes)}")
     remedy = "go online" if codes else "run apt-get update (as root) first"
     return Offline(f"{package} can't be downloaded ({said[-1] if said else 'apt-get failed'}): {remedy}")
+
+
+def help_package(language):
+    return HELP + {"en": "en-us"}.get(language, language).lower()
+
+
+def help_codes():
+    """The languages that the help has, as far as apt-get knows: a sorted list of codes."""
+    no_apt = not shutil.which("apt-cache")
+    names = "" if no_apt else subprocess.run(["apt-cache", "pkgnames", HELP], capture_output=True, text=True).stdout
+    codes = {name.removeprefix(HELP) for name in names.split()} - {"common"}
+    return sorted({"en-us": "en"}.get(code, code) for code in codes)
 
 
 def help_in(folder, code):
@@ -166,7 +184,8 @@ def bible_en_es(languages, folder):
         raise UserError(f"languages = {','.join(languages)}: bible_en_es has only en and es")
     packages, modules = zip(*(BIBLES[language] for language in languages))
     with tempfile.TemporaryDirectory() as temporary:
-        versions = [unpack(package, temporary) for package in packages]
+        apt_get(packages, temporary)
+        versions = [unpack(package, temporary, temporary) for package in packages]
         texts = Path(temporary, "usr/share/sword/modules/texts/ztext")
         rows = list(verses(*([*entries(texts / module)] for module in modules)))
     print(f"{packages[0]} {versions[0]}, {packages[1]} {versions[1]}: {len(rows):,} verses", flush=True)

@@ -36,9 +36,17 @@ PAIRS = {  # parallel texts, from sources/corpora.py: settings of prepare.py, fo
     "multi30k": dict(languages="en,de", tokenizer="bpe:8000"),
     "phrases": dict(languages="en,it", tokenizer="bpe:400")}
 BUILT_IN_PAIRS = "phrases"  # needs no network
+LABELLED = {  # texts with labels, from sources/labelled_sets.py: kind, recipe, settings for sources.labelled.How
+    "help_topics": ("labels", "config/classify_topics.py", dict(languages="en")),
+    "help_languages": ("labels", "config/classify_languages.py", dict(languages="")),
+    "home_assistant_intents": ("tags", "config/tag_home.py", dict(languages="en", tokenizer="word:1")),
+    "flights": ("tags", "config/tag_flights.py", dict(tokenizer="word:1")),
+    **dict.fromkeys(("atis", "snips"), ("tags", "config/tag_home.py", {})),
+    **dict.fromkeys(("sst2", "imdb"), ("labels", "config/classify_topics.py", {}))}
+BUILT_IN_TAGS = "flights"  # needs no network
 TOKENIZERS = {  # all known data sets: tokenizer
     **{name: row[0] for name, row in KNOWN.items()}, BUILT_IN: "char", **GENERATED, **dict.fromkeys(CORPORA, "gpt2"),
-    **{name: row["tokenizer"] for name, row in PAIRS.items()}}
+    **{name: row["tokenizer"] for name, row in PAIRS.items()}, **dict.fromkeys(LABELLED, "")}
 
 
 def locate(dataset):
@@ -99,8 +107,8 @@ def prepare_known(name, target, tokenizer, val_fraction=0.1, image_size=48):
     """Prepares the known data set `name`, if it is not one of CORPORA, as the data set `target`.
 
     target: a data set's name or path, as for `locate`. Returns the data set to train on: `target`. If a download fails
-    for want of a network, returns the built-in one where target is name, and else raises Offline. Pairs: with the
-    settings in PAIRS; `prepare_pairs` takes others.
+    for want of a network, returns the built-in one where target is name, and else raises Offline. Pairs and texts with
+    labels: with the settings in PAIRS and LABELLED; `prepare_pairs` and `prepare_labelled` take others.
     """
     if name in GENERATED:
         from sources import images  # imports numpy, which is slow
@@ -114,6 +122,8 @@ def prepare_known(name, target, tokenizer, val_fraction=0.1, image_size=48):
         return target
     if name in PAIRS:
         return prepare_pairs(name, target, PAIRS[name])
+    if name in LABELLED:
+        return prepare_labelled(name, target, LABELLED[name][2])
     from sources import texts  # imports numpy, which is slow
     try:
         path, origin = known_text(name)
@@ -141,6 +151,25 @@ def prepare_pairs(name, target, how):
             raise
         return built_in(BUILT_IN_PAIRS, name, error)
     pairs.prepare(rows, locate(target) if target == name else claim(target, source), how, source, revision)
+    return target
+
+
+def prepare_labelled(name, target, how):
+    """Prepares the texts with labels `name` as the data set `target`; returns and raises as prepare_known does.
+
+    how: a dict of settings, for sources.labelled.How. No set to classify texts is built in: Offline is raised.
+    """
+    from sources import labelled, labelled_sets  # they import numpy, which is slow
+    how = labelled.How(**how)
+    languages = [code.strip() for code in how.languages.split(",") if code.strip()]
+    try:
+        rows, source, revision = labelled_sets.fetch(name, languages, DATA / name)
+    except Offline as error:
+        if target != name or LABELLED[name][0] != "tags":
+            raise
+        return built_in(BUILT_IN_TAGS, name, error)
+    folder = locate(target) if target == name else claim(target, source)
+    labelled.prepare(rows, folder, LABELLED[name][0], how, source, revision)
     return target
 
 

@@ -145,9 +145,14 @@ def normal(text):
 
 
 def split_of(group, val_fraction):
-    """The split of a page, or of a normal sentence: its SHA-256, as a fraction from 0 to 1, decides."""
-    place = int.from_bytes(hashlib.sha256(group.encode("utf-8")).digest()[:8], "big") / 2**64
+    """The split of a page, or of a normal sentence: its hash decides."""
+    place = place_of(group)
     return "val" if place < val_fraction else "test" if place < 2 * val_fraction else "train"
+
+
+def place_of(text):
+    """A number from 0 to 1: the text's SHA-256, as a fraction."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big") / 2**64
 
 
 def without_copies(rows, left_out):

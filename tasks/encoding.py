@@ -13,7 +13,7 @@ import torch
 
 import tokenizer as tokenizers
 from batches import LabelledDataset, length_batches, padded, shuffled_rows, to_device
-from configurator import UserError
+from configurator import UserError, say
 from encoder import Encoder, EncoderConfig
 from machine.device import autocast
 from model import init_weights
@@ -57,6 +57,7 @@ class EncoderTask(Task):
         if not isinstance(getattr(model, "encoder", None), Encoder):
             return super().adopt(model, generator)  # raises
         shape = {field.name: getattr(model.config, field.name) for field in dataclasses.fields(EncoderConfig)}
+        say(f"{self.source}: its encoder gets a new head, which starts from random weights")
         new = self.new(generator, shape).to(next(model.parameters()).device)
         new.encoder.load_state_dict(model.encoder.state_dict())
         return new
@@ -67,8 +68,12 @@ class EncoderTask(Task):
     def framed(self, ids):
         """A text's ids with what stands around them, at most block_size: a list. A longer text loses its end."""
         marks = self.marks
-        end = [] if marks.sep is None else [marks.sep]
-        return [marks.cls, *ids[:self.block_size - 1 - len(end)], *end]
+        return [marks.cls, *ids[:self.room], *([] if marks.sep is None else [marks.sep])]
+
+    @property
+    def room(self):
+        """The most tokens of a text, without what stands around them."""
+        return self.block_size - 1 - (self.marks.sep is not None)
 
     def fit(self, model):
         self.block_size = model.config.block_size
@@ -146,9 +151,9 @@ class LabelledTask(EncoderTask):
 
     def summary(self, model):
         s, n = self.settings, len(self.rows)
-        cut = sum(len(ids) >= self.block_size for ids in self.texts["train"])
+        full = sum(len(self.texts["train"][row]) == self.block_size for row in self.rows)
         return (f"model: {size_in_words(model)}; data: {n:,} rows of {s.dataset}"
-                + f", {cut:,} of them cut to {self.block_size} tokens" * (cut > 0)
+                + f", {full:,} of which fill the model's {self.block_size} tokens (a longer one is cut)" * (full > 0)
                 + f"; {s.max_iters} updates = {s.max_iters * s.batch_size / n:.1f} epochs")
 
     def cost(self, model):

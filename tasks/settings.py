@@ -212,11 +212,14 @@ class Classification(Encoding):
 @dataclass(frozen=True)
 class Tagging(Encoding):
     learn: Literal["both", "tags", "intents"] = "both"  # labels of words, of sentences, or what the data have
+    hide_rate: float = 0.0  # the share of tagged words (but "O") that training makes unknown: new ones will be
     train_rows: int = 0  # learn from so many training rows only, drawn with the seed; 0: all
 
     def __post_init__(self):
         super().__post_init__()
-        check_ranges(self, train_rows=0)
+        check_ranges(self, train_rows=0, hide_rate=0.0)
+        if self.hide_rate >= 1:
+            raise UserError(f"hide_rate = {self.hide_rate}: must be below 1")
 
 
 def check_sizes(settings):

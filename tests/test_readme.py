@@ -13,7 +13,7 @@ import prepare
 import sample
 import train
 from configurator import parse, read_file
-from tools import alignments, bench, compare, figures, ladder, publish, scaling, versus
+from tools import alignments, bench, compare, figures, ladder, publish, scaling, transfer, versus
 
 ROOT = Path(train.__file__).parent
 README, *PAGES = ((ROOT / name).read_text(encoding="utf-8") for name in
@@ -29,7 +29,7 @@ TEXTS = [README, *PAGES, *(path.read_text(encoding="utf-8") for path in OTHERS),
          *(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "" for path in DOCUMENTED),
          *(figures.filled(entry, row, 1, "out/translate_en_it" if "translate" in entry["command"] else ".")
            .replace("&&", "\n") for entry in FIGURES for row in entry["rows"].values())]
-TOOLS = ("bench", "scaling", "compare", "versus", "figures", "ladder", "publish", "alignments")
+TOOLS = ("bench", "scaling", "compare", "versus", "figures", "ladder", "publish", "alignments", "transfer")
 COMMAND = (r"(?:python|torchrun(?: --\S+)+) ((?:(?:train|sample|evaluate|prepare)\.py|-m tools\.(?:" + "|".join(TOOLS) +
            r"))\b"
            r"(?:\"[^\"\n]*\"|[^|`\"\n])*)")  # a | between quotes belongs to it
@@ -84,7 +84,7 @@ def test_commands_parse(line, monkeypatch):
         arguments = [argument for argument in arguments if argument.startswith("-")]
     command = {"train.py": train, "sample.py": sample, "evaluate.py": evaluate, "prepare.py": prepare,
                "tools.bench": bench, "tools.compare": compare, "tools.figures": figures, "tools.ladder": ladder,
-               "tools.publish": publish, "tools.alignments": alignments}[script]
+               "tools.publish": publish, "tools.alignments": alignments, "tools.transfer": transfer}[script]
     if command in (sample, evaluate):  # the run or the model isn't there
         monkeypatch.setattr(command, "find_task", lambda name: task_of(arguments))
     if hasattr(command, "check_run"):

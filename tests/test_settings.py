@@ -15,8 +15,10 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+import test_classification
 import torch
 from conftest import make_text
+from test_tagging import make_rows
 from test_translation import make_pairs
 
 import evaluate
@@ -26,7 +28,7 @@ import train
 from configurator import UserError, flat_fields, joined, parse
 from machine import distributed
 from run import checkpoint
-from sources import documents, images, pairs, texts
+from sources import documents, images, labelled, pairs, texts
 from tasks import TASKS, find_task, task_class
 
 ROOT = Path(train.__file__).parent
@@ -176,13 +178,16 @@ BASES["contrastive"] = BASES["image-text"] = {
 BASES["arithmetic"] = {**BASES["text"], "operations": "+-*", "digits": 1, "sample_tokens": 300}
 BASES["translation"] = {**BASES["text"], "batch_size": 200, "learning_rate": 0.003, "sample_tokens": 300}
 BASES["masked"] = {**BASES["text"], "learning_rate": 0.003, "block": "post", "mlp": "gelu_erf", "sample_tokens": 300}
+BASES["classification"] = {**BASES["text"], "block_size": 64, "learning_rate": 0.003, "sample_tokens": 300}
+BASES["tagging"] = {**BASES["text"], "block_size": 64, "learning_rate": 0.003, "sample_tokens": 300}
 DATA = {  # of other tasks: data/shapes
+    "tagging": "data/tags", "classification": "data/labels",
     "text": "data/words", "masked": "data/words", "arithmetic": "arithmetic", "translation": "data/pairs"}
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """A Lab with two text data sets, and two of pairs, in its folder, which is the current one."""
+    """A Lab with two data sets each of text, pairs, tags and labels, in its folder, which is the current one."""
     folder = tmp_path_factory.mktemp("lab")
     for name, seed in (("words", 0), ("others", 1)):
         (folder / f"{name}.txt").write_text(make_text(600, seed), encoding="utf-8")
@@ -190,6 +195,12 @@ def lab(tmp_path_factory):
     for name, seed, tokenizer in (("pairs", 0, "word:1"), ("more_pairs", 1, str(folder / "data" / "pairs"))):
         how = pairs.How(languages="en,xx", tokenizer=tokenizer)
         pairs.prepare(make_pairs(100, seed), folder / "data" / name, how, "made up")
+    for name, seed in (("tags", 0), ("more_tags", 1)):
+        how = labelled.How(tokenizer="byte")
+        labelled.prepare(make_rows(100, seed), folder / "data" / name, "tags", how, "made up")
+    for name, seed in (("labels", 0), ("more_labels", 1)):
+        rows = test_classification.make_rows(100, seed=seed)
+        labelled.prepare(rows, folder / "data" / name, "labels", labelled.How(tokenizer="byte"), "made up")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "wandb", None)
         patch.chdir(folder)
@@ -271,6 +282,7 @@ TRAINING = {
     "n_encoder_layer": Change(2), "block": Change("post"), "smoothing": Change(0.3),
     # of the encoders
     "mask_rate": Change(0.5),
+    "learn": Change("tags"), "train_rows": Change(30), "pool": Change("first"), "hide_rate": Change(0.5),
 }
 WITH_IMAGES = {
     "dataset": Change("data/more"), "block_size": Change(120), "eval_tokens": Change(200), "sample_tokens": Change(0)}
@@ -287,10 +299,17 @@ OF_TASK = {  # entries that differ for one task
                     "init_from": Change("one_translation"), "lora_rank": Change(2, init_from="one_translation")},
     "masked": {"init_from": Change("one_masked"), "lora_rank": Change(2, init_from="one_masked"),
                "block": Change("pre"), "sample_tokens": Change(0)},
+    "tagging": {"dataset": Change("data/more_tags"), "block_size": Change(12), "eval_tokens": Change(40),
+                "sample_tokens": Change(0), "init_from": Change("one_tagging"),
+                "lora_rank": Change(2, init_from="one_tagging")},
+    "classification": {"dataset": Change("data/more_labels"), "block_size": Change(12), "eval_tokens": Change(40),
+                       "sample_tokens": Change(0), "init_from": Change("one_classification"),
+                       "lora_rank": Change(2, init_from="one_classification")},
 }
 # The part of the model that --rates names.
 PART = {"text": "wte", "contrastive": "text", "image-text": "decoder", "arithmetic": "wte",
-        "translation": "encoder", "masked": "encoder"}
+        "translation": "encoder", "masked": "encoder", "tagging": "encoder",
+        "classification": "encoder"}
 
 
 # Settings of every task that the task's own code reads.
@@ -342,16 +361,20 @@ SAMPLING_OF_TASK = {
                     "top_p": Change(0.1, temperature=2.0), "seed": Change(1, temperature=2.0),
                     "max_new_tokens": Change(2)},
     "masked": {"prompt": Change("the ma[MASK] king"), "init_from": refused("one_masked"), "top": Change(2),
-               "rank": Change("FILE:words.txt")}}
+               "rank": Change("FILE:words.txt")},
+    "tagging": {"prompt": Change("send alma to dorex"), "init_from": refused("one_tagging")},
+    "classification": {"prompt": Change("a night"), "init_from": refused("one_classification"), "top": Change(1)}}
 EVALUATING = {
     "init_from": refused("one_text"), "out_dir": Change("one_{task}"), "checkpoint": Change("last"),
     "dataset": Change("data/others"),
     "split": Change("train"), "device": refused("meta"), "dtype": Change("bfloat16"),
     "random_windows": Change(3), "batch_size": Change(5), "seed": Change(1), "test": Change(True),
-    "beam": Change(4), "length_penalty": Change(3.0, beam=8),
+    "beam": Change(4), "length_penalty": Change(3.0, beam=8), "picture": refused("picture.txt"),
 }
 EVALUATING_OF_TASK = {"text": {}, "masked": {}, "arithmetic": {"dataset": refused("data/others")},
                       "translation": {"dataset": Change("data/more_pairs")},
+                      "tagging": {"dataset": Change("data/more_tags")},
+                      "classification": {"dataset": Change("data/more_labels")},
                       **dict.fromkeys(("contrastive", "image-text"), {"dataset": Change("data/more")})}
 
 
@@ -364,12 +387,16 @@ def at(task, change):
 @pytest.mark.parametrize("task, name", settings_of(sample, "sampling"))
 def test_each_setting_of_sampling_changes_the_sample_or_is_refused(lab, run, task, name):
     asked = dict(CPU, out_dir=run)
-    if task not in ("contrastive", "arithmetic", "masked"):
+    if task not in ("contrastive", "arithmetic", "masked", "tagging", "classification"):
         asked |= {"max_new_tokens": 40}
     if task == "arithmetic":
         asked["prompt"] = "7*8="
     elif task == "translation":
         asked["prompt"] = "the mad king loves ."
+    elif task == "tagging":
+        asked["prompt"] = "who is in alma ?"
+    elif task == "classification":
+        asked["prompt"] = "the mad king"
     elif task == "masked":
         asked["prompt"] = "the m[MASK]d king"
     elif task != "text":
@@ -394,13 +421,15 @@ PREPARING = {
     "val_fraction": Change(0.3), "newlines": Change("keep"), "image_size": Change(24),
     "column": Change("other"), "processes": Change(1), "max_files": Change(1), "languages": Change("it,en"),
     "columns": Change("other,it"), "shared": Change(False, tokenizer="word:1"), "min_words": Change(4),
-    "max_words": Change(5)}
+    "max_words": Change(5), "labels": Change("topic"), "tags": Change(False)}
 FOR_PAIRS = ("languages", "columns", "shared", "min_words", "max_words")
 IDLE = {  # settings that do nothing for a kind of source
-    "texts": ("image_size", "column", "processes", "max_files", *FOR_PAIRS),
-    "documents": ("newlines", "image_size", *FOR_PAIRS),
-    "images": ("files", "newlines", "column", "processes", "max_files", *FOR_PAIRS),
-    "pairs.tsv": ("files", "newlines", "image_size", "column", "processes", "max_files")}
+    "texts": ("image_size", "column", "processes", "max_files", "labels", "tags", *FOR_PAIRS),
+    "documents": ("newlines", "image_size", "labels", "tags", *FOR_PAIRS),
+    "images": ("files", "newlines", "column", "processes", "max_files", "labels", "tags", *FOR_PAIRS),
+    "pairs.tsv": ("files", "newlines", "image_size", "column", "processes", "max_files", "labels", "tags"),
+    "labels": ("newlines", "image_size", "processes", "max_files", "tags", *FOR_PAIRS),
+    "tags": ("newlines", "image_size", "column", "processes", "max_files", "labels", *FOR_PAIRS)}
 
 
 def make_sources(folder):
@@ -412,6 +441,7 @@ def make_sources(folder):
         (folder / "texts" / f"{name}.txt").write_bytes("\r\n".join(rows).encode())
         documents = [json.dumps({"text": row, "other": row.upper()}) + "\n" for row in rows]
         (folder / "documents" / f"{name}.jsonl").write_text("".join(documents))
+        make_labelled(folder, name, rows)
     words = [row.split()[:2 + number % 6] for number, row in enumerate(rows)]
     table = [f"{' '.join(row)}\t{' '.join(row[::-1]).upper()}\t{'-'.join(row)}\n" for row in words]
     (folder / "pairs.tsv").write_text("en\tit\tother\n" + "".join(table))
@@ -420,6 +450,15 @@ def make_sources(folder):
     captions = folder / "images" / "captions.jsonl"
     rows = [json.loads(line) for line in captions.read_text().splitlines()]
     captions.write_text("".join(json.dumps({**row, "split": ""}) + "\n" for row in rows))
+
+
+def make_labelled(folder, name, rows):
+    """Makes labels/NAME.csv, where each text has a label, and tags/NAME.jsonl, where its first word has one."""
+    labels = ["label,topic,text,other"] + [f"{len(row) % 2},{len(row) % 3},{row},{row.upper()}" for row in rows]
+    spans = [{"text": row, "spans": [{"start": 0, "end": row.find(" "), "label": "first"}]} for row in rows]
+    for kind, suffix, lines in (("labels", "csv", labels), ("tags", "jsonl", map(json.dumps, spans))):
+        (folder / kind).mkdir(exist_ok=True)
+        (folder / kind / f"{name}.{suffix}").write_text("\n".join(lines))
 
 
 def prepare_run(settings, out):
@@ -446,10 +485,10 @@ def test_each_setting_of_prepare_changes_the_data_or_is_refused(lab, kind, name)
     if not os.path.exists(kind):
         make_sources(lab.folder)
     change = Change("bpe:1500") if (kind, name) == ("images", "tokenizer") else PREPARING[name]
-    base = {"source": kind, "tokenizer": "byte" if kind in ("documents", "pairs.tsv") else "char"}
-    if kind == "pairs.tsv":
-        base |= {"languages": "en,it"}
-    lab.compare(prepare_run, base, name, refused(change.value) if name in IDLE[kind] else at(kind, change))
+    base = {"source": kind, "tokenizer": "char" if kind in ("texts", "images") else "byte"}
+    base |= {"pairs.tsv": {"languages": "en,it"}, "labels": {"labels": "label"}, "tags": {"tags": True}}.get(kind, {})
+    idle = refused(True if name == "tags" else change.value)
+    lab.compare(prepare_run, base, name, idle if name in IDLE[kind] else at(kind, change))
 
 
 def test_val_fraction_is_refused_where_the_rows_name_their_split():

@@ -1,0 +1,33 @@
+"""An encoder tells which part of LibreOffice a page of its help is about: nine topics, pages held out.
+
+    python train.py config/classify_topics.py
+    python sample.py --out_dir=out/classify_topics --prompt="Sums the numbers in a range of cells."
+    python evaluate.py --out_dir=out/classify_topics --picture=confusion.png
+
+The data come from a Debian package, by apt-get.
+"""
+
+task = "classification"
+dataset = "help_topics"
+out_dir = "out/classify_topics"
+
+n_layer = 2
+n_head = 4
+n_embd = 128
+block_size = 128  # the beginning of a page; half of the pages are longer
+dropout = 0.3
+
+optimizer = "muon"
+learning_rate = 3e-3  # of AdamW, for the embeddings, the biases, the norms and the head
+muon_lr = 0.006
+lr_schedule = "linear"
+min_lr = 0.0
+warmup_iters = 37
+beta1 = 0.8
+beta2 = 0.95
+weight_decay = 0.1
+
+batch_size = 16
+max_iters = 374  # three epochs
+eval_interval = 93
+log_interval = 10

@@ -1,0 +1,34 @@
+"""A tagger of air travellers' questions: 132 labels of words, as in ATIS, and 18 intents. It learns on a laptop.
+
+    python train.py config/tag_flights.py
+    python sample.py --out_dir=out/tag_flights --prompt="show me flights to mars on tuesday"
+    python evaluate.py --out_dir=out/tag_flights
+"""
+
+task = "tagging"
+dataset = "flights"
+out_dir = "out/tag_flights"
+
+n_layer = 2
+n_head = 4
+n_embd = 128
+positions = "rotary"
+block_size = 64
+dropout = 0.1
+hide_rate = 0.2  # new cities must be known by the words around them
+
+optimizer = "muon"
+learning_rate = 5e-3  # of AdamW, for the embeddings, the biases, the norms and the heads
+muon_lr = 0.02
+lr_schedule = "linear"
+min_lr = 0.0
+warmup_iters = 50
+beta1 = 0.8
+beta2 = 0.95
+weight_decay = 0.05
+grad_clip = 0.0  # no clipping: Muon ignores the length of a gradient
+
+batch_size = 64
+max_iters = 790  # ten epochs
+eval_interval = 79
+log_interval = 79

@@ -1,0 +1,257 @@
+"""The classification task: an encoder reads a text and names its label, or several.
+
+    python train.py config/classify_topics.py
+    python sample.py --out_dir=out/classify_topics --prompt="Sums the numbers in a range of cells."
+    python evaluate.py --out_dir=out/classify_topics --picture=confusion.png
+
+Where a text has one label, the likeliest is chosen; where it may have several, those with a probability above 1/2 are.
+
+Axes: B texts, n texts of a split, N labels of the model.
+"""
+
+import functools
+import shlex
+import textwrap
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from batches import length_batches, padded, to_device
+from configurator import UserError, say
+from encoder import Classifier, ClassifierConfig
+from machine.device import autocast
+from machine.terminal import watched
+from run.files import to_json, write_text
+from run.pictures import draw_map, save_picture
+from tasks.encoding import AT_ONCE, LabelledTask
+from tasks.settings import Classifying
+
+SHOWN = 100  # characters of a text that are shown with its labels
+MOST_CHARACTERS = 5_000_000  # of the texts: with more, counting their characters would take minutes
+
+
+class ClassificationTask(LabelledTask):
+    best = ("accuracy", max)  # the loss soon rises, for a few wrong texts, while the accuracy still rises too
+    models = {"classifier": (Classifier, ClassifierConfig)}
+    kind = "labels"
+    rows_label = "the texts"
+
+    def own(self):
+        return {"labels": self.dataset.meta["labels"], "several": self.dataset.meta["several"]}
+
+    def new(self, generator, shape):
+        return super().new(generator, shape | {"pool": self.settings.pool})
+
+    def shape(self, model):
+        return super().shape(model) | {"pool": model.config.pool}
+
+    def fit(self, model):
+        """Also finds the labels of all rows: labels[split] is (n, N + 1), see `indicators`."""
+        config, meta = model.config, self.dataset.meta
+        if config.several != meta["several"]:
+            has, names = ("several" if several else "one" for several in (meta["several"], config.several))
+            raise UserError(f"the texts of {self.dataset.folder} have {has} label{'s' * meta['several']} each, and the"
+                            f" model names {names}: name another --dataset")
+        if not set(config.labels) & set(meta["labels"]):
+            raise UserError(f"the data set {self.dataset.folder} has none of the model's labels, such as"
+                            f" {config.labels[0]}: name another --dataset")
+        super().fit(model)
+        self.names, self.several = config.labels, config.several
+        self.labels = {split: self.indicators(split) for split in ("train", "val", "test")}
+
+    def indicators(self, split):
+        """(n, N + 1), bool: whether a text has a label. The last column: whether it has one that the model lacks."""
+        rows, index = self.dataset.rows[split], {name: i for i, name in enumerate(self.names)}
+        found = np.zeros((len(rows), len(self.names) + 1), dtype=bool)
+        for line, row in zip(found, rows):
+            line[[index.get(name, -1) for name in row["labels"]]] = True
+        return found
+
+    def read(self, row):
+        return self.framed(self.tokenizer.encode(row["text"]))
+
+    def targets(self, split, rows):
+        """A text with a label that the model lacks has weight 0: there is nothing to learn from it."""
+        known, others = self.labels[split][rows, :-1], self.labels[split][rows, -1]
+        targets = known.astype(np.float32) if self.several else known.argmax(1)
+        return {"targets": targets}, (~others).astype(np.float32)
+
+    def score(self, model, arguments, weights):
+        """accuracy: the share of texts whose labels are all right. A label that the model lacks is an error."""
+        targets = arguments.pop("targets")
+        logits = model(**arguments)
+        right = (logits > 0).eq(targets).all(-1) if self.several else logits.argmax(-1).eq(targets)
+        nats = model.nats(logits, targets)
+        return {"loss": ((nats * weights).sum().item(), weights.sum().item()),
+                "accuracy": ((right * weights).sum().item(), len(weights))}
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Measures
+
+    def details(self, model, split, world, dtype, settings, found):
+        """{name: value}: `report` of the split; with settings.test also of the part "test".
+
+        Writes each text's labels and the model's to predictions.jsonl (predictions_test.jsonl) in settings.out_dir, and
+        the picture, which is of the last part. Raises UserError for a picture of texts with several labels.
+        """
+        if settings.picture and self.several:
+            raise UserError(f"picture = {settings.picture}: shows which label was taken for which, and the texts of"
+                            f" {self.dataset.folder} have several; leave it out")
+        result = {}
+        for part in [split, *["test"] * settings.test]:
+            start = "" if part == split else "test "
+            measured = self.evaluate(model, part, world, dtype) if start else {}
+            measured |= world.from_main(functools.partial(self.report, model, part, dtype, settings))
+            result |= {start + name: value for name, value in measured.items()}
+        return result
+
+    def report(self, model, part, dtype, settings):
+        """{name: value}: accuracy and F1 of a part, beside those of methods that need no model."""
+        rows, wanted, config = self.dataset.rows[part], self.labels[part], model.config
+        with autocast(self.world.device, dtype):
+            shares = self.probabilities(model, self.texts[part])
+        decided = decide(shares, config.several)
+        result = {"texts": len(rows), **averages(decided, wanted)}
+        for name, floor in self.floors(part).items():
+            result |= {f"{measure}, {name}": value for measure, value in averages(floor, wanted).items()}
+        for name, value, count in zip(config.labels, f1(decided, wanted), wanted.sum(0)):
+            if count:
+                result[f"f1, {name} ({count})"] = float(value)
+        if not settings.init_from:  # else there is no folder of a run
+            path = Path(settings.out_dir) / ("predictions_test.jsonl" if part == "test" else "predictions.jsonl")
+            write_text(path, "".join(to_json({**row, **answer(config, p)}) for row, p in zip(rows, shares)))
+        if settings.picture:
+            confusion = wanted[:, :-1].T.astype(np.float32) @ decided
+            confusion /= np.maximum(confusion.sum(1, keepdims=True), 1)  # shares of each right label
+            picture = draw_map(torch.from_numpy(confusion), config.labels, config.labels)
+            say(f"{save_picture(picture, settings.picture)}: the {part} part, a row for each right label, a column for"
+                " each predicted one")
+        return result
+
+    def floors(self, part):
+        """{name: decisions (n, N)} for the texts of a part, learned from the rows that the model learns from."""
+        known = self.labels["train"][self.rows, :-1]
+        sets, counts = np.unique(known, axis=0, return_counts=True)
+        texts, others = ([row["text"] for row in self.dataset.rows[split]] for split in ("train", part))
+        texts, several = [texts[row] for row in self.rows], self.dataset.meta["several"]
+        found = {"most frequent": np.tile(sets[counts.argmax()], (len(others), 1))}
+        for unit in ("words", "characters"):
+            if unit == "words" or sum(map(len, texts)) <= MOST_CHARACTERS:
+                found[f"bag of {unit}"] = decide(bag_of(unit, texts, known, others), several)
+        return found
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Answers
+
+    @torch.inference_mode()
+    def probabilities(self, model, texts):
+        """(n, N), float32: the probability of each label for each text. texts: lists of ids, framed."""
+        found, device = np.empty((len(texts), len(model.config.labels)), np.float32), next(model.parameters()).device
+        for rows in watched(length_batches(np.array([len(ids) for ids in texts]), AT_ONCE), "classifying"):
+            tokens, lengths = padded([texts[row] for row in rows], self.marks.pad)
+            logits = model(to_device(tokens, device), to_device(lengths, device))
+            found[rows] = (logits.sigmoid() if model.config.several else logits.softmax(-1)).cpu().numpy()
+        return found
+
+    def sample(self, model, requests, sampling):
+        """Yields (index of a request, piece): each line of its text, and below it the likeliest labels.
+
+        An empty line stays empty. A line longer than the model loses its end, which is said on stderr.
+        """
+        self.block_size = model.config.block_size
+        for index, request in enumerate(requests):
+            lines = [" ".join(line.split()) for line in request["text"].removesuffix("\n").split("\n")]
+            ids = [self.tokenizer.encode(line) for line in lines if line]
+            if not ids:
+                raise UserError("this model classifies texts: add --prompt with a text, or --prompt=FILE:path with one"
+                                " on each line")
+            texts = [self.framed(line) for line in ids]
+            cut = sum(len(line) > self.room for line in ids)
+            if cut:
+                say(f"texts longer than the model's {self.room} tokens, which lose their end: {cut} of {len(ids)}")
+            answers = (described(model.config, p, sampling.top) for p in self.probabilities(model, texts))
+            yield index, "\n".join(f"{line}\n  {next(answers)}" if line else "" for line in lines)
+
+    def show(self, model, short=False):
+        """Texts of the validation part with their likeliest labels: ten, or if short three."""
+        rows, count = self.dataset.rows["val"], 3 if short else 10
+        places = np.arange(min(count, len(rows))) * len(rows) // min(count, len(rows))
+        shares = self.probabilities(model, [self.texts["val"][place] for place in places])
+        decided, config, shown = decide(shares, model.config.several), model.config, []
+        for place, p, chosen in zip(places, shares, decided):
+            right = not (self.labels["val"][place, :-1] ^ chosen).any()
+            answer = described(config, p, Classifying.top)
+            answer += f"  (right: {', '.join(rows[place]['labels']) or 'none'})" * (not right)
+            shown.append(f"{textwrap.shorten(rows[place]['text'], SHOWN, placeholder=' ...')}\n  {answer}")
+        return "\n".join(shown)
+
+    def command(self, out_dir):
+        text = textwrap.shorten(self.dataset.rows["val"][0]["text"], SHOWN, placeholder="")
+        return f"{super().command(out_dir)} {shlex.quote(f'--prompt={text}')}"
+
+
+def decide(shares, several):
+    """(n, N), bool: which labels texts get whose labels have the probabilities `shares`, (n, N)."""
+    return shares > 0.5 if several else shares.argmax(1)[:, None] == np.arange(shares.shape[1])
+
+
+def answer(config, shares):
+    """{"predicted": names, "likeliest": {name: probability} of three labels} for a text. shares: (N,)."""
+    chosen = np.flatnonzero(decide(shares[None], config.several))
+    order = np.argsort(-shares, kind="stable")[:3]
+    return {"predicted": [config.labels[i] for i in chosen],
+            "likeliest": {config.labels[i]: round(float(shares[i]), 4) for i in order}}
+
+
+def described(config, shares, top):
+    """The `top` likeliest labels of a text with their probabilities, as text; top = 0: all. shares: (N,).
+
+    Where a text may have several labels, all that it gets are shown, before a bar.
+    """
+    order = np.argsort(-shares, kind="stable")
+    parts = [f"{config.labels[i]} {shares[i]:.3f}" for i in order]
+    top = top or len(parts)
+    if not config.several:
+        return ", ".join(parts[:top])
+    count = int((shares > 0.5).sum())
+    others = ", ".join(parts[count:top])
+    return (", ".join(parts[:count]) or "none") + f" | {others}" * bool(others)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measures and floors
+
+def f1(found, wanted):
+    """(N,): the F1 of each label, NaN for one that no text has or gets. found: (n, N); wanted: (n, N + 1); bool."""
+    wanted = wanted[:, :-1]
+    both, either = (found & wanted).sum(0), found.sum(0) + wanted.sum(0)
+    return np.divide(2 * both, either, out=np.full(len(both), np.nan), where=either > 0)
+
+
+def averages(found, wanted):
+    """{"accuracy": share of texts whose labels are all right, "macro_f1": mean F1 of the labels}. Arguments: see f1."""
+    right = (found == wanted[:, :-1]).all(1) & ~wanted[:, -1]
+    return {"accuracy": float(right.mean()), "macro_f1": float(np.nanmean(f1(found, wanted)))}
+
+
+def bag_of(unit, texts, labels, others):
+    """(n, N): the probability of each label for each of the texts `others`, by logistic regression on tf-idf.
+
+    It learns from texts and their labels (B, N). unit: "words", or "characters" (up to three in a row). Raises
+    UserError without scikit-learn.
+    """
+    try:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.multiclass import OneVsRestClassifier
+    except ImportError:
+        raise UserError("the bag of words needs scikit-learn: pip install scikit-learn") from None
+    how = {"token_pattern": r"\w+"} if unit == "words" else {"analyzer": "char", "ngram_range": (1, 3)}
+    vectors = TfidfVectorizer(sublinear_tf=True, **how)
+    model = OneVsRestClassifier(LogisticRegression(C=10, solver="liblinear"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about labels that none of a few texts has
+        model.fit(vectors.fit_transform(texts), labels)
+    return model.predict_proba(vectors.transform(others))

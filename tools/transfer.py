@@ -1,0 +1,123 @@
+"""What a pre-trained encoder is worth: topics of help pages, learned from few labelled texts and from many.
+
+    python prepare.py help_topics
+    python prepare.py data/help_topics/train.jsonl --column=text --tokenizer=data/help_topics --name=help_text
+    python train.py config/masked_help.py                       pre-trains on the same pages, without their labels
+    python -m tools.transfer --sentences=FOLDER                 FOLDER: a published BERT, such as all-MiniLM-L6-v2
+
+Trains each start with 50, 200, 1,000 and all labelled texts, as their own rows of a table. "Frozen" means that only the
+head learns. Prints the accuracies on validation and test, beside those of a bag of words that learned from the same
+texts, and writes transfer.svg. What was stopped goes on with the same command; what has a score keeps it.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from configurator import UserError, from_command_line, one_line_errors
+
+
+@dataclass(frozen=True)
+class Settings:
+    masked: str = "out/masked_help"  # the run of the masked model; empty: leave it out
+    sentences: str = ""  # the folder of a published BERT; empty: leave it out
+    out: str = "out/transfer"  # the folder of the runs
+
+
+if __name__ == "__main__":  # --help and typos answer before torch is imported
+    SETTINGS, _ = from_command_line(Settings, __doc__)
+
+from run import curves
+from run.files import read_json, write_text
+from tools.versus import train
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = (50, 200, 1000, 0)  # labelled texts to learn from; 0: all
+SMALL = "config/classify_topics.py"
+LARGE = ("--task=classification --dataset=help_topics --block_size=64 --batch_size=16 --learning_rate=2e-3 --min_lr=0"
+         " --lr_schedule=linear --weight_decay=0.01 --beta2=0.999 --dtype=float32 --sample_tokens=0")
+BAG = "bag of words"
+
+
+class Start(NamedTuple):
+    arguments: str  # of train.py
+    updates: tuple  # for each of ROWS
+
+
+def starts(settings):
+    """{name: Start} of all that the settings ask for. Their values were chosen once, on the validation pages."""
+    found = {"from scratch": Start(SMALL, (60, 100, 188, 374))}
+    if settings.masked:
+        masked = f"{SMALL} --init_from={settings.masked}"
+        found["masked model"] = Start(f"{masked} --rates.encoder=0.5", (60, 100, 188, 374))
+        found["masked model, frozen"] = Start(f"{masked} --rates.encoder=0 --optimizer=adamw --muon_lr=0.02",
+                                              (60, 100, 188, 374))
+    if settings.sentences:
+        large = f"{LARGE} --init_from={settings.sentences}"
+        found["published BERT"] = Start(f"{large} --rates.encoder=0.1", (40, 80, 126, 250))
+        found["published BERT, frozen"] = Start(f"{large} --rates.encoder=0", (60, 100, 200, 300))
+    return found
+
+
+def score(folder):
+    """The evaluation.json of a run's end, with its test part, which is scored once. Raises UserError if that fails."""
+    path = folder / "evaluation.json"
+    if not path.exists():
+        command = ["evaluate.py", f"--out_dir={folder}", "--checkpoint=last", "--test=True", "--device=cpu"]
+        done = subprocess.run([sys.executable, *command], capture_output=True, encoding="utf-8")
+        if done.returncode:
+            raise UserError(f"evaluate.py --out_dir={folder} failed: {done.stderr.strip()}")
+    return read_json(path)
+
+
+def learn(name, start, out):
+    """Trains a start with each of ROWS. Returns [content of evaluation.json]."""
+    found = []
+    for rows, updates in zip(ROWS, start.updates):
+        folder = out / name.replace(", ", "_").replace(" ", "_") / (str(rows) if rows else "all")
+        words = ["train.py", *start.arguments.split(), f"--train_rows={rows}", f"--max_iters={updates}",
+                 f"--warmup_iters={updates // 10}", f"--eval_interval={updates}", "--device=cpu"]
+        train(words, 1337, folder, updates)
+        found.append(score(folder))
+        print(f"{name}, {rows or 'all'} labels: {found[-1]['accuracy']:.1%} of the validation pages", flush=True)
+    return found
+
+
+def table(results):
+    """The lines of a Markdown table. results: {name: [(validation accuracy, test accuracy) for each of ROWS]}."""
+    yield "| validation / test | " + " | ".join(f"{rows:,} labels" if rows else "all" for rows in ROWS) + " |"
+    yield "| --- |" + " --- |" * len(ROWS)
+    for name, pairs in results.items():
+        yield f"| {name} | " + " | ".join(f"{100 * val:.1f} / {100 * test:.1f}" for val, test in pairs) + " |"
+
+
+def draw(results, most, path):
+    """Writes a picture of the test accuracies. most: the number of all labelled texts."""
+    lines, top = [], 92
+    for (name, pairs), color in zip(results.items(), curves.COLORS):
+        points = [(rows or most, test) for rows, (_, test) in zip(ROWS, pairs)]
+        lines.append(curves.Curve(points, color, name))
+    box = (curves.LEFT, top + 24, curves.INNER, 300)
+    parts = [curves.panel(box, "Accuracy", lines, unit="labelled texts")]
+    write_text(path, curves.page("Few labels and many", "topics of help pages, test part", parts, top + 390))
+
+
+def main(settings):
+    os.chdir(ROOT)  # recipes and data sets are named from there
+    os.environ["OMP_NUM_THREADS"] = "1"  # so small a model is not faster with more
+    out, results = Path(settings.out), {}
+    for name, start in starts(settings).items():
+        found = learn(name, start, out)
+        results[name] = [(each["accuracy"], each["test accuracy"]) for each in found]
+        results[BAG] = [(each[f"accuracy, {BAG}"], each[f"test accuracy, {BAG}"]) for each in found]
+    print("\n" + "\n".join(table(results)))
+    draw(results, read_json("data/help_topics/meta.json")["train_rows"], out / "transfer.svg")
+    print(f"written to {out / 'transfer.svg'}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(SETTINGS)
