@@ -45,6 +45,7 @@ class Found(NamedTuple):
 
 
 class TaggingTask(LabelledTask):
+    best = ("accuracy", max)  # not the loss: that of the intents rises when the model is ever surer of its few errors
     models = {"tagger": (Tagger, TaggerConfig)}
     kind = "tags"
     rows_label = "the sentences"
@@ -142,9 +143,11 @@ class TaggingTask(LabelledTask):
     # Measures
 
     def evaluate(self, model, split, world, dtype, limit=0):
-        """{"loss": the mean nats of a tag plus those of an intent, and both; their accuracies}. See `score`."""
+        """{"loss": nats of a tag plus those of an intent, "accuracy": the mean of both, and what `score` names}."""
         found = super().evaluate(model, split, world, dtype, limit)
-        return {"loss": sum(value for name, value in found.items() if name.endswith("_loss")), **found}
+        losses, shares = ([found[name] for name in (f"tag_{kind}", f"intent_{kind}") if name in found]
+                          for kind in ("loss", "accuracy"))
+        return {"loss": sum(losses), "accuracy": sum(shares) / len(shares), **found}
 
     def score(self, model, arguments, weights):
         """{name: (total, count)}: nats and right answers of tags, of those that are not O in truth, and of intents."""
