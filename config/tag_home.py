@@ -18,7 +18,7 @@ n_embd = 128
 block_size = 64
 positions = "rotary"
 dropout = 0.2
-hide_rate = 0.2  # most held-out values are new words, which the words around must explain
+hide_rate = 0.3  # most held-out values are new words, which the words around must explain
 
 optimizer = "muon"
 learning_rate = 5e-3  # of AdamW, for the embeddings, the biases, the norms and the heads
@@ -32,6 +32,6 @@ weight_decay = 0.05
 grad_clip = 0.0  # no clipping: Muon ignores the length of a gradient
 
 batch_size = 64
-max_iters = 600  # ten epochs
-eval_interval = 120
+max_iters = 400  # seven epochs
+eval_interval = 100
 log_interval = 60

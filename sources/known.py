@@ -38,7 +38,7 @@ BUILT_IN_PAIRS = "phrases"  # needs no network
 LABELLED = {  # texts with labels, from sources/labelled_sets.py: kind, recipe, settings for sources.labelled.How
     "help_topics": ("labels", "config/classify_topics.py", dict(languages="en")),
     "help_languages": ("labels", "config/classify_languages.py", dict(languages="")),
-    "home_assistant_intents": ("tags", "config/tag_home.py", dict(languages="en")),
+    "home_assistant_intents": ("tags", "config/tag_home.py", dict(languages="en", tokenizer="word:1")),
     "flights": ("tags", "config/tag_flights.py", dict(tokenizer="word:1")),
     **dict.fromkeys(("atis", "snips"), ("tags", "config/tag_home.py", {})),
     **dict.fromkeys(("sst2", "imdb"), ("labels", "config/classify_topics.py", {}))}

@@ -29,7 +29,7 @@ from machine.terminal import watched
 from run.files import to_json, write_text
 from run.pictures import draw_map, save_picture
 from sources.labelled import WORD
-from tasks.classification import averages, bag_of_words
+from tasks.classification import averages, bag_of, decide
 from tasks.encoding import AT_ONCE, LabelledTask
 
 NONE, UNKNOWN = -1, -2  # instead of a label's id: the word or sentence has no label, or one that the model lacks
@@ -188,7 +188,7 @@ class TaggingTask(LabelledTask):
         known = {"tags": model.config.tags, "intent": model.config.intents}
         for name, report in (("tags", tag_report), ("intent", intent_report)):
             if known[name] and any(row[name] for row in rows):
-                values, of_labels = report(train, self.dataset.rows["val"], rows, found)
+                values, of_labels = report(train, rows, found)
                 result, scores = result | values, scores | of_labels
         if settings.picture and part == settings.split:
             picture = confusion(rows, found, model.config.intents)
@@ -328,7 +328,7 @@ def share(right, asked):
     return (right & asked).sum().item(), asked.sum().item()
 
 
-def tag_report(train, val, rows, found):
+def tag_report(train, rows, found):
     """({name: value}, {span: scores}) of the tags found in rows, beside what needs no model but the rows `train`."""
     rows, found = zip(*((row, one.tags) for row, one in zip(rows, found) if row["tags"]))
     usual, wanted = usual_tags(train, rows), [row["tags"] for row in rows]
@@ -347,17 +347,16 @@ def tag_report(train, val, rows, found):
     return {**result, "span_f1, usual tags": floor["micro avg"]["f1-score"]}, scores
 
 
-def intent_report(train, val, rows, found):
+def intent_report(train, rows, found):
     """({name: value}, {intent: scores}) of the intents found in rows, beside what needs no model, as `tag_report`."""
     rows, found = zip(*((row, one.intent) for row, one in zip(rows, found) if row["intent"]))
-    parts = [[row for row in part if row["intent"]] for part in (train, val, rows)]
-    texts = [[" ".join(row["words"]) for row in part] for part in parts]
-    names, counts = np.unique([row["intent"] for row in parts[0]], return_counts=True)
-    known = [np.array([row["intent"] for row in part])[:, None] == names for part in parts]  # (n, N)
-    _, of_val, wanted = (np.c_[each, ~each.any(1)] for each in known)  # the last column: none of names
-    floors = {}
+    train, floors = [row for row in train if row["intent"]], {}
+    names, counts = np.unique([row["intent"] for row in train], return_counts=True)
     if len(names) > 1:
-        guessed = bag_of_words(texts[0], known[0], texts[1], of_val, texts[2], False)
+        known, wanted = (np.array([row["intent"] for row in part])[:, None] == names for part in (train, rows))
+        wanted = np.c_[wanted, ~wanted.any(1)]  # the last column: none of the names
+        texts, others = ([" ".join(row["words"]) for row in part] for part in (train, rows))
+        guessed = decide(bag_of("words", texts, known, others), False)
         floors = {"intent_accuracy, most frequent": float(wanted[:, counts.argmax()].mean()),
                   "intent_accuracy, bag of words": averages(guessed, wanted)["accuracy"]}
     return floors, label_scores([row["intent"] for row in rows], found)
