@@ -102,7 +102,8 @@ def local_tokenizer(name):
     """The value of --tokenizer; for a model's id on the hub, the folder of its tokenizer, which is downloaded."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or os.path.exists(name):
         return name
-    return download_model(name, ["tokenizer.json", "config.json", "generation_config.json"], "tokenizer")
+    files = ["tokenizer.json", "tokenizer_config.json", "vocab.txt", "config.json", "generation_config.json"]
+    return download_model(name, files, "tokenizer")
 
 
 def prepare_known_source(settings, source, named):

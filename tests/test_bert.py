@@ -233,7 +233,7 @@ def test_ids_equal_those_of_transformers(file, given, folders, tmp_path):
 def test_a_tokenizer_without_berts_control_tokens_is_refused(folders, tmp_path):
     path = rewritten(folders["masked"][0], tmp_path / "other")
     (path / "vocab.txt").write_text("\n".join(["<s>", *WORDS[1:4], *LETTERS]), encoding="utf-8")
-    with pytest.raises(UserError, match=r"has no \[MASK\]: only tokenizers with BERT's control tokens"):
+    with pytest.raises(UserError, match=r"lacks \[CLS\] or \[MASK\]: only tokenizers with BERT's control tokens"):
         files.load(path)
 
 
