@@ -158,7 +158,8 @@ class ClassificationTask(LabelledTask):
     def sample(self, model, requests, sampling):
         """Yields (index of a request, piece): each line of its text, and below it the likeliest labels.
 
-        An empty line stays empty. A line longer than the model loses its end, which is said on stderr.
+        An empty line stays empty. A line longer than the model loses its end. That, and unknown words, are said on
+        stderr.
         """
         self.block_size = model.config.block_size
         for index, request in enumerate(requests):
@@ -171,6 +172,8 @@ class ClassificationTask(LabelledTask):
             cut = sum(len(line) > self.room for line in ids)
             if cut:
                 say(f"texts longer than the model's {self.room} tokens, which lose their end: {cut} of {len(ids)}")
+            if hasattr(self.tokenizer, "unknown") and (unknown := self.tokenizer.unknown(" ".join(lines))):
+                say(f"words that the model does not know, {len(unknown)}: {', '.join(unknown):.200}")
             answers = (described(model.config, p, sampling.top) for p in self.probabilities(model, texts))
             yield index, "\n".join(f"{line}\n  {next(answers)}" if line else "" for line in lines)
 

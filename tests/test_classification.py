@@ -269,7 +269,9 @@ def test_wrong_use_is_one_line(runs, folders, tiny, others, tmp_path, capsys):
         evaluate.main(settings_for("classification", "evaluating", out_dir=str(runs[False]), dataset=str(shouted)))
 
 
-def test_a_text_that_is_cut_is_counted(runs, capsys):
-    prompt = "the king\n" + "a king " * 9
+def test_texts_that_are_cut_and_unknown_words_are_named(runs, capsys):
+    prompt = "the purple king\n" + "a king " * 9
     sample.main(settings_for("classification", "sampling", out_dir=str(runs[False]), prompt=prompt))
-    assert "texts longer than the model's 11 tokens, which lose their end: 1 of 2" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "texts longer than the model's 11 tokens, which lose their end: 1 of 2" in said
+    assert "words that the model does not know, 1: purple" in said

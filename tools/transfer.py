@@ -96,12 +96,14 @@ def table(results):
 
 def draw(results, most, path):
     """Writes a picture of the test accuracies. most: the number of all labelled texts."""
-    lines, top = [], 92
+    lines, parts, top = [], [], 92
     for (name, pairs), color in zip(results.items(), curves.COLORS):
-        points = [(rows or most, test) for rows, (_, test) in zip(ROWS, pairs)]
-        lines.append(curves.Curve(points, color, name))
-    box = (curves.LEFT, top + 24, curves.INNER, 300)
-    parts = [curves.panel(box, "Accuracy", lines, unit="labelled texts")]
+        lines.append(curves.Curve([(rows or most, test) for rows, (_, test) in zip(ROWS, pairs)], color))
+        parts += [f'<path d="M{curves.LEFT} {top - 4}h18" stroke="{color}" stroke-width="3"/>',
+                  curves.label(curves.LEFT + 26, top, name)]
+        top += 20
+    box = (curves.LEFT, top + 30, curves.INNER, 300)
+    parts.append(curves.panel(box, "Accuracy", lines, unit="labelled texts"))
     write_text(path, curves.page("Few labels and many", "topics of help pages, test part", parts, top + 390))
 
 
