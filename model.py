@@ -298,7 +298,8 @@ class Transformer(nn.Module):
 
     def remember(self, memory):
         """Each block's cross-attention keys and values for a memory (B, S, C), so that they are computed only once."""
-        return [block.cross_attn.keys_values(memory) for block in self.blocks]
+        pairs = (block.cross_attn.keys_values(memory) for block in self.blocks)
+        return [(k.contiguous(), v.contiguous()) for k, v in pairs]  # each step reads them
 
     def make_caches(self, batch_size, size):
         """Empty caches for `size` positions, with the dtype and device of the weights."""
