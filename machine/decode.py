@@ -37,8 +37,9 @@ FLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-shared", "-fPIC"]
 DTYPES = {torch.float32: [], torch.bfloat16: ["-DBFLOAT16"]}
 WIDTH = 16  # n_embd, head_dim and n_hidden must be multiples of it
 NORMS = {"model.LayerNorm": 0, "model.RMSNorm": 1, "model.PlainRMSNorm": 2}  # the numbers that decode.c gives them
-MLPS = {"model.MLP": 0, "model.GatedMLP": 1, "model.SwiGLUMLP": 2, "model.SquaredReLUMLP": 3}
-PYTORCH = {"torch.nn.modules.linear.Linear", "torch.nn.modules.container.ModuleList"}
+MLPS = {"model.MLP": 0, "model.GatedMLP": 1, "model.SwiGLUMLP": 2, "model.SquaredReLUMLP": 3,
+        "seq2seq.ReLUMLP": 4}
+PYTORCH = {"torch.nn.modules.linear.Linear", "torch.nn.modules.linear.Identity", "torch.nn.modules.container.ModuleList"}
 PROMPT_TOKENS = 128  # for more tokens at once, PyTorch's matrix products are faster
 THREADS_FROM = 2**19  # steps of at least so many multiplications use several threads
 
@@ -87,21 +88,18 @@ def can_step(trunk):
 
 
 def untouched(trunk):
-    """True if blocks are alike, without cross-attention, and modules are of known classes, without hooks or patches."""
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks or trunk.blocks[0].cross_attn:
+    """True if the blocks are alike, and all modules are of known classes, without hooks or patches."""
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return False
     for module in trunk.modules():
         name = full_name(type(module))
         known = name in KNOWN or name in PYTORCH and type(module).forward.__module__.startswith("torch.")
         if not known or any(map(callable, vars(module).values())) or module._forward_hooks or module._forward_pre_hooks:
             return False
-    kinds = set()
-    for b in trunk.blocks:
-        classes = [full_name(type(module)) for module in b.modules()]
-        shapes = [p.shape for p in b.parameters()]
-        eps = [module.eps for module in b.modules() if hasattr(module, "eps")]  # an edited block may have other norms
-        kinds.add((b.attn.n_head, b.attn.n_kv_head, b.attn.head_dim, *eps, *classes, *shapes))
-    return len(kinds) == 1
+    blocks = {(*(type(module) for module in b.modules()), *(p.shape for p in b.parameters())) for b in trunk.blocks}
+    heads = {(m.n_head, m.n_kv_head, m.head_dim) for m in trunk.modules() if hasattr(m, "head_dim")}
+    norms = {(type(m), m.eps) for m in trunk.modules() if hasattr(m, "eps")}  # an edited block may have other norms
+    return len(blocks) == len(heads) == len(norms) == 1
 
 
 @functools.cache
@@ -137,15 +135,18 @@ class Layer(ctypes.Structure):
 
 
 class Block(ctypes.Structure):
-    LAYERS = ("ln_1", "q_proj", "k_proj", "v_proj", "o_proj", "ln_2", "up_proj", "gate_proj", "down_proj")
-    _fields_ = [*((name, Layer) for name in LAYERS), ("keys", c_void_p), ("values", c_void_p)]
+    LAYERS = ("ln_1", "q_proj", "k_proj", "v_proj", "o_proj", "ln_x", "cross_q_proj", "cross_o_proj", "ln_2", "up_proj",
+              "gate_proj", "down_proj")
+    TENSORS = ("keys", "values", "memory_keys", "memory_values")
+    _fields_ = [*((name, Layer) for name in LAYERS), *((name, c_void_p) for name in TENSORS)]
 
 
 class Trunk(ctypes.Structure):
     BUFFERS = ("x", "y", "q", "k", "v", "hidden", "gates", "scores")
-    SIZES = ("n_layer", "n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden", "slots", "norm", "mlp")
-    _fields_ = [("blocks", POINTER(Block)), ("ln_f", Layer), *((name, c_void_p) for name in BUFFERS),
-                *((name, c_int32) for name in SIZES), ("eps", c_float)]
+    SIZES = ("n_layer", "n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden", "slots", "n_memory", "n_scores",
+             "norm", "mlp", "post_norm")
+    _fields_ = [("blocks", POINTER(Block)), ("ln_f", Layer), ("visible", c_void_p),
+                *((name, c_void_p) for name in BUFFERS), *((name, c_int32) for name in SIZES), ("eps", c_float)]
 
 
 class Steps:
@@ -155,16 +156,21 @@ class Steps:
     """
 
     def __init__(self, trunk):
-        self.trunk, self.caches = trunk, None
+        self.trunk, self.places = trunk, None
         self.weights = sum(p.numel() for p in trunk.parameters())
 
-    def __call__(self, x, caches=None, mask=None, rope=None, start=0, **more):
-        if caches is not None and isinstance(start, int) and not more and self.takes(x, mask):
-            if caches is not self.caches:
-                self.point_at(caches)
+    def __call__(self, x, caches=None, memory=None, mask=None, rope=None, start=0, memory_mask=None, **more):
+        if caches is not None and isinstance(start, int) and not more and self.takes(x, mask) \
+                and self.reads(memory, memory_mask, x):
+            places = [(part.data_ptr(), part.shape) for layer in caches for part in (layer.k, layer.v)]
+            places += [(part.data_ptr(), part.shape) for layer in memory or () for part in layer]
+            if places != self.places:  # they are other tensors, or moved in memory
+                self.point_at(caches, memory)
+                self.places = places
+            self.struct.visible = None if memory_mask is None else memory_mask.data_ptr()
             return self.step(x, rope, start)
         own = type(self.trunk).forward
-        return own(self.trunk, x, caches, mask=mask, rope=rope, start=start, **more)
+        return own(self.trunk, x, caches, memory, mask=mask, rope=rope, start=start, memory_mask=memory_mask, **more)
 
     def takes(self, x, mask):
         if x.size(1) == 1:
@@ -172,21 +178,32 @@ class Steps:
         short = x.size(0) * x.size(1) <= max(PROMPT_TOKENS, 2 * x.size(0))
         return isinstance(mask, str) and (short or x.dtype == torch.bfloat16)
 
-    def point_at(self, caches):
-        """Gives decode.c the addresses of the weights and of these caches, and allocates its buffers."""
+    def reads(self, memory, mask, x):
+        """Whether memory and its mask are as decode.c reads them: from `remember`, and a mask (B, 1, 1, S) or None."""
+        cross = self.trunk.blocks[0].cross_attn
+        if cross is None or not isinstance(memory, list):
+            return cross is memory is mask is None
+        shape = (x.size(0), cross.n_kv_head, memory[0][0].size(2), cross.head_dim)
+        known = all(part.shape == shape and part.dtype == x.dtype and part.is_contiguous()
+                    for keys_values in memory for part in keys_values)
+        return known and (mask is None or mask.shape == (shape[0], 1, 1, shape[2]) and mask.dtype == torch.bool
+                          and mask.is_contiguous())
+
+    def point_at(self, caches, memory):
+        """Gives decode.c the addresses of weights, caches and memory, and allocates its buffers."""
         trunk, (B, K, slots, D) = self.trunk, caches[0].k.shape
-        attention, mlp = trunk.blocks[0].attn, trunk.blocks[0].mlp
-        C, H, F = trunk.ln_f.weight.numel(), attention.n_head, mlp.up_proj.out_features
-        widths = dict(x=C, y=max(C, H * D), q=H * D, k=K * D, v=K * D, hidden=F, gates=F,
-                      scores=H * (-(-slots // WIDTH) * WIDTH))
+        first, n_memory = trunk.blocks[0], memory[0][0].size(2) if memory else 0
+        C, H, F = first.attn.q_proj.in_features, first.attn.n_head, first.mlp.up_proj.out_features
+        n_scores = -(-max(slots, n_memory) // WIDTH) * WIDTH
+        widths = dict(x=C, y=max(C, H * D), q=H * D, k=K * D, v=K * D, hidden=F, gates=F, scores=H * n_scores)
         self.max_tokens = max(PROMPT_TOKENS, 2 * B)  # in one call of decode.c, over all rows
         self.buffers = {name: torch.zeros(self.max_tokens * widths[name]) for name in Trunk.BUFFERS}
-        self.blocks = (Block * len(trunk.blocks))(*map(block, trunk.blocks, caches))
-        norm, kind = NORMS[full_name(type(trunk.ln_f))], MLPS[full_name(type(mlp))]
-        sizes = (len(trunk.blocks), C, H, K, D, F, slots, norm, kind)
+        self.blocks = (Block * len(trunk.blocks))(*map(block, trunk.blocks, caches, memory or [()] * len(caches)))
+        kinds = NORMS[full_name(type(first.ln_1))], MLPS[full_name(type(first.mlp))], type(first).__name__ != "Block"
+        sizes = (len(trunk.blocks), C, H, K, D, F, slots, n_memory, n_scores, *kinds)
         pointers = [buffer.data_ptr() for buffer in self.buffers.values()]
-        self.struct = Trunk(self.blocks, layer(trunk.ln_f), *pointers, *sizes, trunk.ln_f.eps)
-        self.rows, self.slots, self.caches = B, slots, caches
+        self.struct = Trunk(self.blocks, layer(trunk.ln_f), None, *pointers, *sizes, first.ln_1.eps)
+        self.rows, self.slots = B, slots
         self.decode = library(caches[0].k.dtype).decode
         self.decode.argtypes, self.decode.restype = [c_void_p] * 3 + [c_int] * 5, None
 
@@ -211,7 +228,8 @@ class Steps:
         threads = torch.get_num_threads() if self.weights * x.size(0) * x.size(1) >= THREADS_FROM else 1
         self.buffers["x"][:x.numel()].view(x.shape).copy_(x)
         self.decode(ctypes.byref(self.struct), *pointers, x.size(0), x.size(1), start, threads)
-        return self.buffers["y"][:x.numel()].view(x.shape).to(x.dtype, copy=True)
+        output = self.buffers["y" if self.struct.ln_f.weight else "x"]
+        return output[:x.numel()].view(x.shape).to(x.dtype, copy=True)
 
 
 def layer(module):
@@ -220,6 +238,10 @@ def layer(module):
     return Layer(*(None if part is None else part.data_ptr() for part in parts))
 
 
-def block(module, cache):
+def block(module, cache, memory):
+    """The addresses of a block's layers, its cache, and its keys and values of the memory, () without one."""
     layers = dict(child for part in (module, module.attn, module.mlp) for child in part.named_children())
-    return Block(*(layer(layers.get(name)) for name in Block.LAYERS), cache.k.data_ptr(), cache.v.data_ptr())
+    if memory:
+        layers |= {f"cross_{name}": child for name, child in module.cross_attn.named_children()}
+    tensors = (cache.k, cache.v, *memory)
+    return Block(*(layer(layers.get(name)) for name in Block.LAYERS), *(part.data_ptr() for part in tensors))

@@ -14,14 +14,20 @@ from lora import add_lora
 from machine import decode
 from machine.digest import digests, source_tokens
 from model import GPT, MLP, Block, GPTConfig, init_weights
+from seq2seq import Seq2Seq, Seq2SeqConfig
 
-C, T, B = 64, 24, 5
+C, T, B, S = 64, 24, 5, 19
+SIZES = dict(n_layer=2, n_head=4, n_embd=C, block_size=T, vocab_size=11)
+LENGTHS = torch.tensor([19, 1, 8, 17, 2])
 needs_compiler = pytest.mark.skipif(not decode.library(), reason="there is no C compiler")
 KINDS = [
     {}, dict(bias=True), dict(mlp="relu2", positions="rotary", tied=False, bigrams=True),
     dict(norm="rmsnorm", mlp="geglu", positions="rotary", n_kv_head=2, head_dim=32), dict(n_kv_head=1, n_hidden=80),
     dict(norm="plain_rmsnorm", mlp="swiglu", positions="rotary", n_kv_head=2, qkv_bias=True,
          rope_scaling={"factor": 4.0})]
+TRANSLATORS = [
+    {}, dict(block="post"), dict(block="post", final_norm=False, n_kv_head=2, head_dim=32, norm="rmsnorm"),
+    dict(bias=False, norm="plain_rmsnorm", mlp="swiglu", positions="rotary", n_kv_head=1, qkv_bias=True)]
 
 
 def seeded(seed=0):
@@ -29,8 +35,19 @@ def seeded(seed=0):
 
 
 def make_gpt(**changes):
-    model = GPT(GPTConfig(**dict(dict(n_layer=2, n_head=4, n_embd=C, block_size=T, vocab_size=11), **changes))).eval()
-    init_weights(model, seeded(), std=0.3)
+    return stirred(GPT(GPTConfig(**dict(SIZES, **changes))))
+
+
+def make_translator(lengths=None, **changes):
+    """(model, the context of B sources). lengths: of the sources, which are padded to S; None: all have S tokens."""
+    model = stirred(Seq2Seq(Seq2SeqConfig(**dict(SIZES, **changes))))
+    source = torch.randint(11, (B, S), generator=seeded(2))
+    with torch.no_grad():
+        return model, model.encode(source, torch.full((B,), S) if lengths is None else lengths)
+
+
+def stirred(model):
+    init_weights(model.eval(), seeded(), std=0.3)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=seeded(1)))
@@ -51,12 +68,12 @@ def steps_taken(monkeypatch):
 
 
 @torch.inference_mode()
-def stepped(model, tokens):
+def stepped(model, tokens, context={}):
     """The logits of all tokens, fed as a prompt of three tokens and then one by one."""
     caches = model.make_caches(len(tokens), tokens.size(1))
     cuts = [0, *range(3, tokens.size(1) + 1)]
     with decode.fast_steps(model):
-        parts = [model.logits(model.hidden(tokens[:, a:b], caches, a)) for a, b in zip(cuts, cuts[1:])]
+        parts = [model.logits(model.hidden(tokens[:, a:b], caches, a, **context)) for a, b in zip(cuts, cuts[1:])]
     return torch.cat(parts, dim=1)
 
 
@@ -69,12 +86,27 @@ TOKENS = torch.randint(11, (B, T), generator=seeded())
 def test_compiled_steps_give_the_uncached_logits(monkeypatch, changes, threads):
     """With QUILL_ACCEPT=1, it writes the digests of the blocks' present code to decode.json if the logits are equal."""
     model = make_gpt(**changes)
-    found = digests(model.transformer)
+    check_steps(monkeypatch, model, model.transformer, threads)
+
+
+@needs_compiler
+@pytest.mark.parametrize("changes", TRANSLATORS)
+@pytest.mark.parametrize("lengths, threads", [(None, 1), (LENGTHS, 1), (LENGTHS, 2)])
+def test_compiled_steps_of_a_translator_give_the_uncached_logits(monkeypatch, changes, lengths, threads, steps_taken):
+    """So does this one."""
+    model, context = make_translator(lengths, **changes)
+    check_steps(monkeypatch, model, model.decoder, threads, context)
+    assert steps_taken == [3, *[1] * (T - 3)]
+
+
+def check_steps(monkeypatch, model, trunk, threads, context={}):
+    found = digests(trunk)
     if os.environ.get("QUILL_ACCEPT"):
         monkeypatch.setattr(decode, "KNOWN", found)
     monkeypatch.setattr(decode, "THREADS_FROM", 0 if threads > 1 else 2**60)
-    assert decode.can_step(model.transformer), "you changed the blocks: run this test once with QUILL_ACCEPT=1"
-    torch.testing.assert_close(stepped(model, TOKENS), model(TOKENS), atol=1e-4, rtol=1e-4)
+    assert decode.can_step(trunk), "you changed the blocks: run this test once with QUILL_ACCEPT=1"
+    expected = model.logits(model.hidden(TOKENS, **context)).detach()
+    torch.testing.assert_close(stepped(model, TOKENS, context), expected, atol=1e-4, rtol=1e-4)
     if os.environ.get("QUILL_ACCEPT"):
         path = decode.SOURCE.with_suffix(".json")
         path.write_text(json.dumps({**json.loads(path.read_text()), **found}, indent=1, sort_keys=True) + "\n")
