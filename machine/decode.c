@@ -17,9 +17,9 @@
 #endif
 
 #ifdef __AVX512F__
-enum { LANES = 16, ROWS = 4, OUTS = 6 };  /* a tile's sums fit into the registers */
+enum { LANES = 16, ROWS = 4, OUTS = 6, MANY = 2 };  /* a tile's sums fit into the registers */
 #else
-enum { LANES = 8, ROWS = 2, OUTS = 6 };
+enum { LANES = 8, ROWS = 2, OUTS = 6, MANY = 4 };
 #endif
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -126,8 +126,8 @@ static inline __attribute__((always_inline)) void tile(float *y, int y_width, co
     vec sums[ROWS][OUTS] = {0};
     for (int i = 0; i < n; i += LANES)
         for (int o = 0; o < outs; o++) {
-            if (rows == 1)
-                __builtin_prefetch(w + (OUTS + o) * n + i);  /* the next tile: with one row, memory is the limit */
+            if (rows == 1 && n > 128)
+                __builtin_prefetch(w + (OUTS + o) * n + i);  /* the next tile: memory limits one row, but not a head */
             for (int r = 0; r < rows; r++)
                 sums[r][o] += load(x + r * n + i) * get(w + o * n + i);
         }
@@ -194,6 +194,18 @@ static void rotate(float *x, const float *cosine, const float *sine, int D)
     }
 }
 
+/* y[d] = share * the sum over s of p[s] values[s][d], for `vecs` x LANES of the D channels d. */
+static inline __attribute__((always_inline)) void weigh(float *y, const number *values, const float *p, float share,
+                                                        int S, int D, int vecs)
+{
+    vec sums[MANY] = {0};
+    for (int s = 0; s < S; s++)
+        for (int i = 0; i < vecs; i++)
+            sums[i] += p[s] * get(values + s * D + i * LANES);
+    for (int i = 0; i < vecs; i++)
+        store(y + i * LANES, sums[i] * share);
+}
+
 /* y = softmax(q k^T / sqrt(D)) v, for one head. q, y: (D), keys, values: (S, D), visible: (S) or NULL, p: a buffer of
    S, rounded up. */
 static void attend(float *y, const float *q, const number *keys, const number *values, const uint8_t *visible,
@@ -217,12 +229,11 @@ static void attend(float *y, const float *q, const number *keys, const number *v
         total += e;
     }
     const float share = 1 / sum(total);
-    for (int d = 0; d < D; d += LANES) {
-        vec weighted = {0};
-        for (int s = 0; s < S; s++)
-            weighted += p[s] * get(values + s * D + d);
-        store(y + d, weighted * share);
-    }
+    int d = 0;
+    for (; d + MANY * LANES <= D; d += MANY * LANES)
+        weigh(y + d, values + d, p, share, S, D, MANY);
+    for (; d < D; d += LANES)
+        weigh(y + d, values + d, p, share, S, D, 1);
 }
 
 /* Stores the new keys and values in the caches from slot `start` on. Then each token attends to all slots up to its
@@ -302,20 +313,23 @@ static void after(const Trunk *t, Layer layer, int N)
         norm(t->x, t->x, layer, t, N);
 }
 
-/* Computes the trunk's output from its input t->x, both (B, T, C), for the positions from `start` on. The output is in
-   t->y, or in t->x if there is no final norm.
+/* Computes the trunk's output from its input, both (B, T, C), for the positions from `start` on.
    cosine, sine: (ropes, D), where token n of N uses row n % ropes; NULL without rotary positions. */
-void decode(const Trunk *t, const float *cosine, const float *sine, int ropes, int B, int T, int start, int threads)
+void decode(const Trunk *t, number *output, const number *input, const float *cosine, const float *sine, int ropes,
+            int B, int T, int start, int threads)
 {
     const int N = B * T, C = t->n_embd, F = t->n_hidden, Q = t->n_head * t->head_dim, KV = t->n_kv_head * t->head_dim;
     #pragma omp parallel num_threads(threads)
     {
+        #pragma omp for schedule(static)
+        for (int i = 0; i < N * C; i += LANES)
+            store(t->x + i, get(input + i));
         for (int i = 0; i < t->n_layer; i++) {
             const Block *b = t->blocks + i;
-            const float *input = before(t, b->ln_1, N);
-            linear(t->q, input, b->q_proj, N, C, Q, 0);
-            linear(t->k, input, b->k_proj, N, C, KV, 0);
-            linear(t->v, input, b->v_proj, N, C, KV, 0);
+            const float *from = before(t, b->ln_1, N);
+            linear(t->q, from, b->q_proj, N, C, Q, 0);
+            linear(t->k, from, b->k_proj, N, C, KV, 0);
+            linear(t->v, from, b->v_proj, N, C, KV, 0);
             #pragma omp barrier
             attention(t, b, cosine, sine, ropes, B, T, start);
             linear(t->x, t->y, b->o_proj, N, Q, C, 1);
@@ -327,16 +341,19 @@ void decode(const Trunk *t, const float *cosine, const float *sine, int ropes, i
                 linear(t->x, t->y, b->cross_o_proj, N, Q, C, 1);
                 after(t, b->ln_x, N);
             }
-            input = before(t, b->ln_2, N);
-            linear(t->hidden, input, b->up_proj, N, C, F, 0);
+            from = before(t, b->ln_2, N);
+            linear(t->hidden, from, b->up_proj, N, C, F, 0);
             if (b->gate_proj.weight)
-                linear(t->gates, input, b->gate_proj, N, C, F, 0);
+                linear(t->gates, from, b->gate_proj, N, C, F, 0);
             #pragma omp barrier
             activate(t, N);
             linear(t->x, t->hidden, b->down_proj, N, F, C, 1);
             after(t, b->ln_2, N);
         }
         if (t->ln_f.weight)
-            norm(t->y, t->x, t->ln_f, t, N);
+            norm(t->x, t->x, t->ln_f, t, N);
+        #pragma omp for schedule(static)
+        for (int i = 0; i < N * C; i += LANES)
+            put(output + i, load(t->x + i));
     }
 }

@@ -156,7 +156,7 @@ class Steps:
     """
 
     def __init__(self, trunk):
-        self.trunk, self.places = trunk, None
+        self.trunk, self.places, self.dtype = trunk, None, next(trunk.parameters()).dtype
         self.weights = sum(p.numel() for p in trunk.parameters())
 
     def __call__(self, x, caches=None, memory=None, mask=None, rope=None, start=0, memory_mask=None, **more):
@@ -184,7 +184,7 @@ class Steps:
         if cross is None or not isinstance(memory, list):
             return cross is memory is mask is None
         shape = (x.size(0), cross.n_kv_head, memory[0][0].size(2), cross.head_dim)
-        known = all(part.shape == shape and part.dtype == x.dtype and part.is_contiguous()
+        known = all(part.shape == shape and part.dtype == self.dtype and part.is_contiguous()
                     for keys_values in memory for part in keys_values)
         return known and (mask is None or mask.shape == (shape[0], 1, 1, shape[2]) and mask.dtype == torch.bool
                           and mask.is_contiguous())
@@ -204,8 +204,8 @@ class Steps:
         pointers = [buffer.data_ptr() for buffer in self.buffers.values()]
         self.struct = Trunk(self.blocks, layer(trunk.ln_f), None, *pointers, *sizes, first.ln_1.eps)
         self.rows, self.slots = B, slots
-        self.decode = library(caches[0].k.dtype).decode
-        self.decode.argtypes, self.decode.restype = [c_void_p] * 3 + [c_int] * 5, None
+        self.decode = library(self.dtype).decode
+        self.decode.argtypes, self.decode.restype = [c_void_p] * 5 + [c_int] * 5, None
 
     def step(self, x, rope, start):
         """Returns the trunk's output for x, both (B, T, C). Writes keys and values into the caches from slot `start`.
@@ -226,10 +226,11 @@ class Steps:
             cos, sin = (table.float().contiguous() for table in rope)
             pointers = (cos.data_ptr(), sin.data_ptr(), cos.numel() // cos.size(-1))
         threads = torch.get_num_threads() if self.weights * x.size(0) * x.size(1) >= THREADS_FROM else 1
-        self.buffers["x"][:x.numel()].view(x.shape).copy_(x)
-        self.decode(ctypes.byref(self.struct), *pointers, x.size(0), x.size(1), start, threads)
-        output = self.buffers["y" if self.struct.ln_f.weight else "x"]
-        return output[:x.numel()].view(x.shape).to(x.dtype, copy=True)
+        given = x.to(self.dtype).contiguous()
+        output = torch.empty_like(given)
+        self.decode(ctypes.byref(self.struct), output.data_ptr(), given.data_ptr(), *pointers, *x.shape[:2], start,
+                    threads)
+        return output.to(x.dtype)
 
 
 def layer(module):
