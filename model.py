@@ -239,10 +239,11 @@ class Caches(list):
         rows, _, self.size, _ = layers[0].k.shape
         self.last = torch.zeros(rows, 1, dtype=torch.long, device=layers[0].k.device)
 
-    def reorder(self, rows):
-        """Copies row rows[i] into row i, for every i at once. Beam search needs this. rows: (B,)."""
-        for buffer in (self.last, *(layer.k for layer in self), *(layer.v for layer in self)):
-            buffer.copy_(buffer.index_select(0, rows))  # faster than buffer[rows] on a CPU
+    def reorder(self, rows, end=None):
+        """Copies row rows[i], up to slot `end`, into row i, for every i at once. For beam search. rows: (B,)."""
+        self.last.copy_(self.last[rows])
+        for part in (buffer[:, :, :end] for layer in self for buffer in (layer.k, layer.v)):
+            part.copy_(part.index_select(0, rows))  # faster than part[rows] on a CPU
 
 
 class Block(nn.Module):
