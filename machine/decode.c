@@ -126,8 +126,8 @@ static inline __attribute__((always_inline)) void tile(float *y, int y_width, co
     vec sums[ROWS][OUTS] = {0};
     for (int i = 0; i < n; i += LANES)
         for (int o = 0; o < outs; o++) {
-            if (rows == 1 && n > 128)
-                __builtin_prefetch(w + (OUTS + o) * n + i);  /* the next tile: memory limits one row, but not a head */
+            if (rows == 1)
+                __builtin_prefetch(w + (OUTS + o) * n + i);  /* the next tile: with one row, memory is the limit */
             for (int r = 0; r < rows; r++)
                 sums[r][o] += load(x + r * n + i) * get(w + o * n + i);
         }

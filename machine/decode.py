@@ -50,7 +50,7 @@ def fast_steps(model):
 
     On CUDA it turns off cuDNN's attention, which takes 40 to 70 ms to plan for each new length of the cache.
     """
-    trunks = [m for m in model.modules() if full_name(type(m)) == "model.Transformer" and can_step(m)]
+    trunks = [m for m in model.modules() if full_name(type(m)) == "model.Transformer" and "forward" not in vars(m)]
     for trunk in trunks:
         trunk.forward = Steps(trunk)
     cudnn = torch.backends.cuda.cudnn_sdp_enabled()
@@ -91,15 +91,21 @@ def untouched(trunk):
     """True if the blocks are alike, and all modules are of known classes, without hooks or patches."""
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return False
-    for module in trunk.modules():
+    modules = list(trunk.modules())
+    for module in modules:
         name = full_name(type(module))
         known = name in KNOWN or name in PYTORCH and type(module).forward.__module__.startswith("torch.")
-        if not known or any(map(callable, vars(module).values())) or module._forward_hooks or module._forward_pre_hooks:
+        if not known or has_methods(module) or module._forward_hooks or module._forward_pre_hooks:
             return False
     blocks = {(*(type(module) for module in b.modules()), *(p.shape for p in b.parameters())) for b in trunk.blocks}
-    heads = {(m.n_head, m.n_kv_head, m.head_dim) for m in trunk.modules() if hasattr(m, "head_dim")}
-    norms = {(type(m), m.eps) for m in trunk.modules() if hasattr(m, "eps")}  # an edited block may have other norms
+    heads = {(m.n_head, m.n_kv_head, m.head_dim) for m in modules if "head_dim" in vars(m)}
+    norms = {(type(m), m.eps) for m in modules if "eps" in vars(m)}  # an edited block may have other norms
     return len(blocks) == len(heads) == len(norms) == 1
+
+
+def has_methods(module):
+    """Whether a module has functions of its own, beside those of its class and a trunk's Steps."""
+    return any(callable(value) and not isinstance(value, Steps) for value in vars(module).values())
 
 
 @functools.cache
@@ -159,8 +165,12 @@ class Steps:
         self.trunk, self.places, self.dtype = trunk, None, next(trunk.parameters()).dtype
         self.weights = sum(p.numel() for p in trunk.parameters())
 
+    @functools.cached_property
+    def able(self):
+        return can_step(self.trunk)
+
     def __call__(self, x, caches=None, memory=None, mask=None, rope=None, start=0, memory_mask=None, **more):
-        if caches is not None and isinstance(start, int) and not more and self.takes(x, mask) \
+        if caches is not None and isinstance(start, int) and not more and self.takes(x, mask) and self.able \
                 and self.reads(memory, memory_mask, x):
             places = [(part.data_ptr(), part.shape) for layer in caches for part in (layer.k, layer.v)]
             places += [(part.data_ptr(), part.shape) for layer in memory or () for part in layer]
