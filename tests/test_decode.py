@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import model as models
+from beam import beam_search
 from generate import generate, pick_tokens
 from lora import add_lora
 from machine import decode
@@ -256,6 +257,65 @@ def test_compiled_steps_choose_the_same_tokens(monkeypatch):
         pick = functools.partial(pick_tokens, temperature=0.8, generator=seeded())
         texts.append(torch.stack(list(generate(model, torch.zeros(3, 1, dtype=torch.long), 3 * T, pick))))
     assert torch.equal(*texts)
+
+
+@needs_compiler
+@pytest.mark.parametrize("changes", [{}, dict(block="post", final_norm=False, n_kv_head=2)])
+def test_compiled_steps_find_the_same_beams(monkeypatch, steps_taken, changes):
+    """Rows are reordered, and leave the batch with their caches and memory."""
+    model, context = make_translator(LENGTHS, **changes, tied=False)
+    start = torch.zeros(B, 1, dtype=torch.long)
+    fast = beam_search(model, start, T, 3, 7, 1.0, **context)
+    assert len(steps_taken) == max(h.length for row in fast for h in row) > min(row[-1].length for row in fast) + 3
+    monkeypatch.setattr(decode, "can_step", lambda trunk: False)
+    for row, expected in zip(fast, beam_search(model, start, T, 3, 7, 1.0, **context)):
+        assert [h.ids for h in row] == [h.ids for h in expected]
+        assert [h.nats for h in row] == pytest.approx([h.nats for h in expected], abs=1e-3)
+
+
+@needs_compiler
+def test_compiled_steps_read_the_memory_caches_and_mask_where_they_are_now(steps_taken):
+    model, context = make_translator()
+    others = [make_translator(LENGTHS[order])[1] for order in ([0, 1, 2, 3, 4], [4, 2, 3, 1, 0])]
+    caches, memory = model.make_caches(B, 4), context["memory"]
+    with torch.inference_mode(), decode.fast_steps(model):
+        model.hidden(TOKENS[:, :3], caches, 0, **context)
+        for other in others:
+            memory[:] = [(k.clone(), v.clone()) for k, v in other["memory"]]  # the same list; the old tensors are freed
+            for cache in caches:
+                cache.k, cache.v = cache.k.clone(), cache.v.clone()
+            found = model.hidden(TOKENS[:, 3:4], caches, 3, memory=memory, memory_mask=other["memory_mask"])
+            steps = len(steps_taken)
+            expected = type(model.decoder).forward(model.decoder, model.embed(TOKENS[:, 3:4], model.wte)
+                                                   + model.wpe.table[3], caches, **other, start=3)
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+            assert len(steps_taken) == steps
+    assert steps_taken == [3, 1, 1]
+
+
+@needs_compiler
+@pytest.mark.parametrize("change", ["transposed", "added mask", "mask per head", "not remembered", "other heads"])
+def test_pytorch_takes_steps_with_a_memory_that_decode_c_does_not_know(steps_taken, change):
+    model, context = make_translator(LENGTHS)
+    memory, mask, tokens = context["memory"], context["memory_mask"], TOKENS[:, :1]
+    if change == "transposed":
+        memory = [tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in pair) for pair in memory]
+    elif change == "added mask":
+        mask = torch.zeros(mask.shape).masked_fill_(~mask, -1e9)
+    elif change == "mask per head":
+        mask = mask.expand(-1, 4, -1, -1).clone()
+    elif change == "not remembered":
+        memory = torch.randn(B, S, C, generator=seeded())
+    else:
+        for block in model.decoder.blocks:
+            block.cross_attn.n_head, block.cross_attn.n_kv_head, block.cross_attn.head_dim = 2, 2, 32
+        memory = model.decoder.remember(torch.randn(B, S, C, generator=seeded()))
+    with torch.inference_mode():
+        expected = model.hidden(tokens, memory=memory, memory_mask=mask)
+        with decode.fast_steps(model):
+            found = model.hidden(tokens, model.make_caches(B, 2), 0, memory=memory, memory_mask=mask)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert not steps_taken
 
 
 @needs_compiler
