@@ -299,8 +299,7 @@ class Transformer(nn.Module):
 
     def remember(self, memory):
         """Each block's cross-attention keys and values for a memory (B, S, C), so that they are computed only once."""
-        pairs = (block.cross_attn.keys_values(memory) for block in self.blocks)
-        return [(k.contiguous(), v.contiguous()) for k, v in pairs]  # each step reads them
+        return [tuple(part.contiguous() for part in block.cross_attn.keys_values(memory)) for block in self.blocks]
 
     def make_caches(self, batch_size, size):
         """Empty caches for `size` positions, with the dtype and device of the weights."""
@@ -352,8 +351,9 @@ def predict(head, x, targets=None, places=None, smoothing=False):
     logits = head(x)
     if targets is None:
         return logits
-    nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
-    return (nats, logits.logsumexp(-1) - logits.mean(-1)) if smoothing else nats
+    logp = logits.log_softmax(-1)
+    nats = F.nll_loss(logp.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+    return (nats, -logp.mean(-1)) if smoothing else nats
 
 
 class GPT(nn.Module):
