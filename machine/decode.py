@@ -39,7 +39,8 @@ WIDTH = 16  # n_embd, head_dim and n_hidden must be multiples of it
 NORMS = {"model.LayerNorm": 0, "model.RMSNorm": 1, "model.PlainRMSNorm": 2}  # the numbers that decode.c gives them
 MLPS = {"model.MLP": 0, "model.GatedMLP": 1, "model.SwiGLUMLP": 2, "model.SquaredReLUMLP": 3,
         "seq2seq.ReLUMLP": 4}
-PYTORCH = {"torch.nn.modules.linear.Linear", "torch.nn.modules.linear.Identity", "torch.nn.modules.container.ModuleList"}
+PYTORCH = {"torch.nn.modules.linear.Linear", "torch.nn.modules.linear.Identity",
+           "torch.nn.modules.container.ModuleList"}
 PROMPT_TOKENS = 128  # for more tokens at once, PyTorch's matrix products are faster
 THREADS_FROM = 2**19  # steps of at least so many multiplications use several threads
 

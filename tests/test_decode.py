@@ -69,7 +69,7 @@ def steps_taken(monkeypatch):
 
 
 @torch.inference_mode()
-def stepped(model, tokens, context={}):
+def stepped(model, tokens, **context):
     """The logits of all tokens, fed as a prompt of three tokens and then one by one."""
     caches = model.make_caches(len(tokens), tokens.size(1))
     cuts = [0, *range(3, tokens.size(1) + 1)]
@@ -96,18 +96,18 @@ def test_compiled_steps_give_the_uncached_logits(monkeypatch, changes, threads):
 def test_compiled_steps_of_a_translator_give_the_uncached_logits(monkeypatch, changes, lengths, threads, steps_taken):
     """So does this one."""
     model, context = make_translator(lengths, **changes)
-    check_steps(monkeypatch, model, model.decoder, threads, context)
+    check_steps(monkeypatch, model, model.decoder, threads, **context)
     assert steps_taken == [3, *[1] * (T - 3)]
 
 
-def check_steps(monkeypatch, model, trunk, threads, context={}):
+def check_steps(monkeypatch, model, trunk, threads, **context):
     found = digests(trunk)
     if os.environ.get("QUILL_ACCEPT"):
         monkeypatch.setattr(decode, "KNOWN", found)
     monkeypatch.setattr(decode, "THREADS_FROM", 0 if threads > 1 else 2**60)
     assert decode.can_step(trunk), "you changed the blocks: run this test once with QUILL_ACCEPT=1"
     expected = model.logits(model.hidden(TOKENS, **context)).detach()
-    torch.testing.assert_close(stepped(model, TOKENS, context), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(stepped(model, TOKENS, **context), expected, atol=1e-4, rtol=1e-4)
     if os.environ.get("QUILL_ACCEPT"):
         path = decode.SOURCE.with_suffix(".json")
         path.write_text(json.dumps({**json.loads(path.read_text()), **found}, indent=1, sort_keys=True) + "\n")
