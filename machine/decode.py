@@ -191,9 +191,12 @@ class Steps:
 
     def reads(self, memory, mask, x):
         """Whether memory and its mask are as decode.c reads them: from `remember`, and a mask (B, 1, 1, S) or None."""
-        cross = self.trunk.blocks[0].cross_attn
-        if cross is None or not isinstance(memory, list):
-            return cross is memory is mask is None
+        blocks = self.trunk.blocks
+        cross = blocks[0].cross_attn
+        if cross is None or memory is None:
+            return cross is None and memory is None and mask is None
+        if not isinstance(memory, list) or len(memory) != len(blocks):
+            return False
         shape = (x.size(0), cross.n_kv_head, memory[0][0].size(2), cross.head_dim)
         known = all(part.shape == shape and part.dtype == self.dtype and part.is_contiguous()
                     for keys_values in memory for part in keys_values)
@@ -203,6 +206,7 @@ class Steps:
     def point_at(self, caches, memory):
         """Gives decode.c the addresses of weights, caches and memory, and allocates its buffers."""
         trunk, (B, K, slots, D) = self.trunk, caches[0].k.shape
+        assert len(caches) == len(trunk.blocks), f"{len(caches)} caches for {len(trunk.blocks)} blocks"
         first, n_memory = trunk.blocks[0], memory[0][0].size(2) if memory else 0
         C, H, F = first.attn.q_proj.in_features, first.attn.n_head, first.mlp.up_proj.out_features
         n_scores = -(-max(slots, n_memory) // WIDTH) * WIDTH
@@ -210,8 +214,9 @@ class Steps:
         self.max_tokens = max(PROMPT_TOKENS, 2 * B)  # in one call of decode.c, over all rows
         self.buffers = {name: torch.zeros(self.max_tokens * widths[name]) for name in Trunk.BUFFERS}
         self.blocks = (Block * len(trunk.blocks))(*map(block, trunk.blocks, caches, memory or [()] * len(caches)))
-        kinds = NORMS[full_name(type(first.ln_1))], MLPS[full_name(type(first.mlp))], type(first).__name__ != "Block"
-        sizes = (len(trunk.blocks), C, H, K, D, F, slots, n_memory, n_scores, *kinds)
+        norm, mlp, kind = (full_name(type(module)) for module in (first.ln_1, first.mlp, first))
+        sizes = (len(trunk.blocks), C, H, K, D, F, slots, n_memory, n_scores, NORMS[norm], MLPS[mlp],
+                 kind == "model.PostNormBlock")
         pointers = [buffer.data_ptr() for buffer in self.buffers.values()]
         self.struct = Trunk(self.blocks, layer(trunk.ln_f), None, *pointers, *sizes, first.ln_1.eps)
         self.rows, self.slots = B, slots
