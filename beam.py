@@ -66,9 +66,9 @@ def beam_search(model, tokens, count, beam, eos, length_penalty=0.0, **context):
             window = torch.cat((window[rows], chosen[:, None]), dim=1)
             if len(staying) < len(left):
                 context, left = taken(context, rows), staying
-                caches = copied(caches, rows, model.make_caches(len(rows), caches.size))
+                caches = copied(caches, rows, start, model.make_caches(len(rows), caches.size))
             else:
-                caches.reorder(rows)
+                caches.reorder(rows, start)
 
 
 def continued(nats, logits):
@@ -92,10 +92,10 @@ def taken(value, rows):
     return None if value is None else value[rows]
 
 
-def copied(caches, rows, fewer):
-    """Returns `fewer`, new caches, with copies of these rows of `caches`."""
+def copied(caches, rows, end, fewer):
+    """Returns `fewer`, new caches, with copies of these rows of `caches`, up to slot `end`."""
     fewer.last.copy_(caches.last[rows])
     for new, old in zip(fewer, caches):
-        new.k.copy_(old.k[rows])
-        new.v.copy_(old.v[rows])
+        new.k[:, :, :end] = old.k[rows, :, :end]
+        new.v[:, :, :end] = old.v[rows, :, :end]
     return fewer

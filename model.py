@@ -239,10 +239,11 @@ class Caches(list):
         rows, _, self.size, _ = layers[0].k.shape
         self.last = torch.zeros(rows, 1, dtype=torch.long, device=layers[0].k.device)
 
-    def reorder(self, rows):
-        """Copies row rows[i] into row i, for every i at once. Beam search needs this. rows: (B,)."""
-        for buffer in (self.last, *(layer.k for layer in self), *(layer.v for layer in self)):
-            buffer.copy_(buffer.index_select(0, rows))  # faster than buffer[rows] on a CPU
+    def reorder(self, rows, end=None):
+        """Copies row rows[i], up to slot `end`, into row i, for every i at once. For beam search. rows: (B,)."""
+        self.last.copy_(self.last[rows])
+        for part in (buffer[:, :, :end] for layer in self for buffer in (layer.k, layer.v)):
+            part.copy_(part.index_select(0, rows))  # faster than part[rows] on a CPU
 
 
 class Block(nn.Module):
@@ -298,7 +299,7 @@ class Transformer(nn.Module):
 
     def remember(self, memory):
         """Each block's cross-attention keys and values for a memory (B, S, C), so that they are computed only once."""
-        return [block.cross_attn.keys_values(memory) for block in self.blocks]
+        return [tuple(part.contiguous() for part in block.cross_attn.keys_values(memory)) for block in self.blocks]
 
     def make_caches(self, batch_size, size):
         """Empty caches for `size` positions, with the dtype and device of the weights."""
@@ -350,8 +351,9 @@ def predict(head, x, targets=None, places=None, smoothing=False):
     logits = head(x)
     if targets is None:
         return logits
-    nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
-    return (nats, logits.logsumexp(-1) - logits.mean(-1)) if smoothing else nats
+    logp = logits.log_softmax(-1)
+    nats = F.nll_loss(logp.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+    return (nats, -logp.mean(-1)) if smoothing else nats
 
 
 class GPT(nn.Module):

@@ -17,9 +17,9 @@
 #endif
 
 #ifdef __AVX512F__
-enum { LANES = 16, ROWS = 4, OUTS = 6 };  /* a tile's sums fit into the registers */
+enum { LANES = 16, ROWS = 4, OUTS = 6, MANY = 2 };  /* a tile's sums fit into the registers */
 #else
-enum { LANES = 8, ROWS = 2, OUTS = 6 };
+enum { LANES = 8, ROWS = 2, OUTS = 6, MANY = 4 };
 #endif
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -64,20 +64,22 @@ static inline float get_one(const number *p) { return *p; }
 typedef struct { const number *weight, *bias; } Layer;  /* a norm or a linear layer; a bias may be missing */
 
 typedef struct {
-    Layer ln_1, q_proj, k_proj, v_proj, o_proj, ln_2, up_proj, gate_proj, down_proj;
+    Layer ln_1, q_proj, k_proj, v_proj, o_proj, ln_x, cross_q_proj, cross_o_proj, ln_2, up_proj, gate_proj, down_proj;
     number *keys, *values;  /* (B, K, slots, D) */
+    const number *memory_keys, *memory_values;  /* of the cross-attention: (B, K, n_memory, D); NULL without it */
 } Block;
 
-enum { GELU, GEGLU, SWIGLU, RELU2 };
+enum { GELU, GEGLU, SWIGLU, RELU2, RELU };
 enum { LAYERNORM, RMSNORM, PLAIN_RMSNORM };
 
 typedef struct {
     const Block *blocks;
-    Layer ln_f;
+    Layer ln_f;  /* may be missing */
+    const uint8_t *visible;  /* (B, n_memory): 0 hides a position of the memory; NULL: all are visible */
     float *x, *y, *q, *k, *v, *hidden, *gates, *scores;
     /* Buffers for the largest N: (N, C), (N, the larger of C and H D), (N, H D), (N, K D) twice, (N, F) twice, and
-       (N, H, slots), where slots is rounded up to a multiple of 16. */
-    int32_t n_layer, n_embd, n_head, n_kv_head, head_dim, n_hidden, slots, norm, mlp;
+       (N, H, n_scores), where n_scores is the larger of slots and n_memory, rounded up to a multiple of 16. */
+    int32_t n_layer, n_embd, n_head, n_kv_head, head_dim, n_hidden, slots, n_memory, n_scores, norm, mlp, post_norm;
     float eps;
 } Trunk;
 
@@ -192,14 +194,30 @@ static void rotate(float *x, const float *cosine, const float *sine, int D)
     }
 }
 
-/* y = softmax(q k^T / sqrt(D)) v, for one head. q, y: (D), keys, values: (S, D), p: a buffer of S, rounded up. */
-static void attend(float *y, const float *q, const number *keys, const number *values, float *p, int S, int D)
+/* y[d] = share * the sum over s of p[s] values[s][d], for `vecs` x LANES of the D channels d. */
+static inline __attribute__((always_inline)) void weigh(float *y, const number *values, const float *p, float share,
+                                                        int S, int D, int vecs)
+{
+    vec sums[MANY] = {0};
+    for (int s = 0; s < S; s++)
+        for (int i = 0; i < vecs; i++)
+            sums[i] += p[s] * get(values + s * D + i * LANES);
+    for (int i = 0; i < vecs; i++)
+        store(y + i * LANES, sums[i] * share);
+}
+
+/* y = softmax(q k^T / sqrt(D)) v, for one head. q, y: (D), keys, values: (S, D), visible: (S) or NULL, p: a buffer of
+   S, rounded up. */
+static void attend(float *y, const float *q, const number *keys, const number *values, const uint8_t *visible,
+                   float *p, int S, int D)
 {
     const int end = (S + LANES - 1) / LANES * LANES;
     const float scale = 1 / sqrtf(D);
     float most = -INFINITY;
     for (int s = 0; s < S; s += OUTS)
         tiles(p + s, S, q, keys + s * D, 0, D, 0, 1, S - s < OUTS ? S - s : OUTS);
+    for (int s = 0; visible && s < S; s++)
+        p[s] = visible[s] ? p[s] : -INFINITY;
     for (int s = 0; s < S; s++)
         most = p[s] > most ? p[s] : most;
     for (int s = S; s < end; s++)
@@ -211,12 +229,11 @@ static void attend(float *y, const float *q, const number *keys, const number *v
         total += e;
     }
     const float share = 1 / sum(total);
-    for (int d = 0; d < D; d += LANES) {
-        vec weighted = {0};
-        for (int s = 0; s < S; s++)
-            weighted += p[s] * get(values + s * D + d);
-        store(y + d, weighted * share);
-    }
+    int d = 0;
+    for (; d + MANY * LANES <= D; d += MANY * LANES)
+        weigh(y + d, values + d, p, share, S, D, MANY);
+    for (; d < D; d += LANES)
+        weigh(y + d, values + d, p, share, S, D, 1);
 }
 
 /* Stores the new keys and values in the caches from slot `start` on. Then each token attends to all slots up to its
@@ -224,7 +241,7 @@ static void attend(float *y, const float *q, const number *keys, const number *v
 static void attention(const Trunk *t, const Block *block, const float *cosine, const float *sine, int ropes, int B,
                       int T, int start)
 {
-    const int H = t->n_head, K = t->n_kv_head, D = t->head_dim, padded = (t->slots + 15) / 16 * 16;
+    const int H = t->n_head, K = t->n_kv_head, D = t->head_dim;
     #pragma omp for schedule(static)
     for (int i = 0; i < B * T * K; i++) {
         const int n = i / K;
@@ -242,8 +259,21 @@ static void attention(const Trunk *t, const Block *block, const float *cosine, c
         const int64_t first = (int64_t)(n / T * K + i % H / (H / K)) * t->slots * D;
         if (cosine)
             rotate(t->q + i * D, cosine + n % ropes * D, sine + n % ropes * D, D);
-        attend(t->y + i * D, t->q + i * D, block->keys + first, block->values + first, t->scores + (int64_t)i * padded,
-               start + n % T + 1, D);
+        attend(t->y + i * D, t->q + i * D, block->keys + first, block->values + first, 0,
+               t->scores + (int64_t)i * t->n_scores, start + n % T + 1, D);
+    }
+}
+
+/* Each token attends to the memory of its row, which gives t->y: (N, H D). */
+static void cross_attention(const Trunk *t, const Block *block, int B, int T)
+{
+    const int H = t->n_head, K = t->n_kv_head, D = t->head_dim, S = t->n_memory;
+    #pragma omp for schedule(static)
+    for (int i = 0; i < B * T * H; i++) {
+        const int row = i / H / T;
+        const int64_t first = (int64_t)(row * K + i % H / (H / K)) * S * D;
+        attend(t->y + i * D, t->q + i * D, block->memory_keys + first, block->memory_values + first,
+               t->visible ? t->visible + row * S : 0, t->scores + (int64_t)i * t->n_scores, S, D);
     }
 }
 
@@ -259,38 +289,71 @@ static void activate(const Trunk *t, int N)
             up *= gelu(load(t->gates + i));
         else if (t->mlp == SWIGLU)
             up *= silu(load(t->gates + i));
-        else
+        else if (t->mlp == RELU2)
             up *= pick(up > 0, up, (vec){0});
+        else
+            up = pick(up > 0, up, (vec){0});
         store(t->hidden + i, up);
     }
 }
 
-/* Computes the trunk's output t->y from its input t->x, both (B, T, C), for the positions from `start` on.
+/* What a sublayer reads: in pre-norm blocks t->y = norm(t->x), in post-norm blocks t->x itself. */
+static const float *before(const Trunk *t, Layer layer, int N)
+{
+    if (!t->post_norm)
+        norm(t->y, t->x, layer, t, N);
+    return t->post_norm ? t->x : t->y;
+}
+
+/* After a sublayer was added to t->x: waits for all threads; in post-norm blocks t->x = norm(t->x). */
+static void after(const Trunk *t, Layer layer, int N)
+{
+    #pragma omp barrier
+    if (t->post_norm)
+        norm(t->x, t->x, layer, t, N);
+}
+
+/* Computes the trunk's output from its input, both (B, T, C), for the positions from `start` on.
    cosine, sine: (ropes, D), where token n of N uses row n % ropes; NULL without rotary positions. */
-void decode(const Trunk *t, const float *cosine, const float *sine, int ropes, int B, int T, int start, int threads)
+void decode(const Trunk *t, number *output, const number *input, const float *cosine, const float *sine, int ropes,
+            int B, int T, int start, int threads)
 {
     const int N = B * T, C = t->n_embd, F = t->n_hidden, Q = t->n_head * t->head_dim, KV = t->n_kv_head * t->head_dim;
     #pragma omp parallel num_threads(threads)
     {
+        #pragma omp for schedule(static)
+        for (int i = 0; i < N * C; i += LANES)
+            store(t->x + i, get(input + i));
         for (int i = 0; i < t->n_layer; i++) {
             const Block *b = t->blocks + i;
-            norm(t->y, t->x, b->ln_1, t, N);
-            linear(t->q, t->y, b->q_proj, N, C, Q, 0);
-            linear(t->k, t->y, b->k_proj, N, C, KV, 0);
-            linear(t->v, t->y, b->v_proj, N, C, KV, 0);
+            const float *from = before(t, b->ln_1, N);
+            linear(t->q, from, b->q_proj, N, C, Q, 0);
+            linear(t->k, from, b->k_proj, N, C, KV, 0);
+            linear(t->v, from, b->v_proj, N, C, KV, 0);
             #pragma omp barrier
             attention(t, b, cosine, sine, ropes, B, T, start);
             linear(t->x, t->y, b->o_proj, N, Q, C, 1);
-            #pragma omp barrier
-            norm(t->y, t->x, b->ln_2, t, N);
-            linear(t->hidden, t->y, b->up_proj, N, C, F, 0);
+            after(t, b->ln_1, N);
+            if (b->memory_keys) {
+                linear(t->q, before(t, b->ln_x, N), b->cross_q_proj, N, C, Q, 0);
+                #pragma omp barrier
+                cross_attention(t, b, B, T);
+                linear(t->x, t->y, b->cross_o_proj, N, Q, C, 1);
+                after(t, b->ln_x, N);
+            }
+            from = before(t, b->ln_2, N);
+            linear(t->hidden, from, b->up_proj, N, C, F, 0);
             if (b->gate_proj.weight)
-                linear(t->gates, t->y, b->gate_proj, N, C, F, 0);
+                linear(t->gates, from, b->gate_proj, N, C, F, 0);
             #pragma omp barrier
             activate(t, N);
             linear(t->x, t->hidden, b->down_proj, N, F, C, 1);
-            #pragma omp barrier
+            after(t, b->ln_2, N);
         }
-        norm(t->y, t->x, t->ln_f, t, N);
+        if (t->ln_f.weight)
+            norm(t->x, t->x, t->ln_f, t, N);
+        #pragma omp for schedule(static)
+        for (int i = 0; i < N * C; i += LANES)
+            put(output + i, load(t->x + i));
     }
 }

@@ -37,8 +37,10 @@ FLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-shared", "-fPIC"]
 DTYPES = {torch.float32: [], torch.bfloat16: ["-DBFLOAT16"]}
 WIDTH = 16  # n_embd, head_dim and n_hidden must be multiples of it
 NORMS = {"model.LayerNorm": 0, "model.RMSNorm": 1, "model.PlainRMSNorm": 2}  # the numbers that decode.c gives them
-MLPS = {"model.MLP": 0, "model.GatedMLP": 1, "model.SwiGLUMLP": 2, "model.SquaredReLUMLP": 3}
-PYTORCH = {"torch.nn.modules.linear.Linear", "torch.nn.modules.container.ModuleList"}
+MLPS = {"model.MLP": 0, "model.GatedMLP": 1, "model.SwiGLUMLP": 2, "model.SquaredReLUMLP": 3,
+        "seq2seq.ReLUMLP": 4}
+PYTORCH = {"torch.nn.modules.linear.Linear", "torch.nn.modules.linear.Identity",
+           "torch.nn.modules.container.ModuleList"}
 PROMPT_TOKENS = 128  # for more tokens at once, PyTorch's matrix products are faster
 THREADS_FROM = 2**19  # steps of at least so many multiplications use several threads
 
@@ -49,7 +51,7 @@ def fast_steps(model):
 
     On CUDA it turns off cuDNN's attention, which takes 40 to 70 ms to plan for each new length of the cache.
     """
-    trunks = [m for m in model.modules() if full_name(type(m)) == "model.Transformer" and can_step(m)]
+    trunks = [m for m in model.modules() if full_name(type(m)) == "model.Transformer" and "forward" not in vars(m)]
     for trunk in trunks:
         trunk.forward = Steps(trunk)
     cudnn = torch.backends.cuda.cudnn_sdp_enabled()
@@ -87,21 +89,24 @@ def can_step(trunk):
 
 
 def untouched(trunk):
-    """True if blocks are alike, without cross-attention, and modules are of known classes, without hooks or patches."""
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks or trunk.blocks[0].cross_attn:
+    """True if the blocks are alike, and all modules are of known classes, without hooks or patches."""
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return False
-    for module in trunk.modules():
+    modules = list(trunk.modules())
+    for module in modules:
         name = full_name(type(module))
         known = name in KNOWN or name in PYTORCH and type(module).forward.__module__.startswith("torch.")
-        if not known or any(map(callable, vars(module).values())) or module._forward_hooks or module._forward_pre_hooks:
+        if not known or has_methods(module) or module._forward_hooks or module._forward_pre_hooks:
             return False
-    kinds = set()
-    for b in trunk.blocks:
-        classes = [full_name(type(module)) for module in b.modules()]
-        shapes = [p.shape for p in b.parameters()]
-        eps = [module.eps for module in b.modules() if hasattr(module, "eps")]  # an edited block may have other norms
-        kinds.add((b.attn.n_head, b.attn.n_kv_head, b.attn.head_dim, *eps, *classes, *shapes))
-    return len(kinds) == 1
+    blocks = {(*(type(module) for module in b.modules()), *(p.shape for p in b.parameters())) for b in trunk.blocks}
+    heads = {(m.n_head, m.n_kv_head, m.head_dim) for m in modules if "head_dim" in vars(m)}
+    norms = {(type(m), m.eps) for m in modules if "eps" in vars(m)}  # an edited block may have other norms
+    return len(blocks) == len(heads) == len(norms) == 1
+
+
+def has_methods(module):
+    """Whether a module has functions of its own, beside those of its class and a trunk's Steps."""
+    return any(callable(value) and not isinstance(value, Steps) for value in vars(module).values())
 
 
 @functools.cache
@@ -137,15 +142,18 @@ class Layer(ctypes.Structure):
 
 
 class Block(ctypes.Structure):
-    LAYERS = ("ln_1", "q_proj", "k_proj", "v_proj", "o_proj", "ln_2", "up_proj", "gate_proj", "down_proj")
-    _fields_ = [*((name, Layer) for name in LAYERS), ("keys", c_void_p), ("values", c_void_p)]
+    LAYERS = ("ln_1", "q_proj", "k_proj", "v_proj", "o_proj", "ln_x", "cross_q_proj", "cross_o_proj", "ln_2", "up_proj",
+              "gate_proj", "down_proj")
+    TENSORS = ("keys", "values", "memory_keys", "memory_values")
+    _fields_ = [*((name, Layer) for name in LAYERS), *((name, c_void_p) for name in TENSORS)]
 
 
 class Trunk(ctypes.Structure):
     BUFFERS = ("x", "y", "q", "k", "v", "hidden", "gates", "scores")
-    SIZES = ("n_layer", "n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden", "slots", "norm", "mlp")
-    _fields_ = [("blocks", POINTER(Block)), ("ln_f", Layer), *((name, c_void_p) for name in BUFFERS),
-                *((name, c_int32) for name in SIZES), ("eps", c_float)]
+    SIZES = ("n_layer", "n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden", "slots", "n_memory", "n_scores",
+             "norm", "mlp", "post_norm")
+    _fields_ = [("blocks", POINTER(Block)), ("ln_f", Layer), ("visible", c_void_p),
+                *((name, c_void_p) for name in BUFFERS), *((name, c_int32) for name in SIZES), ("eps", c_float)]
 
 
 class Steps:
@@ -155,16 +163,25 @@ class Steps:
     """
 
     def __init__(self, trunk):
-        self.trunk, self.caches = trunk, None
+        self.trunk, self.places, self.dtype = trunk, None, next(trunk.parameters()).dtype
         self.weights = sum(p.numel() for p in trunk.parameters())
 
-    def __call__(self, x, caches=None, mask=None, rope=None, start=0, **more):
-        if caches is not None and isinstance(start, int) and not more and self.takes(x, mask):
-            if caches is not self.caches:
-                self.point_at(caches)
+    @functools.cached_property
+    def able(self):
+        return can_step(self.trunk)
+
+    def __call__(self, x, caches=None, memory=None, mask=None, rope=None, start=0, memory_mask=None, **more):
+        if caches is not None and isinstance(start, int) and not more and self.takes(x, mask) and self.able \
+                and self.reads(memory, memory_mask, x):
+            places = [(part.data_ptr(), part.shape) for layer in caches for part in (layer.k, layer.v)]
+            places += [(part.data_ptr(), part.shape) for layer in memory or () for part in layer]
+            if places != self.places:  # they are other tensors, or moved in memory
+                self.point_at(caches, memory)
+                self.places = places
+            self.struct.visible = None if memory_mask is None else memory_mask.data_ptr()
             return self.step(x, rope, start)
         own = type(self.trunk).forward
-        return own(self.trunk, x, caches, mask=mask, rope=rope, start=start, **more)
+        return own(self.trunk, x, caches, memory, mask=mask, rope=rope, start=start, memory_mask=memory_mask, **more)
 
     def takes(self, x, mask):
         if x.size(1) == 1:
@@ -172,23 +189,39 @@ class Steps:
         short = x.size(0) * x.size(1) <= max(PROMPT_TOKENS, 2 * x.size(0))
         return isinstance(mask, str) and (short or x.dtype == torch.bfloat16)
 
-    def point_at(self, caches):
-        """Gives decode.c the addresses of the weights and of these caches, and allocates its buffers."""
+    def reads(self, memory, mask, x):
+        """Whether memory and its mask are as decode.c reads them: from `remember`, and a mask (B, 1, 1, S) or None."""
+        blocks = self.trunk.blocks
+        cross = blocks[0].cross_attn
+        if cross is None or memory is None:
+            return cross is None and memory is None and mask is None
+        if not isinstance(memory, list) or len(memory) != len(blocks):
+            return False
+        shape = (x.size(0), cross.n_kv_head, memory[0][0].size(2), cross.head_dim)
+        known = all(part.shape == shape and part.dtype == self.dtype and part.is_contiguous()
+                    for keys_values in memory for part in keys_values)
+        return known and (mask is None or mask.shape == (shape[0], 1, 1, shape[2]) and mask.dtype == torch.bool
+                          and mask.is_contiguous())
+
+    def point_at(self, caches, memory):
+        """Gives decode.c the addresses of weights, caches and memory, and allocates its buffers."""
         trunk, (B, K, slots, D) = self.trunk, caches[0].k.shape
-        attention, mlp = trunk.blocks[0].attn, trunk.blocks[0].mlp
-        C, H, F = trunk.ln_f.weight.numel(), attention.n_head, mlp.up_proj.out_features
-        widths = dict(x=C, y=max(C, H * D), q=H * D, k=K * D, v=K * D, hidden=F, gates=F,
-                      scores=H * (-(-slots // WIDTH) * WIDTH))
+        assert len(caches) == len(trunk.blocks), f"{len(caches)} caches for {len(trunk.blocks)} blocks"
+        first, n_memory = trunk.blocks[0], memory[0][0].size(2) if memory else 0
+        C, H, F = first.attn.q_proj.in_features, first.attn.n_head, first.mlp.up_proj.out_features
+        n_scores = -(-max(slots, n_memory) // WIDTH) * WIDTH
+        widths = dict(x=C, y=max(C, H * D), q=H * D, k=K * D, v=K * D, hidden=F, gates=F, scores=H * n_scores)
         self.max_tokens = max(PROMPT_TOKENS, 2 * B)  # in one call of decode.c, over all rows
         self.buffers = {name: torch.zeros(self.max_tokens * widths[name]) for name in Trunk.BUFFERS}
-        self.blocks = (Block * len(trunk.blocks))(*map(block, trunk.blocks, caches))
-        norm, kind = NORMS[full_name(type(trunk.ln_f))], MLPS[full_name(type(mlp))]
-        sizes = (len(trunk.blocks), C, H, K, D, F, slots, norm, kind)
+        self.blocks = (Block * len(trunk.blocks))(*map(block, trunk.blocks, caches, memory or [()] * len(caches)))
+        norm, mlp, kind = (full_name(type(module)) for module in (first.ln_1, first.mlp, first))
+        sizes = (len(trunk.blocks), C, H, K, D, F, slots, n_memory, n_scores, NORMS[norm], MLPS[mlp],
+                 kind == "model.PostNormBlock")
         pointers = [buffer.data_ptr() for buffer in self.buffers.values()]
-        self.struct = Trunk(self.blocks, layer(trunk.ln_f), *pointers, *sizes, trunk.ln_f.eps)
-        self.rows, self.slots, self.caches = B, slots, caches
-        self.decode = library(caches[0].k.dtype).decode
-        self.decode.argtypes, self.decode.restype = [c_void_p] * 3 + [c_int] * 5, None
+        self.struct = Trunk(self.blocks, layer(trunk.ln_f), None, *pointers, *sizes, first.ln_1.eps)
+        self.rows, self.slots = B, slots
+        self.decode = library(self.dtype).decode
+        self.decode.argtypes, self.decode.restype = [c_void_p] * 5 + [c_int] * 5, None
 
     def step(self, x, rope, start):
         """Returns the trunk's output for x, both (B, T, C). Writes keys and values into the caches from slot `start`.
@@ -209,9 +242,11 @@ class Steps:
             cos, sin = (table.float().contiguous() for table in rope)
             pointers = (cos.data_ptr(), sin.data_ptr(), cos.numel() // cos.size(-1))
         threads = torch.get_num_threads() if self.weights * x.size(0) * x.size(1) >= THREADS_FROM else 1
-        self.buffers["x"][:x.numel()].view(x.shape).copy_(x)
-        self.decode(ctypes.byref(self.struct), *pointers, x.size(0), x.size(1), start, threads)
-        return self.buffers["y"][:x.numel()].view(x.shape).to(x.dtype, copy=True)
+        given = x.to(self.dtype).contiguous()
+        output = torch.empty_like(given)
+        self.decode(ctypes.byref(self.struct), output.data_ptr(), given.data_ptr(), *pointers, *x.shape[:2], start,
+                    threads)
+        return output.to(x.dtype)
 
 
 def layer(module):
@@ -220,6 +255,10 @@ def layer(module):
     return Layer(*(None if part is None else part.data_ptr() for part in parts))
 
 
-def block(module, cache):
+def block(module, cache, memory):
+    """The addresses of a block's layers, its cache, and its keys and values of the memory, () without one."""
     layers = dict(child for part in (module, module.attn, module.mlp) for child in part.named_children())
-    return Block(*(layer(layers.get(name)) for name in Block.LAYERS), cache.k.data_ptr(), cache.v.data_ptr())
+    if memory:
+        layers |= {f"cross_{name}": child for name, child in module.cross_attn.named_children()}
+    tensors = (cache.k, cache.v, *memory)
+    return Block(*(layer(layers.get(name)) for name in Block.LAYERS), *(part.data_ptr() for part in tensors))

@@ -20,7 +20,9 @@ class NoSource(Exception):
 
 def digests(model):
     """{"model.Block": `digest` of that class, ...} for our own classes among the model's modules. Raises NoSource."""
-    return {full_name(cls): digest(cls) for cls in {type(module) for module in model.modules()} if is_ours(cls)}
+    describe = functools.cache(described)  # classes share code; it is described anew in each call
+    classes = {type(module) for module in model.modules()}
+    return {full_name(cls): digest(cls, describe) for cls in classes if is_ours(cls)}
 
 
 def code_of(model):
@@ -35,13 +37,16 @@ def full_name(cls):
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def digest(cls):
-    """The first 16 hex digits of the SHA-256 of the code of a class and of all that it uses. Raises NoSource."""
+def digest(cls, describe):
+    """The first 16 hex digits of the SHA-256 of the code of a class and of all that it uses. Raises NoSource.
+
+    describe: `described`, or a cache of it.
+    """
     found, todo = {}, [cls]
     while todo:
         thing = todo.pop()
         if thing not in found:
-            found[thing], more = described(thing)
+            found[thing], more = describe(thing)
             todo += more
     return hashlib.sha256("\n".join(sorted(found.values())).encode()).hexdigest()[:16]
 

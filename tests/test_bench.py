@@ -16,13 +16,15 @@ def test_every_measured_row_is_in_the_json(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "VISION", bench.VISION | tiny)
     monkeypatch.setattr(bench, "TEXT", bench.TEXT | tiny | dict(head_dim=16, vocab_size=300))
     out, nothing = tmp_path / "bench.json", f"{shlex.quote(sys.executable)} -c pass"
-    bench.main(bench.Settings(only="train,sample,vlm,against", sizes="small", dtypes="float32", batches="1,2",
+    monkeypatch.setattr(bench, "TRANSLATOR", bench.TRANSLATOR | dict(n_layer=1, n_embd=32, vocab_size=300))
+    bench.main(bench.Settings(only="train,sample,vlm,translate,against", sizes="small", dtypes="float32", batches="1,2",
                               new_tokens=4, repeats=1, transformers=False, device="cpu", ours=nothing,
                               against=nothing, out=str(out)))
     rows = {row["case"]: row for row in json.loads(out.read_text())["rows"]}
     assert set(rows) == {"small, float32, ours", "small, float32, 1 at once, ours", "small, float32, 2 at once, ours",
                          *(f"float32, {n} at once, {what}, ours" for n in (1, 8)
-                           for what in ("1 tokens", "64 tokens", "after the first")), "ours", "theirs"}
+                           for what in ("1 tokens", "64 tokens", "after the first")),
+                         *(f"{n} at once, beam {beam}, ours" for n in (1, 32) for beam in (1, 4)), "ours", "theirs"}
     printed = capsys.readouterr().out
     assert all(case in printed and row["least"] <= row["median"] <= row["most"] for case, row in rows.items())
     differences = [case for case in rows if "after the first" in case]  # of two measurements: may be below 0

@@ -9,19 +9,26 @@ import pytest
 import torch
 
 import model as models
+from beam import beam_search
 from generate import generate, pick_tokens
 from lora import add_lora
 from machine import decode
 from machine.digest import digests, source_tokens
 from model import GPT, MLP, Block, GPTConfig, init_weights
+from seq2seq import Seq2Seq, Seq2SeqConfig
 
-C, T, B = 64, 24, 5
+C, T, B, S = 64, 24, 5, 19
+SIZES = dict(n_layer=2, n_head=4, n_embd=C, block_size=T, vocab_size=11)
+LENGTHS = torch.tensor([19, 1, 8, 17, 2])
 needs_compiler = pytest.mark.skipif(not decode.library(), reason="there is no C compiler")
 KINDS = [
     {}, dict(bias=True), dict(mlp="relu2", positions="rotary", tied=False, bigrams=True),
     dict(norm="rmsnorm", mlp="geglu", positions="rotary", n_kv_head=2, head_dim=32), dict(n_kv_head=1, n_hidden=80),
     dict(norm="plain_rmsnorm", mlp="swiglu", positions="rotary", n_kv_head=2, qkv_bias=True,
          rope_scaling={"factor": 4.0})]
+TRANSLATORS = [
+    {}, dict(block="post"), dict(block="post", final_norm=False, n_kv_head=2, head_dim=32, norm="rmsnorm"),
+    dict(bias=False, norm="plain_rmsnorm", mlp="swiglu", positions="rotary", n_kv_head=1, qkv_bias=True)]
 
 
 def seeded(seed=0):
@@ -29,8 +36,19 @@ def seeded(seed=0):
 
 
 def make_gpt(**changes):
-    model = GPT(GPTConfig(**dict(dict(n_layer=2, n_head=4, n_embd=C, block_size=T, vocab_size=11), **changes))).eval()
-    init_weights(model, seeded(), std=0.3)
+    return stirred(GPT(GPTConfig(**dict(SIZES, **changes))))
+
+
+def make_translator(lengths=None, **changes):
+    """(model, the context of B sources). lengths: of the sources, which are padded to S; None: all have S tokens."""
+    model = stirred(Seq2Seq(Seq2SeqConfig(**dict(SIZES, **changes))))
+    source = torch.randint(11, (B, S), generator=seeded(2))
+    with torch.no_grad():
+        return model, model.encode(source, torch.full((B,), S) if lengths is None else lengths)
+
+
+def stirred(model):
+    init_weights(model.eval(), seeded(), std=0.3)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=seeded(1)))
@@ -51,12 +69,12 @@ def steps_taken(monkeypatch):
 
 
 @torch.inference_mode()
-def stepped(model, tokens):
+def stepped(model, tokens, **context):
     """The logits of all tokens, fed as a prompt of three tokens and then one by one."""
     caches = model.make_caches(len(tokens), tokens.size(1))
     cuts = [0, *range(3, tokens.size(1) + 1)]
     with decode.fast_steps(model):
-        parts = [model.logits(model.hidden(tokens[:, a:b], caches, a)) for a, b in zip(cuts, cuts[1:])]
+        parts = [model.logits(model.hidden(tokens[:, a:b], caches, a, **context)) for a, b in zip(cuts, cuts[1:])]
     return torch.cat(parts, dim=1)
 
 
@@ -69,12 +87,27 @@ TOKENS = torch.randint(11, (B, T), generator=seeded())
 def test_compiled_steps_give_the_uncached_logits(monkeypatch, changes, threads):
     """With QUILL_ACCEPT=1, it writes the digests of the blocks' present code to decode.json if the logits are equal."""
     model = make_gpt(**changes)
-    found = digests(model.transformer)
+    check_steps(monkeypatch, model, model.transformer, threads)
+
+
+@needs_compiler
+@pytest.mark.parametrize("changes", TRANSLATORS)
+@pytest.mark.parametrize("lengths, threads", [(None, 1), (LENGTHS, 1), (LENGTHS, 2)])
+def test_compiled_steps_of_a_translator_give_the_uncached_logits(monkeypatch, changes, lengths, threads, steps_taken):
+    """So does this one."""
+    model, context = make_translator(lengths, **changes)
+    check_steps(monkeypatch, model, model.decoder, threads, **context)
+    assert steps_taken == [3, *[1] * (T - 3)]
+
+
+def check_steps(monkeypatch, model, trunk, threads, **context):
+    found = digests(trunk)
     if os.environ.get("QUILL_ACCEPT"):
         monkeypatch.setattr(decode, "KNOWN", found)
     monkeypatch.setattr(decode, "THREADS_FROM", 0 if threads > 1 else 2**60)
-    assert decode.can_step(model.transformer), "you changed the blocks: run this test once with QUILL_ACCEPT=1"
-    torch.testing.assert_close(stepped(model, TOKENS), model(TOKENS), atol=1e-4, rtol=1e-4)
+    assert decode.can_step(trunk), "you changed the blocks: run this test once with QUILL_ACCEPT=1"
+    expected = model.logits(model.hidden(TOKENS, **context)).detach()
+    torch.testing.assert_close(stepped(model, TOKENS, **context), expected, atol=1e-4, rtol=1e-4)
     if os.environ.get("QUILL_ACCEPT"):
         path = decode.SOURCE.with_suffix(".json")
         path.write_text(json.dumps({**json.loads(path.read_text()), **found}, indent=1, sort_keys=True) + "\n")
@@ -224,6 +257,65 @@ def test_compiled_steps_choose_the_same_tokens(monkeypatch):
         pick = functools.partial(pick_tokens, temperature=0.8, generator=seeded())
         texts.append(torch.stack(list(generate(model, torch.zeros(3, 1, dtype=torch.long), 3 * T, pick))))
     assert torch.equal(*texts)
+
+
+@needs_compiler
+@pytest.mark.parametrize("changes", [{}, dict(block="post", final_norm=False, n_kv_head=2)])
+def test_compiled_steps_find_the_same_beams(monkeypatch, steps_taken, changes):
+    """Rows are reordered, and leave the batch with their caches and memory."""
+    model, context = make_translator(LENGTHS, **changes, tied=False)
+    start = torch.zeros(B, 1, dtype=torch.long)
+    fast = beam_search(model, start, T, 3, 7, 1.0, **context)
+    assert len(steps_taken) == max(h.length for row in fast for h in row) > min(row[-1].length for row in fast) + 3
+    monkeypatch.setattr(decode, "can_step", lambda trunk: False)
+    for row, expected in zip(fast, beam_search(model, start, T, 3, 7, 1.0, **context)):
+        assert [h.ids for h in row] == [h.ids for h in expected]
+        assert [h.nats for h in row] == pytest.approx([h.nats for h in expected], abs=1e-3)
+
+
+@needs_compiler
+def test_compiled_steps_read_the_memory_caches_and_mask_where_they_are_now(steps_taken):
+    model, context = make_translator()
+    others = [make_translator(LENGTHS[order])[1] for order in ([0, 1, 2, 3, 4], [4, 2, 3, 1, 0])]
+    caches, memory = model.make_caches(B, 4), context["memory"]
+    with torch.inference_mode(), decode.fast_steps(model):
+        model.hidden(TOKENS[:, :3], caches, 0, **context)
+        for other in others:
+            memory[:] = [(k.clone(), v.clone()) for k, v in other["memory"]]  # the same list; the old tensors are freed
+            for cache in caches:
+                cache.k, cache.v = cache.k.clone(), cache.v.clone()
+            found = model.hidden(TOKENS[:, 3:4], caches, 3, memory=memory, memory_mask=other["memory_mask"])
+            steps = len(steps_taken)
+            expected = type(model.decoder).forward(model.decoder, model.embed(TOKENS[:, 3:4], model.wte)
+                                                   + model.wpe.table[3], caches, **other, start=3)
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+            assert len(steps_taken) == steps
+    assert steps_taken == [3, 1, 1]
+
+
+@needs_compiler
+@pytest.mark.parametrize("change", ["transposed", "added mask", "mask per head", "not remembered", "other heads"])
+def test_pytorch_takes_steps_with_a_memory_that_decode_c_does_not_know(steps_taken, change):
+    model, context = make_translator(LENGTHS)
+    memory, mask, tokens = context["memory"], context["memory_mask"], TOKENS[:, :1]
+    if change == "transposed":
+        memory = [tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in pair) for pair in memory]
+    elif change == "added mask":
+        mask = torch.zeros(mask.shape).masked_fill_(~mask, -1e9)
+    elif change == "mask per head":
+        mask = mask.expand(-1, 4, -1, -1).clone()
+    elif change == "not remembered":
+        memory = torch.randn(B, S, C, generator=seeded())
+    else:
+        for block in model.decoder.blocks:
+            block.cross_attn.n_head, block.cross_attn.n_kv_head, block.cross_attn.head_dim = 2, 2, 32
+        memory = model.decoder.remember(torch.randn(B, S, C, generator=seeded()))
+    with torch.inference_mode():
+        expected = model.hidden(tokens, memory=memory, memory_mask=mask)
+        with decode.fast_steps(model):
+            found = model.hidden(tokens, model.make_caches(B, 2), 0, memory=memory, memory_mask=mask)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert not steps_taken
 
 
 @needs_compiler

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from configurator import UserError, check_ranges, from_command_line, one_line_errors
 from tools import shell_words
 
-SECTIONS = ("peak", "start", "train", "sample", "vlm", "against")
+SECTIONS = ("peak", "start", "train", "sample", "vlm", "translate", "against")
 
 
 @dataclass(frozen=True)
 class Settings:
-    only: str = "peak,start,train,sample,vlm,against"  # sections to measure, separated by commas
+    only: str = "peak,start,train,sample,vlm,translate,against"  # sections to measure, separated by commas
     sizes: str = "small,full"  # small: 4 layers, width 128, context 64; full: 6 layers, width 384, context 256
     dtypes: str = "float32,bfloat16"  # in training: of the matrix products; in sampling: of the whole model
     batches: str = "1,10,64"  # numbers of samples generated at once
@@ -77,6 +77,7 @@ import torch
 import torch.nn.functional as F
 
 import train
+from beam import beam_search
 from generate import generate, pick_tokens
 from machine.device import (
     DTYPES,
@@ -90,6 +91,7 @@ from machine.distributed import World
 from model import GPT, GPTConfig, init_weights
 from optimizer import make_optimizers
 from run.cost import flops_per_token
+from seq2seq import Seq2Seq, Seq2SeqConfig
 from tasks.task import Task
 from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig, init_parts
 
@@ -114,7 +116,7 @@ class Table:
     def compare(self, section, cases, unit="ms", amount=0):
         """Measures cases, {name: function}, in turns, and returns {name: its row}.
 
-        unit: ms or s per call, or tokens/s if each call makes `amount` tokens. A function that returns an int, as
+        unit: ms or s per call, or what each call makes `amount` of, per second. A function that returns an int, as
         `command`'s do, returns its peak memory in bytes. For others, the growth of this process's peak is measured.
         """
         seconds, memory = {name: [] for name in cases}, dict.fromkeys(cases, 0)
@@ -145,7 +147,7 @@ class Table:
         digits = 2 if row["median"] < 10 else 0
         median, least, most = (f"{row[name]:,.{digits}f}" for name in ("median", "least", "most"))
         beside = "".join(f"  {value:,} {name}" for name, value in more.items())
-        print(f"{section:7} {case:44} {f'{median} ({least}-{most}) {unit}':36}{beside}", flush=True)
+        print(f"{section:9} {case:44} {f'{median} ({least}-{most}) {unit}':36}{beside}", flush=True)
         return row
 
 
@@ -335,6 +337,55 @@ def their_paligemma(transformers):
     return transformers.PaliGemmaForConditionalGeneration(transformers.PaliGemmaConfig(
         vision_config=vision, text_config=text, image_token_index=8191, projection_dim=TEXT["n_embd"],
         hidden_size=TEXT["n_embd"]))
+
+
+TRANSLATOR = dict(n_layer=3, n_head=4, n_embd=128, vocab_size=4000, block_size=128)  # as in translate_en_it
+
+
+def measure_translate(table, source_tokens=20, new_tokens=30):
+    """A small encoder-decoder with random weights, beside transformers' Marian: greedily and with a beam of 4.
+
+    All translations have as many tokens. Of several sources, all but one are shorter than source_tokens.
+    """
+    device, transformers = table.device, peers(table.settings)
+    ours = Seq2Seq(Seq2SeqConfig(**TRANSLATOR))
+    init_weights(ours, seeded(), std=TRANSLATOR["n_embd"] ** -0.5)
+    models = {"ours": (ours, our_translations)}
+    if transformers:
+        models["transformers"] = (their_marian(transformers), their_translations)
+    for n in (1, 32):
+        source = torch.randint(2, TRANSLATOR["vocab_size"], (n, source_tokens), generator=seeded()).to(device)
+        lengths = torch.linspace(source_tokens, source_tokens // 2, n, device=device).long()
+        for beam in (1, 4):
+            table.compare("translate", {
+                f"{n} at once, beam {beam}, {who}": functools.partial(work, model.to(device).eval(), source, lengths,
+                                                                      beam, new_tokens)
+                for who, (model, work) in models.items()}, "sentences/s", n)
+
+
+@torch.inference_mode()
+def our_translations(model, source, lengths, beam, count):
+    start, context = torch.ones_like(source[:, :1]), model.encode(source, lengths)
+    if beam > 1:
+        beam_search(model, start, count, beam, -1, 1.0, **context)  # no token is -1, so none ends a translation
+    else:
+        pick = functools.partial(pick_tokens, temperature=0)
+        torch.stack(list(generate(model, start, count, pick, **context))).tolist()
+
+
+def their_translations(model, source, lengths, beam, count):
+    real = (torch.arange(source.size(1), device=source.device) < lengths[:, None]).long()
+    model.generate(input_ids=source, attention_mask=real, max_new_tokens=count, num_beams=beam, do_sample=False,
+                   eos_token_id=None).tolist()
+
+
+def their_marian(transformers):
+    C, L, H = TRANSLATOR["n_embd"], TRANSLATOR["n_layer"], TRANSLATOR["n_head"]
+    return transformers.MarianMTModel(transformers.MarianConfig(
+        vocab_size=TRANSLATOR["vocab_size"], d_model=C, encoder_layers=L, decoder_layers=L, encoder_attention_heads=H,
+        decoder_attention_heads=H, encoder_ffn_dim=4 * C, decoder_ffn_dim=4 * C, activation_function="relu",
+        max_position_embeddings=TRANSLATOR["block_size"], scale_embedding=True, pad_token_id=1, eos_token_id=None,
+        decoder_start_token_id=1, forced_eos_token_id=None))
 
 
 def measure_start(table):
