@@ -3,6 +3,12 @@
     python train.py config/tag_flights.py
     python sample.py --out_dir=out/tag_flights --prompt="show me flights to mars on tuesday"
     python evaluate.py --out_dir=out/tag_flights
+
+The questions are made up by data/flights/generate.py; templates and some values are held out. On the test part, 98.9 %
+of all words get the right label, 97.4 % of those that are not O, and 76 % of those that training lacks; 98.8 % of the
+intents are right (seed 1337). Each word's most frequent label in training is right for 84.0 % of all words and 57.1 %
+of those that are not O, a bag of words for 96.5 % of the intents. The lecture's tagger, of one block, had 99 % and 93 %
+on people's questions.
 """
 
 task = "tagging"
@@ -30,5 +36,5 @@ grad_clip = 0.0  # no clipping: Muon ignores the length of a gradient
 
 batch_size = 64
 max_iters = 790  # ten epochs
-eval_interval = 79
-log_interval = 79
+eval_interval = 158  # two epochs
+log_interval = 20

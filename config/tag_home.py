@@ -5,7 +5,9 @@
     python evaluate.py --out_dir=out/tag_home
 
 The templates come from a package on PyPI, by pip. Templates and values are held out: the model has seen none of the
-rooms and devices of validation and test.
+rooms and devices of validation and test. On the test part, 95.4 % of the intents are right (a bag of words: 93.9 %),
+88.1 % of all words (each word's most frequent label: 75.3 %), and 63.3 % of those that are not O (20.2 %); the F1 of
+spans is 0.59 (0.18), seed 1337. A new word may be a room, a device or a message, and often only its form could tell.
 """
 
 task = "tagging"
@@ -34,4 +36,4 @@ grad_clip = 0.0  # no clipping: Muon ignores the length of a gradient
 batch_size = 64
 max_iters = 400  # seven epochs
 eval_interval = 100
-log_interval = 60
+log_interval = 20

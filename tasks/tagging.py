@@ -198,7 +198,8 @@ class TaggingTask(LabelledTask):
             say(f"{save_picture(picture, settings.picture)}: a row for each right intent, a column for each found one")
         if not settings.init_from:  # else there is no folder of a run
             keep(Path(settings.out_dir), "labels_test" if part == "test" else "labels", rows, found, scores)
-        worst = sorted((score["f1-score"], label, score["support"]) for label, score in scores.items())[:WORST]
+        worst = sorted((score["f1-score"], label, score["support"]) for label, score in scores.items())
+        worst = [each for each in worst if each[2]][:WORST]  # without labels that were found and are in no row
         return result | {f"f1, {label} ({count})": f1 for f1, label, count in worst}
 
     # ------------------------------------------------------------------------------------------------------------------
