@@ -6,7 +6,8 @@
     python sample.py --out_dir=out/masked_help --prompt="Click the [MASK] to save the document."
     python train.py config/classify_topics.py --init_from=out/masked_help --rates.encoder=0.5 --out_dir=out/topics
 
-It reads the training pages of help_topics alone, without their topics.
+It reads the training pages of help_topics alone, without their topics: 0.6 million tokens. Half an hour on a fifth of a
+busy CPU core ended at a loss of 4.87; 22 % of the hidden tokens were the likeliest. That is little, and helps little.
 """
 
 task = "masked"
