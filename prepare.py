@@ -65,6 +65,7 @@ from published import download as download_model
 from sources import documents, images, known, labelled, pairs, texts
 from sources.download import download
 from sources.known import CORPORA, GENERATED, PAIRS, TOKENIZERS, claim, locate, prepare_known, prepare_pairs
+from tasks import find_task
 
 GPT2_TOKENS = 100_000_000  # training tokens above which a GPT-2 from scratch is worthwhile
 SETTINGS_OF = {  # for each kind of source, its settings that some other kinds lack
@@ -91,9 +92,10 @@ def main(settings, sources, named=()):
     name, recipe = (prepare_known_source(settings, sources[0], named) if is_known else
                     prepare_own(settings, sources, named))
     start = [recipe]
-    if os.path.isdir(given) or given != settings.tokenizer:  # the tokenizer of a model, to fine-tune
-        task = TASKS.get(Path(recipe).stem.partition("_")[0])
-        start = [f"--task={task}"] * bool(task) + [f"--init_from={given}"]
+    is_model = os.path.isdir(given) and not Path(given, "meta.json").exists()  # else perhaps another data set
+    if is_model or given != settings.tokenizer:  # to fine-tune the model that has this tokenizer
+        task = TASKS.get(Path(recipe).stem.partition("_")[0]) or find_task(settings.tokenizer)
+        start = [f"--task={task}"] * (task != "text") + [f"--init_from={given}"]
     command = ["python", "train.py", *start, f"--dataset={name}", f"--out_dir=out/{locate(name).name}"]
     print(printable(f"train on it: {shlex.join(command)}"))
 

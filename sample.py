@@ -44,14 +44,17 @@ def own_settings(values):
 
 
 def check(settings, given):
-    """Raises UserError if an image or prompt file does not exist, or no image is given to a model that needs one."""
+    """Raises UserError if a file that is named does not exist, or no image is given to a model that needs one."""
     for path in image_files(settings.image) if hasattr(settings, "image") else ():
         if not path:
             raise UserError(f"image = {settings.image!r}: names no file, and this model needs one: add --image=FILE")
         if not Path(path).is_file():
             raise UserError(f"image = {path}: there is no such file")
-    if settings.prompt.startswith("FILE:") and not Path(settings.prompt.removeprefix("FILE:")).exists():
-        raise UserError(f"prompt = {settings.prompt}: there is no such file")
+    for name, text in (("prompt", settings.prompt), ("rank", getattr(settings, "rank", ""))):
+        if text.startswith("FILE:") and not Path(text.removeprefix("FILE:")).exists():
+            raise UserError(f"{name} = {text}: there is no such file")
+    if getattr(settings, "rank", "FILE:")[:5] not in ("", "FILE:"):
+        raise UserError(f"rank = {settings.rank}: names a file of texts, such as --rank=FILE:{settings.rank}")
 
 
 HOW = dict(more=own_settings, check=check, elsewhere=elsewhere(lambda row: row.sampling, trained=True))

@@ -361,8 +361,6 @@ class Filling:
     def __post_init__(self):
         check_model(self)
         check_ranges(self, top=0)
-        if self.rank and not os.path.isfile(self.rank.removeprefix("FILE:")):
-            raise UserError(f"rank = {self.rank}: there is no such file")
 
 
 @dataclass(frozen=True)
