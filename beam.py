@@ -43,6 +43,7 @@ def beam_search(model, tokens, count, beam, eos, length_penalty=0.0, **context):
     rows = torch.arange(B, device=tokens.device).repeat_interleave(beam)
     window, context, start = tokens[rows], taken(context, rows), 0  # window: (N K, T)
     caches = model.make_caches(B * beam, T + count - 1)
+    before = caches.size - (T + count - 1)  # slots of what stands before the tokens, such as an image
     nats = torch.tensor([[0.0] + [-math.inf] * (beam - 1)] * B, device=tokens.device)  # at first, one hypothesis each
     with fast_steps(model):
         for length in range(1, count + 1):
@@ -66,9 +67,9 @@ def beam_search(model, tokens, count, beam, eos, length_penalty=0.0, **context):
             window = torch.cat((window[rows], chosen[:, None]), dim=1)
             if len(staying) < len(left):
                 context, left = taken(context, rows), staying
-                caches = copied(caches, rows, start, model.make_caches(len(rows), caches.size))
+                caches = copied(caches, rows, before + start, model.make_caches(len(rows), T + count - 1))
             else:
-                caches.reorder(rows, start)
+                caches.reorder(rows, before + start)
 
 
 def continued(nats, logits):

@@ -65,7 +65,7 @@ def generate(model, tokens, count, pick, eos=None, **context):
                 chosen, rows = chosen
                 window, ended = window[rows], ended[rows]
                 if caches is not None:
-                    caches.reorder(rows, window.size(1))
+                    caches.reorder(rows)
             if eos is not None:
                 chosen = chosen.masked_fill(ended, eos)
                 ended = chosen == eos

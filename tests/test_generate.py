@@ -10,6 +10,7 @@ from beam import beam_search
 from generate import generate, pick_tokens
 from model import GPT, GPTConfig, init_weights
 from seq2seq import Seq2Seq, Seq2SeqConfig
+from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig
 
 FAST = dict(positions="rotary", mlp="relu2", tied=False, bigrams=True)
 GREEDY = functools.partial(pick_tokens, temperature=0)
@@ -253,6 +254,21 @@ def test_finished_rows_leave_the_batch_and_the_others_go_on():
     model.hidden = hidden
     beam_search(model, begin(), 20, 4, EOS, **context)
     assert sizes[0] == 12 and sizes[-1] < 12 and sizes == sorted(sizes, reverse=True) and len(sizes) <= 20
+
+
+def test_a_beam_search_may_continue_an_image():
+    """The caches hold the image before the tokens: each hypothesis has the log-probability of a pass without caches."""
+    model = PaliGemma(PaliGemmaConfig(
+        ViTConfig(n_layer=1, n_head=2, n_embd=16, image_size=8, patch_size=4),
+        GemmaConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=11, block_size=64))).eval()
+    for i, p in enumerate(model.parameters()):
+        torch.nn.init.normal_(p, std=0.5, generator=seeded(i))
+    images = model.encode(torch.randn(2, 3, 8, 8, generator=seeded()))
+    for i, found in enumerate(beam_search(model, begin(2), 6, 3, EOS, image=images)):
+        texts = [[*h.ids, EOS][:h.length] for h in found]
+        context = {"image": images[i:i + 1].expand(3, -1, -1), "prefix": torch.ones(3)}  # the texts are causal
+        nats = total_nats(model, begin(1), texts, context)
+        assert [h.nats for h in found] == pytest.approx(nats, abs=1e-3)
 
 
 def test_a_length_penalty_favours_long_hypotheses():

@@ -53,7 +53,8 @@ def task_of(arguments):
     """The task of the model that a command for sample.py or evaluate.py names: its recipe has the same out_dir."""
     named = dict(argument.lstrip("-").partition("=")[::2] for argument in arguments)
     if "init_from" in named:
-        return "image-text" if "image" in named else "masked" if "rank" in named or "bert" in named["init_from"] else "text"
+        is_bert = "rank" in named or "bert" in named["init_from"]
+        return "image-text" if "image" in named else "masked" if is_bert else "text"
     runs = {s.out_dir: s.task for s, _ in (read([path], True) for path in RECIPES)}
     return runs.get(named.get("out_dir"), "text")
 
