@@ -4,10 +4,11 @@
     python sample.py --out_dir=out/classify_languages --prompt="Fare clic sul pulsante per salvare il documento."
     python evaluate.py --out_dir=out/classify_languages --picture=confusion.png
 
-The data come from 33 Debian packages, 100 MB, by apt-get. Three minutes of one CPU core gave the right
-language of 94.1 % of the validation sentences and 90.6 % of the test sentences (macro F1 0.91; seed 1337). Logistic
-regression on a bag of words is right for 89.9 and 85.6 %; on a bag of characters, up to three in a row, for 96.0 and
-93.4 %, which this encoder does not reach. Most errors are between Portuguese and Brazilian Portuguese.
+The data come from 33 Debian packages, 100 MB, by apt-get. Twelve minutes by the clock of a busy machine, about three of
+computing, gave the right language of 94.1 % of the validation sentences and 90.6 % of the test sentences (macro F1
+0.91; seed 1337). Logistic regression on a bag of words is right for 89.9 and 85.6 %; on a bag of characters, up to
+three in a row, for 96.0 and 93.4 %, which this encoder does not reach. Most errors are between Portuguese and Brazilian
+Portuguese.
 """
 
 task = "classification"

@@ -4,10 +4,11 @@
     python sample.py --out_dir=out/classify_topics --prompt="Sums the numbers in a range of cells."
     python evaluate.py --out_dir=out/classify_topics --picture=confusion.png
 
-The data come from a Debian package, by apt-get. Three minutes of one CPU core gave the right topic of 77.0 % of the
-validation pages and 82.7 % of the test pages (254, so give or take 2.4; macro F1 0.70; seed 1337). The most frequent
-topic is right for 32.0 and 33.9 %. A bag of words with logistic regression is right for 81.1 and 84.6 %: with 2,000
-pages, the words alone say as much as a small encoder can learn. tools/transfer.py starts from trained encoders.
+The data come from a Debian package, by apt-get. Ten minutes by the clock of a busy machine, about three of computing,
+gave the right topic of 77.0 % of the validation pages and 82.7 % of the test pages (254, so give or take 2.4; macro F1
+0.70; seed 1337). The most frequent topic is right for 32.0 and 33.9 %. A bag of words with logistic regression is right
+for 81.1 and 84.6 %: with 2,000 pages, the words alone say as much as a small encoder can learn. tools/transfer.py
+starts from trained encoders.
 """
 
 task = "classification"
