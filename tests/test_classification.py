@@ -104,6 +104,7 @@ def test_an_evaluation_is_the_mean_over_all_texts(runs, folders, several):
     assert task.evaluate(model, "val", ALONE, torch.float32, limit=40)["loss"] != found["loss"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_undisturbed_one_and_pieces_do_not_change_the_loss(tiny, tmp_path):
     changes = dict(max_iters=8, eval_interval=4, log_interval=2)
     drawn = {**tiny, "dropout": 0.1, "micro_batch_size": 5}

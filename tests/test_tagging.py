@@ -201,6 +201,7 @@ def test_a_label_that_the_model_lacks_has_no_weight_but_counts(opened):
     assert scored["tag_accuracy"][1] == 2 and scored["tag_loss"][1] == 1 and scored["non_o_accuracy"] == (0, 1)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_undisturbed_one_and_pieces_do_not_change_the_loss(tiny, tmp_path):
     changes = dict(max_iters=12, eval_interval=6, log_interval=3, sample_tokens=0)
     drawn = {**tiny, "dropout": 0.1, "hide_rate": 0.1, "micro_batch_size": 6}

@@ -262,7 +262,7 @@ def test_batches_of_like_length_hold_every_row_once():
     assert sorted(np.concatenate(batches).tolist()) == list(range(500))
     assert max(len(rows) * lengths[rows].max() for rows in batches) <= 300 and len(batches) < 1.2 * lengths.sum() / 300
     assert [rows.tolist() for rows in length_batches(np.array([500]), 300)] == [[0]]
-    assert not length_batches(np.array([]))
+    assert not length_batches(np.array([]), 300)
 
 
 def test_pairs_longer_than_the_model_are_left_out_and_counted(opened, folder):
