@@ -53,11 +53,14 @@ def prepare(rows, folder, kind, how, source, revision=""):
     """
     with writing(folder):
         chosen, left_out = choose(rows, kind, how, source)
+        if not chosen:
+            raise UserError(f"{source}: holds no text (left out: {words_for(left_out)})")
         splits = {split: [row for row in chosen if row["split"] == split] for split in SPLITS}
         for split, found in splits.items():
             if not found:
                 raise UserError(f"{source}: none of {len(chosen):,} texts is for {split} (left out:"
-                                f" {words_for(left_out)}): add texts, or change --val_fraction={how.val_fraction}")
+                                f" {words_for(left_out)}): add texts, or a column split; texts that differ in"
+                                " numbers and punctuation alone are in one split")
         names = names_of(splits, kind)
         vocabulary = learn(how.tokenizer, splits)
         meta = {"kind": kind, "source": source, "revision": revision, "sha256": "", "tokenizer": vocabulary.kind,
@@ -188,8 +191,8 @@ def names_of(splits, kind):
     else:
         names = {"tags": distinct("train", lambda row: row["tags"]),
                  "intents": distinct("train", lambda row: classes_of(row, kind))}
-        if not names["tags"] and not names["intents"]:
-            raise UserError("no text for training has tags or an intent")
+        if names["tags"] in ([], ["O"]) and not names["intents"]:
+            raise UserError("no text for training has a tag other than O, or an intent")
     known = {name for found in names.values() if isinstance(found, list) for name in found}
     for split in ("val", "test"):
         unknown = sum(not known.issuperset({*row.get("tags", ()), *classes_of(row, kind)}) for row in splits[split])
@@ -301,12 +304,12 @@ def read_spans(path):
             if not isinstance(words, list) or not isinstance(tags, list):
                 raise UserError(f"{where}: words and tags must be lists")
             tags = bio(tags, where)
-        elif isinstance(row.get("text"), str):
+        elif isinstance(row.get("text"), str) and (intent or "spans" in row):
             check_text(row["text"], where)
             words, tags = cut(row["text"], row["spans"], where) if "spans" in row else (WORD.findall(row["text"]), [])
         else:
-            raise UserError(f"{where}: has neither text nor words, only {', '.join(row)}: each line needs text and"
-                            " spans, or words and tags")
+            raise UserError(f"{where}: has only {', '.join(row)}: each line needs text and spans or an intent, or words"
+                            " and tags")
         check_words(words, tags, where)
         yield {"words": words, "tags": tags, "intent": intent, **own_parts(row, where)}
 
@@ -334,6 +337,10 @@ def cut(text, spans, where):
     for start, stop, label in spans:
         inside = [i for i, word in enumerate(words) if start < word.end() and word.start() < stop]
         shown = f"the span {label} from {start} to {stop} ({text[start:stop]!r:.40})"
+        if label in ("", "O"):
+            raise UserError(f"{where}: {shown} needs a name other than '' and O, which stands for words in no span")
+        if stop > len(text):
+            raise UserError(f"{where}: {shown} ends after the text, which has {len(text)} characters")
         if start < end:
             raise UserError(f"{where}: {shown} overlaps the one before it: a word has one label")
         if not inside or words[inside[0]].start() < start or stop < words[inside[-1]].end():

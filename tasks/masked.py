@@ -225,7 +225,7 @@ class MaskedTask(EncoderTask):
                            *["|", self.name(right)] * (i != right), "}"]
                 start = place + 1
             texts.append("".join([*pieces, self.text_of(tokens[start:])]))
-        return "\n".join(texts)
+        return "\n".join(["hidden tokens as {found} or {found|right}:", *texts])
 
     def command(self, out_dir):
         ids = self.dataset.splits["val"][:min(SHOWN, self.window)].tolist()
