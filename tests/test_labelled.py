@@ -168,10 +168,10 @@ def test_other_schemes_become_bio():
      "the span a from 3 to 9 .'new yo'. does not begin and end at a word of 'to new york'"),
     ("a.jsonl", '{"text": "hi", "spans": [{"begin": 3}]}', {"tags": True}, "must be a list of objects with start, end"),
     ("a.jsonl", '{"text": "hi", "spans": [{"start": 0, "end": 9, "label": "a"}]}', {"tags": True}, "which has 2 char"),
-    ("a.jsonl", '{"text": "hi", "spans": [{"start": 0, "end": 2, "label": "O"}]}', {"tags": True}, "needs a name other"),
+    ("a.jsonl", '{"text": "hi", "spans": [{"start": 0, "end": 2, "label": "O"}]}', {"tags": True}, "needs a name"),
     ("a.jsonl", '{"text": "hi", "span": []}', {"tags": True}, "has only text, span: each line needs text and spans or"),
-    ("a.jsonl", '{"text": "hi", "spans": [], "split": "train"}\n{"text": "yo", "spans": [], "split": "val"}\n'
-     '{"text": "we", "spans": [], "split": "test"}', {"tags": True}, "no text for training has a tag other than O"),
+    ("a.jsonl", "\n".join(f'{{"text": "{word}", "spans": []}}' for word in "abcdefghijklmnopqrstuvwxyz"), {"tags": True},
+     "no text for training has a tag other than O, or an intent"),
     ("a.jsonl", '{"words": ["a", " "], "tags": ["O", "O"]}', {"tags": True}, "line 1: ' ' is no word"),
     ("a.jsonl", '{"words": ["a", "b"], "tags": ["O"]}', {"tags": True}, "has 2 words and 1 tags: each word needs one"),
     ("a.conll", "a O\nb\n", {"tags": True}, "a.conll, line 2: 'b' has no tag: write a word and its tag"),
