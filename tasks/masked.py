@@ -83,7 +83,7 @@ class MaskedTask(EncoderTask):
     def evaluate(self, model, split, world, dtype, limit=0):
         """{"loss": mean nats of the hidden tokens, "accuracy": how many are the likeliest} in adjacent windows.
 
-        Which tokens are hidden depends on the window alone, so it is the same in every evaluation.
+        The first window of a batch seeds the draws, so evaluations with the same limit hide the same tokens.
         """
         tokens, right, nats, count = self.dataset.tokens(split, self.window), 0, 0.0, 0
         batches = fixed_windows(len(tokens), self.window, max(1, AT_ONCE // self.block_size), limit)
