@@ -2,15 +2,18 @@
 
     for tokens in generate(model, prompt, 100, picker(settings, device)):      prompt: (B, T), tokens: (B,)
 
-While `generate` runs, short steps of the model are compiled code where possible (machine/decode.py).
+While `generate` runs, short steps of the model are compiled code where possible (machine/decode.py); on a GPU they are
+a CUDA graph (machine/capture.py).
 
 Axes: B batch, T tokens of the prompt, C channels, V vocabulary.
 """
 
+import contextlib
 import functools
 
 import torch
 
+from machine.capture import CapturedStep, can_capture, read_ahead
 from machine.decode import fast_steps
 
 
@@ -48,6 +51,19 @@ def generate(model, tokens, count, pick, eos=None, **context):
     continues row rows[i], as in beam search. eos: the end token. A row that has chosen eos repeats it, and generation
     stops once all rows have. context: further arguments for every call of model.hidden, such as an image.
 
+    On a GPU, if pick is `pick_tokens`, the steps are a CUDA graph, and the tokens are yielded on the CPU.
+    """
+    capturing = getattr(pick, "func", pick) is pick_tokens and can_capture(model, tokens.device)
+    with contextlib.closing(written(model, tokens, count, pick, eos, context, capturing)) as steps:
+        for chosen in read_ahead(steps) if capturing else steps:
+            yield chosen
+            if eos is not None and (chosen == eos).all():
+                return
+
+
+def written(model, tokens, count, pick, eos, context, capturing):
+    """Yields what `generate` yields, but does not stop before `count`. capturing: whether to record the steps.
+
     Positions end at block_size. When the window is full, its last half is encoded again from position 0, and generation
     goes on from there. So each token sees at least the block_size / 2 tokens before it, and the cost per token stays
     flat. A model without `make_caches` computes the whole window for each token.
@@ -57,10 +73,16 @@ def generate(model, tokens, count, pick, eos=None, **context):
     size = min(block_size, window.size(1) + count)
     caches = model.make_caches(len(tokens), size) if hasattr(model, "make_caches") else None
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+
+    def step(tokens, start):
+        """What pick chooses after tokens (B, T) at the positions from `start` on, an int or a tensor."""
+        return pick(model.logits(model.hidden(tokens, caches, start, **context)[:, -1]))  # (B, C) -> (B, V) -> (B,)
+
+    if capturing and caches is not None:
+        step = CapturedStep(step, caches, getattr(pick, "keywords", {}).get("generator"))
     with fast_steps(model):
         for _ in range(count):
-            x = model.hidden(window[:, start:], caches, start, **context)[:, -1]  # (B, C)
-            chosen = pick(model.logits(x))
+            chosen = step(window[:, start:], start)
             if isinstance(chosen, tuple):
                 chosen, rows = chosen
                 window, ended = window[rows], ended[rows]
@@ -70,8 +92,6 @@ def generate(model, tokens, count, pick, eos=None, **context):
                 chosen = chosen.masked_fill(ended, eos)
                 ended = chosen == eos
             yield chosen
-            if eos is not None and ended.all():
-                return
             start = window.size(1)
             window = torch.cat((window, chosen[:, None]), dim=1)
             if caches is None:

@@ -27,11 +27,12 @@ def freeze(model, rates):
         p.requires_grad_(p.requires_grad and rates.get(name.partition(".")[0], 1.0) > 0)
 
 
-def make_optimizers(model, settings):
+def make_optimizers(model, settings, capturable=False):
     """{"optimizer": AdamW (Loshchilov and Hutter 2019), "muon": Muon}, without one that has no parameters to train.
 
     If settings.optimizer is "muon", Muon trains the matrices of the blocks. Only parameters with two or more dimensions
-    are decayed. settings.rates: see `freeze`, which must have run. Raises UserError if there is nothing to train.
+    are decayed. settings.rates: see `freeze`, which must have run. capturable: keep the learning rates in tensors on
+    the device, so that a CUDA graph of a step reads them. Raises UserError if there is nothing to train.
     """
     s, groups, matrices, trained = settings, {}, set(), set()  # groups: {(scale, decayed, by Muon): parameters}
     if s.optimizer == "muon":
@@ -53,11 +54,14 @@ def make_optimizers(model, settings):
     found = {"optimizer": [], "muon": []}
     for (scale, decayed, muon), params in sorted(groups.items(), key=lambda item: item[0][1], reverse=True):
         group = {"params": params, "scale": scale, "weight_decay": s.weight_decay if decayed else 0.0}
+        if capturable:
+            group["lr"] = torch.zeros((), device=params[0].device)
         found["muon" if muon else "optimizer"].append(group)
     fused = next(model.parameters()).device.type in ("cpu", "cuda", "mps")
     optimizers = {}
     if found["optimizer"]:
-        optimizers["optimizer"] = AdamW(found["optimizer"], lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=fused)
+        optimizers["optimizer"] = AdamW(found["optimizer"], lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=fused,
+                                        capturable=capturable)
     if found["muon"]:
         optimizers["muon"] = Muon(found["muon"])
     return optimizers
@@ -84,7 +88,10 @@ def set_rates(optimizers, update, settings):
     lr = learning_rate(update, settings)
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
+            if torch.is_tensor(group["lr"]):
+                group["lr"].fill_(lr * group["scale"])
+            else:
+                group["lr"] = lr * group["scale"]
     return lr
 
 
@@ -132,8 +139,8 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         updates = orthogonalized(torch._foreach_lerp(grads, buffers, momentum)).to(params[0].dtype)
         rows, columns = params[0].shape
-        torch._foreach_mul_(params, 1 - lr * weight_decay)
-        torch._foreach_add_(params, [*updates], alpha=-lr * max(1, rows / columns) ** 0.5)
+        torch._foreach_mul_(params, 1 - lr * weight_decay)  # lr may be a tensor
+        torch._foreach_add_(params, [*(updates * (-lr * max(1, rows / columns) ** 0.5))])
 
 
 def alike(matrices):

@@ -70,6 +70,7 @@ class Settings:
     device: str = "auto"  # auto, cpu, cuda, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # number format of matrix products
     compile: Literal["auto", True, False] = "auto"  # use torch.compile; auto: only for long runs on CUDA
+    capture: bool = True  # on CUDA, record each update as a CUDA graph, where possible; it saves launching its kernels
     shard: bool = False  # split weights, gradients and optimizer state among torchrun's workers (FSDP2)
     recompute: bool = False  # recompute each block in the backward pass instead of storing its activations
 
@@ -115,7 +116,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from machine import distributed
-from machine.device import autocast, keep_freed_memory, peak_flops, pick_compile, pick_dtype
+from machine.capture import captured, obstacle_to_capture
+from machine.device import autocast, peak_flops, pick_compile, pick_dtype, prepare_kernels
 from model import all_blocks
 from optimizer import clip, make_optimizers, set_rates
 from run import checkpoint, resume
@@ -125,43 +127,84 @@ from run.log import Log, improves, measures, say_where
 from tasks.loading import load, start
 
 
-def update(task, wrapped, optimizers, scaler, step, world, dtype):
+class Work:
+    """What an update computes: `backward` for each of its micro-batches, then `finish`."""
+
+    def __init__(self, task, wrapped, optimizers, scaler, world, dtype):
+        self.task, self.wrapped, self.optimizers, self.scaler = task, wrapped, optimizers, scaler
+        self.world, self.dtype = world, dtype
+
+    def backward(self, arguments, weights):
+        """Adds a micro-batch's gradients to those of the parameters. Arguments and results: see `Task.loss`."""
+        with autocast(self.world.device, self.dtype):
+            loss, shown = self.task.loss(self.wrapped, arguments, weights)
+        self.scaler.scale(loss * self.world.size).backward()  # cancels the division by world.size
+        return loss.detach(), {name: value.detach() for name, value in shown.items()}
+
+    def finish(self):
+        """Clips the gradients, makes the optimizers' step, and frees the gradients. Returns their norm before that."""
+        for optimizer in self.optimizers.values():
+            self.scaler.unscale_(optimizer)
+        norm = clip(self.wrapped, self.task.settings.grad_clip)
+        for optimizer in self.optimizers.values():
+            self.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
+        return norm
+
+
+def update(task, work, step, world):
     """Makes one update, after `step` earlier ones. Returns (loss, gradient norm, {name: value for the log}).
 
     Loss and values are this rank's shares, to be summed over the ranks. The ranks take the batch's micro-batches in
-    turn; a rank that gets none computes the first one with weight 0. A micro-batch is seeded with (seed, step, its
-    number), so the number of ranks does not change what is drawn.
+    turn; a rank that gets none computes the first one with weight 0.
     """
-    s, device = task.settings, world.device
     rows = task.pick(step)
     total = task.weight(rows)
     size = task.piece(rows)
     turns = -(-len(rows) // (size * world.size))
-    loss, shown = torch.zeros((), device=device), {}
+    loss, shown = torch.zeros((), device=world.device), {}
     for turn in range(turns):
         number, share = turn * world.size + world.rank, 1 / total
         if number * size >= len(rows):
             number, share = 0, 0.0
-        seed = int(np.random.SeedSequence((s.seed, step, number)).generate_state(1, np.uint64)[0])
-        torch.manual_seed(seed)  # dropout draws from the global generators
-        arguments, weights = task.batch(rows[number * size:(number + 1) * size], torch.Generator().manual_seed(seed))
+        arguments, weights = micro_batch(task, rows[number * size:(number + 1) * size], step, number)
         # DDP averages gradients in the last backward pass only. FSDP does in each: a rank can't hold whole gradients.
-        wait = isinstance(wrapped, DistributedDataParallel) and turn < turns - 1
-        with wrapped.no_sync() if wait else nullcontext():  # around the forward pass too: DDP decides there
-            with autocast(device, dtype):
-                micro_loss, micro_shown = task.loss(wrapped, arguments, weights * share)
-            scaler.scale(micro_loss * world.size).backward()  # cancels the division by world.size
-        loss += micro_loss.detach()
+        wait = isinstance(work.wrapped, DistributedDataParallel) and turn < turns - 1
+        with work.wrapped.no_sync() if wait else nullcontext():  # around the forward pass too: DDP decides there
+            micro_loss, micro_shown = work.backward(arguments, weights * share)
+        loss += micro_loss
         for name, value in micro_shown.items():
-            shown[name] = shown.get(name, 0) + value.detach()
-    for optimizer in optimizers.values():
-        scaler.unscale_(optimizer)
-    norm = clip(wrapped, s.grad_clip)
-    for optimizer in optimizers.values():
-        scaler.step(optimizer)
-        optimizer.zero_grad(set_to_none=True)
-    scaler.update()
-    return loss, norm, shown
+            shown[name] = shown.get(name, 0) + value
+    return loss, work.finish(), shown
+
+
+def micro_batch(task, rows, step, number):
+    """`Task.batch` for some rows of an update. Seeds it and PyTorch's global generators, for dropout, with (seed, step,
+    number of the micro-batch), so that the number of ranks does not change what is drawn."""
+    seed = int(np.random.SeedSequence((task.settings.seed, step, number)).generate_state(1, np.uint64)[0])
+    torch.manual_seed(seed)
+    return task.batch(rows, torch.Generator().manual_seed(seed))
+
+
+def make_work(task, model, wrapped, folder, state, world, dtype):
+    """(Work, why it is not captured as CUDA graphs, or None). folder, state: of the checkpoint to resume, if any.
+
+    The optimizers are made here, for the model's parameters. The checkpoint's state is loaded before the capture.
+    """
+    s = task.settings
+    scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
+    obstacle = obstacle_to_capture(task, world, dtype)
+    optimizers = make_optimizers(model, s, capturable=not obstacle)
+    if folder:
+        for name, optimizer in optimizers.items():
+            checkpoint.load_optimizer(optimizer, state[name], folder)
+        scaler.load_state_dict(state["scaler"])
+    work = Work(task, wrapped, optimizers, scaler, world, dtype)
+    if obstacle or state["step"] == s.max_iters:
+        return work, obstacle
+    rows = task.pick(state["step"])
+    return captured(work, *micro_batch(task, rows[:task.piece(rows)], state["step"], 0))
 
 
 def train(settings, given, world):
@@ -175,32 +218,32 @@ def train(settings, given, world):
     step, best, status = state["step"], state["best"], 0
     # These choices affect rounding, so they are recorded in the settings: a resumed run keeps them.
     dtype, why_dtype = pick_dtype(settings.dtype, device)
-    compiled, why_compiled = pick_compile(settings.compile, device, settings.max_iters)
+    flops = task.cost(model)[1] * settings.max_iters if task.fixed_shapes else 0
+    compiled, why_compiled = pick_compile(settings.compile, device, flops)
+    prepare_kernels(device, dtype, task.fixed_shapes)
     s = task.settings = replace(task.settings, dtype=str(dtype).removeprefix("torch."), compile=compiled,
                                 micro_batch_size=pick_micro_batch_size(task, world))
 
     # Machinery.
     sharded = s.shard and world.size > 1
     wrapped = distributed.wrap(model, all_blocks(model), sharded, compiled, s.recompute, dtype, world)
-    optimizers = make_optimizers(model, s)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    if folder:
-        for name, optimizer in optimizers.items():
-            checkpoint.load_optimizer(optimizer, state[name], folder)
-        scaler.load_state_dict(state["scaler"])
+    model.train()
+    work, why_not_captured = make_work(task, model, wrapped, folder, state, world, dtype)
+    s = task.settings = replace(s, capture=not why_not_captured)
     if world.is_main:
         changed = ", ".join(f"{name}={value!r}" for name, value in differences(settings).items())
         print(f"settings: {changed or 'the defaults'}")
         print(f"device: {device} x {world.size}; dtype: {s.dtype} ({why_dtype}); compile: {compiled} ({why_compiled})")
+        if device.type == "cuda":
+            print(f"capture: {s.capture} ({why_not_captured or 'an update is replayed as CUDA graphs'})")
         print("\n".join((task.summary(model), *notes)), flush=True)
     log = Log(out_dir, task, model, step, peak_flops(device, dtype), world)
 
-    model.train()
-    guard = Guard(s, world, step, scaler.is_enabled(), state, lambda n: task.where(task.pick(n - 1)))
+    guard = Guard(s, world, step, work.scaler.is_enabled(), state, lambda n: task.where(task.pick(n - 1)))
     with log, guard, checkpoint.Writer(out_dir, s.async_save, sharded) as writer:
         while step < s.max_iters and not status:
-            lr = set_rates(optimizers, step + 1, s)
-            guard.record(*update(task, wrapped, optimizers, scaler, step, world, dtype))  # no waiting for the device
+            lr = set_rates(work.optimizers, step + 1, s)
+            guard.record(*update(task, work, step, world))  # no waiting for the device
             step += 1
             evaluating = step % s.eval_interval == 0 or step == s.max_iters
             logging = evaluating or step % s.log_interval == 0 or step == 1
@@ -217,7 +260,7 @@ def train(settings, given, world):
                 if saving and (world.is_main or sharded):
                     log.sync()
                     writer.save(["best"] * better + ["last"], model, task.tokenizers,
-                                *snapshot(task, row, best, guard, optimizers, scaler))
+                                *snapshot(task, row, best, guard, work))
                     guard.note_save()
                 if logging or saving:
                     log.restart(step, evaluating)
@@ -225,13 +268,13 @@ def train(settings, given, world):
     return task, model, log, status, guard
 
 
-def snapshot(task, row, best, guard, optimizers, scaler):
+def snapshot(task, row, best, guard, work):
     """Returns a checkpoint's config.json and trainer.pt as dicts. row: the last log row. best: the best measure yet."""
     s, step = task.settings, row["step"]
     config = {**task.about, "lora_rank": s.lora_rank, "settings": asdict(s), "dataset": s.dataset, "step": step,
               "data": task.fingerprint(), "val_loss": None, **measures(row), "versions": checkpoint.versions()}
-    states = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
-    return config, {"step": step, "best": best, **guard.state, "scaler": scaler.state_dict(), **states}
+    states = {name: optimizer.state_dict() for name, optimizer in work.optimizers.items()}
+    return config, {"step": step, "best": best, **guard.state, "scaler": work.scaler.state_dict(), **states}
 
 
 def pick_micro_batch_size(task, world):
@@ -265,7 +308,6 @@ def evaluate(task, model, world, dtype, step):
 def main(settings, given):
     """Trains. given: {name: value} of the settings that the user named. Raises SystemExit if the run stops early."""
     world = distributed.start(settings.device)
-    keep_freed_memory()
     with owned(settings.out_dir) if world.is_main else nullcontext():
         name = world.from_main(lambda: ensure(settings.dataset))
         task, model, log, stopped, guard = train(replace(settings, dataset=name), given, world)

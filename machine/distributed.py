@@ -100,11 +100,10 @@ def wrap(model, blocks, sharded, compiled, recompute, dtype, world):
         shard(model, blocks, dtype, world)
         return model
     model.to(world.device)
-    if compiled:
-        model.compile()
+    called = torch.compile(model) if compiled else model  # an evaluation calls the model itself: nothing new to compile
     if world.size == 1:
-        return model
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+        return called
+    return DistributedDataParallel(called, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def shard(model, blocks, dtype, world):
@@ -192,5 +191,6 @@ def start(device_name="auto"):
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         store = store_of_this_start(store, rank, size)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=size, store=store)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=size, store=store,
+                            device_id=device if device.type == "cuda" else None)
     return World(rank, size, device)

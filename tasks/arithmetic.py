@@ -11,6 +11,7 @@ Held-out pairs of operands occur in no problem of training, in neither order.
 Axes: B batch, T tokens of a problem and its answer but the last, V vocabulary, n problems.
 """
 
+import functools
 import operator
 import re
 import shlex
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 
 from batches import fixed_rows, read_meta, shuffled_rows, to_device
 from configurator import UserError
-from generate import generate
+from generate import generate, pick_tokens
 from machine.device import autocast
 from run.cost import count_parameters
 from tasks.text import TextTask
@@ -144,7 +145,7 @@ class ArithmeticTask(TextTask):
         """The model's answers to problems such as "123+045=", with their digits in the usual order: texts."""
         ids = self.tokenizer.encode("".join(problems)).reshape(len(problems), -1)
         tokens = torch.from_numpy(ids).to(next(model.parameters()).device)
-        steps = list(generate(model, tokens, self.written, lambda logits: logits.argmax(-1)))
+        steps = list(generate(model, tokens, self.written, functools.partial(pick_tokens, temperature=0)))
         return [self.answer(self.tokenizer.decode(ids)) for ids in torch.stack(steps, dim=1).tolist()]
 
     def answer(self, written):

@@ -34,6 +34,7 @@ SHOWN = 24  # tokens of a window that `show` and `command` print
 
 class MaskedTask(EncoderTask):
     models = {"masked": (MaskedLM, EncoderConfig), "sentences": (SentenceEncoder, SentenceConfig)}
+    fixed_shapes = True
     rows_label = TextTask.rows_label
     open = TextTask.open
 

@@ -42,6 +42,7 @@ EVAL_LOGITS = 2**27  # most logits per batch, for the same reason
 
 class TextTask(Task):
     models = MODELS
+    fixed_shapes = True
     rows_label = "the windows at the training tokens"
 
     def open(self, folder, world):
@@ -95,13 +96,13 @@ class TextTask(Task):
         """{"loss": the mean nats of all tokens but the first}, each scored once, in adjacent windows."""
         tokens = self.dataset.tokens(split, self.block_size)
         batches = fixed_windows(len(tokens), self.block_size, self.eval_batch_size(model), limit)
-        totals, count = [torch.zeros(())], 0
+        totals, count = [torch.zeros((), device=world.device)], 0
         for (offsets, length), weight in world.share(batches):  # weight: 1, or 0 for a batch that another rank counts
             windows = read_windows(tokens, offsets, length, world.device)
             with autocast(world.device, dtype):
-                totals.append(weight * model(**windows).sum().cpu())
+                totals.append(weight * model(**windows).sum())
             count += weight * windows["targets"].numel()
-        total, count = world.sum(torch.stack(totals).double().sum(), count)
+        total, count = world.sum(torch.stack(totals).cpu().double().sum(), count)
         return {"loss": total / count}
 
     @torch.no_grad()

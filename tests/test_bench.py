@@ -45,7 +45,7 @@ def test_failing_commands_and_bad_settings_are_named():
 def test_the_measured_update_trains_the_model():
     task = bench.OneBatch(torch.randint(65, (4, 65), generator=bench.seeded()), torch.device("cpu"))
     model = bench.new_gpt(bench.SHAPES["small"][0]).train()
-    optimizers, scaler = bench.make_optimizers(model, task.settings), torch.amp.GradScaler("cpu", enabled=False)
     world = bench.World(0, 1, torch.device("cpu"))
-    losses = [bench.train.update(task, model, optimizers, scaler, 0, world, torch.float32)[0] for _ in range(3)]
+    work, _ = bench.train.make_work(task, model, model, None, {"step": 0}, world, torch.float32)
+    losses = [bench.train.update(task, work, 0, world)[0] for _ in range(3)]
     assert losses[0].item() == pytest.approx(4.17, abs=0.1) and losses[2] < losses[1] < losses[0]

@@ -206,7 +206,7 @@ def test_a_folder_that_becomes_read_only_is_reported_in_one_line(tmp_path, tiny,
     real, faults = train.update, Faults(1, error)
 
     def breaks(*args):
-        if args[4] == 25:
+        if args[2] == 25:
             HOOKS.append(faults)
         return real(*args)
 

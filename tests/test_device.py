@@ -38,10 +38,10 @@ def test_auto_picks_the_best_dtype_that_the_hardware_supports(monkeypatch):
 
 def test_auto_compiles_only_if_that_pays_off(monkeypatch):
     monkeypatch.setattr(devices, "has_triton", lambda: True)
-    assert devices.pick_compile("auto", CUDA, 5000)[0] and not devices.pick_compile("auto", CUDA, 10)[0]
+    assert devices.pick_compile("auto", CUDA, 2e16)[0] and not devices.pick_compile("auto", CUDA, 5e15)[0]
     monkeypatch.setattr(devices, "has_triton", lambda: False)
-    assert devices.pick_compile("auto", CUDA, 5000) == (False, "Triton is not installed")
-    assert not devices.pick_compile("auto", CPU, 10**9)[0] and devices.pick_compile(True, CPU, 1)[0]
+    assert devices.pick_compile("auto", CUDA, 2e16) == (False, "Triton is not installed")
+    assert not devices.pick_compile("auto", CPU, 1e20)[0] and devices.pick_compile(True, CPU, 1)[0]
 
 
 @pytest.mark.parametrize("name, peak", [

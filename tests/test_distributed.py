@@ -31,11 +31,11 @@ import train
 from configurator import UserError, from_command_line, one_line_errors
 from machine.distributed import others_explain
 
-def update(task, wrapped, optimizers, scaler, step, world, dtype, real=train.update):
+def update(task, work, step, world, real=train.update):
     if step == 7 and world.rank == 1 and os.path.exists({accident!r}):
         os.remove({accident!r})
         {what}
-    return real(task, wrapped, optimizers, scaler, step, world, dtype)
+    return real(task, work, step, world)
 
 train.update = update
 with one_line_errors(), others_explain():

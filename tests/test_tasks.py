@@ -98,7 +98,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(task, changes, small, tmp_path,
     real = train.update
 
     def dies(*args):
-        if args[4] == 9:
+        if args[2] == 9:
             raise KeyboardInterrupt
         return real(*args)
 

@@ -256,7 +256,7 @@ def breaking(monkeypatch, change, at=27):
 
     def update(*args):
         loss, norm, shown = real(*args)
-        step = args[4]
+        step = args[2]
         return (*change(loss, norm), shown) if step + 1 >= at else (loss, norm, shown)
 
     monkeypatch.setattr(train, "update", update)
@@ -431,10 +431,10 @@ def muon_run(tmp_path_factory, tiny):
 def test_a_resumed_run_keeps_the_choices_of_its_first_start(tmp_path, tiny, monkeypatch, first, second):
     """They depend on max_iters (compile), the machine (dtype) and the number of workers (micro_batch_size)."""
     compiled, real = [], train.pick_compile
-    monkeypatch.setattr(device, "CUDA_COMPILE_MIN_UPDATES", 10)
+    monkeypatch.setattr(device, "COMPILE_MIN_FLOPS", 9 * 107_520)  # of 9 updates; the run has 6 or 12
     monkeypatch.setattr(device, "has_triton", lambda: True)
-    monkeypatch.setattr(train, "pick_compile", lambda choice, _, updates: real(choice, torch.device("cuda"), updates))
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(train, "pick_compile", lambda choice, _, flops: real(choice, torch.device("cuda"), flops))
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
     monkeypatch.setattr(device, "has_amx", lambda *_: first == 12)
     decided = {"compile": first == 12, "dtype": "bfloat16" if first == 12 else "float32", "micro_batch_size": 2}
     few = dict(tiny, dtype="auto", batch_size=2, n_layer=1, n_embd=8, block_size=8, eval_tokens=100, sample_tokens=0)

@@ -81,15 +81,14 @@ from beam import beam_search
 from generate import generate, pick_tokens
 from machine.device import (
     DTYPES,
-    keep_freed_memory,
     peak_flops,
     peak_memory,
     pick_device,
+    prepare_kernels,
     synchronize,
 )
 from machine.distributed import World
 from model import GPT, GPTConfig, init_weights
-from optimizer import make_optimizers
 from run.cost import flops_per_token
 from seq2seq import Seq2Seq, Seq2SeqConfig
 from tasks.task import Task
@@ -198,6 +197,8 @@ def measure_peak(table):
 class OneBatch(Task):
     """A text task whose every update sees the same batch: tokens (B, T + 1)."""
 
+    fixed_shapes = True
+
     def __init__(self, tokens, device):
         super().__init__(train.Settings(batch_size=len(tokens), micro_batch_size=len(tokens)))
         self.arguments = {"tokens": tokens[:, :-1].to(device), "targets": tokens[:, 1:].to(device)}
@@ -228,12 +229,13 @@ class TheirNats(torch.nn.Module):
 def measure_train(table):
     """One update of train.py, always on the same batch: forward, backward, clipping, the optimizer's step."""
     settings, device, transformers = table.settings, table.device, peers(table.settings)
-    keep_freed_memory()  # as train.py does
+    prepare_kernels(device, torch.bfloat16, fixed_shapes=True)  # as train.py does
 
     def step(model, dtype):
         model.to(device).train()
-        optimizers, scaler = make_optimizers(model, task.settings), torch.amp.GradScaler(device.type, enabled=False)
-        return lambda: train.update(task, model, optimizers, scaler, 0, World(0, 1, device), dtype)
+        world = World(0, 1, device)
+        work, _ = train.make_work(task, model, model, None, {"step": 0}, world, dtype)
+        return lambda: train.update(task, work, 0, world)
 
     for size in words(settings.sizes):
         shape, batch_size, dropout = SHAPES[size]

@@ -1,0 +1,205 @@
+"""CUDA graphs: a GPU gets all kernels of an update, or of a step of generation, in one launch.
+
+The kernels of a small model take less time than their launches. A CUDA graph is recorded once; each replay then runs
+the same kernels, on tensors of the same shapes, at the same addresses. So inputs are copied into fixed buffers, and
+whoever keeps a result needs a copy, because the next replay overwrites it. Weights may change: a replay reads them.
+
+A graph records what the model's own code does, so an edited block is recorded as it is. Python inside that code runs
+only while recording; that is why modules with hooks are never recorded.
+
+Axes: B batch.
+"""
+
+import contextlib
+import functools
+
+import torch
+from torch.nn.modules import module as torch_module
+
+from configurator import say
+
+WARM_UPS = 3  # runs before recording, in which libraries choose kernels, and compiled code is compiled
+
+
+def can_capture(model, device):
+    """Whether graphs can stand in for this model's Python: on CUDA, unless a hook would miss its calls."""
+    hooks = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+    return device.type == "cuda" and not hooks and not any(
+        module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def warm_up(work, kept, generator=None):
+    """Runs work() a few times, as it must before it is recorded, and restores the tensors `kept` and the generator."""
+    copies = [tensor.clone() for tensor in kept]
+    state = generator and generator.get_state()
+    with side_stream():
+        for _ in range(WARM_UPS):
+            work()
+    for tensor, copy in zip(kept, copies):
+        tensor.copy_(copy)
+    if generator:
+        generator.set_state(state)
+
+
+@contextlib.contextmanager
+def side_stream():
+    """A context in which CUDA works on a stream of its own, as a recording needs: after all before, before all after."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def first_line(error):
+    return str(error).partition("\n")[0]
+
+
+def record(work, generator=None, pool=None):
+    """Returns (a graph of work(), its result), without running it: a replay fills the result's tensors.
+
+    generator: what work draws from, beside the default generator. pool: another graph's `pool()`. The two share memory
+    then, and must always be replayed in the order in which they were recorded.
+    """
+    graph = torch.cuda.CUDAGraph()
+    if generator:
+        graph.register_generator_state(generator)
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # a checkpoint may be written meanwhile
+        result = work()
+    return graph, result
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+def obstacle_to_capture(task, world, dtype):
+    """Why a run's updates can't be CUDA graphs, in words; None if they can."""
+    s = task.settings
+    uneven = s.batch_size % (s.micro_batch_size or s.batch_size) > 0
+    obstacles = {f"the device is {world.device.type}": world.device.type != "cuda",
+                 "capture = False": not s.capture,
+                 "there are several workers": world.size > 1,
+                 "float16 decides on the CPU which updates to skip": dtype == torch.float16,
+                 "recompute = True": s.recompute,
+                 "its batches have different shapes": not task.fixed_shapes,
+                 "micro_batch_size does not divide batch_size": uneven}
+    return next((why for why, true in obstacles.items() if true), None)
+
+
+class CapturedWork:
+    """Stands in for train.py's Work, with the same methods. All micro-batches must have the same shapes.
+
+    It has three graphs, which share memory: the first micro-batch of an update, which sets the gradients; each other
+    one, which adds to them; and the optimizers' step. The optimizers must be `capturable`: see optimizer.py.
+    """
+
+    def __init__(self, work, arguments, weights):
+        """Records the methods of `work`. arguments, weights: of any micro-batch. Changes no weight and no moment."""
+        self.wrapped, self.optimizers, self.scaler, self.fresh = work.wrapped, work.optimizers, work.scaler, True
+        self.arguments, self.weights = {name: tensor.clone() for name, tensor in arguments.items()}, weights.clone()
+        backward = functools.partial(work.backward, self.arguments, self.weights)
+
+        def update():
+            backward()
+            backward()
+            work.finish()
+
+        before = tensors_of(work.optimizers)
+        warm_up(update, [*(p.detach() for p in work.wrapped.parameters()), *before])
+        known = {id(tensor) for tensor in before}
+        for tensor in tensors_of(work.optimizers):
+            if id(tensor) not in known:
+                tensor.zero_()  # the warm-up made it; all of an optimizer's state starts with zeros
+        self.first, self.first_result = record(backward)
+        self.other, self.other_result = record(backward, pool=self.first.pool())
+        self.gradients = [p.grad for p in work.wrapped.parameters()]  # so that nothing else gets their memory
+        self.last, self.norm = record(work.finish, pool=self.first.pool())
+
+    def backward(self, arguments, weights):
+        self.weights.copy_(weights)
+        for name, tensor in arguments.items():
+            self.arguments[name].copy_(tensor)
+        graph, (loss, shown) = (self.first, self.first_result) if self.fresh else (self.other, self.other_result)
+        graph.replay()
+        self.fresh = False
+        return loss.clone(), {name: value.clone() for name, value in shown.items()}
+
+    def finish(self):
+        self.last.replay()
+        self.fresh = True
+        return self.norm.clone()
+
+
+def captured(work, arguments, weights):
+    """Returns (work as CapturedWork, None), or (work itself, why it can't be captured)."""
+    try:
+        return CapturedWork(work, arguments, weights), None
+    except RuntimeError as error:
+        work.wrapped.zero_grad(set_to_none=True)
+        return work, first_line(error)
+
+
+def tensors_of(optimizers):
+    """All tensors in the state of optimizers {name: optimizer}."""
+    states = [state for optimizer in optimizers.values() for state in optimizer.state.values()]
+    return [value for state in states for value in state.values() if torch.is_tensor(value)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Generation
+
+class CapturedStep:
+    """Stands in for the function `step` in generate.py: one graph takes all steps of one token.
+
+    caches: the model's, with `last`. generator: what the step draws from, or None.
+    """
+
+    def __init__(self, step, caches, generator):
+        self.step, self.caches, self.generator, self.graph = step, caches, generator, None
+
+    def __call__(self, tokens, start):
+        """tokens: (B, T) at the positions from `start` on, an int. Returns the next token of each row, (B,).
+
+        The next call overwrites what this one returned.
+        """
+        if start == 0:  # a prompt, or the part of a full window that is encoded again
+            return self.step(tokens, start)
+        if self.graph is None:
+            self.record(tokens, start)
+        if not self.graph:
+            return self.step(tokens, start)
+        self.tokens.copy_(tokens)
+        self.start.fill_(start)
+        self.graph.replay()
+        return self.chosen
+
+    def record(self, tokens, start):
+        self.tokens, self.start = tokens.clone(), torch.tensor([start], device=tokens.device)
+        work = functools.partial(self.step, self.tokens, self.start)
+        try:
+            warm_up(work, [self.caches.last], self.generator)  # to write the same keys and values again is no change
+            self.graph, self.chosen = record(work, self.generator)
+        except RuntimeError as error:
+            say(f"the steps can't be captured as a CUDA graph ({first_line(error)}), so they are slower")
+            self.graph = False
+
+
+def read_ahead(steps):
+    """Yields copies, on the CPU, of the tensors that `steps` yields on a GPU.
+
+    While one is used, the GPU already computes the next. Only the first comes as soon as it is there.
+    """
+    waiting = []
+    for number, tensor in enumerate(steps):
+        copy, copied = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True), torch.cuda.Event()
+        copy.copy_(tensor, non_blocking=True)
+        copied.record()
+        waiting.append((copy, copied))
+        if number != 1:
+            yield finished(*waiting.pop(0))
+    yield from (finished(*pair) for pair in waiting)
+
+
+def finished(copy, copied):
+    copied.synchronize()
+    return copy

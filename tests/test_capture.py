@@ -1,0 +1,144 @@
+"""What stands in for an update and for a step, replayed as CUDA graphs, gives the same numbers; here with graphs that a
+CPU replays by calling the recorded function. tests/test_cuda.py has the real ones."""
+
+import contextlib
+import copy
+import functools
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import settings_for
+
+import generate
+import train
+from machine import capture
+from machine.distributed import World
+from model import GPT, GPTConfig, init_weights
+from optimizer import set_rates
+from tasks.text import TextTask
+
+WORLD = World(0, 1, torch.device("cpu"))
+SHAPE = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=25)
+
+
+def flat(result):
+    """All tensors of nested tuples and dicts."""
+    if torch.is_tensor(result):
+        return [result]
+    return [tensor for part in (result.values() if isinstance(result, dict) else result) for tensor in flat(part)]
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Graphs for a CPU. As on a GPU, recording changes no value, and each replay overwrites the same results."""
+    def record(work, generator=None, pool=None):
+        changed = [tensor for part in graphs.state() for tensor in flat(part)]
+        before, state = [tensor.clone() for tensor in changed], generator and generator.get_state()
+        result = work()
+        with torch.no_grad():
+            for tensor, value in zip(changed, before):
+                tensor.copy_(value)
+        if generator:
+            generator.set_state(state)
+
+        def replay():
+            for old, new in zip(flat(result), flat(work())):
+                old.copy_(new)
+        return SimpleNamespace(replay=replay, pool=lambda: None), result
+
+    graphs = SimpleNamespace(state=lambda: [])
+    monkeypatch.setattr(capture, "record", record)
+    monkeypatch.setattr(capture, "side_stream", contextlib.nullcontext)
+    return graphs
+
+
+def trained(dataset, captured, graphs, bad=(), **changes):
+    """(losses and norms of five updates, the model, its optimizers). bad: updates whose weights are NaN."""
+    settings = settings_for("text", batch_size=6, micro_batch_size=3, learning_rate=1e-2, dropout=0.2, **changes)
+    task = TextTask(settings)
+    task.open(dataset, WORLD)
+    model = GPT(GPTConfig(**SHAPE, dropout=0.2))
+    init_weights(model, torch.Generator().manual_seed(0))
+    task.fit(model.train())
+    optimizers = train.make_optimizers(model, settings, capturable=captured)
+    work = train.Work(task, model, optimizers, torch.amp.GradScaler(enabled=False), WORLD, torch.float32)
+    set_rates(optimizers, 1, settings)
+    if captured:
+        graphs.state = lambda: [list(model.parameters()), capture.tensors_of(optimizers)]
+        work = capture.CapturedWork(work, *train.micro_batch(task, task.pick(0)[:3], 0, 0))
+    results, weight = [], task.weight
+    for step in range(5):
+        set_rates(optimizers, step + 1, settings)
+        task.weight = lambda rows, step=step: float("nan") if step in bad else weight(rows)
+        results.append(train.update(task, work, step, WORLD)[:2])
+    return results, model, optimizers
+
+
+@pytest.mark.parametrize("changes", [dict(optimizer="adamw"), dict(optimizer="muon", grad_clip=0.0)])
+def test_a_captured_update_is_the_same_update(dataset, graphs, changes):
+    """Also with dropout, several micro-batches, and rates that change; what its warm-up changed is undone."""
+    plain, model, optimizers = trained(dataset, False, graphs, **changes)
+    found, other, others = trained(dataset, True, graphs, **changes)
+    torch.testing.assert_close(found, plain, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(dict(other.named_parameters()), dict(model.named_parameters()), rtol=1e-5, atol=1e-6)
+    for name, optimizer in optimizers.items():
+        torch.testing.assert_close(others[name].state_dict()["state"], optimizer.state_dict()["state"])
+
+
+def test_the_results_of_an_update_outlive_the_next_one(dataset, graphs):
+    """Else the error for a bad update would name another step."""
+    results = trained(dataset, True, graphs, bad=[1])[0]
+    assert [bool(loss.isfinite() & norm.isfinite()) for loss, norm in results] == [True, False, False, False, False]
+
+
+def test_a_run_says_what_keeps_it_from_capturing():
+    task = TextTask(settings_for("text", batch_size=8))
+    gpu = World(0, 1, torch.device("cuda"))
+    assert capture.obstacle_to_capture(task, gpu, torch.bfloat16) is None
+    assert capture.obstacle_to_capture(task, WORLD, torch.bfloat16) == "the device is cpu"
+    assert "float16" in capture.obstacle_to_capture(task, gpu, torch.float16)
+    assert "workers" in capture.obstacle_to_capture(task, replace(gpu, size=2), torch.bfloat16)
+    for name, value in dict(capture=False, recompute=True, micro_batch_size=3).items():
+        task = TextTask(settings_for("text", batch_size=8, **{name: value}))
+        assert name in capture.obstacle_to_capture(task, gpu, torch.bfloat16)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(positions="rotary", mlp="relu2", bigrams=True, tied=False, n_kv_head=1)])
+@pytest.mark.parametrize("eos", [None, 3])
+def test_captured_steps_write_the_same_tokens(graphs, monkeypatch, changes, eos):
+    """Beyond the end of the window too; what the warm-up drew and wrote does not count."""
+    model = GPT(GPTConfig(**SHAPE, **changes)).eval()
+    init_weights(model, torch.Generator().manual_seed(0), std=0.3)
+    prompt = torch.randint(25, (4, 5), generator=torch.Generator().manual_seed(1))
+
+    def tokens():
+        pick = functools.partial(generate.pick_tokens, top_k=9, generator=torch.Generator().manual_seed(2))
+        return [chosen.clone() for chosen in generate.generate(model, prompt, 40, pick, eos)]
+
+    expected = tokens()
+    calls, real, make_caches = [], capture.CapturedStep.__call__, model.make_caches
+
+    def make(*sizes):
+        caches = make_caches(*sizes)
+        graphs.state = lambda: [caches.last]
+        return caches
+
+    monkeypatch.setattr(capture.CapturedStep, "__call__", lambda self, *args: calls.append(args[1]) or real(self, *args))
+    monkeypatch.setattr(model, "make_caches", make)
+    monkeypatch.setattr(generate, "can_capture", lambda model, device: True)
+    monkeypatch.setattr(generate, "read_ahead", lambda steps: steps)
+    assert torch.equal(torch.stack(tokens()), torch.stack(expected)) and len(calls) == len(expected)
+
+
+def test_a_picker_that_is_not_known_and_a_hook_are_never_recorded(monkeypatch):
+    model, device = GPT(GPTConfig(**SHAPE)), torch.device("cuda")
+    assert capture.can_capture(model, device) and not capture.can_capture(model, WORLD.device)
+    hooked = copy.deepcopy(model)
+    hooked.transformer.blocks[0].register_forward_hook(lambda *_: None)
+    assert not capture.can_capture(hooked, device)
+    monkeypatch.setattr(generate, "can_capture", lambda model, device: True)
+    seen = []
+    steps = generate.generate(model, torch.zeros(1, 1, dtype=torch.long), 4, lambda x: seen.append(x) or x.argmax(-1))
+    assert len(list(steps)) == len(seen) == 4
