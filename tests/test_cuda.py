@@ -1,6 +1,8 @@
-"""On a GPU, cached steps, resumed runs and compiled runs give the same numbers, up to rounding. Skipped without one.
+"""On a GPU, cached and captured steps, captured, compiled and resumed runs give the same numbers, up to rounding.
 
-They run in processes of their own, because conftest.py hides the GPUs from this one.
+    python -m pytest -m gpu                  skipped without an NVIDIA GPU
+
+The tests run in processes of their own, because conftest.py hides the GPUs from this one.
 """
 
 import json
@@ -8,33 +10,48 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 from conftest import GPUS
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("nvidia-smi"), reason="there is no NVIDIA GPU")]
+pytestmark = [pytest.mark.slow, pytest.mark.gpu,
+              pytest.mark.skipif(not shutil.which("nvidia-smi"), reason="there is no NVIDIA GPU")]
 
-CACHES = """
+BEGIN = """
+import functools
 import torch
 from generate import generate, pick_tokens
+from machine import capture
 from model import GPT, GPTConfig, init_weights
-for changes in ({}, dict(positions="rotary", mlp="relu2", bigrams=True, tied=False, n_kv_head=2)):
+
+FAST = dict(positions="rotary", mlp="relu2", bigrams=True, tied=False, n_kv_head=2)
+
+def new(**changes):
     model = GPT(GPTConfig(block_size=64, **changes))
     init_weights(model, torch.Generator().manual_seed(0), std=0.1)
-    model.cuda().eval()
-    tokens = torch.randint(65, (3, 64), generator=torch.Generator().manual_seed(0)).cuda()
-    with torch.inference_mode():
-        expected, caches = model(tokens), model.make_caches(3)
-        found = [model.logits(model.hidden(tokens[:, :40], caches, 0))]
-        for t in range(40, 64):
-            start = t if t < 50 else torch.tensor([t], device="cuda")
-            found.append(model.logits(model.hidden(tokens[:, t:t + 1], caches, start)))
-    torch.testing.assert_close(torch.cat(found, dim=1), expected, atol=2e-3, rtol=2e-3)
-    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
-    assert len(list(generate(model, tokens[:, :40], 30, pick_tokens))) == 30
-    assert torch.backends.cuda.cudnn_sdp_enabled() == cudnn
+    return model.cuda().eval()
+
+def written(model, tokens, count, seed=1, eos=None, **context):
+    pick = functools.partial(pick_tokens, generator=torch.Generator("cuda").manual_seed(seed))
+    return torch.stack([chosen.cpu() for chosen in generate(model, tokens, count, pick, eos, **context)], dim=1)
+
+def eager(*args, **more):  # the same, but recording fails, so each kernel is launched by itself
+    real, failures = capture.record, []
+    def fail(*_, **__):
+        failures.append(1)
+        raise RuntimeError("no capture today")
+    capture.record = fail
+    try:
+        found = written(*args, **more)
+    finally:
+        capture.record = real
+    assert failures
+    return found
+
+tokens = torch.randint(65, (3, 40), generator=torch.Generator().manual_seed(0)).cuda()
 """
 
 
@@ -45,26 +62,107 @@ def on_gpu(*arguments, folder=ROOT):
     environment["PYTHONPATH"] = str(ROOT)
     done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True,
                           timeout=600)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
 
+def check(code):
+    on_gpu("-c", BEGIN + textwrap.dedent(code))
+
+
 def test_cached_logits_equal_uncached_ones_with_positions_as_ints_and_as_tensors():
-    on_gpu("-c", CACHES)
+    check("""
+        for changes in ({}, FAST):
+            model, more = new(**changes), torch.randint(65, (3, 24), generator=torch.Generator().manual_seed(1)).cuda()
+            text = torch.cat((tokens, more), dim=1)
+            with torch.inference_mode():
+                expected, caches = model(text), model.make_caches(3)
+                found = [model.logits(model.hidden(text[:, :40], caches, 0))]
+                for t in range(40, 64):
+                    start = t if t < 50 else torch.tensor([t], device="cuda")
+                    found.append(model.logits(model.hidden(text[:, t:t + 1], caches, start)))
+            torch.testing.assert_close(torch.cat(found, dim=1), expected, atol=2e-3, rtol=2e-3)
+        """)
 
 
-def test_a_run_resumes_and_compiles_to_the_same_losses(tmp_path, tiny):
-    """Up to rounding: the fused kernels add up gradients in no fixed order."""
-    values = {**tiny, "device": "cuda", "dropout": 0.0, "log_interval": 1}
-    arguments = [f"--{name}={value}" for name, value in values.items()]
+def test_captured_steps_write_what_eager_ones_write_and_a_seed_decides():
+    check("""
+        cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+        for changes in ({}, FAST):
+            model = new(**changes)
+            for eos in (None, 7):
+                found = written(model, tokens, 100, eos=eos)  # beyond the end of the window
+                assert torch.equal(found, eager(model, tokens, 100, eos=eos)), (changes, eos)
+                assert torch.equal(found, written(model, tokens, 100, eos=eos))
+                assert not torch.equal(found, written(model, tokens, 100, seed=2, eos=eos))
+            assert written(model.bfloat16(), tokens, 100).shape == (3, 100)
+        assert torch.backends.cuda.cudnn_sdp_enabled() == cudnn
+        """)
+
+
+def test_a_recorded_step_reads_weights_that_have_changed():
+    check("""
+        model = new()
+        with torch.inference_mode():
+            caches = model.make_caches(3)
+            model.hidden(tokens, caches, 0)
+            def step(tokens, start):
+                return model.logits(model.hidden(tokens, caches, start))[:, -1]
+            captured = capture.CapturedStep(step, caches, None)
+            for factor in (1.0, 1.5, 0.5):
+                model.wte.weight *= factor
+                found = captured(tokens[:, :1], 40).clone()
+                assert captured.graph
+                torch.testing.assert_close(found, step(tokens[:, :1], 40), atol=1e-3, rtol=1e-3)
+        """)
+
+
+def test_captured_steps_after_an_image_and_of_a_translator():
+    check("""
+        from seq2seq import Seq2Seq, Seq2SeqConfig
+        from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig, init_parts
+        vision = ViTConfig(n_layer=1, n_head=2, n_embd=32, image_size=28, patch_size=14)
+        text = GemmaConfig(n_layer=2, n_head=4, n_kv_head=1, n_embd=32, head_dim=16, n_hidden=64, vocab_size=65,
+                           block_size=64)
+        model = PaliGemma(PaliGemmaConfig(vision, text))
+        init_parts(model, torch.Generator().manual_seed(0))
+        model.cuda().eval()
+        with torch.inference_mode():
+            image = model.encode(torch.rand(3, 3, 28, 28, device="cuda"))
+        padding = torch.tensor([0, 3, 5], device="cuda")
+        for more in (dict(image=image), dict(image=image, padding=padding)):
+            assert torch.equal(written(model, tokens[:, :9], 30, **more), eager(model, tokens[:, :9], 30, **more))
+        model = Seq2Seq(Seq2SeqConfig(n_layer=2, n_embd=32, block_size=64))
+        init_weights(model, torch.Generator().manual_seed(0), std=0.2)
+        model.cuda().eval()
+        with torch.inference_mode():
+            context = model.encode(tokens, torch.tensor([40, 30, 20], device="cuda"))
+        start = torch.ones(3, 1, dtype=torch.long, device="cuda")
+        assert torch.equal(written(model, start, 30, **context), eager(model, start, 30, **context))
+        """)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(optimizer="muon", mlp="relu2", positions="rotary")])
+def test_captured_compiled_and_resumed_runs_have_the_same_losses(tmp_path, tiny, changes):
+    """With dropout, up to rounding: the fused kernels add up gradients in no fixed order. Compiled code draws other
+    numbers for dropout, so it is compared without."""
+    values = {**tiny, **changes, "device": "cuda", "dropout": 0.2, "log_interval": 1, "micro_batch_size": 4}
+
+    def run(name, **more):
+        arguments = [f"--{name}={value}" for name, value in {**values, **more}.items()]
+        printed = on_gpu("train.py", *arguments, f"--out_dir={tmp_path / name}")
+        assert ("capture: True" in printed) == more.get("capture", True), printed[:2000]
 
     def losses(name):
         rows = map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines())
         return [row["loss"] for row in rows]
 
-    on_gpu("train.py", *arguments, f"--out_dir={tmp_path / 'whole'}")
-    on_gpu("train.py", *arguments, "--max_iters=20", "--lr_decay_iters=40", f"--out_dir={tmp_path / 'parts'}")
+    run("captured")
+    run("plain", capture=False)
+    run("parts", max_iters=20, lr_decay_iters=40)
     on_gpu("train.py", "--resume", "--max_iters=40", f"--out_dir={tmp_path / 'parts'}")
-    on_gpu("train.py", *arguments, "--compile=True", f"--out_dir={tmp_path / 'compiled'}")
-    for other in ("parts", "compiled"):
-        assert losses(other) == pytest.approx(losses("whole"), abs=2e-3)
+    for other in ("plain", "parts"):
+        assert losses(other) == pytest.approx(losses("captured"), abs=2e-3)
+    run("eager", dropout=0.0, capture=False)
+    run("compiled", dropout=0.0, compile=True)
+    assert losses("compiled") == pytest.approx(losses("eager"), abs=2e-3)
