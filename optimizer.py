@@ -131,42 +131,50 @@ class Muon(torch.optim.Optimizer):
                 self.step_alike(params, group["lr"], group["weight_decay"], group["momentum"])
 
     def step_alike(self, params, lr, weight_decay, momentum):
-        """Updates parameters that are matrices of the same shape."""
+        """Updates parameters that are matrices of the same shape, or of that shape transposed. lr may be a tensor."""
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         grads, buffers = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
-        updates = orthogonalized(torch._foreach_lerp(grads, buffers, momentum)).to(params[0].dtype)
-        rows, columns = params[0].shape
-        torch._foreach_mul_(params, 1 - lr * weight_decay)  # lr may be a tensor
-        torch._foreach_add_(params, [*(updates * (-lr * max(1, rows / columns) ** 0.5))])
+        updates = orthogonalized(torch._foreach_lerp(grads, buffers, momentum), scale=-lr)
+        torch._foreach_mul_(updates, [max(1, p.size(0) / p.size(1)) ** 0.5 for p in params])
+        torch._foreach_mul_(params, 1 - lr * weight_decay)
+        torch._foreach_add_(params, updates)
 
 
 def alike(matrices):
-    """Yields lists of matrices of the same shape; on a CPU, as many as fit into its caches."""
+    """Yields lists of matrices of the same shape, or of that shape transposed; on a CPU, as many as fit into its caches.
+
+    In each list, those with more rows than columns come last.
+    """
     shapes = {}
     for p in matrices:
-        shapes.setdefault(p.shape, []).append(p)
-    for shape, found in shapes.items():
-        count = max(1, CPU_BATCH // shape.numel()) if found[0].device.type == "cpu" else len(found)
+        shapes.setdefault((*sorted(p.shape),), []).append(p)
+    for found in shapes.values():
+        found.sort(key=is_tall)
+        count = max(1, CPU_BATCH // found[0].numel()) if found[0].device.type == "cpu" else len(found)
         yield from (found[i:i + count] for i in range(0, len(found), count))
 
 
-def orthogonalized(matrices, steps=5):
-    """Returns approximations of the nearest semi-orthogonal matrices: singular values between about 0.7 and 1.2.
+def is_tall(matrix):
+    return matrix.size(0) > matrix.size(1)
 
-    matrices: (N, rows, columns), or a list of N. The result is (N, rows, columns), computed and returned in float32 on
-    a CPU without AMX, else in bfloat16. The Newton-Schulz iteration maps each singular value s to a s + b s^3 + c s^5.
-    Jordan's coefficients trade exact convergence to 1 for fast growth of small values.
+
+def orthogonalized(matrices, scale=1.0, steps=5):
+    """Approximations of the nearest semi-orthogonal matrices, singular values between about 0.7 and 1.2, times scale.
+
+    matrices: a list as `alike` yields them. The result is such a list too, in the dtype of the matrices. It is computed
+    in float32 on a CPU without AMX, else in bfloat16. The Newton-Schulz iteration maps each singular value s to
+    a s + b s^3 + c s^5. Jordan's coefficients trade exact convergence to 1 for fast growth of small values.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     fast = torch.bfloat16 if matrices[0].device.type != "cpu" or has_amx() else torch.float32
-    x = torch.stack([matrix.to(fast) for matrix in matrices])
-    tall = x.size(1) > x.size(2)
-    x = x.mT if tall else x
+    wide = sum(not is_tall(matrix) for matrix in matrices)  # so many are wide or square, and come first
+    x = torch.stack([*matrices[:wide], *(matrix.mT for matrix in matrices[wide:])]).to(fast)  # (N, rows, columns)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    x = x.to(matrices[0].dtype) * scale
+    return [*x[:wide], *x[wide:].mT.contiguous()]

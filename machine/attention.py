@@ -7,6 +7,7 @@ Axes: B batch, T query positions, S key positions, H query heads, K key-value he
 """
 
 import math
+import weakref
 
 import torch
 import torch.nn as nn
@@ -43,8 +44,26 @@ def attend(q, k, v, mask, dropout=0.0):
 def fused(q, k, v, mask, dropout):
     """`attend` by the kernel that PyTorch chooses."""
     causal = isinstance(mask, str)
-    return F.scaled_dot_product_attention(q, k, v, None if causal else mask, dropout, causal,
-                                          enable_gqa=q.size(1) != k.size(1))
+    if causal:
+        mask = None
+    elif mask is not None and q.is_cuda:
+        mask = bias_of(mask, q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=q.size(1) != k.size(1))
+
+
+LAST = [None, None]  # a weak reference to the last mask of `bias_of`, and its bias
+
+
+def bias_of(mask, dtype):
+    """A mask as numbers to add to scores: 0, and -inf where it is False. All layers of a pass share a mask, so the last
+    result is kept: a GPU would take longer to make it than to use it. Its rows are aligned, as the kernels want them."""
+    if torch.compiler.is_compiling():
+        return mask
+    if LAST[0] is None or LAST[0]() is not mask or LAST[1].dtype != dtype:
+        S = mask.size(-1)
+        aligned = torch.zeros(*mask.shape[:-1], -(-S // 8) * 8, dtype=dtype, device=mask.device)
+        LAST[:] = weakref.ref(mask), aligned[..., :S].masked_fill_(~mask, -math.inf)
+    return LAST[1]
 
 
 def batched_products(q, k, v, mask, dropout):

@@ -168,16 +168,25 @@ class CapturedStep:
             self.record(tokens, start)
         if not self.graph:
             return self.step(tokens, start)
-        self.tokens.copy_(tokens)
-        self.start.fill_(start)
+        if start != self.next:
+            self.tokens.copy_(tokens)
+            self.start.fill_(start)
         self.graph.replay()
+        self.next = start + 1
         return self.chosen
 
     def record(self, tokens, start):
-        self.tokens, self.start = tokens.clone(), torch.tensor([start], device=tokens.device)
-        work = functools.partial(self.step, self.tokens, self.start)
-        try:
-            warm_up(work, [self.caches.last], self.generator)  # to write the same keys and values again is no change
+        self.tokens, self.start, self.next = tokens.clone(), torch.tensor([start], device=tokens.device), start
+
+        def work():
+            """A step that also prepares the next one, which saves launches."""
+            chosen = self.step(self.tokens, self.start)
+            self.tokens.copy_(chosen[:, None])
+            self.start.add_(1)
+            return chosen
+
+        try:  # the warm-up writes keys and values too, but the first replay writes the same ones
+            warm_up(work, [self.caches.last, self.tokens, self.start], self.generator)
             self.graph, self.chosen = record(work, self.generator)
         except RuntimeError as error:
             say(f"the steps can't be captured as a CUDA graph ({first_line(error)}), so they are slower")

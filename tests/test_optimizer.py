@@ -27,7 +27,7 @@ def make_gpt():
 def test_orthogonalized_matrices_keep_their_singular_vectors_and_have_values_near_1(shape):
     matrices = torch.randn(shape, generator=seeded())
     matrices[0] *= 1e-3  # the norm of a matrix does not matter
-    found = orthogonalized(matrices).float()
+    found = torch.stack(orthogonalized([*matrices])).float()
     u, values, vh = torch.linalg.svd(matrices, full_matrices=False)
     inner = u.mT @ found @ vh.mT  # (5, r, r), diagonal: the new singular values
     new = inner.diagonal(dim1=1, dim2=2)
