@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configurator import UserError, check_choices, check_ranges, check_shape
-from machine.attention import Dropout, attend, squared_relu
+from machine.attention import Dropout, attend, squared_relu, wide_linear
 from positions import Rotary, Sinusoidal, rotate
 
 
@@ -414,7 +414,7 @@ class GPT(nn.Module):
 
     def logits(self, x):
         """Float32 logits, (..., C) -> (..., V)."""
-        return (F.linear(x, self.wte.weight) if self.head is None else self.head(x)).float()
+        return wide_linear(x, self.wte if self.head is None else self.head).float()
 
     def make_caches(self, batch_size, size=None):
         return self.transformer.make_caches(batch_size, size or self.config.block_size)
