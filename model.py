@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configurator import UserError, check_choices, check_ranges, check_shape
-from machine.attention import Dropout, attend, squared_relu
+from machine.attention import Dropout, attend, squared_relu, wide_linear
 from positions import Rotary, Sinusoidal, rotate
 
 
@@ -36,6 +36,7 @@ class TransformerConfig:
     final_norm: bool = True  # a norm after the last block
     bias: bool = False  # biases in the linear layers and LayerNorms
     qkv_bias: bool = False  # biases in q_proj, k_proj and v_proj, even if bias = False
+    qk_norm: bool = False  # a norm of each head's queries, and one of its keys
     dropout: float = 0.0
     cross: bool = False  # every block has a cross-attention layer, which reads the memory
 
@@ -94,6 +95,13 @@ class PlainRMSNorm(nn.RMSNorm):
 
     def __init__(self, config):
         super().__init__(config.n_embd, eps=config.norm_eps)
+
+
+class HeadNorm(nn.RMSNorm):
+    """The same for each head's queries or keys (..., D), in float32: QK-norm (Henry et al. 2020)."""
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).type_as(x)
 
 
 class MLP(nn.Module):
@@ -188,10 +196,12 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=config.bias)
+        self.q_norm = HeadNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x, mask=None, rope=None, cache=None, start=0, memory=None):
-        q = self.q_proj(x).unflatten(-1, (self.n_head, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
+        q = self.q_norm(self.q_proj(x).unflatten(-1, (self.n_head, self.head_dim))).transpose(1, 2)  # (B, H, T, D)
         k, v = memory if isinstance(memory, tuple) else self.keys_values(x if memory is None else memory)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
@@ -202,7 +212,7 @@ class Attention(nn.Module):
 
     def keys_values(self, source):
         """Keys and values of source (B, S, C), each (B, K, S, D). For a memory, compute them once and reuse them."""
-        k = self.k_proj(source).unflatten(-1, (self.n_kv_head, self.head_dim)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(source).unflatten(-1, (self.n_kv_head, self.head_dim))).transpose(1, 2)
         v = self.v_proj(source).unflatten(-1, (self.n_kv_head, self.head_dim)).transpose(1, 2)
         return k, v
 
@@ -332,7 +342,7 @@ def init_weights(model, generator=None, std=0.02, zero=False):
             module.weight.copy_(drawn)
             if getattr(module, "bias", None) is not None:
                 module.bias.zero_()
-        elif isinstance(module, tuple(NORMS.values())):
+        elif isinstance(module, (*NORMS.values(), HeadNorm)):
             module.reset_parameters()
 
 
@@ -414,7 +424,7 @@ class GPT(nn.Module):
 
     def logits(self, x):
         """Float32 logits, (..., C) -> (..., V)."""
-        return (F.linear(x, self.wte.weight) if self.head is None else self.head(x)).float()
+        return wide_linear(x, self.wte if self.head is None else self.head).float()
 
     def make_caches(self, batch_size, size=None):
         return self.transformer.make_caches(batch_size, size or self.config.block_size)

@@ -159,7 +159,8 @@ def cross_attention(model, source, lengths, tokens):
 
 def attention_weights(attention, x, mask, memory):
     """softmax(q k^T / sqrt(D)) of a cross-attention layer: (B, H, T, S). x: (B, T, C). memory: keys and values."""
-    q = attention.q_proj(x).unflatten(-1, (attention.n_head, attention.head_dim)).transpose(1, 2)  # (B, H, T, D)
+    q = attention.q_proj(x).unflatten(-1, (attention.n_head, attention.head_dim))
+    q = attention.q_norm(q).transpose(1, 2)  # (B, H, T, D)
     k = memory[0].repeat_interleave(attention.n_head // attention.n_kv_head, dim=1)  # (B, K, S, D) -> (B, H, S, D)
     scores = q @ k.mT / math.sqrt(attention.head_dim)
     return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1)

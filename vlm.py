@@ -302,7 +302,8 @@ def attention_weights(attention, x, mask, rope, first=0):
 
     x: (B, T, C); mask: a boolean tensor that ends in (T, T); rope: see `Attention`.
     """
-    q = attention.q_proj(x[:, first:]).unflatten(-1, (attention.n_head, attention.head_dim)).transpose(1, 2)
+    q = attention.q_proj(x[:, first:]).unflatten(-1, (attention.n_head, attention.head_dim))
+    q = attention.q_norm(q).transpose(1, 2)  # (B, H, T - first, D)
     k, _ = attention.keys_values(x)  # (B, K, T, D)
     q, k = rotate(q, *(table[..., first:, :] for table in rope)), rotate(k, *rope)
     k = k.repeat_interleave(attention.n_head // attention.n_kv_head, dim=1)  # (B, H, T, D)

@@ -99,7 +99,10 @@ def untouched(trunk):
         if not known or has_methods(module) or module._forward_hooks or module._forward_pre_hooks:
             return False
     blocks = {(*(type(module) for module in b.modules()), *(p.shape for p in b.parameters())) for b in trunk.blocks}
-    heads = {(m.n_head, m.n_kv_head, m.head_dim) for m in modules if "head_dim" in vars(m)}
+    attentions = [m for m in modules if "head_dim" in vars(m)]
+    if any(type(norm) is not torch.nn.Identity for m in attentions for norm in (m.q_norm, m.k_norm)):
+        return False  # decode.c has no QK-norm
+    heads = {(m.n_head, m.n_kv_head, m.head_dim) for m in attentions}
     norms = {(type(m), m.eps) for m in modules if "eps" in vars(m)}  # an edited block may have other norms
     return len(blocks) == len(heads) == len(norms) == 1
 

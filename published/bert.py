@@ -129,7 +129,7 @@ def misfit(config):
     """The settings of an EncoderConfig that BERT's layout can't hold, as text such as "block = 'pre'"; "": it can."""
     fitting = {"block": ("post",), "embed_norm": (True,), "final_norm": (False,), "norm": ("layernorm",),
                "mlp": tuple(ACTIVATIONS.values()), "positions": ("learned",), "bias": (True,),
-               "n_kv_head": (0, config.n_head), "head_dim": (0, config.n_embd / config.n_head)}
+               "n_kv_head": (0, config.n_head), "head_dim": (0, config.n_embd / config.n_head), "qk_norm": (False,)}
     found = {name: getattr(config, name) for name, values in fitting.items() if getattr(config, name) not in values}
     return ", ".join(f"{name} = {value!r}" for name, value in found.items())
 

@@ -61,7 +61,7 @@ def misfit(config):
     """The settings of a GPTConfig that GPT-2's layout can't hold, as text such as "bigrams = True"; "": it can."""
     fitting = {"positions": ("learned",), "norm": ("layernorm",), "mlp": tuple(ACTIVATIONS.values()),
                "n_kv_head": (0, config.n_head), "head_dim": (0, config.n_embd / config.n_head), "bigrams": (False,),
-               "block": ("pre",), "final_norm": (True,)}
+               "block": ("pre",), "final_norm": (True,), "qk_norm": (False,)}
     found = {name: getattr(config, name) for name, values in fitting.items() if getattr(config, name) not in values}
     return ", ".join(f"{name} = {value!r}" for name, value in found.items())
 

@@ -168,7 +168,7 @@ def misfit(config):
         "positions": config.positions != "rotary",
         "norm": config.norm not in (("rmsnorm",) if gemma else ("rmsnorm", "plain_rmsnorm")),
         "mlp": config.mlp not in ACTIVATIONS.values(),
-        "bigrams": config.bigrams, "cross": config.cross,
+        "bigrams": config.bigrams, "cross": config.cross, "qk_norm": config.qk_norm,
         "block": config.block != "pre", "final_norm": not config.final_norm,
         "bias": gemma and config.bias, "qkv_bias": gemma and config.qkv_bias,
         "n_embd": config.n_embd % config.n_head != 0}  # transformers asks for a multiple of n_head

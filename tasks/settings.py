@@ -62,6 +62,7 @@ class Text:
     mlp: Literal["", "gelu", "geglu", "swiglu", "relu2"] = ""  # see MLPS in model.py; empty: the model's own
     n_hidden: int = 0  # width inside the MLP; 0: 4 * n_embd
     positions: Literal["", "learned", "sinusoidal", "rotary"] = ""  # of the tokens; empty: the model's own
+    qk_norm: bool = False  # normalise each head's queries and keys: attention stays stable at higher learning rates
     tied: bool = True  # use the token embedding as the output head too
     bigrams: bool = False  # also embed each pair of neighbouring tokens; for small vocabularies
     zero_init: bool = False  # start the last matrices of each block at zero, so that it adds nothing at first

@@ -35,7 +35,7 @@ MODELS = {  # model_type: (class, class of its configuration)
     **RUNGS,  # the lecture's models
 }
 SHAPE = ("n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "bias", "norm", "mlp", "n_hidden", "positions",
-         "tied", "bigrams")
+         "qk_norm", "tied", "bigrams")
 EVAL_TOKENS = 16384  # most tokens per batch of an evaluation: it limits memory and changes no result
 EVAL_LOGITS = 2**27  # most logits per batch, for the same reason
 

@@ -5,7 +5,16 @@ import torch
 import torch.nn.functional as F
 
 from machine import attention
-from machine.attention import Dropout, TiledAttention, attend, draw_kept, tiles
+from machine.attention import (
+    Dropout,
+    TiledAttention,
+    attend,
+    draw_kept,
+    grouped,
+    padded_linear,
+    tiles,
+    wide_linear,
+)
 
 
 def seeded(seed=0):
@@ -102,6 +111,55 @@ def test_attention_in_training_averages_to_that_in_evaluation(share):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = attend(*many, "causal", share).float().mean(0, keepdim=True)
     torch.testing.assert_close(found, expected, atol=0.05 if share else 1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("T", [1, 5])
+@pytest.mark.parametrize("shape", [("T", 9), (2, 1, "T", 9), (2, 1, 1, 9), (1, 9), (2, 6, "T", 9), (6, 1, 9)])
+def test_grouped_queries_and_their_gradients_equal_repeated_keys_and_values(T, shape):
+    q, g = randn(2, T, 6, 8).transpose(1, 2), randn(2, 6, T, 8, seed=3)
+    k, v = (randn(2, 2, 9, 8, seed=seed) for seed in (1, 2))
+    mask = torch.rand([T if n == "T" else n for n in shape], generator=seeded(4)) < 0.5
+    mask[..., 4] = True
+    expected = F.scaled_dot_product_attention(q, *(x.repeat_interleave(3, dim=1) for x in (k, v)), mask)
+    for found in (grouped(q, k, v, mask, 0.0), attend(q, k, v, mask)):
+        torch.testing.assert_close(found, expected)
+        gradients = (torch.autograd.grad(y, (q, k, v), g, retain_graph=True) for y in (found, expected))
+        torch.testing.assert_close(*gradients)
+
+
+def test_one_query_with_a_mask_takes_the_grouped_path(monkeypatch):
+    """Not those without a mask, and on a CPU not several queries, for which it is no faster."""
+    called, real = [], attention.grouped
+    monkeypatch.setattr(attention, "grouped", lambda q, *rest: called.append(q.size(2)) or real(q, *rest))
+    k, mask = randn(2, 2, 9, 8), torch.ones(9, dtype=torch.bool)[None]
+    for T, seen in ((1, mask), (1, None), (9, "causal"), (3, mask)):
+        attend(randn(2, 4, T, 8), k, k, seen)
+    assert called == [1]
+
+
+@pytest.mark.parametrize("V", [513, 576])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_padded_head_gives_the_logits_and_gradients_of_the_plain_one(V, dtype):
+    """dtype: of autocast; None: off."""
+    x, weight, g = randn(3, 5, 16), randn(V, 16, seed=1), randn(3, 5, V, seed=2)
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        found, expected = padded_linear(x, weight), F.linear(x, weight)
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    tolerances = dict(atol=1e-6, rtol=1e-5) if dtype is None else {}
+    torch.testing.assert_close(found, expected, **tolerances)
+    gradients = (torch.autograd.grad(y.float(), (x, weight), g) for y in (found, expected))
+    torch.testing.assert_close(*gradients, **tolerances)
+
+
+class Twice(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_head_that_computes_something_else_is_called():
+    for cls, factor in ((torch.nn.Linear, 1), (Twice, 2)):
+        layer, x = cls(16, 513, bias=False), randn(5, 16)
+        torch.testing.assert_close(wide_linear(x, layer), factor * F.linear(x, layer.weight))
 
 
 def test_masks_follow_their_probability_and_the_seed():

@@ -352,6 +352,15 @@ def test_without_a_working_compiler_pytorch_takes_the_steps(monkeypatch, tmp_pat
     assert not steps_taken
 
 
+@pytest.mark.parametrize("known", [False, True])  # whether a norm in decode.json is in place of HeadNorm
+def test_pytorch_takes_the_steps_of_a_model_with_qk_norm(known, steps_taken):
+    model = make_gpt(qk_norm=True, norm="plain_rmsnorm", mlp="swiglu", positions="rotary", n_kv_head=2)
+    for norm in (part for part in model.modules() if known and type(part) is models.HeadNorm):
+        norm.__class__ = models.PlainRMSNorm
+    torch.testing.assert_close(stepped(model, TOKENS), model(TOKENS), atol=1e-4, rtol=1e-4)
+    assert not steps_taken
+
+
 @pytest.mark.parametrize("changes", [dict(n_embd=72), dict(n_embd=60), dict(n_head=8), dict(n_hidden=100)])
 def test_pytorch_takes_steps_of_widths_that_are_not_multiples_of_16(changes, steps_taken):
     model = make_gpt(**changes)

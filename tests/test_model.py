@@ -73,7 +73,7 @@ def naive_attention(a, x, allowed=None, memory=None, turn=lambda x: x):
             mine = slice(h * a.head_dim, (h + 1) * a.head_dim)
             group = h * a.n_kv_head // a.n_head
             shared = slice(group * a.head_dim, (group + 1) * a.head_dim)
-            queries, keys = turn(q[:, mine]), turn(k[:, shared])
+            queries, keys = turn(a.q_norm(q[:, mine])), turn(a.k_norm(k[:, shared]))
             for t in range(x.size(1)):
                 scores = keys @ queries[t] / math.sqrt(a.head_dim)
                 if allowed is not None:
@@ -107,6 +107,33 @@ def test_attention_with_memory_or_rotation_and_a_given_head_dim():
     angles = rotation(slice(T), 10)
     torch.testing.assert_close(attention(x, "causal", rope=angles),
                                naive_attention(attention, x, causal.expand(B, T, T), turn=lambda q: rotate(q, *angles)))
+
+
+def test_qk_norm_bounds_the_scores_and_equals_its_formula():
+    attention, x = make_attention(qk_norm=True, n_kv_head=2), randn(B, T, C)
+    memory, angles = randn(B, 5, C, seed=1), rotation(slice(T), 6)
+    torch.testing.assert_close(attention(x, "causal", rope=angles),
+                               naive_attention(attention, x, causal.expand(B, T, T), turn=lambda q: rotate(q, *angles)))
+    torch.testing.assert_close(attention(x, memory=memory), naive_attention(attention, x, memory=memory))
+    norm, y = attention.k_norm, randn(B, T, 4, 6)
+    torch.testing.assert_close(norm(y), y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert norm(y.bfloat16()).dtype == torch.bfloat16
+    with torch.no_grad():
+        expected = attention(x)
+        for projection in (attention.q_proj, attention.k_proj):
+            projection.weight *= 1000
+            projection.bias *= 1000
+    torch.testing.assert_close(attention(x), expected, atol=1e-3, rtol=1e-3)  # up to epsilon, only the direction counts
+
+
+def test_qk_norm_changes_no_names_and_its_gains_start_at_one():
+    names, more = (set(make_gpt(qk_norm=on).state_dict()) for on in (False, True))
+    assert {name.partition(".attn.")[2] for name in more - names} == {"q_norm.weight", "k_norm.weight"}
+    assert names < more
+    model = make_gpt(qk_norm=True, std=0.3)
+    init_weights(model, seeded())
+    assert all((p == 1).all() for name, p in model.named_parameters() if name.endswith("_norm.weight"))
 
 
 def test_prefix_mask_is_full_inside_the_prefix_and_causal_after_it():
@@ -229,7 +256,7 @@ def test_no_token_sees_a_later_one(changes):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("changes", [{}, FAST, dict(n_kv_head=1, norm="rmsnorm", mlp="geglu")])
+@pytest.mark.parametrize("changes", [{}, FAST, dict(n_kv_head=1, norm="rmsnorm", mlp="geglu", qk_norm=True)])
 @pytest.mark.parametrize("start", [lambda a, b: a, torch.arange], ids=["start is an int", "start is a tensor"])
 def test_cached_logits_equal_uncached_ones_however_the_tokens_are_cut(changes, start):
     """start is an int (the keys are the slots filled so far) or a tensor (all slots are keys, under a mask)."""

@@ -112,11 +112,12 @@ def test_a_published_model_is_complete_readable_by_all_and_of_one_dtype(tmp_path
 
 @pytest.mark.parametrize("model, message", [
     (GPT(GPTConfig(bigrams=True)), r"gpt2 can't hold bigrams = True"),
+    (GPT(GPTConfig(qk_norm=True)), r"gpt2 can't hold qk_norm = True; the layout of llama .*, qk_norm = True"),
     (GPT(GPTConfig(positions="rotary", norm="layernorm")), r"gpt2 can't hold positions = 'rotary'"),
     (GPT(GPTConfig(norm="plain_rmsnorm", mlp="swiglu")), r"gpt2 can't hold norm = 'plain_rmsnorm', mlp = 'swiglu'"),
     (GPT(GPTConfig(n_kv_head=1, head_dim=16)), r"gpt2 can't hold n_kv_head = 1, head_dim = 16"),
     (Bigram(BigramConfig()), "no published layout holds a Bigram, only the models GPT, Gemma, PaliGemma")],
-    ids=["bigrams", "rotary", "rmsnorm", "heads", "lecture"])
+    ids=["bigrams", "qk_norm", "rotary", "rmsnorm", "heads", "lecture"])
 def test_a_model_that_no_layout_holds_is_refused_by_name(model, message, tmp_path):
     with pytest.raises(UserError, match=message) as error:
         files.save(model, ByteTokenizer(), tmp_path / "model")

@@ -270,7 +270,7 @@ TRAINING = {
     "model": Change("gemma"), "n_layer": Change(2), "n_head": Change(1), "n_kv_head": Change(1), "n_embd": Change(32),
     "block_size": Change(12), "bias": Change(True), "norm": Change("rmsnorm"), "mlp": Change("relu2"),
     "n_hidden": Change(40), "positions": Change("rotary"),
-    "tied": Change(False), "bigrams": Change(True), "zero_init": Change(True),
+    "qk_norm": Change(True), "tied": Change(False), "bigrams": Change(True), "zero_init": Change(True),
     # of tasks with images
     "pair_loss": Change("softmax"), "init_vision": Change("one_contrastive"), "init_decoder": Change("one_gemma"),
     "publish": Change("published"), "vision.n_layer": Change(2), "vision.n_head": Change(1),

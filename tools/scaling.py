@@ -33,7 +33,7 @@ TOKENS_PER_PARAMETER = 20  # the compute-optimal ratio: Hoffmann et al. 2022
 CONFIG = Path(__file__).resolve().parent.parent / "config"
 RECIPES = {"124m": ["gpt2.py"], **{size: ["gpt2.py", f"gpt2/{size}.py"] for size in ("350m", "774m", "1.5b")}}
 # These settings must have their defaults, because the formulas describe no other model or optimizer.
-CLASSIC = ("task", "model", "n_kv_head", "mlp", "positions", "tied", "bigrams", "optimizer", "init_from")
+CLASSIC = ("task", "model", "n_kv_head", "mlp", "positions", "qk_norm", "tied", "bigrams", "optimizer", "init_from")
 
 
 def read(arguments):
