@@ -70,7 +70,7 @@ def written(model, tokens, count, pick, eos, context, capturing):
     """
     block_size = model.config.block_size
     window, start = tokens[:, -block_size:], 0  # the caches hold the first `start` tokens of the window
-    size = min(block_size, window.size(1) + count)
+    size = min(block_size, -(-(window.size(1) + count) // 64) * 64)  # rounded up: a GPU plans its kernels for each size
     caches = model.make_caches(len(tokens), size) if hasattr(model, "make_caches") else None
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
 

@@ -144,7 +144,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def alike(matrices):
-    """Yields lists of matrices of the same shape, or of that shape transposed; on a CPU, as many as fit into its caches.
+    """Yields lists of matrices of one shape, or of that shape transposed; on a CPU, as many as fit into its caches.
 
     In each list, those with more rows than columns come last.
     """

@@ -195,8 +195,8 @@ class PaliGemma(nn.Module):
         return self.decoder.logits(x)  # (..., C) -> (..., V)
 
     def make_caches(self, batch_size, size):
-        """Empty caches for the image and `size` tokens of text."""
-        return self.decoder.make_caches(batch_size, self.config.vision.n_patches + size)
+        """Empty caches for the image and `size` tokens of text, at most the model's block_size positions."""
+        return self.decoder.make_caches(batch_size, min(self.config.vision.n_patches + size, self.config.block_size))
 
 
 class TextEncoder(nn.Module):

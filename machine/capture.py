@@ -17,8 +17,9 @@ import torch
 from torch.nn.modules import module as torch_module
 
 from configurator import say
+from machine.device import cudnn_attention
 
-WARM_UPS = 3  # runs before recording, in which libraries choose kernels, and compiled code is compiled
+CUDNN = True  # for the one shape of a captured step, its attention is the fastest
 
 
 def can_capture(model, device):
@@ -29,12 +30,14 @@ def can_capture(model, device):
 
 
 def warm_up(work, kept, generator=None):
-    """Runs work() a few times, as it must before it is recorded, and restores the tensors `kept` and the generator."""
+    """Runs work() once, and restores the tensors `kept` and the generator. Must come before `record`.
+
+    In the first run, libraries choose kernels and need memory for them, and torch.compile compiles.
+    """
     copies = [tensor.clone() for tensor in kept]
     state = generator and generator.get_state()
     with side_stream():
-        for _ in range(WARM_UPS):
-            work()
+        work()
     for tensor, copy in zip(kept, copies):
         tensor.copy_(copy)
     if generator:
@@ -186,8 +189,9 @@ class CapturedStep:
             return chosen
 
         try:  # the warm-up writes keys and values too, but the first replay writes the same ones
-            warm_up(work, [self.caches.last, self.tokens, self.start], self.generator)
-            self.graph, self.chosen = record(work, self.generator)
+            with cudnn_attention(CUDNN):
+                warm_up(work, [self.caches.last, self.tokens, self.start], self.generator)
+                self.graph, self.chosen = record(work, self.generator)
         except RuntimeError as error:
             say(f"the steps can't be captured as a CUDA graph ({first_line(error)}), so they are slower")
             self.graph = False

@@ -28,7 +28,7 @@ import torch
 from torch.nn.modules import module as torch_module
 
 from configurator import say
-from machine.device import emulates_bfloat16
+from machine.device import cudnn_attention, emulates_bfloat16
 from machine.digest import NoSource, digests, full_name
 
 SOURCE = Path(__file__).with_suffix(".c")
@@ -49,17 +49,15 @@ THREADS_FROM = 2**19  # steps of at least so many multiplications use several th
 def fast_steps(model):
     """A context in which decode.c computes the model's trunks for a few tokens at a time, where it can.
 
-    On CUDA it turns off cuDNN's attention, which takes 40 to 70 ms to plan for each new length of the cache.
+    On CUDA it turns off cuDNN's attention, because the cache has a new length at each step.
     """
     trunks = [m for m in model.modules() if full_name(type(m)) == "model.Transformer" and "forward" not in vars(m)]
     for trunk in trunks:
         trunk.forward = Steps(trunk)
-    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
     try:
-        yield
+        with cudnn_attention(False):
+            yield
     finally:
-        torch.backends.cuda.enable_cudnn_sdp(cudnn)
         for trunk in trunks:
             vars(trunk).pop("forward", None)
 

@@ -120,9 +120,20 @@ def prepare_kernels(device, dtype, fixed_shapes):
     if device.type == "cpu":
         keep_freed_memory()
     elif device.type == "cuda":
-        torch.backends.cuda.enable_cudnn_sdp(fixed_shapes)  # cuDNN takes 70 ms to plan attention for a new shape
+        torch.backends.cuda.enable_cudnn_sdp(fixed_shapes)  # see `cudnn_attention`
         if dtype == torch.float32:
             torch.set_float32_matmul_precision("high")  # TF32: products of 11-bit factors, several times as fast
+
+
+@contextlib.contextmanager
+def cudnn_attention(allowed):
+    """A context in which attention on CUDA may use cuDNN, or may not. It is fast, but plans each new shape for 70 ms."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(allowed)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def keep_freed_memory():

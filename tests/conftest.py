@@ -2,7 +2,7 @@
 
 import os
 
-GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # test_cuda.py passes them to its commands
+GPUS = os.environ.setdefault("QUILL_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))  # for test_cuda.py
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests compare exact numbers, so they run on the CPU
 
 import numpy as np

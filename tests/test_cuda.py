@@ -57,7 +57,7 @@ tokens = torch.randint(65, (3, 40), generator=torch.Generator().manual_seed(0)).
 
 def on_gpu(*arguments, folder=ROOT):
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-    if GPUS is not None:
+    if GPUS != "all":
         environment["CUDA_VISIBLE_DEVICES"] = GPUS
     environment["PYTHONPATH"] = str(ROOT)
     done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True,
