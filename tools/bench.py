@@ -9,9 +9,9 @@ range. Compare only figures of one run of this script, on a machine that does no
 installed, its models of the same shapes do the same work. Any other program is compared as a whole command.
 
 On a GPU, "auto" measures other sizes (see AUTO). Many updates are made before anybody waits for one, so their time is
-not the time to start one. "captured" are those that train.py replays as CUDA graphs. "floor" beside a speed of
-generation is what it would be if a token took only the time to read all weights once at the measured speed, without
-the keys and values; a model that fits into the GPU's cache can pass it.
+not the time to start one. "captured" are those that train.py replays as CUDA graphs. Beside a speed of generation,
+"floor" is that speed if a step took only the time to read all weights once at the measured bandwidth, and no keys and
+values. A model that fits into the GPU's cache may be faster.
 """
 
 import os
@@ -291,9 +291,8 @@ def measure_train(table):
             flops = batch_size * T * flops_per_token(GPT(GPTConfig(**shape)), T)
         for name in words(settings.dtypes):
             prepare_kernels(device, DTYPES[name], fixed_shapes=True)  # as train.py does
-            rows = compare_updates(table, size, name)
             peak = peak_flops(device, DTYPES[name])
-            for row in rows.values():
+            for row in compare_updates(table, size, name):
                 seconds = row["median"] / 1000
                 row["tokens/s"], row["of peak"] = batch_size * T / seconds, peak and flops / seconds / peak
                 share = f", {row['of peak']:.1%} of peak" if peak and row["of peak"] < 1 else ""
@@ -303,30 +302,30 @@ def measure_train(table):
 
 
 def compare_updates(table, size, dtype):
-    """Measures all kinds of update of this size. Returns {case: row}.
+    """Measures all kinds of update of this size, and yields their rows.
 
     On CUDA one kind follows the other, and its memory is freed: several models of 124M parameters may not fit at once.
     """
-    shape, _, dropout, updates, _, more = SHAPES[size]
+    shape, _, dropout, updates, _, more = SHAPES[size]  # `more`: transformers has no such model
     settings, cuda, transformers = table.settings, table.device.type == "cuda", peers(table.settings)
     kinds = {", ours captured": True, ", ours kernel by kernel": False} if cuda else {", ours": False}
     builds = {kind: (functools.partial(new_gpt, shape, dropout), capture) for kind, capture in kinds.items()}
     if transformers and not more:
         builds[", transformers"] = (lambda: TheirNats(their_gpt(transformers, shape, dropout)), False)
-    cases, rows = {}, {}
+    cases = {}
     for kind, (build, capture) in builds.items():
         for compiled in (False, True)[:1 + settings.compile]:
             case = f"{size}, {dtype}{kind}{' compiled' * compiled}"
             cases[case] = functools.partial(updating, table, size, DTYPES[dtype], build, capture, compiled)
     if not cuda:
-        return table.compare("train", {case: start() for case, start in cases.items()})
+        yield from table.compare("train", {case: start() for case, start in cases.items()}).values()
+        return
     for case, start in cases.items():
         try:
-            rows |= table.compare("train", {case: start()}, calls=updates)
+            yield from table.compare("train", {case: start()}, calls=updates).values()
         except (UserError, torch.OutOfMemoryError) as error:
             print(f"train     {case:44} {first_line(error)}", flush=True)
         free(table.device)
-    return rows
 
 
 def updating(table, size, dtype, build, capture, compiled):
