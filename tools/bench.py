@@ -1,32 +1,45 @@
 """How fast this machine trains, samples and starts: one table on the terminal, the same as JSON in bench.json.
 
-    python -m tools.bench                                      everything: about ten minutes on two CPU cores
+    python -m tools.bench                                      everything: two minutes on a GPU, ten on two CPU cores
     python -m tools.bench --only=train,sample --sizes=small    some of it, in a minute
     python -m tools.bench --only=against --ours="python sample.py --num_samples=10" --against="python their_sample.py"
 
 Cases that are compared take turns: each runs once to warm up, then once per repeat. The table shows the median and the
 range. Compare only figures of one run of this script, on a machine that does nothing else. If transformers is
 installed, its models of the same shapes do the same work. Any other program is compared as a whole command.
+
+On a GPU, "auto" measures other sizes (see AUTO). Many updates are made before anybody waits for one, so their time is
+not the time to start one. "captured" are those that train.py replays as CUDA graphs. Beside a speed of generation,
+"floor" is that speed if a step took only the time to read all weights once at the measured bandwidth, and no keys and
+values. A model that fits into the GPU's cache may be faster.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from configurator import UserError, check_ranges, from_command_line, one_line_errors
 from tools import shell_words
 
 SECTIONS = ("peak", "start", "train", "sample", "vlm", "translate", "against")
+AUTO = {  # {setting: (what "auto", or 0, stands for on a CPU, and on CUDA)}
+    "only": (",".join(SECTIONS), "peak,train,sample,vlm,translate,against"),
+    "sizes": ("small,full", "full,fast,124m"),
+    "dtypes": ("float32,bfloat16", "bfloat16"),
+    "batches": ("1,10,64", "1,10,256"),
+    "repeats": (5, 3),
+}
 
 
 @dataclass(frozen=True)
 class Settings:
-    only: str = "peak,start,train,sample,vlm,translate,against"  # sections to measure, separated by commas
-    sizes: str = "small,full"  # small: 4 layers, width 128, context 64; full: 6 layers, width 384, context 256
-    dtypes: str = "float32,bfloat16"  # in training: of the matrix products; in sampling: of the whole model
-    batches: str = "1,10,64"  # numbers of samples generated at once
+    only: str = "auto"  # sections to measure, separated by commas; auto: all of them, without start on CUDA
+    sizes: str = "auto"  # some of small, full, fast, 124m: see SHAPES; auto: small,full, on CUDA full,fast,124m
+    dtypes: str = "auto"  # in training: of the matrix products; in sampling: of the whole model; on CUDA bfloat16
+    batches: str = "auto"  # numbers of samples generated at once; auto: 1,10,64, on CUDA 1,10,256
     new_tokens: int = 250  # length of each sample, at most the context
-    repeats: int = 5  # measured runs of each case
-    compile: bool = False  # measure training with torch.compile too; compiling takes a minute per case
+    repeats: int = 0  # measured runs of each case; 0: 5, on CUDA 3
+    compile: bool = False  # measure training with torch.compile too; compiling takes up to a minute per case
     transformers: bool = True  # compare with transformers if it is installed
     against: str = ""  # another program's command line, timed as a whole: start-up, work and exit
     ours: str = ""  # our command line for the same work
@@ -35,12 +48,12 @@ class Settings:
     out: str = "bench.json"  # file for the table as JSON
 
     def __post_init__(self):
-        check_ranges(self, new_tokens=1, repeats=1, threads=0)
+        check_ranges(self, new_tokens=1, repeats=0, threads=0)
         for name, known in (("only", SECTIONS), ("sizes", tuple(SHAPES)), ("dtypes", ("float32", "bfloat16"))):
             for word in getattr(self, name).split(","):
-                if word not in known:
+                if word not in known and getattr(self, name) != "auto":
                     raise UserError(f"{name} = {word}: must be some of {', '.join(known)}, separated by commas")
-        if not all(word.isdecimal() and int(word) for word in self.batches.split(",")):
+        if self.batches != "auto" and not all(word.isdecimal() and int(word) for word in self.batches.split(",")):
             raise UserError(f"batches = {self.batches}: must be whole numbers above 0, separated by commas")
         if os.path.isdir(self.out):
             raise UserError(f"out = {self.out}: is a folder; name a file")
@@ -52,9 +65,30 @@ class Settings:
             shell_words(line)  # raises UserError if a quote is not closed
 
 
-SHAPES = {  # {size: (model of config/shakespeare_char.py on a CPU or a GPU, batch size and dropout in training)}
-    "small": (dict(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65), 16, 0.0),
-    "full": (dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65), 64, 0.2),
+    def on(self, device):
+        """These settings, with what "auto" stands for on this device."""
+        values = {name: choice[device.type == "cuda"] for name, choice in AUTO.items()}
+        return replace(self, **{name: value for name, value in values.items() if getattr(self, name) in ("auto", 0)})
+
+
+class Size(NamedTuple):
+    shape: dict  # of the model: fields of GPTConfig
+    batch_size: int  # in training
+    dropout: float = 0.0  # in training
+    updates: int = 20  # in each measured run on CUDA
+    samples: int = 10**9  # the most to generate at once
+    more: dict = {}  # settings of train.py
+
+
+SHAPES = {
+    # The models of config/shakespeare_char.py on a CPU and on a GPU.
+    "small": Size(dict(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65), 16),
+    "full": Size(dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65), 64, 0.2),
+    # That of config/shakespeare_char_fast.py on a GPU. transformers has none like it.
+    "fast": Size(dict(n_layer=6, n_head=4, n_embd=256, block_size=256, vocab_size=65, positions="rotary", mlp="relu2",
+                      tied=False, bigrams=True), 16, 0.1, samples=0, more=dict(optimizer="muon", grad_clip=0.0)),
+    # GPT-2.
+    "124m": Size(dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257), 32, updates=4, samples=1),
 }
 
 if __name__ == "__main__":  # --help and typos answer before torch is imported
@@ -62,6 +96,7 @@ if __name__ == "__main__":  # --help and typos answer before torch is imported
 
 import contextlib
 import functools
+import gc
 import importlib.util
 import json
 import platform
@@ -79,8 +114,10 @@ import torch.nn.functional as F
 import train
 from beam import beam_search
 from generate import generate, pick_tokens
+from machine.capture import first_line, record, warm_up
 from machine.device import (
     DTYPES,
+    device_name,
     peak_flops,
     peak_memory,
     pick_device,
@@ -89,6 +126,7 @@ from machine.device import (
 )
 from machine.distributed import World
 from model import GPT, GPTConfig, init_weights
+from optimizer import make_optimizers, set_rates
 from run.cost import flops_per_token
 from seq2seq import Seq2Seq, Seq2SeqConfig
 from tasks.task import Task
@@ -111,12 +149,14 @@ class Table:
 
     def __init__(self, settings, device):
         self.settings, self.device, self.rows = settings, device, []
+        self.bandwidth = 0  # bytes read per second, once it was measured
 
-    def compare(self, section, cases, unit="ms", amount=0):
+    def compare(self, section, cases, unit="ms", amount=0, calls=1, **more):
         """Measures cases, {name: function}, in turns, and returns {name: its row}.
 
         unit: ms or s per call, or what each call makes `amount` of, per second. A function that returns an int, as
         `command`'s do, returns its peak memory in bytes. For others, the growth of this process's peak is measured.
+        calls: how many to make before waiting for the device. more: see `add`.
         """
         seconds, memory = {name: [] for name in cases}, dict.fromkeys(cases, 0)
         for run in range(self.settings.repeats + 1):
@@ -124,17 +164,18 @@ class Table:
                 reset_peak_memory(self.device)
                 synchronize(self.device)
                 before, start = peak_memory(self.device), time.perf_counter()
-                result = work()
+                for _ in range(calls):
+                    result = work()
                 synchronize(self.device)
                 if run > 0:  # the first one warms up
-                    seconds[name].append(time.perf_counter() - start)
+                    seconds[name].append((time.perf_counter() - start) / calls)
                 used = result if isinstance(result, int) else peak_memory(self.device) - before
                 memory[name] = max(memory[name], used)
         rows = {}
         for name, times in seconds.items():
             values = [amount / t for t in times] if amount else [t * {"ms": 1000, "s": 1}[unit] for t in times]
-            more = {"MiB": round(memory[name] / 2**20)} if memory[name] >= 2**20 else {}
-            rows[name] = self.add(section, name, unit, values, **more)
+            used = {"MiB": round(memory[name] / 2**20)} if memory[name] >= 2**20 else {}
+            rows[name] = self.add(section, name, unit, values, **used, **more)
         return rows
 
     def add(self, section, case, unit, values, **more):
@@ -148,6 +189,11 @@ class Table:
         beside = "".join(f"  {value:,} {name}" for name, value in more.items())
         print(f"{section:9} {case:44} {f'{median} ({least}-{most}) {unit}':36}{beside}", flush=True)
         return row
+
+    def floor(self, model, count):
+        """{"floor tokens/s": number}, for `count` samples at once; {} unless the speed of reading was measured."""
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        return {"floor tokens/s": round(count * self.bandwidth / size)} if self.bandwidth else {}
 
 
 def words(text):
@@ -186,21 +232,30 @@ def their_gpt(transformers, shape, dropout=0.0):
 
 def measure_peak(table):
     """The speed of matrix products and of reading memory, which bound all other figures."""
+    cuda = table.device.type == "cuda"
     for name in words(table.settings.dtypes):
-        speed = [peak_flops(table.device, DTYPES[name]) for _ in range(table.settings.repeats)]
+        dtype, n = DTYPES[name], 8192
+        if cuda:
+            a = torch.randn(n, n, device=table.device, dtype=dtype)
+            product = functools.partial(torch.mm, a, a)
+            table.compare("peak", {f"matrix products, {name}": product}, "GFLOP/s", 2 * n**3 / 1e9, calls=20)
+        speed = [peak_flops(table.device, dtype) for _ in range(1 if cuda else table.settings.repeats)]
         if None not in speed:
-            table.add("peak", f"matrix products, {name}", "GFLOP/s", [x / 1e9 for x in speed])
+            where = " by the data sheet" if cuda else ""
+            table.add("peak", f"matrix products, {name}{where}", "GFLOP/s", [x / 1e9 for x in speed])
     x = torch.ones(2**26, device=table.device)
-    table.compare("peak", {"reading 256 MiB": lambda: x.sum()})
+    rows = table.compare("peak", {"reading 256 MiB": lambda: x.sum()}, calls=100 if cuda else 1)
+    if cuda:
+        table.bandwidth = 2**28 / (rows["reading 256 MiB"]["median"] / 1000)
 
 
 class OneBatch(Task):
-    """A text task whose every update sees the same batch: tokens (B, T + 1)."""
+    """A text task whose every update sees the same batch: tokens (B, T + 1). settings: further ones of train.py."""
 
     fixed_shapes = True
 
-    def __init__(self, tokens, device):
-        super().__init__(train.Settings(batch_size=len(tokens), micro_batch_size=len(tokens)))
+    def __init__(self, tokens, device, **settings):
+        super().__init__(train.Settings(batch_size=len(tokens), micro_batch_size=len(tokens), **settings))
         self.arguments = {"tokens": tokens[:, :-1].to(device), "targets": tokens[:, 1:].to(device)}
         self.weights = torch.ones(self.arguments["targets"].shape, device=device)
 
@@ -228,55 +283,136 @@ class TheirNats(torch.nn.Module):
 
 def measure_train(table):
     """One update of train.py, always on the same batch: forward, backward, clipping, the optimizer's step."""
-    settings, device, transformers = table.settings, table.device, peers(table.settings)
-    prepare_kernels(device, torch.bfloat16, fixed_shapes=True)  # as train.py does
-
-    def step(model, dtype):
-        model.to(device).train()
-        world = World(0, 1, device)
-        work, _ = train.make_work(task, model, model, None, {"step": 0}, world, dtype)
-        return lambda: train.update(task, work, 0, world)
-
+    settings, device = table.settings, table.device
     for size in words(settings.sizes):
-        shape, batch_size, dropout = SHAPES[size]
+        shape, batch_size, *_ = SHAPES[size]
         T = shape["block_size"]
-        task = OneBatch(torch.randint(shape["vocab_size"], (batch_size, T + 1), generator=seeded()), device)
+        with torch.device("meta"):  # without weights
+            flops = batch_size * T * flops_per_token(GPT(GPTConfig(**shape)), T)
         for name in words(settings.dtypes):
-            dtype, ours = DTYPES[name], new_gpt(shape, dropout)
-            cases = {f"{size}, {name}, ours": step(ours, dtype)}
-            if settings.compile:
-                compiled = new_gpt(shape, dropout)
-                compiled.compile()
-                cases[f"{size}, {name}, ours compiled"] = step(compiled, dtype)
-            if transformers:
-                cases[f"{size}, {name}, transformers"] = step(TheirNats(their_gpt(transformers, shape, dropout)), dtype)
-            flops, peak = batch_size * T * flops_per_token(ours, T), peak_flops(device, dtype)
-            for row in table.compare("train", cases).values():
+            prepare_kernels(device, DTYPES[name], fixed_shapes=True)  # as train.py does
+            peak = peak_flops(device, DTYPES[name])
+            for row in compare_updates(table, size, name):
                 seconds = row["median"] / 1000
                 row["tokens/s"], row["of peak"] = batch_size * T / seconds, peak and flops / seconds / peak
-                share = f", {row['of peak']:.0%} of peak" if peak and row["of peak"] < 1 else ""
-                print(f"{'':44} {row['tokens/s']:,.0f} tokens/s{share}")
+                share = f", {row['of peak']:.1%} of peak" if peak and row["of peak"] < 1 else ""
+                print(f"{'':44} {row['tokens/s']:,.0f} tokens/s{share}", flush=True)
+        if device.type == "cuda":
+            measure_muon(table, size)
+
+
+def compare_updates(table, size, dtype):
+    """Measures all kinds of update of this size, and yields their rows.
+
+    On CUDA one kind follows the other, and its memory is freed: several models of 124M parameters may not fit at once.
+    """
+    shape, _, dropout, updates, _, more = SHAPES[size]  # `more`: transformers has no such model
+    settings, cuda, transformers = table.settings, table.device.type == "cuda", peers(table.settings)
+    kinds = {", ours captured": True, ", ours kernel by kernel": False} if cuda else {", ours": False}
+    builds = {kind: (functools.partial(new_gpt, shape, dropout), capture) for kind, capture in kinds.items()}
+    if transformers and not more:
+        builds[", transformers"] = (lambda: TheirNats(their_gpt(transformers, shape, dropout)), False)
+    cases = {}
+    for kind, (build, capture) in builds.items():
+        for compiled in (False, True)[:1 + settings.compile]:
+            case = f"{size}, {dtype}{kind}{' compiled' * compiled}"
+            cases[case] = functools.partial(updating, table, size, DTYPES[dtype], build, capture, compiled)
+    if not cuda:
+        yield from table.compare("train", {case: start() for case, start in cases.items()}).values()
+        return
+    for case, start in cases.items():
+        try:
+            yield from table.compare("train", {case: start()}, calls=updates).values()
+        except (UserError, torch.OutOfMemoryError) as error:
+            print(f"train     {case:44} {first_line(error)}", flush=True)
+        free(table.device)
+
+
+def updating(table, size, dtype, build, capture, compiled):
+    """A function that makes an update of a new model, as train.py does. On CUDA it returns its peak memory in bytes.
+
+    Raises UserError if the update can't be captured as it should.
+    """
+    device, (shape, batch_size, _, _, _, more) = table.device, SHAPES[size]
+    reset_peak_memory(device)
+    before, world = peak_memory(device), World(0, 1, device)
+    tokens = torch.randint(shape["vocab_size"], (batch_size, shape["block_size"] + 1), generator=seeded())
+    task = OneBatch(tokens, device, capture=capture, **more)
+    model = build().to(device).train()
+    if compiled:
+        torch.compiler.reset()  # or code for the last shape would be compiled again, for all shapes
+    work, why_not = train.make_work(task, model, torch.compile(model) if compiled else model, None, {"step": 0}, world,
+                                    dtype)
+    if capture and why_not:
+        raise UserError(f"not captured: {why_not}")
+
+    def update():
+        set_rates(work.optimizers, 1, task.settings)
+        train.update(task, work, 0, world)
+        return used
+
+    used = None
+    if device.type == "cuda":
+        for _ in range(2):  # the first one makes the moments
+            update()
+        used = peak_memory(device) - before
+    return update
+
+
+def free(device):
+    """Returns the memory of what is no longer used to the GPU."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def measure_muon(table, size):
+    """Muon's step by itself, without forward and backward pass; on CUDA as a graph, as train.py captures it."""
+    model, cuda = new_gpt(SHAPES[size].shape).to(table.device), table.device.type == "cuda"
+    muon = make_optimizers(model, train.Settings(optimizer="muon"), capturable=cuda)["muon"]
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    step = muon.step
+    if cuda:
+        warm_up(muon.step, [])
+        graph, _ = record(muon.step)
+        step = graph.replay
+    table.compare("train", {f"{size}, Muon's step alone": step}, calls=20 if cuda else 1)
 
 
 def measure_sample(table):
-    """Tokens per second, added over the samples of a batch; they are not decoded to text."""
+    """Tokens per second, added over the samples of a batch, and the time to the first; they are not decoded to text.
+
+    On CUDA each run of ours records its own graph, as a user's does.
+    """
     settings, device, transformers = table.settings, table.device, peers(table.settings)
     for size in words(settings.sizes):
-        shape = SHAPES[size][0]
+        shape, most = SHAPES[size].shape, SHAPES[size].samples
+        counts = [n for n in map(int, words(settings.batches)) if n <= most]
+        if not counts:
+            continue
         new_tokens = min(settings.new_tokens, shape["block_size"] - 1)
         for name in words(settings.dtypes):
             dtype = DTYPES[name]
             ours = new_gpt(shape).to(device, dtype).eval()
             theirs = their_gpt(transformers, shape).to(device, dtype).eval() if transformers else None
-            for count in map(int, words(settings.batches)):
+            for count in counts:
                 prompt = torch.zeros(count, 1, dtype=torch.long, device=device)
-                cases = {f"{size}, {name}, {count} at once, ours": functools.partial(our_samples, ours, prompt,
-                                                                                      new_tokens)}
+                work = {"ours": functools.partial(our_samples, ours, prompt)}
                 if theirs:
-                    cases[f"{size}, {name}, {count} at once, transformers"] = functools.partial(
-                        theirs.generate, prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens,
-                        min_new_tokens=new_tokens, do_sample=True, temperature=0.8, top_k=200, pad_token_id=0)
-                table.compare("sample", cases, "tokens/s", count * new_tokens)
+                    work["transformers"] = functools.partial(their_samples, theirs, prompt)
+                case = f"{size}, {name}, {count} at once"
+                table.compare("sample", {f"{case}, first token, {who}": functools.partial(sample, 1)
+                                         for who, sample in work.items()})
+                table.compare("sample", {f"{case}, {who}": functools.partial(sample, new_tokens)
+                                         for who, sample in work.items()},
+                              "tokens/s", count * new_tokens, **table.floor(ours, count))
+            free(device)
+
+
+def their_samples(model, prompt, new_tokens):
+    model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens, min_new_tokens=new_tokens,
+                   do_sample=True, temperature=0.8, top_k=200, pad_token_id=0)
 
 
 def our_samples(model, prompt, new_tokens):
@@ -304,6 +440,8 @@ def measure_vlm(table, prompt_tokens=16, new_tokens=64):
             work = {"ours": functools.partial(our_answers, ours, images, prompt_tokens)}
             if theirs:
                 work["transformers"] = functools.partial(their_answers, theirs, images.to(dtype), prompt_tokens)
+            if theirs and device.type == "cuda":
+                work |= with_static_cache(work["transformers"], settings.compile)
             rows = []
             for count in (1, new_tokens):
                 cases = {f"{name}, {n} at once, {count} tokens, {who}": functools.partial(answer, count)
@@ -312,7 +450,7 @@ def measure_vlm(table, prompt_tokens=16, new_tokens=64):
             for who, first, whole in zip(work, *rows):
                 times = [whole[x] - first["median"] for x in ("least", "median", "most")]  # ms
                 table.add("vlm", f"{name}, {n} at once, after the first, {who}", "tokens/s",
-                          [1000 * n * (new_tokens - 1) / time for time in times])
+                          [1000 * n * (new_tokens - 1) / time for time in times], **table.floor(ours.decoder, n))
 
 
 @torch.inference_mode()
@@ -323,10 +461,25 @@ def our_answers(model, images, prompt_tokens, count):
         tokens.tolist()
 
 
-def their_answers(model, images, prompt_tokens, count):
+def their_answers(model, images, prompt_tokens, count, **more):
     ids = torch.tensor([[8191] * 256 + [1] * prompt_tokens] * len(images), device=images.device)
     model.generate(input_ids=ids, pixel_values=images, attention_mask=torch.ones_like(ids),
-                   token_type_ids=torch.zeros_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False)
+                   token_type_ids=torch.zeros_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False,
+                   **more)
+
+
+def with_static_cache(answer, compiled):
+    """{"transformers static": answer, with keys and values in buffers of a fixed size}; {} if that fails here.
+
+    compiled: let transformers compile its steps, as it does by default with such a cache; this takes a minute.
+    """
+    static = functools.partial(answer, cache_implementation="static", disable_compile=not compiled)
+    try:
+        static(2)
+    except Exception as error:  # of any kind: it is not our code
+        print(f"vlm       {'transformers static':44} {first_line(error)}", flush=True)
+        return {}
+    return {"transformers static": static}
 
 
 def their_paligemma(transformers):
@@ -445,14 +598,16 @@ def command(argv, folder, status=0):
 
 def main(settings):
     device = pick_device(settings.device)
+    settings = settings.on(device)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     table = Table(settings, device)
-    about = dict(machine=platform.processor() or platform.machine(), device=str(device), cores=os.cpu_count(),
+    about = dict(machine=device_name(device) or platform.machine(), device=str(device), cores=os.cpu_count(),
                  threads=torch.get_num_threads(), python=platform.python_version(), torch=torch.__version__)
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     for section in words(settings.only):
         globals()[f"measure_{section}"](table)
+        free(device)
     with open(settings.out, "w", encoding="utf-8") as file:
         json.dump({**about, "rows": table.rows}, file, indent=1)
     print(f"wrote {settings.out}")
