@@ -17,10 +17,10 @@ dataset = "shakespeare_char"
 out_dir = "out/shakespeare_char_fast"
 
 n_layer = 6
-n_head = 6
-n_embd = 384
-block_size = 256  # characters of context
-dropout = 0.2
+n_head = 4
+n_embd = 256
+block_size = 512  # characters of context
+dropout = 0.1
 positions = "rotary"
 mlp = "relu2"
 tied = False
@@ -38,12 +38,12 @@ beta2 = 0.95
 weight_decay = 0.1
 grad_clip = 0.0  # no clipping: Muon ignores the length of a gradient
 
-batch_size = 64
-max_iters = 1000
-eval_interval = 250
+batch_size = 8
+max_iters = 1500
+eval_interval = 500
 
 on_cpu = dict(
-    n_layer=4, n_head=3, n_embd=192, dropout=0.0,
+    n_layer=4, n_head=3, n_embd=192, block_size=256, dropout=0.0,
     batch_size=8, max_iters=1100,
     eval_interval=550, log_interval=50,
 )

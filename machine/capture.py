@@ -46,7 +46,7 @@ def warm_up(work, kept, generator=None):
 
 @contextlib.contextmanager
 def side_stream():
-    """A context in which CUDA works on a stream of its own, as a recording needs: after all before, before all after."""
+    """A context in which CUDA works on another stream, as a recording needs: after all before, before all after."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
