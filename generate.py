@@ -79,7 +79,7 @@ def written(model, tokens, count, pick, eos, context, capturing):
         return pick(model.logits(model.hidden(tokens, caches, start, **context)[:, -1]))  # (B, C) -> (B, V) -> (B,)
 
     if capturing and caches is not None:
-        step = CapturedStep(step, caches, getattr(pick, "keywords", {}).get("generator"))
+        step = CapturedStep(step, caches, getattr(pick, "keywords", {}).get("generator"), count)
     with fast_steps(model):
         for _ in range(count):
             chosen = step(window[:, start:], start)

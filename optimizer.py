@@ -7,6 +7,7 @@ import inspect
 import math
 
 import torch
+import torch.distributed as dist
 
 from configurator import UserError
 from machine.device import has_amx
@@ -120,7 +121,10 @@ AdamW = without_dynamo(torch.optim.AdamW)
 
 @without_dynamo
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024), for matrices: torch.optim.Muon, but it updates matrices of the same shape together."""
+    """Muon (Jordan et al. 2024), for matrices: torch.optim.Muon, but it updates matrices of the same shape together.
+
+    All workers must have the same gradients, as with DDP. Each orthogonalizes its share of the matrices.
+    """
 
     def __init__(self, groups, lr=0.02, weight_decay=0.1, momentum=0.95):
         super().__init__(groups, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -137,7 +141,7 @@ class Muon(torch.optim.Optimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         grads, buffers = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
-        updates = orthogonalized(torch._foreach_lerp(grads, buffers, momentum), scale=-lr)
+        updates = orthogonalized(torch._foreach_lerp(grads, buffers, momentum), -lr)
         torch._foreach_mul_(updates, [max(1, p.size(0) / p.size(1)) ** 0.5 for p in params])
         torch._foreach_mul_(params, 1 - lr * weight_decay)
         torch._foreach_add_(params, updates)
@@ -172,9 +176,15 @@ def orthogonalized(matrices, scale=1.0, steps=5):
     fast = torch.bfloat16 if matrices[0].device.type != "cpu" or has_amx() else torch.float32
     wide = sum(not is_tall(matrix) for matrix in matrices)  # so many are wide or square, and come first
     x = torch.stack([*matrices[:wide], *(matrix.mT for matrix in matrices[wide:])]).to(fast)  # (N, rows, columns)
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    share = slice(dist.get_rank(), None, dist.get_world_size()) if several else slice(None)
+    y = x[share]
+    y = y / y.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
-        square = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    x = x.to(matrices[0].dtype) * scale
+        square = y @ y.mT
+        y = torch.baddbmm(y, torch.baddbmm(square, square, square, beta=b, alpha=c), y, beta=a)
+    if several:
+        x.zero_()[share] = y
+        dist.all_reduce(x)
+    x = (x if several else y).to(matrices[0].dtype) * scale
     return [*x[:wide], *x[wide:].mT.contiguous()]

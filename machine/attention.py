@@ -62,8 +62,10 @@ LAST = [None, None]  # a weak reference to the last mask of `bias_of`, and its b
 
 
 def bias_of(mask, dtype):
-    """A mask as numbers to add to scores: 0, and -inf where it is False. All layers of a pass share a mask, so the last
-    result is kept: a GPU would take longer to make it than to use it. Its rows are aligned, as the kernels want them."""
+    """A mask as numbers to add to scores: 0, and -inf where it is False; in aligned rows, as the GPU's kernels want it.
+
+    All layers of a pass share a mask, so the last result is kept.
+    """
     if torch.compiler.is_compiling():
         return mask
     if LAST[0] is None or LAST[0]() is not mask or LAST[1].dtype != dtype:

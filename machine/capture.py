@@ -19,7 +19,9 @@ from torch.nn.modules import module as torch_module
 from configurator import say
 from machine.device import cudnn_attention
 
-CUDNN = True  # for the one shape of a captured step, its attention is the fastest
+# Attention of one token by cuDNN: to plan it takes up to 0.9 s for each new shape. Then a step takes less time, by so
+# much for each layer, and so much for each row of each layer. Measured on an H200: 6 heads of 64, 256 positions.
+CUDNN_PLAN, CUDNN_SAVES, CUDNN_SAVES_PER_ROW = 0.9, 7e-6, 1e-7  # seconds
 
 
 def can_capture(model, device):
@@ -154,11 +156,13 @@ def tensors_of(optimizers):
 class CapturedStep:
     """Stands in for the function `step` in generate.py: one graph takes all steps of one token.
 
-    caches: the model's, with `last`. generator: what the step draws from, or None.
+    caches: the model's, with `last`. generator: what the step draws from, or None. count: how many steps are planned.
     """
 
-    def __init__(self, step, caches, generator):
+    def __init__(self, step, caches, generator, count):
         self.step, self.caches, self.generator, self.graph = step, caches, generator, None
+        saved = count * len(caches) * (CUDNN_SAVES + CUDNN_SAVES_PER_ROW * len(caches.last))
+        self.cudnn = saved > CUDNN_PLAN
 
     def __call__(self, tokens, start):
         """tokens: (B, T) at the positions from `start` on, an int. Returns the next token of each row, (B,).
@@ -189,7 +193,7 @@ class CapturedStep:
             return chosen
 
         try:  # the warm-up writes keys and values too, but the first replay writes the same ones
-            with cudnn_attention(CUDNN):
+            with cudnn_attention(self.cudnn):
                 warm_up(work, [self.caches.last, self.tokens, self.start], self.generator)
                 self.graph, self.chosen = record(work, self.generator)
         except RuntimeError as error:

@@ -127,7 +127,7 @@ def prepare_kernels(device, dtype, fixed_shapes):
 
 @contextlib.contextmanager
 def cudnn_attention(allowed):
-    """A context in which attention on CUDA may use cuDNN, or not. It is fast, but plans each new shape for 70 ms."""
+    """A context in which attention on CUDA may use cuDNN, or not. It is fast, but must plan each new shape."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(allowed)
     try:

