@@ -104,7 +104,7 @@ def test_the_commands_were_found():
 
 
 def test_the_readme_is_a_newcomers_page():
-    assert len(README.splitlines()) <= 300
+    assert len(README.splitlines()) <= 316  # 300, and a section about a GPU
 
 
 def test_the_file_tree_is_complete():
@@ -147,4 +147,5 @@ def test_recipes_parse_and_name_their_command(path):
         data = {"dataset"} if settings.task == "translation" else set()
         modern = {"positions", "norm", "mlp", "qk_norm", "zero_init", "optimizer", "muon_lr", "lr_schedule",
                   "weight_decay", "grad_clip"} if path.stem == "124m_fast" else set()
-        assert changed <= {"out_dir", "learning_rate", "min_lr"} | sizes | parts | data | modern
+        longer = {"max_iters", "eval_interval", "weight_decay"} if path.stem == "shakespeare_char_long" else set()
+        assert changed <= {"out_dir", "learning_rate", "min_lr"} | sizes | parts | data | modern | longer

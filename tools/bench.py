@@ -1,6 +1,6 @@
 """How fast this machine trains, samples and starts: one table on the terminal, the same as JSON in bench.json.
 
-    python -m tools.bench                                      everything: two minutes on a GPU, ten on two CPU cores
+    python -m tools.bench                                      everything: some minutes on a GPU, ten on two CPU cores
     python -m tools.bench --only=train,sample --sizes=small    some of it, in a minute
     python -m tools.bench --only=against --ours="python sample.py --num_samples=10" --against="python their_sample.py"
 
@@ -84,7 +84,7 @@ SHAPES = {
     # The models of config/shakespeare_char.py on a CPU and on a GPU.
     "small": Size(dict(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65), 16),
     "full": Size(dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65), 64, 0.2),
-    # That of config/shakespeare_char_fast.py on a GPU. transformers has none like it.
+    # That of config/shakespeare_char_fast.py on a GPU, with half the context. transformers has none like it.
     "fast": Size(dict(n_layer=6, n_head=4, n_embd=256, block_size=256, vocab_size=65, positions="rotary", mlp="relu2",
                       tied=False, bigrams=True), 16, 0.1, samples=0, more=dict(optimizer="muon", grad_clip=0.0)),
     # GPT-2.
