@@ -188,20 +188,16 @@ def micro_batch(task, rows, step, number):
 
 
 def make_work(task, model, wrapped, folder, state, world, dtype):
-    """(Work, why it is not captured as CUDA graphs, or None). folder, state: of the checkpoint to resume, if any.
-
-    The optimizers are made here, for the model's parameters. The checkpoint's state is loaded before the capture.
-    """
-    s = task.settings
-    scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
+    """(Work, why it is not captured as CUDA graphs, or None). folder, state: of the checkpoint to resume, if any."""
     obstacle = obstacle_to_capture(task, world, dtype)
-    optimizers = make_optimizers(model, s, capturable=not obstacle)
+    optimizers = make_optimizers(model, task.settings, capturable=not obstacle)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
     if folder:
         for name, optimizer in optimizers.items():
             checkpoint.load_optimizer(optimizer, state[name], folder)
         scaler.load_state_dict(state["scaler"])
     work = Work(task, wrapped, optimizers, scaler, world, dtype)
-    if obstacle or state["step"] == s.max_iters:
+    if obstacle or state["step"] == task.settings.max_iters:
         return work, obstacle
     rows = task.pick(state["step"])
     return captured(work, *micro_batch(task, rows[:task.piece(rows)], state["step"], 0))
