@@ -117,7 +117,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from machine import distributed
 from machine.capture import captured, obstacle_to_capture
-from machine.device import autocast, peak_flops, pick_compile, pick_dtype, prepare_kernels
+from machine.device import autocast, cudnn_attention, peak_flops, pick_compile, pick_dtype, prepare_kernels
 from model import all_blocks
 from optimizer import clip, make_optimizers, set_rates
 from run import checkpoint, resume
@@ -160,8 +160,7 @@ def update(task, work, step, world):
     turn; a rank that gets none computes the first one with weight 0.
     """
     rows = task.pick(step)
-    total = task.weight(rows)
-    size = task.piece(rows)
+    total, size = task.weight(rows), task.piece(rows)
     turns = -(-len(rows) // (size * world.size))
     loss, shown = torch.zeros((), device=world.device), {}
     for turn in range(turns):
@@ -294,7 +293,8 @@ def pick_micro_batch_size(task, world):
 def evaluate(task, model, world, dtype, step):
     """Returns the measures of the validation split, {"val_loss": ...}. Raises UserError if one is NaN or infinite."""
     model.eval()
-    found = task.evaluate(model, "val", world, dtype, task.settings.eval_tokens)
+    with cudnn_attention(False):  # the last batch of a split has a shape of its own
+        found = task.evaluate(model, "val", world, dtype, task.settings.eval_tokens)
     model.train()
     for name, value in found.items():
         require_finite(f"val_{name}", value, step)

@@ -22,6 +22,7 @@ import time
 import uuid
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -122,7 +123,7 @@ def shard(model, blocks, dtype, world):
 
 # What PyTorch's errors say when another worker has died.
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
-ARRIVAL = 1800  # seconds that rank 0 waits for the other workers to start
+ARRIVAL = 1800  # seconds that workers wait for each other: to start, and for rank 0 to prepare the data
 PATIENCE = 10  # seconds: by then, torchrun has ended the remaining workers
 
 
@@ -192,5 +193,5 @@ def start(device_name="auto"):
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         store = store_of_this_start(store, rank, size)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=size, store=store,
-                            device_id=device if device.type == "cuda" else None)
+                            timeout=timedelta(seconds=ARRIVAL), device_id=device if device.type == "cuda" else None)
     return World(rank, size, device)

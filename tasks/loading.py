@@ -30,6 +30,8 @@ def load(name, device="cpu", dtype=torch.float32, which="best", settings=None, d
     """
     if which not in ("best", "last"):
         raise UserError(f"which = {which}: must be best or last")
+    if torch.device(device).type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)  # texts differ in length: see machine.device.cudnn_attention
     if not Path(name).is_dir() or (Path(name) / "config.json").exists() and not checkpoint.is_run(name):
         model, found = files.load(name, device, dtype, block_size, dropout)
         s = SimpleNamespace(task=next(task for task in TASKS if model_type_of(model, task_class(task).models)))

@@ -108,20 +108,20 @@ class TextTask(Task):
     @torch.no_grad()
     def details(self, model, split, world, dtype, settings, found):
         """{name: number}: tokens, perplexity (None: too large), bits per character, loss of random windows or None."""
-        tokens, total, at_once = self.dataset.tokens(split, self.block_size), 0.0, self.eval_batch_size(model)
+        tokens, at_once = self.dataset.tokens(split, self.block_size), self.eval_batch_size(model)
+        totals = [torch.zeros((), device=world.device)]
         for i in watched(range(world.rank, settings.random_windows, world.size), "random windows"):
             offsets = random_offsets(len(tokens), self.block_size, settings.batch_size, settings.seed, i)
             for start in range(0, len(offsets), at_once):
                 windows = read_windows(tokens, offsets[start:start + at_once], self.block_size, world.device)
                 with autocast(world.device, dtype):
-                    total += model(**windows).sum().item()
+                    totals.append(model(**windows).sum())
         count = settings.random_windows * settings.batch_size * self.block_size
-        estimate = world.sum(total)[0] / count if count else None
+        estimate = world.sum(torch.stack(totals).cpu().double().sum())[0] / count if count else None
         characters = self.dataset.meta[f"{split}_characters"]
         perplexity = math.exp(found["loss"]) if found["loss"] < 700 else None  # beyond that, exp overflows
         return {"tokens": len(tokens) - 1, "perplexity": perplexity,
-                "bits_per_char": found["loss"] / math.log(2) * len(tokens) / characters,
-                "random_window_loss": estimate}
+                "bits_per_char": found["loss"] / math.log(2) * len(tokens) / characters, "random_window_loss": estimate}
 
     def sample(self, model, requests, sampling):
         """Yields (index of a request, text): its prompt, then its continuation in pieces. Equal prompts are a batch."""
