@@ -3,9 +3,9 @@
     python train.py config/shakespeare_char_fast.py
 
 On one H200 its 1,500 updates take 5.4 s, and the loss on the whole validation split is 1.450, 1.460 and 1.471 (seeds
-1337, 1, 2). On 2 CPU cores with AMX the smaller model takes 140 s, to 1.51; without AMX 330 s, as computed from the time
-of an update. EXPERIMENTS.md has what each part brings, and what lost. Of these two commands, the first reaches 1.80 in
-15 s with AMX, the second 1.48 in 8 1/2 minutes without:
+1337, 1, 2). On 2 CPU cores with AMX the smaller model takes 140 s, to 1.51; without AMX 330 s, as computed from the
+time of an update. EXPERIMENTS.md has what each part brings, and what lost. Of these two commands, the first reaches
+1.80 in 15 s with AMX, the second 1.48 in 8 1/2 minutes without:
 
     python train.py config/shakespeare_char_fast.py --n_embd=128 --n_head=2 --block_size=128 --batch_size=16 \\
         --max_iters=180 --muon_lr=0.03
