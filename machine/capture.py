@@ -25,9 +25,9 @@ CUDNN_PLAN, CUDNN_SAVES, CUDNN_SAVES_PER_ROW = 0.9, 7e-6, 1e-7  # seconds
 
 
 def can_capture(model, device):
-    """Whether graphs can stand in for this model's Python: on CUDA, unless a hook would miss its calls."""
-    hooks = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
-    return device.type == "cuda" and not hooks and not any(
+    """Whether graphs can stand in for the calls of a model's modules: on CUDA, unless a hook would miss them."""
+    everywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+    return device.type == "cuda" and not everywhere and not any(
         module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
@@ -38,22 +38,30 @@ def warm_up(work, kept, generator=None):
     """
     copies = [tensor.clone() for tensor in kept]
     state = generator and generator.get_state()
-    with side_stream():
-        work()
-    for tensor, copy in zip(kept, copies):
-        tensor.copy_(copy)
-    if generator:
-        generator.set_state(state)
+    try:
+        with side_stream():
+            work()
+    finally:
+        for tensor, copy in zip(kept, copies):
+            tensor.copy_(copy)
+        if generator:
+            generator.set_state(state)
 
 
 @contextlib.contextmanager
 def side_stream():
     """A context in which CUDA works on another stream, as a recording needs: after all before, before all after."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    stream, main = stream_of(torch.cuda.current_device()), torch.cuda.current_stream()
+    stream.wait_stream(main)
     with torch.cuda.stream(stream):
         yield
-    torch.cuda.current_stream().wait_stream(stream)
+    main.wait_stream(stream)
+
+
+@functools.cache
+def stream_of(device):
+    """The same one each time, because libraries keep memory for each stream."""
+    return torch.cuda.Stream(device)
 
 
 def first_line(error):
@@ -110,11 +118,13 @@ class CapturedWork:
             work.finish()
 
         before = tensors_of(work.optimizers)
-        warm_up(update, [*(p.detach() for p in work.wrapped.parameters()), *before])
-        known = {id(tensor) for tensor in before}
-        for tensor in tensors_of(work.optimizers):
-            if id(tensor) not in known:
-                tensor.zero_()  # the warm-up made it; all of an optimizer's state starts with zeros
+        try:
+            warm_up(update, [*(p.detach() for p in work.wrapped.parameters()), *before])
+        finally:
+            known = {id(tensor) for tensor in before}
+            for tensor in tensors_of(work.optimizers):
+                if id(tensor) not in known:
+                    tensor.zero_()  # the warm-up made it; all of an optimizer's state starts with zeros
         self.first, self.first_result = record(backward)
         self.other, self.other_result = record(backward, pool=self.first.pool())
         self.gradients = [p.grad for p in work.wrapped.parameters()]  # so that nothing else gets their memory
@@ -137,6 +147,8 @@ class CapturedWork:
 
 def captured(work, arguments, weights):
     """Returns (work as CapturedWork, None), or (work itself, why it can't be captured)."""
+    if not can_capture(work.wrapped, weights.device):
+        return work, "a module has hooks"
     try:
         return CapturedWork(work, arguments, weights), None
     except RuntimeError as error:

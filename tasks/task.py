@@ -14,7 +14,7 @@ class Task:
 
     best = ("loss", min)  # the measure of `evaluate` that picks the checkpoint `best`, and whether less is better
     whole = False  # True: each row is scored against all others of the update, so a worker can't cut its share further
-    fixed_shapes = False  # True: all micro-batches have the same shapes, and batch_size counts their rows
+    fixed_shapes = False  # True: all micro-batches have the same shapes, and `loss` depends on its arguments alone
     models = {}  # model_type: (class, class of its configuration)
     asked = ()  # settings of evaluate.py that change the figures of `details`, which has them under their names
     rows_label = "the rows"  # begins the text that `where` returns
