@@ -236,8 +236,8 @@ class KVCache:
             self.k[:, :, start:end] = k
             self.v[:, :, start:end] = v
             return self.k[:, :, :end], self.v[:, :, :end]
-        self.k.index_copy_(2, start, k)
-        self.v.index_copy_(2, start, v)
+        self.k.index_copy_(2, start, k.to(self.k.dtype))
+        self.v.index_copy_(2, start, v.to(self.v.dtype))
         return self.k, self.v
 
 

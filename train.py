@@ -223,6 +223,7 @@ def train(settings, given, world):
     sharded = s.shard and world.size > 1
     wrapped = distributed.wrap(model, all_blocks(model), sharded, compiled, s.recompute, dtype, world)
     model.train()
+    guard = Guard(s, world, step, dtype == torch.float16, state, lambda n: task.where(task.pick(n - 1)))
     work, why_not_captured = make_work(task, model, wrapped, folder, state, world, dtype)
     s = task.settings = replace(s, capture=not why_not_captured)
     if world.is_main:
@@ -234,7 +235,6 @@ def train(settings, given, world):
         print("\n".join((task.summary(model), *notes)), flush=True)
     log = Log(out_dir, task, model, step, peak_flops(device, dtype), world)
 
-    guard = Guard(s, world, step, work.scaler.is_enabled(), state, lambda n: task.where(task.pick(n - 1)))
     with log, guard, checkpoint.Writer(out_dir, s.async_save, sharded) as writer:
         while step < s.max_iters and not status:
             lr = set_rates(work.optimizers, step + 1, s)

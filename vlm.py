@@ -131,7 +131,7 @@ class Gemma(GPT):
     def embed(self, tokens):
         """Embeddings of tokens (B, T), times sqrt(C): (B, T, C). As in Gemma, sqrt(C) is rounded to their dtype."""
         x = self.wte(tokens)
-        return x * torch.tensor(self.config.n_embd ** 0.5, dtype=x.dtype, device=x.device)
+        return x * torch.full((), self.config.n_embd ** 0.5, dtype=x.dtype, device=x.device)
 
 
 class PaliGemma(nn.Module):

@@ -58,21 +58,24 @@ def fused(q, k, v, mask, dropout):
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=q.size(1) != k.size(1))
 
 
-LAST = [None, None]  # a weak reference to the last mask of `bias_of`, and its bias
+BIASES = []  # the last two of `bias_of`: (weak reference to the mask, its bias)
 
 
 def bias_of(mask, dtype):
     """A mask as numbers to add to scores: 0, and -inf where it is False; in aligned rows, as the GPU's kernels want it.
 
-    All layers of a pass share a mask, so the last result is kept.
+    All layers of a pass share a mask, and those of cross-attention another, so the last two results are kept.
     """
     if torch.compiler.is_compiling():
         return mask
-    if LAST[0] is None or LAST[0]() is not mask or LAST[1].dtype != dtype:
-        S = mask.size(-1)
-        aligned = torch.zeros(*mask.shape[:-1], -(-S // 8) * 8, dtype=dtype, device=mask.device)
-        LAST[:] = weakref.ref(mask), aligned[..., :S].masked_fill_(~mask, -math.inf)
-    return LAST[1]
+    for known, bias in BIASES:
+        if known() is mask and bias.dtype == dtype:
+            return bias
+    S = mask.size(-1)
+    aligned = torch.zeros(*mask.shape[:-1], -(-S // 8) * 8, dtype=dtype, device=mask.device)
+    bias = aligned[..., :S].masked_fill_(~mask, -math.inf)
+    BIASES[:] = [*BIASES[-1:], (weakref.ref(mask), bias)]
+    return bias
 
 
 def grouped(q, k, v, mask, dropout):

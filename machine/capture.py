@@ -74,12 +74,24 @@ def record(work, generator=None, pool=None):
     generator: what work draws from, beside the default generator. pool: another graph's `pool()`. The two share memory
     then, and must always be replayed in the order in which they were recorded.
     """
-    graph = torch.cuda.CUDAGraph()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     if generator:
         graph.register_generator_state(generator)
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # a checkpoint may be written meanwhile
-        result = work()
+    try:  # thread_local, because another thread may be writing a checkpoint
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            result = work()
+    except RuntimeError:
+        restore(stream, generator)
+        raise
     return graph, result
+
+
+def restore(stream, generator):
+    """Undoes what a recording that failed leaves behind in PyTorch: another stream, generators that seem to record."""
+    torch.cuda.set_stream(stream)
+    for each in (torch.cuda.default_generators[stream.device_index], generator):
+        if each:
+            each.graphsafe_set_state(each.clone_state())
 
 
 # ----------------------------------------------------------------------------------------------------------------------

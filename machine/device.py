@@ -40,6 +40,8 @@ def pick_device(name="auto"):
     with contextlib.suppress(RuntimeError, AssertionError, ImportError):
         device = torch.device(name)
         torch.empty(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # streams and graphs belong to the current one
         if device.type in ("cuda", "mps") or name == "cpu":  # PyTorch's other devices are untested
             return device
     raise UserError(f"device = {name}: this machine has no such device; use --device=auto or cpu")

@@ -13,7 +13,7 @@ FIXED = ("task", "dataset", "init_from", "optimizer", "lora_rank", "lora_alpha",
          "lora_targets")  # a resumed run can't change these
 FREE = ("publish",)  # nor any of the task's settings, except these
 DEFAULTS = {"mlp": "", "positions": ""}  # values that mean: as the model has it
-ABSENT = {"lora_alpha": 0, "lora_targets": ""}  # what a run has that was saved before these settings existed
+ABSENT = {"lora_alpha": 0, "lora_targets": "", "qk_norm": False}  # in runs older than these settings
 RATE = ("max_iters", "lr_decay_iters", "lr_schedule", "learning_rate", "min_lr", "warmup_iters")  # of the learning rate
 
 

@@ -14,9 +14,11 @@ from conftest import settings_for
 import generate
 import train
 from machine import capture
+from machine.attention import bias_of
+from machine.capture import can_capture
 from machine.distributed import World
 from model import GPT, GPTConfig, init_weights
-from optimizer import set_rates
+from optimizer import Muon, set_rates
 from tasks.text import TextTask
 
 WORLD = World(0, 1, torch.device("cpu"))
@@ -54,42 +56,72 @@ def graphs(monkeypatch):
     return graphs
 
 
-def trained(dataset, captured, graphs, bad=(), **changes):
-    """(losses and norms of five updates, the model, its optimizers). bad: updates whose weights are NaN."""
+def trained(dataset, graphs, captured_from=None, bad=(), **changes):
+    """(losses and norms of five updates, the model, its optimizers).
+
+    captured_from: the first update that is captured; None: none is. bad: updates whose weights are NaN.
+    """
     settings = settings_for("text", batch_size=6, micro_batch_size=3, learning_rate=1e-2, dropout=0.2, **changes)
     task = TextTask(settings)
     task.open(dataset, WORLD)
     model = GPT(GPTConfig(**SHAPE, dropout=0.2))
     init_weights(model, torch.Generator().manual_seed(0))
     task.fit(model.train())
-    optimizers = train.make_optimizers(model, settings, capturable=captured)
+    optimizers = train.make_optimizers(model, settings, capturable=captured_from is not None)
     work = train.Work(task, model, optimizers, torch.amp.GradScaler(enabled=False), WORLD, torch.float32)
     set_rates(optimizers, 1, settings)
-    if captured:
-        graphs.state = lambda: [list(model.parameters()), capture.tensors_of(optimizers)]
-        work = capture.CapturedWork(work, *train.micro_batch(task, task.pick(0)[:3], 0, 0))
+    graphs.state = lambda: [list(model.parameters()), capture.tensors_of(optimizers)]
     results, weight = [], task.weight
     for step in range(5):
+        if step == captured_from:
+            work, _ = capture.captured(work, *train.micro_batch(task, task.pick(0)[:3], 0, 0))
         set_rates(optimizers, step + 1, settings)
         task.weight = lambda rows, step=step: float("nan") if step in bad else weight(rows)
         results.append(train.update(task, work, step, WORLD)[:2])
     return results, model, optimizers
 
 
+@pytest.fixture(autouse=True)
+def any_device(monkeypatch):
+    monkeypatch.setattr(capture, "can_capture", lambda model, device: True)
+
+
+def assert_same(found, expected):
+    (results, model, optimizers), (others, other, others_optimizers) = found, expected
+    torch.testing.assert_close(results, others, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(dict(model.named_parameters()), dict(other.named_parameters()), rtol=1e-5, atol=1e-6)
+    for name, optimizer in optimizers.items():
+        torch.testing.assert_close(optimizer.state_dict()["state"], others_optimizers[name].state_dict()["state"])
+
+
 @pytest.mark.parametrize("changes", [dict(optimizer="adamw"), dict(optimizer="muon", grad_clip=0.0)])
 def test_a_captured_update_is_the_same_update(dataset, graphs, changes):
     """Also with dropout, several micro-batches, and rates that change; what its warm-up changed is undone."""
-    plain, model, optimizers = trained(dataset, False, graphs, **changes)
-    found, other, others = trained(dataset, True, graphs, **changes)
-    torch.testing.assert_close(found, plain, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(dict(other.named_parameters()), dict(model.named_parameters()), rtol=1e-5, atol=1e-6)
-    for name, optimizer in optimizers.items():
-        torch.testing.assert_close(others[name].state_dict()["state"], optimizer.state_dict()["state"])
+    plain = trained(dataset, graphs, **changes)
+    for first in (0, 2):  # with new moments, and with those of earlier updates
+        assert_same(trained(dataset, graphs, first, **changes), plain)
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_a_capture_that_fails_changes_nothing(dataset, graphs, monkeypatch, first):
+    def fail(self):
+        real(self)
+        raise RuntimeError("out of memory\nmore")
+
+    plain, real = trained(dataset, graphs, optimizer="muon", grad_clip=0.0), Muon.step
+    monkeypatch.setattr(capture, "warm_up", functools.partial(with_patch, capture.warm_up, Muon, "step", fail))
+    assert_same(trained(dataset, graphs, first, optimizer="muon", grad_clip=0.0), plain)
+
+
+def with_patch(work, target, name, value, *args, **more):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(target, name, value)
+        return work(*args, **more)
 
 
 def test_the_results_of_an_update_outlive_the_next_one(dataset, graphs):
     """Else the error for a bad update would name another step."""
-    results = trained(dataset, True, graphs, bad=[1])[0]
+    results = trained(dataset, graphs, 0, bad=[1])[0]
     assert [bool(loss.isfinite() & norm.isfinite()) for loss, norm in results] == [True, False, False, False, False]
 
 
@@ -100,6 +132,8 @@ def test_a_run_says_what_keeps_it_from_capturing():
     assert capture.obstacle_to_capture(task, WORLD, torch.bfloat16) == "the device is cpu"
     assert "float16" in capture.obstacle_to_capture(task, gpu, torch.float16)
     assert "workers" in capture.obstacle_to_capture(task, replace(gpu, size=2), torch.bfloat16)
+    task.fixed_shapes = False
+    assert "shapes" in capture.obstacle_to_capture(task, gpu, torch.bfloat16)
     for name, value in dict(capture=False, recompute=True, micro_batch_size=3).items():
         task = TextTask(settings_for("text", batch_size=8, **{name: value}))
         assert name in capture.obstacle_to_capture(task, gpu, torch.bfloat16)
@@ -130,14 +164,32 @@ def test_captured_steps_write_the_same_tokens(graphs, monkeypatch, changes, eos)
     monkeypatch.setattr(generate, "read_ahead", lambda steps: steps)
     assert torch.equal(torch.stack(tokens()), torch.stack(expected)) and len(calls) == 1
 
+    def fail(*_):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(capture, "record", fail)
+    monkeypatch.setattr(capture, "say", calls.append)
+    assert torch.equal(torch.stack(tokens()), torch.stack(expected))  # without a graph, after the warm-up
+    assert calls[2:] == ["the steps can't be captured as a CUDA graph (no room), so they are slower"]
+
 
 def test_a_picker_that_is_not_known_and_a_hook_are_never_recorded(monkeypatch):
     model, device = GPT(GPTConfig(**SHAPE)), torch.device("cuda")
-    assert capture.can_capture(model, device) and not capture.can_capture(model, WORLD.device)
-    hooked = copy.deepcopy(model)
-    hooked.transformer.blocks[0].register_forward_hook(lambda *_: None)
-    assert not capture.can_capture(hooked, device)
+    assert can_capture(model, device) and not can_capture(model, WORLD.device)
+    for register in ("register_forward_hook", "register_forward_pre_hook"):
+        hooked = copy.deepcopy(model)
+        getattr(hooked.transformer.blocks[0], register)(lambda *_: None)
+        assert not can_capture(hooked, device)
     monkeypatch.setattr(generate, "can_capture", lambda model, device: True)
     seen = []
     steps = generate.generate(model, torch.zeros(1, 1, dtype=torch.long), 4, lambda x: seen.append(x) or x.argmax(-1))
     assert len(list(steps)) == len(seen) == 4
+
+
+def test_a_mask_becomes_a_bias_once():
+    masks = [torch.rand(3, 1, 1, 11) > 0.5 for _ in range(3)]
+    for mask in masks:
+        bias = bias_of(mask, torch.bfloat16)
+        assert bias_of(mask, torch.bfloat16) is bias and bias.stride(-2) == 16 and bias.dtype == torch.bfloat16
+        assert torch.equal(bias == 0, mask) and torch.equal(bias == -torch.inf, ~mask)
+    assert bias_of(masks[1], torch.bfloat16) is not bias and bias_of(masks[1], torch.float32).dtype == torch.float32
