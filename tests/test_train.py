@@ -436,7 +436,8 @@ def test_a_resumed_run_keeps_the_choices_of_its_first_start(tmp_path, tiny, monk
     monkeypatch.setattr(train, "pick_compile", lambda choice, _, flops: real(choice, torch.device("cuda"), flops))
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
     monkeypatch.setattr(device, "has_amx", lambda *_: first == 12)
-    decided = {"compile": first == 12, "dtype": "bfloat16" if first == 12 else "float32", "micro_batch_size": 2, "capture": False}
+    decided = {"compile": first == 12, "dtype": "bfloat16" if first == 12 else "float32", "micro_batch_size": 2,
+               "capture": False}
     few = dict(tiny, dtype="auto", batch_size=2, n_layer=1, n_embd=8, block_size=8, eval_tokens=100, sample_tokens=0)
     with pytest.raises(SystemExit):
         run(tmp_path, few, max_iters=first, max_minutes=1e-9)
