@@ -271,8 +271,9 @@ def test_wrong_use_is_one_line(runs, folders, tiny, others, tmp_path, capsys):
 
 
 def test_texts_that_are_cut_and_unknown_words_are_named(runs, capsys):
-    prompt = "the purple king\n" + "a king " * 9
+    prompt = "the purple king\n" + "a king " * 20
     sample.main(settings_for("classification", "sampling", out_dir=str(runs[False]), prompt=prompt))
-    said = capsys.readouterr().err
+    shown, said = capsys.readouterr()
+    assert shown.split("\n")[::2] == ["the purple king", "a king " * 14 + "a ...", ""]  # 100 characters at most
     assert "texts longer than the model's 11 tokens, which lose their end: 1 of 2" in said
     assert "words that the model does not know, 1: purple" in said
