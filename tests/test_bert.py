@@ -140,7 +140,9 @@ def as_in_2018(state):
 
 def test_old_names_and_copies_load_and_what_is_left_out_is_said(folders, tmp_path, capsys):
     folder, _ = folders["pre-training"]
-    old, expected = files.load(rewritten(folder, tmp_path / "old", as_in_2018))[0], files.load(folder)[0]
+    old = files.load(rewritten(folder, tmp_path / "old", as_in_2018, drop=["layer_norm_eps"]))[0]
+    expected = files.load(folder)[0]
+    assert old.config == expected.config
     assert all(torch.equal(a, b) for a, b in zip(old.parameters(), expected.parameters()))
     assert "left out, as only next-sentence prediction needs it: cls.seq_relationship.bias" in capsys.readouterr().err
 
@@ -178,6 +180,14 @@ REFUSED = {
     "vocabulary": (dict(vocab_size=50), "tokens, the model only 50"),
     **{kind: (dict(model_type=kind), f"model_type = '{kind}', but only gpt2")
        for kind in ("roberta", "distilbert", "albert", "electra", "mobilebert", "modernbert")}}
+
+
+@pytest.mark.parametrize("lacking, message", [
+    (["hidden_size", "num_hidden_layers"], "config.json of .*near lacks num_hidden_layers, hidden_size: add what the"),
+    (["num_attention_heads"], "lacks num_attention_heads"), (["type_vocab_size"], "lacks type_vocab_size")])
+def test_a_missing_size_is_named(lacking, message, folders, tmp_path):
+    with pytest.raises(UserError, match=message):
+        files.load(rewritten(folders["masked"][0], tmp_path / "near", drop=lacking))
 
 
 @pytest.mark.parametrize("case", REFUSED)
