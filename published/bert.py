@@ -26,7 +26,7 @@ HEADS = {"pooler.": "pooler.dense.", "dense.": "cls.predictions.transform.dense.
 BIAS_TWICE = "cls.predictions.decoder.bias"  # some files have the head's bias under this name too
 POOLED = ("pooler.", "cls.seq_relationship.")  # BERT's second task, the next sentence: a masked model has no use for it
 
-ACTIVATIONS = {"gelu": "gelu_erf", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}  # theirs: ours
+ACTIVATIONS = {"gelu": "gelu_erf", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu": "relu"}  # theirs: ours
 REMEDY = "--block=post --mlp=gelu"  # and with the defaults: what can be published
 MASKED = ("BertForMaskedLM", "BertForPreTraining")
 

@@ -40,7 +40,8 @@ ODD = ["The king, kingly queen!", "Queen ÉLAN élan e\u0301lan", "東京 king�
 SIZES = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
              max_position_embeddings=40, type_vocab_size=3)
 KINDS = {"masked": ("BertForMaskedLM", {}), "pre-training": ("BertForPreTraining", dict(hidden_act="gelu_new")),
-         "vectors": ("BertModel", dict(hidden_act="gelu_pytorch_tanh", layer_norm_eps=0.01))}
+         "vectors": ("BertModel", dict(hidden_act="gelu_pytorch_tanh", layer_norm_eps=0.01)),
+         "relu": ("BertForMaskedLM", dict(hidden_act="relu"))}
 
 
 def seeded(seed=0):
@@ -171,7 +172,7 @@ REFUSED = {
     "pruned": (dict(pruned_heads={"0": [1]}), "pruned_heads"),
     "quantized": (dict(quantization_config={"bits": 4}), "quantization_config"),
     "code": (dict(auto_map={"AutoModel": "x.Y"}), "auto_map"),
-    "activation": (dict(hidden_act="relu"), "hidden_act = 'relu', but only 'gelu' or"),
+    "activation": (dict(hidden_act="silu"), "hidden_act = 'silu', but only 'gelu' or"),
     "odd activation": (dict(hidden_act=["gelu"]), "can't be used"),
     "head": (dict(architectures=["BertForTokenClassification"]), "is a BertForTokenClassification, but only BertModel"),
     "size": (dict(hidden_size="32"), "hidden_size = '32', but it must be a whole number"),
