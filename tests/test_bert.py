@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -249,6 +250,20 @@ def test_a_tokenizer_without_berts_control_tokens_is_refused(folders, tmp_path):
     (path / "vocab.txt").write_text("\n".join(["<s>", *WORDS[1:4], *LETTERS]), encoding="utf-8")
     with pytest.raises(UserError, match=r"lacks \[CLS\] or \[MASK\]: only tokenizers with BERT's control tokens"):
         files.load(path)
+
+
+def test_pieces_of_words_are_joined_where_hidden_tokens_are_shown(folders):
+    task, model, _ = load(folders["masked"][0])
+    ids = task.tokenizer.encode("The king, kingly queen! " * 8)
+    task.settings = SimpleNamespace(task="masked", mask_rate=0.3)
+    task.dataset = SimpleNamespace(splits={"val": ids}, tokens=lambda *_: ids)
+    task.fit(model)
+    _, *lines = task.show(model).split("\n")
+    for i, line in enumerate(lines):
+        start = i * (len(ids) - 24) // 3
+        right = re.sub(r"{(?:[^|]*[|])?([^}]*)}", r"\1", line).replace("\u00b7", " ")
+        assert right == task.tokenizer.decode(ids[start:start + 24]), line
+    assert "{" in lines[0] and "##" not in task.command("out")
 
 
 def test_the_masked_task_has_published_berts():
