@@ -98,6 +98,7 @@ class ClassificationTask(LabelledTask):
         if settings.picture and self.several:
             raise UserError(f"picture = {settings.picture}: shows which label was taken for which, and the texts of"
                             f" {self.dataset.folder} have several; leave it out")
+        say(f"accuracy: {self.counted}")
         result = {}
         for part in [split, *["test"] * settings.test]:
             start = "" if part == split else "test "

@@ -28,6 +28,8 @@ AT_ONCE = 8192  # tokens per batch of an evaluation: it limits memory and change
 class EncoderTask(Task):
     """Base class. models: the first one is trained, and its class has an `encoder`."""
 
+    counted = "the share of texts whose labels are all right"  # what the measure "accuracy" is, as text
+
     @property
     def marks(self):
         return marks_of(self.tokenizer)
@@ -156,7 +158,7 @@ class LabelledTask(EncoderTask):
         full = sum(len(self.texts["train"][row]) == self.block_size for row in self.rows)
         return (f"model: {size_in_words(model)}; data: {n:,} rows of {s.dataset}"
                 + f", {full:,} of which fill the model's {self.block_size} tokens (a longer one is cut)" * (full > 0)
-                + f"; {s.max_iters} updates = {s.max_iters * s.batch_size / n:.1f} epochs")
+                + f"; {s.max_iters} updates = {s.max_iters * s.batch_size / n:.1f} epochs\naccuracy: {self.counted}")
 
     def cost(self, model):
         """(mean tokens of an update, 0: its FLOPs are not counted)."""

@@ -36,6 +36,7 @@ class MaskedTask(EncoderTask):
     models = {"masked": (MaskedLM, EncoderConfig), "sentences": (SentenceEncoder, SentenceConfig)}
     fixed_shapes = True
     rows_label = TextTask.rows_label
+    counted = "the share of hidden tokens that the model finds likeliest"
     open = TextTask.open
 
     def fit(self, model):
@@ -103,6 +104,7 @@ class MaskedTask(EncoderTask):
 
     def details(self, model, split, world, dtype, settings, found):
         """{name: value}: perplexity, and what knowing how often each token occurs in training would reach."""
+        say(f"accuracy: {self.counted}")
         V = self.tokenizer.vocab_size
         counts = np.bincount(self.dataset.splits["train"][:10**8], minlength=V) + 1.0  # 1: for those that never occur
         shares = np.bincount(self.dataset.splits[split][:10**8], minlength=V) / len(self.dataset.splits[split][:10**8])
@@ -116,7 +118,7 @@ class MaskedTask(EncoderTask):
         return (f"model: {size_in_words(model)}; data: {n:,} tokens of {s.dataset}; {tokens:,} tokens per update,"
                 f" {self.chosen(self.window)} of {self.window} hidden in each row, {s.max_iters} updates ="
                 f" {tokens * s.max_iters / n:.1f} epochs\n"
-                f"a model that guesses has a loss of {math.log(model.config.vocab_size):.4f}")
+                f"a model that guesses has a loss of {math.log(model.config.vocab_size):.4f}; accuracy: {self.counted}")
 
     def cost(self, model):
         """(tokens of an update, 0: its FLOPs are not counted)."""

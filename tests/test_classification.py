@@ -256,7 +256,7 @@ def test_wrong_use_is_one_line(runs, folders, tiny, others, tmp_path, capsys):
     with pytest.raises(UserError, match="train_rows = 999: the data set .* has only"):
         run(tmp_path, tiny, train_rows=999)
     with pytest.raises(UserError, match="pool = 'first', n_embd = 18, but .* has 'mean', 16: leave it out"
-                       " .if a recipe names it, --pool=mean --n_embd=16 undoes that; or .* with --task=classification --dataset=/"):
+                       " .if a recipe names it, --pool=mean --n_embd=16 undoes that; or .* --dataset=/"):
         run(tmp_path, tiny, init_from=str(runs[False]), pool="first", n_embd=18)
     with pytest.raises(UserError, match="this model classifies texts: add --prompt"):
         sampled(runs[False], capsys)

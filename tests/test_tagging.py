@@ -171,6 +171,8 @@ def test_it_learns_and_the_evaluation_counts_as_the_names_do(opened, trained, fo
     evaluate.main(settings_for("tagging", "evaluating", out_dir=str(trained), device="cpu", test=True,
                                picture=str(trained / "intents.png")))
     result = json.loads((trained / "evaluation.json").read_text())
+    said = "accuracy: the mean of the shares of words and of sentences with the right label\n"
+    assert said in task.summary(model)
     for start, name, part in (("", "labels", "val"), ("test ", "labels_test", "test")):
         rows = [json.loads(line) for line in (trained / f"{name}.jsonl").read_text().splitlines()]
         assert [row["words"] for row in rows] == [row["words"] for row in task.dataset.rows[part]]
