@@ -108,7 +108,7 @@ def choose(rows, kind, how, source):
     for row in rows:
         if kind == "labels":
             row = {**row, "text": " ".join(row["text"].split())}
-        key = text_of(row), json.dumps([row[name] for name in COLUMNS[kind]])
+        key = key_of(row, kind)
         if not text_of(row):
             left_out["empty"] += 1
         elif key in seen and "split" not in row:
@@ -124,11 +124,17 @@ def choose(rows, kind, how, source):
     kept = [{**row, "split": split_for(row, missing, how.val_fraction)} for row in kept]
     kept = without_copies(kept, missing, left_out)
     print(printable(f"texts: {len(kept):,}; left out: {words_for(left_out)}"), flush=True)
-    if contrary := sum(count > 1 for count in collections.Counter(text for text, _ in seen if text).values()):
-        print(f"texts that occur with different labels, and are kept once with each: {contrary:,}", flush=True)
+    times = collections.Counter(text for text, _ in {key_of(row, kind) for row in kept})
+    if contrary := sum(count > 1 for count in times.values()):
+        print(f"texts that occur with different labels, and are kept with each of them: {contrary:,}", flush=True)
     by_hash = "whole pages, by hash" if any("page" in row for row in kept) else "by a hash of the text"
     print(", ".join(f"{split}: {by_hash if split in missing else 'as given'}" for split in ("val", "test")), flush=True)
     return kept, dict(left_out)
+
+
+def key_of(row, kind):
+    """(text, its labels) of a row, as text. Rows that share it are duplicates."""
+    return text_of(row), json.dumps([row[name] for name in COLUMNS[kind]])
 
 
 def split_for(row, missing, val_fraction):

@@ -111,7 +111,7 @@ def test_texts_with_contradicting_labels_are_counted_and_kept_once_with_each(cap
                                      "labels", labelled.How(val_fraction=0.2), "x")
     assert sorted(row["labels"][0] for row in kept if row["text"] == TEXTS[0]) == sorted(LABELS[:3])
     assert left_out["duplicate"] == 3 and len({row["split"] for row in kept if row["text"] == TEXTS[0]}) == 1
-    assert "with different labels, and are kept once with each: 1\n" in capsys.readouterr().out
+    assert "with different labels, and are kept with each of them: 1\n" in capsys.readouterr().out
 
 
 def test_labels_that_training_lacks_are_counted(data, tmp_path, capsys):  # noqa: F811
