@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from configurator import UserError, check_choices, check_ranges
 from machine.attention import Dropout
 from model import MLP, MLPS, NORMS, POSITIONS, Transformer, TransformerConfig, predict
+from seq2seq import ReLUMLP
 
 
 class ErfMLP(MLP):
@@ -33,7 +34,7 @@ class ErfMLP(MLP):
         return F.gelu(self.up_proj(x))
 
 
-MLPS["gelu_erf"] = ErfMLP
+MLPS |= {"gelu_erf": ErfMLP, "relu": ReLUMLP}
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,8 @@ class MaskedLM(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.dense = nn.Linear(config.n_embd, config.n_embd)
-        self.gelu = nn.GELU("none" if config.mlp == "gelu_erf" else "tanh")  # the blocks' own, as in BERT
+        gelu = nn.GELU("none" if config.mlp == "gelu_erf" else "tanh")
+        self.activation = nn.ReLU() if config.mlp == "relu" else gelu  # the blocks' own, as in BERT
         self.ln = NORMS[config.norm](config)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
@@ -162,7 +164,7 @@ class MaskedLM(nn.Module):
 
     def logits(self, x):
         """Float32 logits, (..., C) -> (..., V)."""
-        x = self.ln(self.gelu(self.dense(x)))
+        x = self.ln(self.activation(self.dense(x)))
         return F.linear(x, self.encoder.wte.weight, self.bias).float()
 
 

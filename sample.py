@@ -51,8 +51,8 @@ def check(settings, given):
         if not Path(path).is_file():
             raise UserError(f"image = {path}: there is no such file")
     for name, text in (("prompt", settings.prompt), ("rank", getattr(settings, "rank", ""))):
-        if text.startswith("FILE:") and not Path(text.removeprefix("FILE:")).exists():
-            raise UserError(f"{name} = {text}: there is no such file")
+        if text.startswith("FILE:") and (not (path := Path(text.removeprefix("FILE:"))).exists() or path.is_dir()):
+            raise UserError(f"{name} = {text}: {'is a folder: name a file' * path.is_dir() or 'there is no such file'}")
     if getattr(settings, "rank", "FILE:")[:5] not in ("", "FILE:"):
         raise UserError(f"rank = {settings.rank}: names a file of texts, such as --rank=FILE:{settings.rank}")
 

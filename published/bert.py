@@ -26,15 +26,14 @@ HEADS = {"pooler.": "pooler.dense.", "dense.": "cls.predictions.transform.dense.
 BIAS_TWICE = "cls.predictions.decoder.bias"  # some files have the head's bias under this name too
 POOLED = ("pooler.", "cls.seq_relationship.")  # BERT's second task, the next sentence: a masked model has no use for it
 
-ACTIVATIONS = {"gelu": "gelu_erf", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}  # theirs: ours
+ACTIVATIONS = {"gelu": "gelu_erf", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu": "relu"}  # theirs: ours
 REMEDY = "--block=post --mlp=gelu"  # and with the defaults: what can be published
 MASKED = ("BertForMaskedLM", "BertForPreTraining")
 
-# our field: (their key, transformers' value if config.json lacks it)
-SIZES = {"n_layer": ("num_hidden_layers", 12), "n_head": ("num_attention_heads", 12), "n_embd": ("hidden_size", 768),
-         "n_hidden": ("intermediate_size", 3072), "vocab_size": ("vocab_size", 30522),
-         "block_size": ("max_position_embeddings", 512), "n_types": ("type_vocab_size", 2),
-         "norm_eps": ("layer_norm_eps", 1e-12)}
+SIZES = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embd": "hidden_size",
+         "n_hidden": "intermediate_size", "vocab_size": "vocab_size", "block_size": "max_position_embeddings",
+         "n_types": "type_vocab_size", "norm_eps": "layer_norm_eps"}  # our field: their key
+DEFAULTS = {"layer_norm_eps": 1e-12}  # of a key that config.json may lack, as in 2018
 # {their key: the only values that can be loaded}; a key that is missing has one of them
 ONLY = {"position_embedding_type": ("absolute", None), "is_decoder": (False, None),
         "add_cross_attention": (False, None), "tie_word_embeddings": (True,), "pruned_heads": ({}, None),
@@ -49,10 +48,10 @@ def MODEL(config):
 
 
 def to_config(theirs, name, block_size=0, dropout=0.0):
-    """The EncoderConfig of a config.json; a key that it lacks has transformers' default.
+    """The EncoderConfig of a config.json.
 
-    block_size: positions to keep; 0 or None: all. Raises UserError for what our encoder can't compute, and for a
-    block_size beyond the model's.
+    block_size: positions to keep; 0 or None: all. Raises UserError for what our encoder can't compute, for a missing
+    size, and for a block_size beyond the model's.
     """
     for key, known in ONLY.items():
         if key in theirs and theirs[key] not in known:
@@ -61,9 +60,11 @@ def to_config(theirs, name, block_size=0, dropout=0.0):
     for cls in theirs.get("architectures") or ():
         if cls not in ("BertModel", *MASKED):
             raise UserError(f"{name} is a {cls}, but only BertModel, {' and '.join(MASKED)} can be loaded")
-    full = {**dict(SIZES.values()), **theirs}
-    require(full, {key: KINDS.get(ours, SIZE) for ours, (key, _) in SIZES.items()}, name)
-    sizes = {ours: full[key] for ours, (key, _) in SIZES.items()}
+    full = {**DEFAULTS, **theirs}
+    if missing := [key for key in SIZES.values() if key not in full]:
+        raise UserError(f"the config.json of {name} lacks {', '.join(missing)}: add what the model was trained with")
+    require(full, {key: KINDS.get(ours, SIZE) for ours, key in SIZES.items()}, name)
+    sizes = {ours: full[key] for ours, key in SIZES.items()}
     if block_size and block_size > sizes["block_size"]:
         raise UserError(f"block_size = {block_size}: {name} has learned only {sizes['block_size']} positions")
     sizes["block_size"] = block_size or sizes["block_size"]
@@ -118,8 +119,7 @@ def source(ours, theirs):
     name = ours
     for our_part, their_part in NAMES:
         name = name.replace(our_part, their_part)
-    key, default = SIZES["block_size"]
-    return Source(name, rows=theirs.get(key, default) if ours == "encoder.wpe.weight" else 0)
+    return Source(name, rows=theirs.get(SIZES["block_size"], 0) if ours == "encoder.wpe.weight" else 0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def to_published(model):
 def to_published_config(model):
     """The dict for the config.json of a model without `misfit`."""
     c = model.config
-    sizes = {their: getattr(c, ours) for ours, (their, _) in SIZES.items()}
+    sizes = {their: getattr(c, ours) for ours, their in SIZES.items()}
     sizes |= {"intermediate_size": c.n_hidden or 4 * c.n_embd, "type_vocab_size": c.n_types or 2}
     return {"architectures": [MASKED[0] if isinstance(model, MaskedLM) else "BertModel"], "model_type": "bert", **sizes,
             "hidden_act": next(theirs for theirs, ours in ACTIVATIONS.items() if ours == c.mlp),

@@ -108,7 +108,7 @@ def choose(rows, kind, how, source):
     for row in rows:
         if kind == "labels":
             row = {**row, "text": " ".join(row["text"].split())}
-        key = json.dumps([row[name] for name in COLUMNS[kind]])
+        key = key_of(row, kind)
         if not text_of(row):
             left_out["empty"] += 1
         elif key in seen and "split" not in row:
@@ -118,15 +118,23 @@ def choose(rows, kind, how, source):
         seen.add(key)
     missing = {"val", "test"} - {row.get("split") for row in kept}
     if missing:
-        check_counts(kept, kind, source)
+        check_counts(kept, kind, source, left_out)
     elif how.val_fraction != How().val_fraction:
         raise UserError(f"val_fraction = {how.val_fraction}: the texts of {source} name their split; leave it out")
     kept = [{**row, "split": split_for(row, missing, how.val_fraction)} for row in kept]
     kept = without_copies(kept, missing, left_out)
     print(printable(f"texts: {len(kept):,}; left out: {words_for(left_out)}"), flush=True)
+    times = collections.Counter(text for text, _ in {key_of(row, kind) for row in kept})
+    if contrary := sum(count > 1 for count in times.values()):
+        print(f"texts that occur with different labels, and are kept with each of them: {contrary:,}", flush=True)
     by_hash = "whole pages, by hash" if any("page" in row for row in kept) else "by a hash of the text"
     print(", ".join(f"{split}: {by_hash if split in missing else 'as given'}" for split in ("val", "test")), flush=True)
     return kept, dict(left_out)
+
+
+def key_of(row, kind):
+    """(text, its labels) of a row, as text. Rows that share it are duplicates."""
+    return text_of(row), json.dumps([row[name] for name in COLUMNS[kind]])
 
 
 def split_for(row, missing, val_fraction):
@@ -159,18 +167,19 @@ def runs(text):
 
 
 def words_for(left_out):
-    names = {"empty": "empty", "duplicate": "twice the same", "copy": "held out, and nearly in training"}
+    names = {"empty": "empty", "duplicate": "with the text and labels of an earlier one",
+             "copy": "for validation or test but almost the same as one for training"}
     return ", ".join(f"{count:,} {names[reason]}" for reason, count in left_out.items()) or "none"
 
 
-def check_counts(rows, kind, source):
+def check_counts(rows, kind, source, left_out):
     """Raises UserError if a class has one row, which can't be in two splits. Several labels of a text: no check."""
     if any(len(classes_of(row, kind)) > 1 for row in rows):
         return
     counts = collections.Counter(name for row in rows for name in classes_of(row, kind))
     if lonely := [name for name, count in counts.items() if count == 1]:
-        raise UserError(f"{source}: only one text has the label {lonely[0]} ({len(lonely):,} such labels), so that none"
-                        " can be held out: add texts, or leave it out")
+        raise UserError(f"{source}: only one text has the label {lonely[0]} ({len(lonely):,} such labels; left out:"
+                        f" {words_for(left_out)}), so that none can be held out: add texts, or leave it out")
 
 
 def classes_of(row, kind):
@@ -188,6 +197,7 @@ def names_of(splits, kind):
         if len(names["labels"]) < 2 - several:
             raise UserError(f"the labels of the texts for training are {names['labels']}: there must be at least"
                             f" {2 - several}")
+        print(f"labels: {len(names['labels']):,}, {'perhaps several' if several else 'one'} for each text", flush=True)
     else:
         names = {"tags": distinct("train", lambda row: row["tags"]),
                  "intents": distinct("train", lambda row: classes_of(row, kind))}
@@ -262,6 +272,11 @@ def check_text(text, where):
         raise UserError(f"{where}: {text!r:.60} is not valid text; correct or remove the row")
 
 
+def one_line(name):
+    """The name of a label without line ends and tabs: results show it in a line or a table."""
+    return " ".join(name.split())
+
+
 def labels_in(value, where, column):
     """The list of names in a cell: one name or number, or a list of these, which in a .csv or .tsv is JSON."""
     if isinstance(value, str) and value.strip().startswith("["):
@@ -270,7 +285,7 @@ def labels_in(value, where, column):
         except ValueError as error:
             raise UserError(f"{where}: {column} = {value!r:.60} is no list in JSON ({error})") from None
     names = value if isinstance(value, list) else [value]
-    names = [str(name).strip() if isinstance(name, (str, int, float)) else "" for name in names]
+    names = [one_line(str(name)) if isinstance(name, (str, int, float)) else "" for name in names]
     if not all(names):
         raise UserError(f"{where}: {column} = {value!r:.60}: must be a name, or a list of names; [] where a text has"
                         " none of several labels")
@@ -311,7 +326,7 @@ def read_spans(path):
             raise UserError(f"{where}: has only {', '.join(row)}: each line needs text and spans or an intent, or words"
                             " and tags")
         check_words(words, tags, where)
-        yield {"words": words, "tags": tags, "intent": intent, **own_parts(row, where)}
+        yield {"words": words, "tags": tags, "intent": one_line(intent), **own_parts(row, where)}
 
 
 def check_words(words, tags, where):
@@ -331,7 +346,7 @@ def cut(text, spans, where):
     words = list(WORD.finditer(text))
     tags, end = ["O"] * len(words), 0
     try:
-        spans = sorted((int(span["start"]), int(span["end"]), str(span["label"])) for span in spans)
+        spans = sorted((int(span["start"]), int(span["end"]), one_line(str(span["label"]))) for span in spans)
     except (TypeError, ValueError, KeyError):
         raise UserError(f"{where}: spans = {spans!r:.60}: must be a list of objects with start, end, label") from None
     for start, stop, label in spans:
@@ -354,7 +369,8 @@ def bio(tags, where):
     """The tags in BIO, where each span begins with B-. They may be in IOB1, which often begins with I-, or in BIOES."""
     found, before = [], ""
     for tag in tags:
-        mark, _, label = str(tag).partition("-")
+        tag = one_line(str(tag))
+        mark, _, label = tag.partition("-")
         if not (mark in ("B", "I", "E", "S") and label or tag == "O"):
             raise UserError(f"{where}: tag = {tag!r:.40}: must be O, or B- or I- and a name; see"
                             " sources/labelled.py for --tags=True")
@@ -370,7 +386,7 @@ def read_conll(path):
     for number, line in enumerate([*lines(path), ""], start=1):
         fields = line.split("\t") if "\t" in line else line.split()
         if match := re.fullmatch(r"#\s*intent:\s*(.+?)\s*", line):
-            intent = match[1]
+            intent = one_line(match[1])
         elif len(fields) > 1 and not line.startswith("-DOCSTART-"):
             words.append(fields[0])
             tags.append(fields[-1].strip())
@@ -400,4 +416,4 @@ def read_parallel(path):
         where = f"{folder}, line {number}"
         words, tags = text.split(), bio(tags.split(), where)
         check_words(words, tags, where)
-        yield {"words": words, "tags": tags, "intent": intent.strip()}
+        yield {"words": words, "tags": tags, "intent": one_line(intent)}

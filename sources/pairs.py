@@ -135,7 +135,8 @@ def why_not(source, target, how):
 
 def words_for(left_out):
     names = {"empty": "empty on one side", "identical": "identical on both sides", "short": "too short",
-             "long": "too long", "duplicate": "twice the same", "copy": "held out, and nearly in training"}
+             "long": "too long", "duplicate": "twice the same",
+             "copy": "for validation or test but almost the same as one for training"}
     return ", ".join(f"{count:,} {names[reason]}" for reason, count in left_out.items()) or "none"
 
 

@@ -336,6 +336,6 @@ def put_in_place(folder, names, record_path, record):
 def finish(folder, names, meta):
     """Completes a data set: renames each NAME.new in the folder to NAME, writes and prints the meta, and returns it."""
     put_in_place(folder, names, folder / "meta.json", meta)
-    numbers = [f"{name} = {value:,}" for name, value in meta.items() if isinstance(value, int)]
+    numbers = [f"{name} = {value:,}" for name, value in meta.items() if type(value) is int]  # no bool
     print(printable(f"{folder / 'meta.json'}: {', '.join(numbers)}"), flush=True)
     return meta

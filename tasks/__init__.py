@@ -85,6 +85,8 @@ def elsewhere(settings_of, trained=False):
             return ""
         if trained and name == "image":
             return "this model reads text only"
+        if name == "publish":
+            return f"only models of --task={', '.join(tasks)} can be published: other programs know no others of ours"
         names = tasks if trained else [f"--task={task}" for task in tasks]
         return f"it is only for {'models of the task ' * trained}{' and '.join(names)}"
 

@@ -11,7 +11,6 @@ Axes: B texts, n texts of a split, N labels of the model.
 
 import functools
 import shlex
-import textwrap
 import warnings
 from pathlib import Path
 
@@ -99,6 +98,7 @@ class ClassificationTask(LabelledTask):
         if settings.picture and self.several:
             raise UserError(f"picture = {settings.picture}: shows which label was taken for which, and the texts of"
                             f" {self.dataset.folder} have several; leave it out")
+        say(f"accuracy: {self.counted}")
         result = {}
         for part in [split, *["test"] * settings.test]:
             start = "" if part == split else "test "
@@ -156,7 +156,7 @@ class ClassificationTask(LabelledTask):
         return found
 
     def sample(self, model, requests, sampling):
-        """Yields (index of a request, piece): each line of its text, and below it the likeliest labels.
+        """Yields (index of a request, piece): each line's beginning, and below it the likeliest labels.
 
         An empty line stays empty. A line longer than the model loses its end. That, and unknown words, are said on
         stderr.
@@ -175,7 +175,7 @@ class ClassificationTask(LabelledTask):
             if hasattr(self.tokenizer, "unknown") and (unknown := self.tokenizer.unknown(" ".join(lines))):
                 say(f"words that the model does not know, {len(unknown)}: {', '.join(unknown):.200}")
             answers = (described(model.config, p, sampling.top) for p in self.probabilities(model, texts))
-            yield index, "\n".join(f"{line}\n  {next(answers)}" if line else "" for line in lines)
+            yield index, "\n".join(f"{beginning(line)}\n  {next(answers)}" if line else "" for line in lines)
 
     def show(self, model, short=False):
         """Texts of the validation part with their likeliest labels: ten, or if short three."""
@@ -187,12 +187,18 @@ class ClassificationTask(LabelledTask):
             right = not (self.labels["val"][place, :-1] ^ chosen).any()
             answer = described(config, p, Classifying.top)
             answer += f"  (right: {', '.join(rows[place]['labels']) or 'none'})" * (not right)
-            shown.append(f"{textwrap.shorten(rows[place]['text'], SHOWN, placeholder=' ...')}\n  {answer}")
+            shown.append(f"{beginning(rows[place]['text'])}\n  {answer}")
         return "\n".join(shown)
 
     def command(self, out_dir):
-        text = textwrap.shorten(self.dataset.rows["val"][0]["text"], SHOWN, placeholder="")
+        text = beginning(self.dataset.rows["val"][0]["text"], "")
         return f"{super().command(out_dir)} {shlex.quote(f'--prompt={text}')}"
+
+
+def beginning(text, end=" ..."):
+    """The words of a text that fit into SHOWN characters, and `end` if that is not all."""
+    found = text if len(text) <= SHOWN else text[:SHOWN + 1].rpartition(" ")[0] or text[:SHOWN]
+    return found + end * (len(found) < len(text))
 
 
 def decide(shares, several):

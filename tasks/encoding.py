@@ -28,6 +28,8 @@ AT_ONCE = 8192  # tokens per batch of an evaluation: it limits memory and change
 class EncoderTask(Task):
     """Base class. models: the first one is trained, and its class has an `encoder`."""
 
+    counted = "the share of texts whose labels are all right"  # what the measure "accuracy" is, as text
+
     @property
     def marks(self):
         return marks_of(self.tokenizer)
@@ -55,7 +57,9 @@ class EncoderTask(Task):
         if type(model) is cls and all(getattr(model.config, name) == value for name, value in self.own().items()):
             return model
         if not isinstance(getattr(model, "encoder", None), Encoder):
-            return super().adopt(model, generator)  # raises
+            raise UserError(f"init_from = {self.source}: is a {type(model).__name__}, and --task={self.settings.task}"
+                            " starts from an encoder: name a run of --task=masked, classification or tagging, or a"
+                            " BERT, such as bert-base-uncased; or leave it out")
         shape = {field.name: getattr(model.config, field.name) for field in dataclasses.fields(EncoderConfig)}
         say(f"{self.source}: its encoder gets a new head, which starts from random weights")
         new = self.new(generator, shape).to(next(model.parameters()).device)
@@ -154,7 +158,7 @@ class LabelledTask(EncoderTask):
         full = sum(len(self.texts["train"][row]) == self.block_size for row in self.rows)
         return (f"model: {size_in_words(model)}; data: {n:,} rows of {s.dataset}"
                 + f", {full:,} of which fill the model's {self.block_size} tokens (a longer one is cut)" * (full > 0)
-                + f"; {s.max_iters} updates = {s.max_iters * s.batch_size / n:.1f} epochs")
+                + f"; {s.max_iters} updates = {s.max_iters * s.batch_size / n:.1f} epochs\naccuracy: {self.counted}")
 
     def cost(self, model):
         """(mean tokens of an update, 0: its FLOPs are not counted)."""

@@ -90,9 +90,7 @@ def start(settings, given, folder, data, world):
         add_lora(model, s.lora_rank, generator, s.lora_alpha, s.lora_targets)
     freeze(model, s.rates)
     decided = task.shape(model)
-    for name in decided.keys() & given.keys():
-        if given[name] not in (decided[name], ""):  # "": whatever the model has
-            raise UserError(f"{name} = {given[name]!r}, but {s.init_from} has {decided[name]!r}: leave it out")
+    check_given(given, decided, s)
     task.settings = build(type(s), {**flat_values(dataclasses.asdict(s)), **decided})
     task.fit(model)
     if getattr(s, "publish", ""):
@@ -101,6 +99,21 @@ def start(settings, given, folder, data, world):
     task.about = {"model_type": model_type_of(model, task.models), "model": dataclasses.asdict(model.config),
                   "code": code_of(model)}  # found before sharding, which changes the model's classes
     return task, model
+
+
+def check_given(given, decided, s):
+    """Raises UserError if the settings that the user named differ from those of the model, `decided`, of s.init_from.
+
+    given, decided: {name: value}.
+    """
+    clashes = [name for name in given if name in decided and given[name] not in (decided[name], "")]  # "": the model's
+    if clashes:
+        values = ", ".join(f"{name} = {given[name]!r}" for name in clashes)
+        its = ", ".join(repr(decided[name]) for name in clashes)
+        instead = shlex.join(f"--{name}={decided[name]}" for name in clashes)
+        start = shlex.join([f"--task={s.task}", f"--dataset={s.dataset}"])
+        raise UserError(f"{values}, but {s.init_from} has {its}: leave it out (if a recipe names it, {instead} undoes"
+                        f" that; or start without the recipe, with {start})")
 
 
 def initial(settings, device, block_size=0):

@@ -36,6 +36,7 @@ class MaskedTask(EncoderTask):
     models = {"masked": (MaskedLM, EncoderConfig), "sentences": (SentenceEncoder, SentenceConfig)}
     fixed_shapes = True
     rows_label = TextTask.rows_label
+    counted = "the share of hidden tokens that the model finds likeliest"
     open = TextTask.open
 
     def fit(self, model):
@@ -103,6 +104,7 @@ class MaskedTask(EncoderTask):
 
     def details(self, model, split, world, dtype, settings, found):
         """{name: value}: perplexity, and what knowing how often each token occurs in training would reach."""
+        say(f"accuracy: {self.counted}")
         V = self.tokenizer.vocab_size
         counts = np.bincount(self.dataset.splits["train"][:10**8], minlength=V) + 1.0  # 1: for those that never occur
         shares = np.bincount(self.dataset.splits[split][:10**8], minlength=V) / len(self.dataset.splits[split][:10**8])
@@ -116,7 +118,7 @@ class MaskedTask(EncoderTask):
         return (f"model: {size_in_words(model)}; data: {n:,} tokens of {s.dataset}; {tokens:,} tokens per update,"
                 f" {self.chosen(self.window)} of {self.window} hidden in each row, {s.max_iters} updates ="
                 f" {tokens * s.max_iters / n:.1f} epochs\n"
-                f"a model that guesses has a loss of {math.log(model.config.vocab_size):.4f}")
+                f"a model that guesses has a loss of {math.log(model.config.vocab_size):.4f}; accuracy: {self.counted}")
 
     def cost(self, model):
         """(tokens of an update, 0: its FLOPs are not counted)."""
@@ -178,9 +180,17 @@ class MaskedTask(EncoderTask):
         """The text of framed ids, without the marks around it."""
         return self.tokenizer.decode([i for i in map(int, ids) if i not in self.marks[:3]])
 
-    def name(self, i):
-        """A token as text, its spaces as middle dots; one that is no character, or a line end, as Python writes it."""
-        text = self.tokenizer.decode([i])
+    def text_after(self, before, ids):
+        """The text that ids add to that of the ids before them: a part of a word continues it, without BERT's ##."""
+        start, whole = self.tokenizer.decode(before), self.tokenizer.decode([*before, *ids])
+        return whole[len(start):] if whole.startswith(start) else self.tokenizer.decode(ids)  # else: half a character
+
+    def name(self, i, before=()):
+        """A token as text, its spaces as middle dots; one that is no character, or a line end, as Python writes it.
+
+        before: ids before it, see `text_after`.
+        """
+        text = self.text_after(before, [i])
         return text.replace(" ", "\u00b7") if text.isprintable() and text else repr(text)
 
     def rank(self, model, text, sampling):
@@ -219,17 +229,17 @@ class MaskedTask(EncoderTask):
             places = (torch.randperm(size, generator=generator)[:self.chosen(size)] + 1).sort().values
             hidden = tokens.scatter(0, places, self.marks.mask)
             found = self.probabilities(model, hidden.tolist(), places.tolist()).argmax(-1).tolist()
-            pieces, start = [], 0
-            for place, i in zip(places.tolist(), found):
-                right = int(tokens[place])
-                pieces += [self.text_of(tokens[start:place]), "{", self.name(i),
-                           *["|", self.name(right)] * (i != right), "}"]
+            ids, pieces, start = tokens[1:size + 1].tolist(), [], 0
+            for place, i in zip((places - 1).tolist(), found):
+                names = [self.name(each, ids[:place]) for each in dict.fromkeys((i, ids[place]))]
+                pieces += [self.text_after(ids[:start], ids[start:place]), f"{{{'|'.join(names)}}}"]
                 start = place + 1
-            texts.append("".join([*pieces, self.text_of(tokens[start:])]))
+            texts.append("".join([*pieces, self.text_after(ids[:start], ids[start:])]))
         return "\n".join(["hidden tokens as {found} or {found|right}:", *texts])
 
     def command(self, out_dir):
         ids = self.dataset.splits["val"][:min(SHOWN, self.window)].tolist()
         half = len(ids) // 2
-        text = " ".join(f"{self.tokenizer.decode(ids[:half])}{MASK}{self.tokenizer.decode(ids[half + 1:])}".split())
+        text = f"{self.tokenizer.decode(ids[:half])}{MASK}{self.text_after(ids[:half + 1], ids[half + 1:])}"
+        text = " ".join(text.split())
         return f"{super().command(out_dir)} {shlex.quote(f'--prompt={text}')}"

@@ -179,7 +179,7 @@ class Encoding:
     n_hidden: int = 0  # width inside the MLP; 0: 4 * n_embd
     block_size: int = 64  # most tokens of a text, [CLS] included
     norm: Literal["layernorm", "rmsnorm", "plain_rmsnorm"] = "layernorm"  # see NORMS in model.py
-    mlp: Literal["gelu", "gelu_erf", "geglu", "swiglu", "relu2"] = "gelu"  # see MLPS in model.py
+    mlp: Literal["gelu", "gelu_erf", "relu", "geglu", "swiglu", "relu2"] = "gelu"  # see MLPS in model.py
     block: Literal["pre", "post"] = "pre"  # norms before attention and MLP, or after them as in BERT
     positions: Literal["learned", "sinusoidal", "rotary"] = "learned"  # of the tokens
 

@@ -96,6 +96,9 @@ class TaggingTask(LabelledTask):
         if not any(self.ids[name].keys() & set(self.dataset.meta[name]) for name in names):
             raise UserError(f"the data set {self.dataset.folder} has none of the labels that the model has learned,"
                             f" such as {', '.join(itertools.chain(*names.values())):.60}: name another --dataset")
+        kinds = [name for name, ids in zip(("words", "sentences"), self.ids.values()) if ids]
+        what = "mean of the shares" if len(kinds) > 1 else "share"
+        self.counted = f"the {what} of {' and of '.join(kinds)} with the right label"
         self.labels = {split: list(map(self.labels_of, self.dataset.rows[split])) for split in self.texts}
         self.counts = np.array([(sum(i >= 0 for i in tags), intent >= 0) for _, tags, intent in self.labels["train"]])
 
@@ -170,6 +173,7 @@ class TaggingTask(LabelledTask):
         if settings.picture and not model.config.intents:
             raise UserError(f"picture = {settings.picture}: shows intents, and this model labels words only: leave it"
                             " out")
+        say(f"accuracy: {self.counted}")
         result = world.from_main(functools.partial(self.report, model, split, dtype, settings))
         if settings.test:
             scored = self.evaluate(model, "test", world, dtype)

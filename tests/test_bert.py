@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -40,7 +41,8 @@ ODD = ["The king, kingly queen!", "Queen ÉLAN élan e\u0301lan", "東京 king�
 SIZES = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
              max_position_embeddings=40, type_vocab_size=3)
 KINDS = {"masked": ("BertForMaskedLM", {}), "pre-training": ("BertForPreTraining", dict(hidden_act="gelu_new")),
-         "vectors": ("BertModel", dict(hidden_act="gelu_pytorch_tanh", layer_norm_eps=0.01))}
+         "vectors": ("BertModel", dict(hidden_act="gelu_pytorch_tanh", layer_norm_eps=0.01)),
+         "relu": ("BertForMaskedLM", dict(hidden_act="relu"))}
 
 
 def seeded(seed=0):
@@ -140,7 +142,9 @@ def as_in_2018(state):
 
 def test_old_names_and_copies_load_and_what_is_left_out_is_said(folders, tmp_path, capsys):
     folder, _ = folders["pre-training"]
-    old, expected = files.load(rewritten(folder, tmp_path / "old", as_in_2018))[0], files.load(folder)[0]
+    old = files.load(rewritten(folder, tmp_path / "old", as_in_2018, drop=["layer_norm_eps"]))[0]
+    expected = files.load(folder)[0]
+    assert old.config == expected.config
     assert all(torch.equal(a, b) for a, b in zip(old.parameters(), expected.parameters()))
     assert "left out, as only next-sentence prediction needs it: cls.seq_relationship.bias" in capsys.readouterr().err
 
@@ -169,7 +173,7 @@ REFUSED = {
     "pruned": (dict(pruned_heads={"0": [1]}), "pruned_heads"),
     "quantized": (dict(quantization_config={"bits": 4}), "quantization_config"),
     "code": (dict(auto_map={"AutoModel": "x.Y"}), "auto_map"),
-    "activation": (dict(hidden_act="relu"), "hidden_act = 'relu', but only 'gelu' or"),
+    "activation": (dict(hidden_act="silu"), "hidden_act = 'silu', but only 'gelu' or"),
     "odd activation": (dict(hidden_act=["gelu"]), "can't be used"),
     "head": (dict(architectures=["BertForTokenClassification"]), "is a BertForTokenClassification, but only BertModel"),
     "size": (dict(hidden_size="32"), "hidden_size = '32', but it must be a whole number"),
@@ -178,6 +182,14 @@ REFUSED = {
     "vocabulary": (dict(vocab_size=50), "tokens, the model only 50"),
     **{kind: (dict(model_type=kind), f"model_type = '{kind}', but only gpt2")
        for kind in ("roberta", "distilbert", "albert", "electra", "mobilebert", "modernbert")}}
+
+
+@pytest.mark.parametrize("lacking, message", [
+    (["hidden_size", "num_hidden_layers"], "config.json of .*near lacks num_hidden_layers, hidden_size: add what the"),
+    (["num_attention_heads"], "lacks num_attention_heads"), (["type_vocab_size"], "lacks type_vocab_size")])
+def test_a_missing_size_is_named(lacking, message, folders, tmp_path):
+    with pytest.raises(UserError, match=message):
+        files.load(rewritten(folders["masked"][0], tmp_path / "near", drop=lacking))
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -238,6 +250,20 @@ def test_a_tokenizer_without_berts_control_tokens_is_refused(folders, tmp_path):
     (path / "vocab.txt").write_text("\n".join(["<s>", *WORDS[1:4], *LETTERS]), encoding="utf-8")
     with pytest.raises(UserError, match=r"lacks \[CLS\] or \[MASK\]: only tokenizers with BERT's control tokens"):
         files.load(path)
+
+
+def test_pieces_of_words_are_joined_where_hidden_tokens_are_shown(folders):
+    task, model, _ = load(folders["masked"][0])
+    ids = task.tokenizer.encode("The king, kingly queen! " * 8)
+    task.settings = SimpleNamespace(task="masked", mask_rate=0.3)
+    task.dataset = SimpleNamespace(splits={"val": ids}, tokens=lambda *_: ids)
+    task.fit(model)
+    _, *lines = task.show(model).split("\n")
+    for i, line in enumerate(lines):
+        start = i * (len(ids) - 24) // 3
+        right = re.sub(r"{(?:[^|]*[|])?([^}]*)}", r"\1", line).replace("\u00b7", " ")
+        assert right == task.tokenizer.decode(ids[start:start + 24]), line
+    assert "{" in lines[0] and "##" not in task.command("out")
 
 
 def test_the_masked_task_has_published_berts():

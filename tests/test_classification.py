@@ -251,12 +251,13 @@ def others(tmp_path_factory):
 def test_wrong_use_is_one_line(runs, folders, tiny, others, tmp_path, capsys):
     with pytest.raises(UserError, match="is a data set of kind text, and this model needs one of kind labels"):
         run(tmp_path, tiny, dataset=str(others / "text"))
-    with pytest.raises(UserError, match="is a GPT, and --task=classification trains Classifier"):
+    with pytest.raises(UserError, match="is a GPT, and --task=classification starts from an encoder: name a run of"):
         run(tmp_path, tiny, init_from=str(others / "gpt"))
     with pytest.raises(UserError, match="train_rows = 999: the data set .* has only"):
         run(tmp_path, tiny, train_rows=999)
-    with pytest.raises(UserError, match="pool = 'first', but .* has 'mean': leave it out"):
-        run(tmp_path, tiny, init_from=str(runs[False]), pool="first")
+    with pytest.raises(UserError, match="pool = 'first', n_embd = 18, but .* has 'mean', 16: leave it out"
+                       " .if a recipe names it, --pool=mean --n_embd=16 undoes that; or .* --dataset=/"):
+        run(tmp_path, tiny, init_from=str(runs[False]), pool="first", n_embd=18)
     with pytest.raises(UserError, match="this model classifies texts: add --prompt"):
         sampled(runs[False], capsys)
     evaluating = dict(out_dir=str(runs[True]), device="cpu")
@@ -271,8 +272,9 @@ def test_wrong_use_is_one_line(runs, folders, tiny, others, tmp_path, capsys):
 
 
 def test_texts_that_are_cut_and_unknown_words_are_named(runs, capsys):
-    prompt = "the purple king\n" + "a king " * 9
+    prompt = "the purple king\n" + "a king " * 20
     sample.main(settings_for("classification", "sampling", out_dir=str(runs[False]), prompt=prompt))
-    said = capsys.readouterr().err
+    shown, said = capsys.readouterr()
+    assert shown.split("\n")[::2] == ["the purple king", "a king " * 14 + "a ...", ""]  # 100 characters at most
     assert "texts longer than the model's 11 tokens, which lose their end: 1 of 2" in said
     assert "words that the model does not know, 1: purple" in said

@@ -61,13 +61,15 @@ def test_each_kind_of_table_gives_the_same_data_set(data, tmp_path):  # noqa: F8
     assert LabelledDataset(data / "usual", "labels").meta["tokenizer"] == "bpe"
 
 
-def test_a_text_may_have_several_labels_or_none(data, tmp_path):  # noqa: F811
-    cells = [["x"], ["x", "y"], [], [2]]
+def test_a_text_may_have_several_labels_or_none(data, tmp_path, capsys):  # noqa: F811
+    cells = [["x"], ["x", " y\t\nz"], [], [2]]  # a name has single spaces, and no line end
     lines = [f'{text}\t{json.dumps(cells[i % 4])}' for i, text in enumerate(TEXTS)]
     run(write(tmp_path / "many.tsv", "text\tkinds", *lines), labels="kinds")
     dataset = LabelledDataset(data / "many", "labels")
-    assert dataset.meta["several"] and dataset.meta["labels"] == ["2", "x", "y"]
-    assert {labels for _, labels in everything(dataset, "text", "labels")} == {"['x']", "['x', 'y']", "[]", "['2']"}
+    assert dataset.meta["several"] and dataset.meta["labels"] == ["2", "x", "y z"]
+    assert {labels for _, labels in everything(dataset, "text", "labels")} == {"['x']", "['x', 'y z']", "[]", "['2']"}
+    said = capsys.readouterr().out
+    assert "labels: 3, perhaps several for each text" in said and "several =" not in said
 
 
 def test_the_split_is_by_hash_by_page_or_as_given(capsys):
@@ -88,7 +90,7 @@ def test_the_split_is_by_hash_by_page_or_as_given(capsys):
     assert "val: by a hash of the text, test: as given" in capsys.readouterr().out
 
 
-def test_near_copies_of_training_texts_are_not_held_out():
+def test_near_copies_of_training_texts_are_not_held_out(capsys):
     words = [f"w{chr(97 + i)}" for i in range(26)]
     draw = random.Random(0)
     rows = [{"text": " ".join(draw.choices(words, k=30)), "labels": ["x"], "page": str(i)} for i in range(40)]
@@ -99,6 +101,17 @@ def test_near_copies_of_training_texts_are_not_held_out():
     both = [(place.get(str(i)), place.get(f"copy {i}")) for i in range(40)]
     assert {pair for pair in both if None not in pair} == {(split, split) for split in PARTS}
     assert left_out == {"copy": 80 - len(kept)} and len(kept) < 80
+    said = f"left out: {80 - len(kept)} for validation or test but almost the same as one for training"
+    assert said in capsys.readouterr().out
+
+
+def test_texts_with_contradicting_labels_are_counted_and_kept_once_with_each(capsys):
+    rows = [{"text": text, "labels": [label]} for text, label in zip(TEXTS, LABELS)]
+    kept, left_out = labelled.choose(rows + [{**rows[0], "labels": [label]} for label in LABELS[1:3] * 2] + [rows[1]],
+                                     "labels", labelled.How(val_fraction=0.2), "x")
+    assert sorted(row["labels"][0] for row in kept if row["text"] == TEXTS[0]) == sorted(LABELS[:3])
+    assert left_out["duplicate"] == 3 and len({row["split"] for row in kept if row["text"] == TEXTS[0]}) == 1
+    assert "with different labels, and are kept with each of them: 1\n" in capsys.readouterr().out
 
 
 def test_labels_that_training_lacks_are_counted(data, tmp_path, capsys):  # noqa: F811
@@ -180,6 +193,8 @@ def test_other_schemes_become_bio():
     ("a.csv", "words,label\na,b\n", {"labels": "label"}, "no column is named text, .*: choose one with --column=NAME"),
     ("a.csv", "text,label\na,\n", {"labels": "label"}, "line 2: label = '': must be a name, or a list of names"),
     ("a.csv", "text,label\na,x\nb,x\nc,y\n", {"labels": "label"}, "only one text has the label y .1 such"),
+    ("a.csv", "text,label\n" + "a,x\na,y\n" * 30, {"labels": "label"},
+     "has the label x .2 such labels; left out: 58 with the text and labels of an earlier one., so that none can"),
     ("a.csv", "text,label\na,x\nb,x\n", {"labels": "label", "val_fraction": 0.4}, "none of 2 texts is for"),
     ("a.csv", "text,label,split\na,x,train\nb,x,val\nc,y,test\n", {"labels": "label", "val_fraction": 0.1},
      "the labels of the texts for training are .'x'.: there must be at least 2"),

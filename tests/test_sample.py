@@ -206,7 +206,8 @@ def test_the_model_decides_which_settings_there_are(trained):
             ("--draw=a.png", "unknown setting --draw on the command line; it is only for models of the task"
                              " image-text"),
             ("--out_dir=none", "there is no checkpoint in none: train one first, python train.py --out_dir=none"),
-            ("--prompt=FILE:none.txt", "prompt = FILE:none.txt: there is no such file")):
+            ("--prompt=FILE:none.txt", "prompt = FILE:none.txt: there is no such file"),
+            ("--prompt=FILE:/", "prompt = FILE:/: is a folder: name a file")):
         with pytest.raises(UserError) as error:
             parse(sample.Settings, [f"--out_dir={trained}", argument], **sample.HOW)
         assert str(error.value) == message

@@ -171,6 +171,8 @@ def test_it_learns_and_the_evaluation_counts_as_the_names_do(opened, trained, fo
     evaluate.main(settings_for("tagging", "evaluating", out_dir=str(trained), device="cpu", test=True,
                                picture=str(trained / "intents.png")))
     result = json.loads((trained / "evaluation.json").read_text())
+    said = "accuracy: the mean of the shares of words and of sentences with the right label\n"
+    assert said in task.summary(model)
     for start, name, part in (("", "labels", "val"), ("test ", "labels_test", "test")):
         rows = [json.loads(line) for line in (trained / f"{name}.jsonl").read_text().splitlines()]
         assert [row["words"] for row in rows] == [row["words"] for row in task.dataset.rows[part]]
@@ -315,7 +317,7 @@ def test_data_and_models_of_other_kinds_are_refused(tiny, dataset, opened, train
     for changes, message in (
             (dict(dataset=str(dataset)), "is a data set of kind text, and this model needs one of kind tags"),
             (dict(dataset=str(tmp_path / "intents"), learn="tags"), "learn = tags: the data set .* has no tags"),
-            (dict(init_from=str(tmp_path / "gpt")), "is a GPT, and --task=tagging trains Tagger")):
+            (dict(init_from=str(tmp_path / "gpt")), "is a GPT, and --task=tagging starts from an encoder: name a")):
         with pytest.raises(UserError, match=message):
             run(tmp_path / "out", tiny, **changes)
     with pytest.raises(UserError, match="has none of the labels that the model has learned, such as"):
