@@ -101,8 +101,8 @@ def obstacle_to_capture(task, world, dtype):
     """Why a run's updates can't be CUDA graphs, in words; None if they can."""
     s = task.settings
     uneven = s.batch_size % (s.micro_batch_size or s.batch_size) > 0
-    obstacles = {f"the device is {world.device.type}": world.device.type != "cuda",
-                 "capture = False": not s.capture,
+    obstacles = {"capture = False": not s.capture,
+                 f"the device is {world.device.type}": world.device.type != "cuda",
                  "there are several workers": world.size > 1,
                  "float16 decides on the CPU which updates to skip": dtype == torch.float16,
                  "recompute = True": s.recompute,

@@ -117,7 +117,8 @@ def train_run(settings, out):
 
     with mock.patch.object(cls, "show", spy("show", cls.show)), \
             mock.patch.multiple(checkpoint.Writer, __init__=new_writer, save=new_save), \
-            mock.patch.object(torch.nn.Module, "compile", lambda self: calls.append("compile")), \
+            mock.patch.object(torch, "compile", lambda model: calls.append("compile") or model), \
+            mock.patch.object(train, "obstacle_to_capture", spy("capture", train.obstacle_to_capture)), \
             mock.patch.object(distributed, "checkpoint", spy("recompute", run_again)), \
             mock.patch.object(train, "peak_flops", lambda *about: None):
         status = 0
@@ -265,7 +266,7 @@ TRAINING = {
     "max_grad_norm": refused(1e-9), "max_loss_rise": refused(1e-9, learning_rate=3.0), "sample_tokens": Change(0),
     "wandb": Change(True), "wandb_project": Change("other", wandb=True), "wandb_name": Change("other", wandb=True),
     "seed": Change(1), "device": refused("cuda"), "dtype": Change("bfloat16"), "compile": Change(True),
-    "shard": refused(True), "recompute": Change(True),
+    "capture": Change(False), "shard": refused(True), "recompute": Change(True),
     # the model
     "model": Change("gemma"), "n_layer": Change(2), "n_head": Change(1), "n_kv_head": Change(1), "n_embd": Change(32),
     "block_size": Change(12), "bias": Change(True), "norm": Change("rmsnorm"), "mlp": Change("relu2"),

@@ -364,6 +364,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_compute_the_loss_and_gradients_of_one():
     """Losses and parameter gradients are summed over the ranks. The gradient of a row is complete on its own rank."""
     with socket.socket() as free:
