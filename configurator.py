@@ -27,6 +27,7 @@ import shlex
 import shutil
 import sys
 import textwrap
+import time
 import types
 import typing
 from pathlib import Path
@@ -39,6 +40,7 @@ OUT_OF_MEMORY = "OutOfMemoryError|MemoryError|allocate memory|not enough memory|
 FREE_TEXT = ("prompt", "stop")  # settings that are not paths: ~ is the home folder only after FILE:
 PYTHON = "a config is Python: write, for example, max_iters = 100"
 WORDS = {True: ("true", "yes", "on", "1"), False: ("false", "no", "off", "0")}
+PATIENCE = 10  # seconds: when a worker has ended, torchrun has ended the others by then
 
 
 class UserError(ValueError):
@@ -63,7 +65,8 @@ def one_line_errors():
     """In a `with` block, turns errors that the user can fix into one line on stderr and exit status 2.
 
     Bugs keep their traceback. Ctrl-C ends the command silently with status 130. If the reader of stdout has gone
-    (`| head`), the command ends silently with status 141, as other programs do.
+    (`| head`), the command ends silently with status 141, as other programs do. Under torchrun, rank 0 tells of an error
+    that all workers have: another waits PATIENCE seconds first, and torchrun ends it if rank 0 has ended.
     """
     try:
         yield
@@ -79,6 +82,8 @@ def one_line_errors():
             raise
         try_print("")  # flushes what was printed before the error
         rank = os.environ.get("RANK", "0")
+        if rank != "0" and "TORCHELASTIC_RUN_ID" in os.environ:
+            time.sleep(PATIENCE)  # if this worker ended first, torchrun would end rank 0 before it has said the same
         to_stderr(f"error{'' if rank == '0' else f' on rank {rank}'}: {line}")
         raise SystemExit(2) from None
 

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from configurator import UserError
+from configurator import PATIENCE, UserError
 from machine.device import pick_device
 from machine.terminal import watched
 
@@ -124,7 +124,6 @@ def shard(model, blocks, dtype, world):
 # What PyTorch's errors say when another worker has died.
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 ARRIVAL = 1800  # seconds that workers wait for each other: to start, and for rank 0 to prepare the data
-PATIENCE = 10  # seconds: by then, torchrun has ended the remaining workers
 
 
 @contextlib.contextmanager

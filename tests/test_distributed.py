@@ -137,11 +137,25 @@ def test_an_error_of_one_worker_ends_all_with_its_message(tmp_path, tiny, what, 
     assert time.monotonic() - began < 100  # most of it is the start; collectives would wait for half an hour
 
 
+# train.py, but worker {late} starts three seconds late.
+LATE = """
+import os, runpy, sys, time
+time.sleep(3 * (os.environ["RANK"] == "{late}"))
+sys.path.insert(0, {root!r})
+runpy.run_path({root!r} + "/train.py", run_name="__main__")
+"""
+
+
 @pytest.mark.slow
-def test_an_error_of_the_main_rank_alone_is_printed_once(tmp_path, tiny):
-    done = torchrun(ROOT / "train.py", *as_arguments(tiny, dataset="nowhere"))
-    assert done.returncode == 1 and done.stderr.count("error: there is no data set") == 1
-    assert "gloo" not in done.stderr
+@pytest.mark.parametrize("late, wrong, said", [(0, "dataset", "there is no data set"), (1, "dataset", "there is no data"),
+                                               (1, "out_dir", "out_dir = ")])  # the last one: of the main rank alone
+def test_an_error_is_printed_once_by_the_main_rank(late, wrong, said, tmp_path):
+    path = tmp_path / "late.py"
+    path.write_text(LATE.format(late=late, root=str(ROOT)))
+    arguments = {"device": "cpu", "out_dir": str(tmp_path / "out"), wrong: str(path)}
+    done = torchrun(path, *(f"--{name}={value}" for name, value in arguments.items()))
+    assert done.returncode == 1 and done.stderr.count(said) == 1, done.stderr
+    assert f"error: {said}" in done.stderr and "gloo" not in done.stderr
 
 
 @pytest.mark.slow
