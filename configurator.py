@@ -65,8 +65,8 @@ def one_line_errors():
     """In a `with` block, turns errors that the user can fix into one line on stderr and exit status 2.
 
     Bugs keep their traceback. Ctrl-C ends the command silently with status 130. If the reader of stdout has gone
-    (`| head`), the command ends silently with status 141, as other programs do. Under torchrun, rank 0 tells of an error
-    that all workers have: another waits PATIENCE seconds first, and torchrun ends it if rank 0 has ended.
+    (`| head`), the command ends silently with status 141, as other programs do. Under torchrun, rank 0 tells of an
+    error that all workers have: another waits PATIENCE seconds first, and torchrun ends it if rank 0 has ended.
     """
     try:
         yield
