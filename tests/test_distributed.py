@@ -147,8 +147,9 @@ runpy.run_path({root!r} + "/train.py", run_name="__main__")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("late, wrong, said", [(0, "dataset", "there is no data set"), (1, "dataset", "there is no data"),
-                                               (1, "out_dir", "out_dir = ")])  # the last: of the main rank alone
+@pytest.mark.parametrize("late, wrong, said", [
+    (0, "dataset", "there is no data set"), (1, "dataset", "there is no data set"),
+    (1, "out_dir", "out_dir = ")])  # the last one: an error of the main rank alone
 def test_an_error_is_printed_once_by_the_main_rank(late, wrong, said, tmp_path):
     path = tmp_path / "late.py"
     path.write_text(LATE.format(late=late, root=str(ROOT)))

@@ -15,6 +15,7 @@ def runs(monkeypatch):
     def spied(words, seed, folder, updates):
         s = settings_of(" ".join(words[1:]), [])
         assert s["max_iters"] == updates == s["eval_interval"]
+        folder.mkdir(parents=True)
         runs.append((s["init_from"], s.get("rates.encoder", 1.0), s["lora_rank"], s["train_rows"], folder))
 
     def score(folder):
@@ -43,7 +44,7 @@ def test_each_start_is_trained_with_each_number_of_labels_and_shown(runs, tmp_pa
     picture = (tmp_path / "topics" / "transfer.svg").read_text()
     assert all(f">{name}<" in picture for name in ("from scratch", "masked model, frozen", "bag of words"))
     runs.clear()
-    transfer.main(transfer.Settings(masked="", out=str(tmp_path)))
+    transfer.main(transfer.Settings(masked="", out=str(tmp_path / "small")))
     assert [run[0] for run in runs] == ["scratch"] * 4
 
 
