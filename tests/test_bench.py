@@ -11,6 +11,7 @@ from configurator import UserError
 from tools import bench
 
 
+@pytest.mark.slow
 def test_every_measured_row_is_in_the_json(tmp_path, capsys, monkeypatch):
     tiny = dict(n_layer=1, n_head=2, n_embd=32, n_hidden=32)
     monkeypatch.setattr(bench, "VISION", bench.VISION | tiny)

@@ -153,6 +153,7 @@ def test_resuming_gives_the_numbers_of_an_undisturbed_run(tmp_path, tiny, change
     assert (tmp_path / "whole" / "samples.md").read_text() == (tmp_path / "parts" / "samples.md").read_text()
 
 
+@pytest.mark.slow
 def test_resuming_from_a_save_between_two_log_rows_gives_the_same_numbers(tmp_path, tiny, trained, monkeypatch):
     monkeypatch.setattr(guards, "SECONDS", 1e-9)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -531,6 +532,7 @@ def test_a_part_with_rate_0_stays_frozen_in_a_resumed_run(tmp_path, tiny, traine
     assert [name for name in after if torch.equal(after[name], before[name])] == ["wte.weight"]
 
 
+@pytest.mark.slow
 def test_wandb_logs_offline_and_a_missing_login_moves_no_files(tmp_path, tiny, monkeypatch):
     wandb = pytest.importorskip("wandb")
     with monkeypatch.context() as patch, pytest.raises(UserError, match="--wandb needs a package: pip install wandb"):
