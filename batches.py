@@ -76,7 +76,8 @@ META_KEYS = {"text": ("dtype", "train_tokens", "val_tokens"),
              "image-text": ("image_size", "images", "train_rows", "val_rows"),
              "pairs": ("dtype", "shared", "train_rows", "val_rows", "test_rows"),
              "labels": ("labels", "several", "train_rows", "val_rows", "test_rows"),
-             "tags": ("tags", "intents", "train_rows", "val_rows", "test_rows")}
+             "tags": ("tags", "intents", "train_rows", "val_rows", "test_rows"),
+             "chat": ("world", "train_rows", "val_rows", "test_rows")}
 
 
 def read_meta(folder, kind):
@@ -340,6 +341,23 @@ class LabelledDataset:
     def __repr__(self):
         counts = ", ".join(f"{self.meta[f'{split}_rows']:,} {split}" for split in ("train", "val", "test"))
         return f"LabelledDataset({self.folder}: {counts} rows)"
+
+
+class DialogueDataset:
+    """A prepared folder of dialogues. meta: from meta.json. Each split is "train", "val" or "test".
+
+    rows: {split: list of messages}, each a list of {"role", "content"}. Raises UserError if the files don't fit
+    meta.json.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.meta = folder, read_meta(folder, "chat")
+        found = Rows(self, {"messages": list})
+        self.rows = {split: [row["messages"] for row in found[split]] for split in ("train", "val", "test")}
+
+    def __repr__(self):
+        counts = ", ".join(f"{len(rows):,} {split}" for split, rows in self.rows.items())
+        return f"DialogueDataset({self.folder}: {counts} dialogues)"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

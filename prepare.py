@@ -9,6 +9,7 @@
     python prepare.py my_folder/ --image_size=48        images with a captions.jsonl: see sources/images.py
     python prepare.py my_folder/ --tokenizer=gpt2       documents in .parquet, .jsonl, .csv or .tsv files, and
     python prepare.py fineweb                           documents of the Hugging Face Hub: see sources/documents.py
+    python prepare.py talks.jsonl                       dialogues, "messages" in each line: see sources/dialogues.py
     python prepare.py en.txt it.txt --languages=en,it --name=mine    to translate: line N of one file translates line N
     python prepare.py pairs.tsv --languages=en,it       of the other; or two columns of a table, or a .tmx; or a known
     python prepare.py libreoffice_help --languages=en,it --tokenizer=bpe:4000     one: see sources/pairs.py
@@ -62,7 +63,7 @@ if __name__ == "__main__":  # --help and typos are answered before the slow impo
 
 from machine.terminal import printable
 from published import download as download_model
-from sources import documents, images, known, labelled, pairs, texts
+from sources import dialogues, documents, images, known, labelled, pairs, texts
 from sources.download import download
 from sources.known import CORPORA, GENERATED, PAIRS, TOKENIZERS, claim, locate, prepare_known, prepare_pairs
 from tasks import find_task
@@ -75,7 +76,9 @@ SETTINGS_OF = {  # for each kind of source, its settings that some other kinds l
     "known pairs": ("languages", "shared", "min_words", "max_words"),
     "texts with labels": ("labels", "column", "files"), "words with tags": ("tags", "files"),
     "a known set with labels": ("languages",),
-    "a known text": (), "a known corpus": ("column", "processes", "max_files"), "known images": ("image_size",)}
+    "dialogues": (), "known dialogues": (), "a known text": (),
+    "a known corpus": ("column", "processes", "max_files"), "known images": ("image_size",)}
+CHAT_RECIPE = "config/chat/dialogues.py"
 PAIRS_RECIPE = "config/translate_en_it.py"
 TASKS = {"vlm": "image-text", "translate": "translation", "classify": "classification", "tag": "tagging"}
 # by the start of a recipe's name; others are of texts
@@ -120,7 +123,8 @@ def prepare_known_source(settings, source, named):
         name, how = known_settings(settings, source, named, labelled.How(**usual))
         return known.prepare_labelled(source, name, how), recipe
     name, is_corpus, has_images = settings.name or source, source in CORPORA, source in GENERATED
-    check_kind(settings, "a known corpus" if is_corpus else "known images" if has_images else "a known text")
+    kind = "known dialogues" if source in known.DIALOGUES else "a known text"
+    check_kind(settings, "a known corpus" if is_corpus else "known images" if has_images else kind)
     if name == source:  # under its own name, a data set is the same for everyone
         fixed = {"tokenizer": TOKENIZERS[source], "val_fraction": 0.0005 if is_corpus else 0.1, "image_size": 48,
                  "column": "text"}
@@ -133,6 +137,8 @@ def prepare_known_source(settings, source, named):
         corpus = documents.hub_source(*CORPORA[source])._replace(column=settings.column)
         return name, prepare_documents(settings, corpus, folder)
     name = prepare_known(source, name, settings.tokenizer, settings.val_fraction, settings.image_size)
+    if source in known.DIALOGUES:
+        return name, "config/chat/countdown.py"
     return name, f"config/vlm_{source}.py" if has_images else text_recipe(TOKENIZERS.get(name, settings.tokenizer))
 
 
@@ -163,6 +169,8 @@ def prepare_own(settings, sources, named):
     if settings.languages or settings.columns or sources[0].lower().endswith(".tmx"):
         return prepare_own_pairs(settings, sources, named), PAIRS_RECIPE
     paths = list(map(Path, sources))
+    if dialogues.are_dialogues(paths):
+        return prepare_own_dialogues(settings, paths), CHAT_RECIPE
     tables = images.find_tables(paths[0]) if len(paths) == 1 else []
     text_files, row_files = ([], []) if is_url or tables else texts.find(paths, documents.READERS, settings.files)
     if not (is_url or tables or text_files or row_files):
@@ -222,6 +230,14 @@ def prepare_own_labelled(settings, sources, named):
     how = labelled.How(tokenizer="" if has_usual else settings.tokenizer, val_fraction=settings.val_fraction)
     labelled.prepare(rows, claim(name, source), kind, how, source)
     return name, recipe
+
+
+def prepare_own_dialogues(settings, paths):
+    """Prepares files of dialogues. Returns the data set's name."""
+    check_kind(settings, "dialogues")
+    name, source = own_name(settings, paths[0]), ", ".join(map(os.path.abspath, paths))
+    dialogues.prepare(dialogues.read(paths), claim(name, source), settings.tokenizer, settings.val_fraction, source)
+    return name
 
 
 def own_name(settings, path):

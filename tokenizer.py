@@ -22,6 +22,7 @@ from machine.terminal import progress
 
 MOST_TOKENS = 1 << 20  # the largest vocab_size of a BPE: the library reserves memory for all tokens before training
 ENDS = ("<|endoftext|>", "<eos>", "</s>", "<|end_of_text|>")  # names of end-of-text tokens; the first counts
+TEMPLATE = "chat_template.jinja"  # the name of the file that holds a tokenizer's template
 JOINER = "\u2060"  # Unicode's word joiner, invisible: see WordTokenizer
 LONGEST_WORD = 256  # characters: longer words are cut for BPE training, which would take very long over them
 
@@ -36,6 +37,7 @@ class Tokenizer:
     ends = ()  # ids that end a sample, eos among them
     start = ()  # ids that begin every text
     pad = bos = unk = None  # likewise: padding, the start of a text, and an unknown word
+    template = ""  # how a dialogue is written, in Jinja: see chat.py; saved beside the tokenizer
     fields = {}  # the arguments of __init__, which are saved beside the kind
     unit = "tokens"
 
@@ -43,7 +45,7 @@ class Tokenizer:
         return f"{type(self).__name__}({self.vocab_size} {self.unit})"
 
     def encode_controls(self, text):
-        """Like encode, but a BPETokenizer turns each control token in the text into its id."""
+        """Like encode, but turns each control token in the text into its id, if the tokenizer has such tokens."""
         return self.encode(text)
 
     def as_library(self):
@@ -53,6 +55,12 @@ class Tokenizer:
         """Writes the file in place, not atomically: write to a temporary path and rename if others may read it."""
         saved = json.dumps({"kind": self.kind, **self.fields}, ensure_ascii=False, indent=1)
         Path(path).write_text(saved + "\n", encoding="utf-8", newline="\n")
+        self.save_template(path)
+
+    def save_template(self, path):
+        """Writes the template into a file beside `path`, under the name that other programs look for."""
+        if self.template:
+            Path(path).with_name(TEMPLATE).write_text(self.template, encoding="utf-8", newline="\n")
 
 
 class CharTokenizer(Tokenizer):
@@ -274,6 +282,58 @@ class BPETokenizer(Tokenizer):
                 token.update({mark: ids.index(token["id"]) for mark, ids in marks.items() if token["id"] in ids})
             saved = json.dumps(saved, ensure_ascii=False)
         Path(path).write_text(saved, encoding="utf-8", newline="\n")
+        self.save_template(path)
+
+
+class ControlTokenizer(Tokenizer):
+    """Another tokenizer, and control tokens, whose ids follow its own. The last one ends a text.
+
+    base: the Tokenizer, or what its file holds. controls: names such as <|user|>.
+    """
+    kind = "controls"
+
+    def __init__(self, base, controls):
+        self.base = base if isinstance(base, Tokenizer) else of_kind(**base)
+        self.controls = list(controls)
+        self.fields = {"base": {"kind": self.base.kind, **self.base.fields}, "controls": self.controls}
+        self.vocab_size, self.unit = self.base.vocab_size + len(self.controls), self.base.unit
+        self.ids = {name: self.base.vocab_size + i for i, name in enumerate(self.controls)}
+        self.pattern = re.compile(f"({'|'.join(map(re.escape, self.controls))})")
+        self.eos = self.vocab_size - 1
+        self.ends = [self.eos] + [self.base.eos] * (self.base.eos is not None)
+
+    def encode(self, text):
+        return self.base.encode(text)
+
+    def encode_controls(self, text):
+        pieces = [piece for piece in self.pattern.split(text) if piece]
+        ids = [[self.ids[piece]] if piece in self.ids else self.base.encode(piece) for piece in pieces]
+        return np.concatenate([np.zeros(0, np.int64), *ids]).astype(np.int64)
+
+    def decode(self, ids):
+        first, text = self.base.vocab_size, ""
+        for is_control, run in itertools.groupby(map(int, ids), lambda i: i >= first):
+            run = list(run)
+            text += "".join(self.controls[i - first] for i in run) if is_control else self.base.decode(run)
+        return text
+
+    def as_library(self):
+        library = self.base.as_library()
+        library.add_special_tokens(self.controls)  # they get the next ids
+        return library
+
+
+def with_controls(tokenizer, controls):
+    """The tokenizer, with those of the control tokens that it lacks. The last one of `controls` ends a text then."""
+    if isinstance(tokenizer, BPETokenizer):
+        import tokenizers
+        bpe = tokenizers.Tokenizer.from_str(tokenizer.bpe.to_str())
+        bpe.add_special_tokens(list(controls))
+        end = bpe.token_to_id(controls[-1])
+        return BPETokenizer(bpe, dict.fromkeys([end, *tokenizer.ends]), tokenizer.roles)
+    if isinstance(tokenizer, ControlTokenizer):
+        return tokenizer
+    return ControlTokenizer(tokenizer, controls)
 
 
 def first_controls(bpe):
@@ -348,7 +408,12 @@ def short_words(texts):
             bar.update(len(text))
 
 
-KINDS = {"char": CharTokenizer, "byte": ByteTokenizer, "gpt2": GPT2Tokenizer, "word": WordTokenizer}
+KINDS = {"char": CharTokenizer, "byte": ByteTokenizer, "gpt2": GPT2Tokenizer, "word": WordTokenizer,
+         "controls": ControlTokenizer}
+
+
+def of_kind(kind, **fields):
+    return KINDS[kind](**fields)
 
 
 def build(name, texts, train_texts, special=("<|endoftext|>",)):
@@ -388,17 +453,35 @@ def load(path):
     A vocab.txt is a BERT's: see `word_piece`.
     """
     try:
-        if Path(path).name == "vocab.txt":
-            return BPETokenizer(word_piece(Path(path)))
-        saved = json.loads(Path(path).read_text(encoding="utf-8"))
-        if "model" in saved:
-            import tokenizers
-            ends, *roles = (controls_of(saved, path, mark) for mark in ("end", "bos", "pad"))
-            roles = {role: ids[0] for role, ids in zip(("bos", "pad"), roles) if ids}
-            return BPETokenizer(tokenizers.Tokenizer.from_file(str(path)), ends, roles)
-        return KINDS[saved.pop("kind")](**saved)
+        found = read(Path(path))
+        found.template = template_beside(Path(path))
+        return found
     except Exception as error:  # the tokenizers library raises nothing more specific
         raise UserError(f"{path} is not a tokenizer file ({type(error).__name__}: {error})") from None
+
+
+def read(path):
+    if path.name == "vocab.txt":
+        return BPETokenizer(word_piece(path))
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    if "model" in saved:
+        import tokenizers
+        ends, *roles = (controls_of(saved, path, mark) for mark in ("end", "bos", "pad"))
+        roles = {role: ids[0] for role, ids in zip(("bos", "pad"), roles) if ids}
+        return BPETokenizer(tokenizers.Tokenizer.from_file(str(path)), ends, roles)
+    return of_kind(**saved)
+
+
+def template_beside(path):
+    """The template of the tokenizer at `path`: the file TEMPLATE, else what tokenizer_config.json holds; "" if none."""
+    with contextlib.suppress(OSError):
+        return path.with_name(TEMPLATE).read_text(encoding="utf-8")
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        found = json.loads(path.with_name("tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
+        if isinstance(found, list):  # several, by name
+            found = {each["name"]: each["template"] for each in found}.get("default")
+        return found or ""
+    return ""
 
 
 def word_piece(path):

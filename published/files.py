@@ -245,6 +245,7 @@ def write(family, model, tokenizer, folder, shard_size):
     numbers["eos_token_id"] = ends if len(ends) > 1 else eos
     save_torch_state_dict(state, folder, max_shard_size=shard_size)
     library.save(str(folder / "tokenizer.json"))
+    tokenizer.save_template(folder / "tokenizer.json")
     write_json(folder / "tokenizer_config.json",
                {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
                 "model_max_length": context, **names})

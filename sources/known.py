@@ -43,10 +43,12 @@ LABELLED = {  # texts with labels, from sources/labelled_sets.py: kind, recipe, 
     "flights": ("tags", "config/tag_flights.py", dict(tokenizer="word:1")),
     **dict.fromkeys(("atis", "snips"), ("tags", "config/tag_home.py", {})),
     **dict.fromkeys(("sst2", "imdb"), ("labels", "config/classify_topics.py", {}))}
+DIALOGUES = ("countdown", "calculator")  # of worlds.py, which need no network
 BUILT_IN_TAGS = "flights"  # needs no network
 TOKENIZERS = {  # all known data sets: tokenizer
     **{name: row[0] for name, row in KNOWN.items()}, BUILT_IN: "char", **GENERATED, **dict.fromkeys(CORPORA, "gpt2"),
-    **{name: row["tokenizer"] for name, row in PAIRS.items()}, **dict.fromkeys(LABELLED, "")}
+    **{name: row["tokenizer"] for name, row in PAIRS.items()}, **dict.fromkeys(LABELLED, ""),
+    **dict.fromkeys(DIALOGUES, "char")}
 
 
 def locate(dataset):
@@ -119,6 +121,11 @@ def prepare_known(name, target, tokenizer, val_fraction=0.1, image_size=48):
             print(f"generating {raw}", flush=True)
             runpy.run_path(str(ROOT / script))["generate"](raw)
             images.prepare(raw, locate(target), tokenizer, val_fraction, image_size, script)
+        return target
+    if name in DIALOGUES:
+        from sources import dialogues
+        folder = locate(target) if target == name else claim(target, f"the world {name}")
+        dialogues.prepare(dialogues.of_world(name), folder, tokenizer, val_fraction, f"the world {name}", name)
         return target
     if name in PAIRS:
         return prepare_pairs(name, target, PAIRS[name])

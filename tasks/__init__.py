@@ -37,6 +37,7 @@ TASKS = {
                   ("bert",)),
     "classification": Row("tasks.classification", "ClassificationTask", settings.Classification, settings.Classifying,
                           settings.Labels, ()),
+    "chat": Row("tasks.chat", "ChatTask", settings.Chat, settings.Chatting, settings.Answers, ()),
     "tagging": Row("tasks.tagging", "TaggingTask", settings.Tagging, settings.Nothing, settings.Labels, ()),
 }
 

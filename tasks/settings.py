@@ -97,6 +97,11 @@ class Arithmetic(Text):
 
 
 @dataclass(frozen=True)
+class Chat(Text):
+    pack: bool = True  # fill each row with whole dialogues; False: one dialogue per row
+
+
+@dataclass(frozen=True)
 class Vision:
     n_layer: int = 4  # blocks
     n_head: int = 4  # attention heads
@@ -278,6 +283,18 @@ class Writing:
             check_idle(self, "temperature = 0 always takes the likeliest token", "top_k", "top_p", "seed")
 
 
+@dataclass(frozen=True)
+class Chatting(Writing):
+    # the dialogue
+    chat: bool = False  # hold a conversation: answer each line of standard input; /reset forgets, Ctrl-D ends
+    system: str = ""  # a system message before the dialogue
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.chat and self.num_samples > 1:
+            raise UserError(f"num_samples = {self.num_samples}: a conversation has one answer at a time; leave it out")
+
+
 def image_files(image):
     """The list of paths in --image, which are separated by commas; a file whose own name has commas is one path."""
     return [image] if os.path.isfile(image) else image.split(",")
@@ -428,6 +445,18 @@ class Labels:
     def __post_init__(self):
         check_model(self)
         check_picture(self, "picture")
+
+
+@dataclass(frozen=True)
+class Answers:
+    # the answers, if a world can check them
+    samples: int = 8  # how many answers to draw for each problem, at temperature 1
+    seed: int = 1337  # same seed, same samples
+    test: bool = False  # also score the second held-out part, which no choice was made on: once, at the very end
+
+    def __post_init__(self):
+        check_model(self)
+        check_ranges(self, samples=1, seed=0)
 
 
 @dataclass(frozen=True)

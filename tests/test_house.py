@@ -13,7 +13,8 @@ FLOORS = [
     {"lora", "positions"},
     {"model"},
     {"vlm"},
-    {"optimizer", "tokenizer", "batches", "generate", "beam"},
+    {"optimizer", "tokenizer", "batches", "generate", "beam", "worlds"},
+    {"chat"},
     {"run"},
     {"published", "sources"},
     {"tasks"},
@@ -87,8 +88,9 @@ def test_the_whole_is_small():
     assert lines("lecture") <= 400  # read by itself, and not counted below
     in_c = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.glob("machine/*.c"))
     total = in_c + lines(*CORE)
-    # The aim was 5,300. Llama and publishing came with 700 lines, translation 1,700, encoders 2,700, a GPU 350.
-    most = 13700
+    # The aim was 5,300. Llama and publishing came with 700 lines, translation 1,700, encoders 2,700, a GPU 350,
+    # dialogues 850.
+    most = 14550
     assert total <= most, f"{total} lines: delete as many as you add, or raise the limit here and say why"
 
 

@@ -28,7 +28,7 @@ import train
 from configurator import UserError, flat_fields, joined, parse
 from machine import distributed
 from run import checkpoint
-from sources import documents, images, labelled, pairs, texts
+from sources import dialogues, documents, images, labelled, pairs, texts
 from tasks import TASKS, find_task, task_class
 
 ROOT = Path(train.__file__).parent
@@ -180,9 +180,10 @@ BASES["arithmetic"] = {**BASES["text"], "operations": "+-*", "digits": 1, "sampl
 BASES["translation"] = {**BASES["text"], "batch_size": 200, "learning_rate": 0.003, "sample_tokens": 300}
 BASES["masked"] = {**BASES["text"], "learning_rate": 0.003, "block": "post", "mlp": "gelu_erf", "sample_tokens": 300}
 BASES["classification"] = {**BASES["text"], "block_size": 64, "learning_rate": 0.003, "sample_tokens": 300}
+BASES["chat"] = {**BASES["text"], "block_size": 64, "learning_rate": 0.003, "pack": False}
 BASES["tagging"] = {**BASES["text"], "block_size": 64, "learning_rate": 0.003, "sample_tokens": 300}
 DATA = {  # of other tasks: data/shapes
-    "tagging": "data/tags", "classification": "data/labels",
+    "chat": "data/countdown", "tagging": "data/tags", "classification": "data/labels",
     "text": "data/words", "masked": "data/words", "arithmetic": "arithmetic", "translation": "data/pairs"}
 
 
@@ -202,6 +203,9 @@ def lab(tmp_path_factory):
     for name, seed in (("labels", 0), ("more_labels", 1)):
         rows = test_classification.make_rows(100, seed=seed)
         labelled.prepare(rows, folder / "data" / name, "labels", labelled.How(tokenizer="byte"), "made up")
+    for name in ("countdown", "calculator"):
+        rows = [row for i, row in enumerate(dialogues.of_world(name)) if i % 40 == 0]
+        dialogues.prepare(rows, folder / "data" / name, "byte", 0.1, "made up", name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "wandb", None)
         patch.chdir(folder)
@@ -281,6 +285,8 @@ TRAINING = {
     "working": Change(True),
     # of translation
     "n_encoder_layer": Change(2), "block": Change("post"), "smoothing": Change(0.3),
+    # of dialogues
+    "pack": Change(True),
     # of the encoders
     "mask_rate": Change(0.5),
     "learn": Change("tags"), "train_rows": Change(30), "pool": Change("first"), "hide_rate": Change(0.5),
@@ -298,6 +304,8 @@ OF_TASK = {  # entries that differ for one task
     "translation": {"dataset": Change("data/more_pairs"), "batch_size": Change(180), "bias": Change(False),
                     "micro_batch_size": Change(60, dropout=0.5), "eval_tokens": Change(40), "sample_tokens": Change(0),
                     "init_from": Change("one_translation"), "lora_rank": Change(2, init_from="one_translation")},
+    "chat": {"dataset": Change("data/calculator"), "init_from": Change("one_chat"), "block_size": Change(48, pack=True),
+             "lora_rank": Change(2, init_from="one_chat")},
     "masked": {"init_from": Change("one_masked"), "lora_rank": Change(2, init_from="one_masked"),
                "block": Change("pre"), "sample_tokens": Change(0)},
     "tagging": {"dataset": Change("data/more_tags"), "block_size": Change(12), "eval_tokens": Change(40),
@@ -308,7 +316,7 @@ OF_TASK = {  # entries that differ for one task
                        "lora_rank": Change(2, init_from="one_classification")},
 }
 # The part of the model that --rates names.
-PART = {"text": "wte", "contrastive": "text", "image-text": "decoder", "arithmetic": "wte",
+PART = {"text": "wte", "chat": "wte", "contrastive": "text", "image-text": "decoder", "arithmetic": "wte",
         "translation": "encoder", "masked": "encoder", "tagging": "encoder",
         "classification": "encoder"}
 
@@ -348,6 +356,7 @@ SAMPLING = {
     "max_new_tokens": Change(7), "temperature": Change(0.1), "top_k": Change(1), "top_p": Change(0.1),
     "stop": Change("a"), "seed": Change(1),
     "image": Change("b.png"), "draw": Change("boxes.png"), "attention": Change("map.png"),
+    "chat": Change(True), "system": Change("be brief"),
     "beam": Change(3), "length_penalty": Change(0.0, beam=4, n_best=4), "n_best": Change(2, beam=3),
     "show_steps": Change(True), "attention_layer": refused(2, attention="map.png"),
     "attention_head": refused(3, attention="map.png"),
@@ -356,6 +365,7 @@ SAMPLING_OF_TASK = {
     "text": {}, "image-text": {"prompt": Change("count"), "stop": Change("<"), "init_from": refused("one_image-text")},
     "contrastive": {"prompt": Change("a red star|a green circle"), "num_samples": refused(2),
                     "init_from": refused("one_contrastive")},
+    "chat": {"prompt": Change("3 4 5=2"), "init_from": refused("one_chat"), "stop": Change("0")},
     "arithmetic": {"prompt": Change("2+3="), "init_from": refused("one_arithmetic")},
     "translation": {"prompt": Change("the old\nlady fears ."), "init_from": refused("one_translation"),
                     "temperature": Change(1.0), "top_k": Change(1, temperature=2.0),
@@ -369,10 +379,11 @@ EVALUATING = {
     "init_from": refused("one_text"), "out_dir": Change("one_{task}"), "checkpoint": Change("last"),
     "dataset": Change("data/others"),
     "split": Change("train"), "device": refused("meta"), "dtype": Change("bfloat16"),
-    "random_windows": Change(3), "batch_size": Change(5), "seed": Change(1), "test": Change(True),
+    "samples": Change(3), "random_windows": Change(3), "batch_size": Change(5), "seed": Change(1), "test": Change(True),
     "beam": Change(4), "length_penalty": Change(3.0, beam=8), "picture": refused("picture.txt"),
 }
-EVALUATING_OF_TASK = {"text": {}, "masked": {}, "arithmetic": {"dataset": refused("data/others")},
+EVALUATING_OF_TASK = {"text": {}, "chat": {"dataset": Change("data/calculator")}, "masked": {},
+                      "arithmetic": {"dataset": refused("data/others")},
                       "translation": {"dataset": Change("data/more_pairs")},
                       "tagging": {"dataset": Change("data/more_tags")},
                       "classification": {"dataset": Change("data/more_labels")},

@@ -1,0 +1,333 @@
+"""The chat task: a language model learns to answer. Supervised fine-tuning on dialogues, or learning them from scratch.
+
+    python train.py config/chat/countdown.py
+    python sample.py --out_dir=out/chat/countdown --prompt="3 12 17=53"
+    python sample.py --out_dir=out/chat/countdown --chat
+    python train.py --task=chat --dataset=talks --init_from=out/my_gpt
+
+The loss counts what the assistant writes, each of its turns and its end token. A row begins at a dialogue. Further
+dialogues follow while they fit, and see those before them; with --pack=False a row is one dialogue. A model from
+--init_from gets embeddings for the template's control tokens, if it lacks them.
+
+If the data set comes from a world (worlds.py), its problems of the split are answered too, and checked.
+
+Axes: B batch, T tokens of a row but the last.
+"""
+
+import dataclasses
+import functools
+import sys
+
+import numpy as np
+import torch
+from torch import nn
+
+import tokenizer as tokenizers
+from batches import DialogueDataset, fixed_rows, shuffled_rows, to_device
+from chat import Chat, chat_tokenizer, check_messages
+from configurator import UserError
+from generate import generate, pick_tokens, picker
+from machine.device import autocast
+from machine.terminal import watched
+from run.cost import flops_per_token, size_in_words
+from tasks.settings import Chatting
+from tasks.text import EVAL_TOKENS, TextTask
+from worlds import SIZES, WORLDS
+
+AT_ONCE = 512  # answers that are written at once
+
+
+class ChatTask(TextTask):
+    rows_label = "the rows"
+
+    def __init__(self, settings, tokenizers=None, source=""):
+        if tokenizers:
+            tokenizers = {"tokenizer": chat_tokenizer(tokenizers["tokenizer"])}
+        super().__init__(settings, tokenizers, source)
+
+    def open(self, folder, world):
+        self.dataset, self.world = DialogueDataset(folder), world
+        self.open_tokenizer(folder)
+        self.judge = WORLDS.get(self.dataset.meta["world"])
+        if self.judge:
+            self.best = ("exact", max)
+
+    def adopt(self, model, generator):
+        return widen(super().adopt(model, generator), self.tokenizer.vocab_size, generator, self.source)
+
+    def fit(self, model):
+        self.block_size = model.config.block_size
+        self.rows = {split: self.pack(split) for split in ("train", "val")}
+
+    @functools.cached_property
+    def chat(self):
+        return Chat(self.tokenizer)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Rows
+
+    def pack(self, split):
+        """(ids (n, T + 1) int32, written (n, T + 1) bool) of the split's rows, filled with id 0, not written."""
+        rows, room, left_out = [], 0, 0
+        for messages in self.dataset.rows[split]:
+            found = self.whole_turns(messages)
+            if found is None:
+                left_out += 1
+                continue
+            if not self.settings.pack or len(found[0]) > room:
+                rows.append([])
+                room = self.block_size + 1
+            rows[-1].append(found)
+            room -= len(found[0])
+        if left_out and self.world.is_main:
+            print(f"{left_out:,} of {len(self.dataset.rows[split]):,} {split} dialogues are left out: their first"
+                  f" answer ends after block_size = {self.block_size} tokens")
+        if not rows:
+            raise UserError(f"block_size = {self.block_size}: no {split} dialogue has an answer within it; use a larger"
+                            " one")
+        joined = [tuple(map(np.concatenate, zip(*row))) for row in rows]
+        longest = max(len(ids) for ids, _ in joined)
+        ids, written = np.zeros((len(rows), longest), np.int32), np.zeros((len(rows), longest), bool)
+        for i, (some, theirs) in enumerate(joined):
+            ids[i, :len(some)], written[i, :len(some)] = some, theirs
+        return ids, written
+
+    def whole_turns(self, messages):
+        """(ids, written) of as many turns as the model can read, from the first on; None if no answer is among them."""
+        while messages:
+            ids, written = self.chat.encode(messages)
+            if len(ids) <= self.block_size + 1:
+                return ids, written
+            messages = messages[:-2] if len(messages) > 3 else []
+        return None
+
+    def pick(self, step):
+        return shuffled_rows(len(self.rows["train"][0]), self.settings.batch_size, self.settings.seed, step)
+
+    def weight(self, rows):
+        return int(self.rows["train"][1][rows, 1:].sum())
+
+    def batch(self, rows, generator):
+        return self.arguments("train", rows)
+
+    def arguments(self, split, rows):
+        """({"tokens", "targets"}, weights), each (B, T). Weights are 1 for what the assistant writes, else 0."""
+        ids, written = (array[rows] for array in self.rows[split])
+        ids = to_device(ids.astype(np.int64), self.world.device)
+        return {"tokens": ids[:, :-1], "targets": ids[:, 1:]}, to_device(written[:, 1:].astype(np.float32),
+                                                                         self.world.device)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Measures
+
+    @torch.no_grad()
+    def evaluate(self, model, split, world, dtype, limit=0):
+        """{"loss": mean nats of what the assistant writes}; in a world also "exact": the share of right answers."""
+        ids, written = self.rows[split]
+        T, total, count = ids.shape[1] - 1, torch.zeros((), dtype=torch.float64), 0
+        for rows, weight in world.share(fixed_rows(len(ids), max(1, EVAL_TOKENS // T), -(-limit // T))):
+            arguments, weights = self.arguments(split, rows)
+            with autocast(world.device, dtype):
+                total += weight * (model(**arguments) * weights).sum().cpu()
+            count += weight * int(written[rows, 1:].sum())
+        total, count = world.sum(total, count)
+        found = {"loss": total / count}
+        if self.judge:
+            verdicts = self.answer(model, self.problems(split), 1, functools.partial(pick_tokens, temperature=0))
+            found["exact"] = share(verdicts, 1.0)
+        return found
+
+    def details(self, model, split, world, dtype, settings, found):
+        """{name: value}: answers that are malformed, and with samples at temperature 1 the shares of right ones.
+
+        "exact of samples" is pass@1; "pass@8" is the share of problems that one of 8 samples solves. With settings.test
+        all of it for the part "test" too.
+        """
+        if not self.judge:
+            if settings.test:
+                raise UserError("test = True: these dialogues have no answers that can be checked; leave it out")
+            return {}
+        result, greedy = {}, functools.partial(pick_tokens, temperature=0)
+        for start, part in [("", split)] + [("test ", "test")] * settings.test:
+            problems = self.problems(part)
+            first = self.answer(model, problems, 1, greedy)
+            drawn = functools.partial(pick_tokens, generator=torch.Generator(world.device).manual_seed(settings.seed))
+            verdicts = self.answer(model, problems, settings.samples, drawn)
+            result |= {f"{start}problems": len(problems), f"{start}exact": share(first, 1.0),
+                       f"{start}malformed": share(first, None), f"{start}exact of samples": share(verdicts, 1.0),
+                       f"{start}malformed samples": share(verdicts, None),
+                       f"{start}pass@{settings.samples}": sum(1.0 in each for each in verdicts) / len(verdicts)}
+        return result
+
+    def problems(self, split):
+        """The prompts of the split, as the user writes them; of training, as many as validation has."""
+        return [messages[0]["content"] for messages in self.dataset.rows[split]][:SIZES.get(split, SIZES["val"])]
+
+    def answer(self, model, prompts, count, pick):
+        """[[what the judge says of each of `count` answers] for each prompt]."""
+        texts = self.write_all(model, [self.chat.prompt([said("user", prompt)]) for prompt in prompts], count, pick)
+        return [[self.judge.check(prompt, text) for text in found] for prompt, found in zip(prompts, texts)]
+
+    def write_all(self, model, prompts, count, pick):
+        """[[`count` texts that continue it] for each prompt, an array of ids]. Prompts of one length share a batch.
+
+        A text ends at its end token, or where it is longer than any answer of the world: then it is malformed.
+        """
+        device, texts = next(model.parameters()).device, [[] for _ in prompts]
+        longest = self.judge.longest[1] + 1  # one more than an answer has, or its end token
+        by_length = {}
+        for i, ids in enumerate(prompts):
+            by_length.setdefault(len(ids), []).extend([i] * count)
+        batches = [rows[i:i + AT_ONCE] for rows in by_length.values() for i in range(0, len(rows), AT_ONCE)]
+        for rows in watched(batches, "answering"):
+            tokens = torch.from_numpy(np.stack([prompts[i] for i in rows])).to(device)
+            steps = list(generate(model, tokens, longest, pick, self.tokenizer.eos))
+            for i, ids in zip(rows, torch.stack(steps, dim=1).tolist()):
+                texts[i].append(self.text_of(ids))
+        return texts
+
+    def text_of(self, ids):
+        """The text of an answer up to its end token."""
+        transcript = tokenizers.Transcript(self.tokenizer)
+        for token in ids:
+            transcript.append(token)
+        return str(transcript)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Talking
+
+    def sample(self, model, requests, sampling):
+        """Yields (index of a request, next piece of its answer). A request with `messages` is a whole dialogue.
+
+        With sampling.chat, there is one request. Its answers go on as long as there is something to read.
+        """
+        pick = picker(sampling, next(model.parameters()).device)
+        if sampling.chat:
+            yield from ((0, piece) for piece in self.converse(model, requests[0]["text"], pick, sampling))
+            return
+        for index, request in enumerate(requests):
+            messages = request.get("messages") or self.opening(sampling) + [said("user", request["text"])]
+            check_messages(messages, "prompt", answered=False)
+            yield from ((index, piece) for piece in self.reply(model, messages, pick, sampling))
+
+    def opening(self, sampling):
+        return [said("system", sampling.system)] if sampling.system else []
+
+    def reply(self, model, messages, pick, sampling):
+        """Yields the pieces of an answer to messages. Raises UserError if they leave no room for one."""
+        ids = self.chat.prompt(messages)
+        room = model.config.block_size - len(ids)
+        if room < 1:
+            raise UserError(f"prompt: has {len(ids)} tokens, and the model reads {model.config.block_size}, its answer"
+                            " included: shorten it")
+        tokens = torch.from_numpy(ids)[None].to(next(model.parameters()).device)
+        steps = generate(model, tokens, min(room, sampling.max_new_tokens), pick, self.tokenizer.eos)
+        yield from (piece for _, piece in tokenizers.transcribe(
+            steps, [tokenizers.Transcript(self.tokenizer, sampling.stop)]))
+
+    def converse(self, model, text, pick, sampling):
+        """Yields pieces of the answers to `text`, if it is not empty, and to each line of standard input.
+
+        /reset forgets the dialogue. When it fills three quarters of the model's window, its oldest turns are forgotten.
+        """
+        messages = self.opening(sampling)
+        while True:
+            text = text or read_line()
+            if text is None:
+                return
+            if text == "/reset":
+                messages, text = self.opening(sampling), ""
+                yield "(forgotten)\n"
+                continue
+            messages.append(said("user", text))
+            start, forgotten = len(self.opening(sampling)), False
+            while len(messages) > start + 1 and len(self.chat.prompt(messages)) > model.config.block_size * 3 // 4:
+                del messages[start:start + 2]
+                forgotten = True
+            if forgotten:
+                yield "(the oldest turns no longer fit, and are forgotten)\n"
+            pieces = []
+            for piece in self.reply(model, messages, pick, sampling):
+                pieces.append(piece)
+                yield piece
+            yield "\n"
+            messages.append(said("assistant", "".join(pieces)))
+            text = ""
+
+    def show(self, model, short=False):
+        """Problems of the world, or the first validation dialogue, with the model's answers."""
+        greedy = functools.partial(pick_tokens, temperature=0)
+        if not self.judge:
+            messages = self.dataset.rows["val"][0]
+            first = messages[:next(i for i, each in enumerate(messages) if each["role"] == "assistant")]
+            count = min(100, self.settings.sample_tokens) if short else self.settings.sample_tokens
+            sampling = Chatting(max_new_tokens=count)
+            return "\n".join([*(f"{each['role']}: {each['content']}" for each in first),
+                              "assistant: " + "".join(self.reply(model, first, greedy, sampling))])
+        prompts = self.problems("val")[:3 if short else 10]
+        texts = self.write_all(model, [self.chat.prompt([said("user", prompt)]) for prompt in prompts], 1, greedy)
+        words = {1.0: "right", 0.0: "wrong", None: "malformed"}
+        return "\n".join(f"{prompt}  {text}  ({words[self.judge.check(prompt, text)]})"
+                         for prompt, (text,) in zip(prompts, texts))
+
+    def command(self, out_dir):
+        return f"{super().command(out_dir)} --chat"
+
+    def summary(self, model):
+        ids, written = self.rows["train"]
+        s, count = self.settings, len(self.dataset.rows["train"])
+        return (f"model: {size_in_words(model)}; data: {count:,} dialogues of {s.dataset} in {len(ids):,} rows of"
+                f" {ids.shape[1]} tokens, {written.mean():.0%} of them the assistant's;"
+                f" {s.max_iters} updates = {s.max_iters * s.batch_size / len(ids):.1f} epochs")
+
+    def cost(self, model):
+        T = self.rows["train"][0].shape[1] - 1
+        return self.settings.batch_size * T, self.settings.batch_size * T * flops_per_token(model, T)
+
+
+def said(role, content):
+    return {"role": role, "content": content}
+
+
+def share(verdicts, verdict):
+    """The share of all answers of which the judge says `verdict`. verdicts: a list for each problem."""
+    found = [each for some in verdicts for each in some]
+    return found.count(verdict) / len(found)
+
+
+def read_line():
+    """The next line that the user types, not empty, without spaces around it; None at the end."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return None
+        if line.strip():
+            return line.strip()
+
+
+@torch.no_grad()
+def widen(model, size, generator, source):
+    """The model with a vocabulary of at least `size` tokens. New rows of embedding and head: the mean, and some noise.
+
+    source: text that names the model in errors.
+    """
+    have = model.config.vocab_size
+    if have >= size:
+        return model
+    if getattr(model.config, "bigrams", False) or not isinstance(getattr(model, "wte", None), nn.Embedding):
+        raise UserError(f"init_from = {source}: has {have} tokens, and a chat needs {size}, which a"
+                        f" {type(model).__name__} {'with bigrams ' * hasattr(model, 'bigrams')}can't be given")
+    for name in ("wte", "head"):
+        layer = getattr(model, name, None)
+        if layer is None:
+            continue
+        old = layer.weight.detach()
+        noise = torch.empty(size - have, old.size(1)).normal_(0.0, 0.02, generator=generator).to(old)
+        layer.weight = nn.Parameter(torch.cat((old, old.mean(0) + noise)))
+    model.wte.num_embeddings = size
+    if getattr(model, "head", None) is not None:
+        model.head.out_features = size
+    model.config = dataclasses.replace(model.config, vocab_size=size)
+    return model
