@@ -98,6 +98,10 @@ class Chat:
             return messages
         return [{**message, "content": self.controls.sub(hold, message["content"])} for message in messages]
 
+    def without_controls(self, text):
+        """The text without the control tokens in it, such as a model writes that has learned little."""
+        return self.controls.sub("", text) if self.controls else text
+
     def ids(self, text, held, start=True):
         """The ids (T,) of a rendered text. start: begin with the ids that begin every text, unless they are there."""
         found = [self.tokenizer.encode(held[int(piece)]) if i % 2 else self.tokenizer.encode_controls(piece)

@@ -49,7 +49,8 @@ class ChatTask(TextTask):
         self.dataset, self.world = DialogueDataset(folder), world
         self.open_tokenizer(folder)
         self.judge = WORLDS.get(self.dataset.meta["world"])
-        if self.judge:
+        self.judging = self.judge and not getattr(self.settings, "shard", False)  # a sharded model can't write
+        if self.judging:
             self.best = ("exact", max)
 
     def adopt(self, model, generator):
@@ -132,7 +133,7 @@ class ChatTask(TextTask):
             count += weight * int(written[rows, 1:].sum())
         total, count = world.sum(total, count)
         found = {"loss": total / count}
-        if self.judge:
+        if self.judging:
             verdicts = self.answer(model, self.problems(split), 1, functools.partial(pick_tokens, temperature=0))
             found["exact"] = share(verdicts, 1.0)
         return found
@@ -231,33 +232,38 @@ class ChatTask(TextTask):
         /reset forgets the dialogue. When it fills three quarters of the model's window, its oldest turns are forgotten.
         """
         messages = self.opening(sampling)
-        while True:
-            text = text or read_line()
-            if text is None:
-                return
+        while (text := text or read_line()) is not None:
             if text == "/reset":
                 messages, text = self.opening(sampling), ""
                 yield "(forgotten)\n"
                 continue
-            messages.append(said("user", text))
-            start, forgotten = len(self.opening(sampling)), False
-            while len(messages) > start + 1 and len(self.chat.prompt(messages)) > model.config.block_size * 3 // 4:
-                del messages[start:start + 2]
-                forgotten = True
-            if forgotten:
-                yield "(the oldest turns no longer fit, and are forgotten)\n"
-            pieces = []
-            for piece in self.reply(model, messages, pick, sampling):
-                pieces.append(piece)
-                yield piece
-            yield "\n"
-            messages.append(said("assistant", "".join(pieces)))
+            try:
+                messages, forgotten = self.recent([*messages, said("user", text)], model.config.block_size)
+                if forgotten:
+                    yield "(the oldest turns no longer fit, and are forgotten)\n"
+                pieces = []
+                for piece in self.reply(model, messages, pick, sampling):
+                    pieces.append(piece)
+                    yield piece
+                messages.append(said("assistant", self.chat.without_controls("".join(pieces))))
+                yield "\n"
+            except UserError as error:  # of what was typed: the conversation goes on without it
+                messages = messages[:-1] if messages[-1:] == [said("user", text)] else messages
+                yield f"({error})\n"
             text = ""
+
+    def recent(self, messages, block_size):
+        """(the messages without their oldest turns, as long as they fill three quarters of the window, whether any)."""
+        start = messages[0]["role"] == "system"
+        kept = list(messages)
+        while len(kept) > start + 1 and len(self.chat.prompt(kept)) > block_size * 3 // 4:
+            del kept[start:start + 2]
+        return kept, len(kept) < len(messages)
 
     def show(self, model, short=False):
         """Problems of the world, or the first validation dialogue, with the model's answers."""
         greedy = functools.partial(pick_tokens, temperature=0)
-        if not self.judge:
+        if not self.judging:
             messages = self.dataset.rows["val"][0]
             first = messages[:next(i for i, each in enumerate(messages) if each["role"] == "assistant")]
             count = min(100, self.settings.sample_tokens) if short else self.settings.sample_tokens

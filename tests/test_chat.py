@@ -208,6 +208,9 @@ def test_it_answers_a_prompt_and_holds_a_conversation(run, talks, monkeypatch):
     assert task.write(model, one, temperature=0.1) == one
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{one}\n\n/reset\n{two}\n"))
     assert task.write(model, chat=True, temperature=0.1) == f"{one}\n(forgotten)\n{two}\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"HELLO\n{one}\n"))
+    talk = task.write(model, chat=True, temperature=0.1)
+    assert talk.startswith("(the character 'H' (U+0048)") and talk.endswith(f"\n{one}\n")
     with pytest.raises(UserError, match="prompt: has 103 tokens, and the model reads 64, its answer included"):
         task.write(model, "a" * 100)
 

@@ -27,7 +27,8 @@ DOCUMENTED += (ROOT / "config").glob("*/*.py")
 OTHERS = [*ROOT.glob("data/*/README.md"), *ROOT.glob("config/ladder/*.md"), ROOT / "ideas" / "README.md"]
 TEXTS = [README, *PAGES, *(path.read_text(encoding="utf-8") for path in OTHERS),
          *(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "" for path in DOCUMENTED),
-         *(figures.filled(entry, row, 1, "out/translate_en_it" if "translate" in entry["command"] else ".")
+         *(figures.filled(entry, row, 1, "out/translate_en_it" if "translate" in entry["command"] else
+                          "out/chat/countdown" if "config/chat/" in entry["command"] else ".")
            .replace("&&", "\n") for entry in FIGURES for row in entry["rows"].values())]
 TOOLS = ("bench", "scaling", "compare", "versus", "figures", "ladder", "publish", "alignments", "transfer")
 COMMAND = (r"(?:python|torchrun(?: --\S+)+) ((?:(?:train|sample|evaluate|prepare)\.py|-m tools\.(?:" + "|".join(TOOLS) +

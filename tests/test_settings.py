@@ -4,6 +4,7 @@ A setting without an entry in the tables below fails the test: add one with a va
 only repeat the setting (config.json, the printed settings) don't count.
 """
 
+import io
 import json
 import os
 import runpy
@@ -149,7 +150,7 @@ def sample_run(settings, out):
         return write(self, model, *about)
 
     with mock.patch("builtins.print", lambda *args, **kwargs: said.extend(args)), \
-            mock.patch.object(cls, "sample", spied):
+            mock.patch.object(cls, "sample", spied), mock.patch.object(sys, "stdin", io.StringIO("1+1\n")):
         sample.main(settings)
     drawn = [getattr(settings, name, "") for name in ("draw", "attention")]
     return "".join(said).replace(str(settings.out_dir), ""), [os.path.exists(path or "nowhere") for path in drawn]
@@ -183,7 +184,7 @@ BASES["classification"] = {**BASES["text"], "block_size": 64, "learning_rate": 0
 BASES["chat"] = {**BASES["text"], "block_size": 64, "learning_rate": 0.003, "pack": False}
 BASES["tagging"] = {**BASES["text"], "block_size": 64, "learning_rate": 0.003, "sample_tokens": 300}
 DATA = {  # of other tasks: data/shapes
-    "chat": "data/countdown", "tagging": "data/tags", "classification": "data/labels",
+    "chat": "data/calculator", "tagging": "data/tags", "classification": "data/labels",
     "text": "data/words", "masked": "data/words", "arithmetic": "arithmetic", "translation": "data/pairs"}
 
 
@@ -203,9 +204,9 @@ def lab(tmp_path_factory):
     for name, seed in (("labels", 0), ("more_labels", 1)):
         rows = test_classification.make_rows(100, seed=seed)
         labelled.prepare(rows, folder / "data" / name, "labels", labelled.How(tokenizer="byte"), "made up")
-    for name in ("countdown", "calculator"):
+    for name, tokenizer in (("countdown", "char"), ("calculator", str(folder / "data" / "countdown"))):
         rows = [row for i, row in enumerate(dialogues.of_world(name)) if i % 40 == 0]
-        dialogues.prepare(rows, folder / "data" / name, "byte", 0.1, "made up", name)
+        dialogues.prepare(rows, folder / "data" / name, tokenizer, 0.1, "made up", name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "wandb", None)
         patch.chdir(folder)
@@ -304,7 +305,7 @@ OF_TASK = {  # entries that differ for one task
     "translation": {"dataset": Change("data/more_pairs"), "batch_size": Change(180), "bias": Change(False),
                     "micro_batch_size": Change(60, dropout=0.5), "eval_tokens": Change(40), "sample_tokens": Change(0),
                     "init_from": Change("one_translation"), "lora_rank": Change(2, init_from="one_translation")},
-    "chat": {"dataset": Change("data/calculator"), "init_from": Change("one_chat"), "block_size": Change(48, pack=True),
+    "chat": {"dataset": Change("data/countdown"), "init_from": Change("one_chat"), "block_size": Change(48, pack=True),
              "lora_rank": Change(2, init_from="one_chat")},
     "masked": {"init_from": Change("one_masked"), "lora_rank": Change(2, init_from="one_masked"),
                "block": Change("pre"), "sample_tokens": Change(0)},
@@ -356,7 +357,7 @@ SAMPLING = {
     "max_new_tokens": Change(7), "temperature": Change(0.1), "top_k": Change(1), "top_p": Change(0.1),
     "stop": Change("a"), "seed": Change(1),
     "image": Change("b.png"), "draw": Change("boxes.png"), "attention": Change("map.png"),
-    "chat": Change(True), "system": Change("be brief"),
+    "chat": Change(True), "system": Change("4"),
     "beam": Change(3), "length_penalty": Change(0.0, beam=4, n_best=4), "n_best": Change(2, beam=3),
     "show_steps": Change(True), "attention_layer": refused(2, attention="map.png"),
     "attention_head": refused(3, attention="map.png"),
@@ -365,7 +366,7 @@ SAMPLING_OF_TASK = {
     "text": {}, "image-text": {"prompt": Change("count"), "stop": Change("<"), "init_from": refused("one_image-text")},
     "contrastive": {"prompt": Change("a red star|a green circle"), "num_samples": refused(2),
                     "init_from": refused("one_contrastive")},
-    "chat": {"prompt": Change("3 4 5=2"), "init_from": refused("one_chat"), "stop": Change("0")},
+    "chat": {"prompt": Change("8-3 8-3 8-3 8-3"), "init_from": refused("one_chat"), "stop": Change("7")},
     "arithmetic": {"prompt": Change("2+3="), "init_from": refused("one_arithmetic")},
     "translation": {"prompt": Change("the old\nlady fears ."), "init_from": refused("one_translation"),
                     "temperature": Change(1.0), "top_k": Change(1, temperature=2.0),
@@ -382,7 +383,7 @@ EVALUATING = {
     "samples": Change(3), "random_windows": Change(3), "batch_size": Change(5), "seed": Change(1), "test": Change(True),
     "beam": Change(4), "length_penalty": Change(3.0, beam=8), "picture": refused("picture.txt"),
 }
-EVALUATING_OF_TASK = {"text": {}, "chat": {"dataset": Change("data/calculator")}, "masked": {},
+EVALUATING_OF_TASK = {"text": {}, "chat": {"dataset": Change("data/countdown")}, "masked": {},
                       "arithmetic": {"dataset": refused("data/others")},
                       "translation": {"dataset": Change("data/more_pairs")},
                       "tagging": {"dataset": Change("data/more_tags")},
@@ -409,6 +410,8 @@ def test_each_setting_of_sampling_changes_the_sample_or_is_refused(lab, run, tas
         asked["prompt"] = "who is in alma ?"
     elif task == "classification":
         asked["prompt"] = "the mad king"
+    elif task == "chat":
+        asked |= {"prompt": "8-3", "temperature": 2.0, "seed": 1342}
     elif task == "masked":
         asked["prompt"] = "the m[MASK]d king"
     elif task != "text":
