@@ -136,6 +136,8 @@ def prepare_known_source(settings, source, named):
         folder = locate(name) if name == source else claim(name, CORPORA[source][0])
         corpus = documents.hub_source(*CORPORA[source])._replace(column=settings.column)
         return name, prepare_documents(settings, corpus, folder)
+    if source in known.DIALOGUES:
+        check_idle(settings, "a world decides itself which problems are for validation", "val_fraction")
     name = prepare_known(source, name, settings.tokenizer, settings.val_fraction, settings.image_size)
     if source in known.DIALOGUES:
         return name, "config/chat/countdown.py"

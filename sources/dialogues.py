@@ -25,6 +25,7 @@ from sources.texts import finish, writing
 from worlds import SIZES, WORLDS
 
 EXAMPLES = 4000  # of a world, to learn from
+USUAL = 0.1  # the default of val_fraction
 
 
 def are_dialogues(paths):
@@ -69,15 +70,18 @@ def prepare(rows, folder, tokenizer_name, val_fraction, source, world=""):
     world: the name of the world that checks the answers; "" if nobody does.
     """
     with writing(folder):
-        splits, seen, copies = {split: [] for split in SPLITS}, set(), 0
+        splits, seen, copies, named = {split: [] for split in SPLITS}, set(), 0, 0
         for row in rows:
             key = json.dumps(row["messages"])
             copies += key in seen
             if key not in seen:
+                named += "split" in row
                 first = next(each["content"] for each in row["messages"] if each["role"] == "user")
                 part = split_of(first, val_fraction)
                 splits[row.get("split") or ("train" if part == "test" else part)].append(row["messages"])
             seen.add(key)
+        if val_fraction != USUAL and named == len(seen):
+            raise UserError(f"val_fraction = {val_fraction}: the dialogues of {source} name their split; leave it out")
         counts = {split: len(found) for split, found in splits.items()}
         for split in ("train", "val"):
             if not counts[split]:

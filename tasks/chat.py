@@ -238,17 +238,16 @@ class ChatTask(TextTask):
                 yield "(forgotten)\n"
                 continue
             try:
-                messages, forgotten = self.recent([*messages, said("user", text)], model.config.block_size)
+                asked, forgotten = self.recent([*messages, said("user", text)], model.config.block_size)
                 if forgotten:
                     yield "(the oldest turns no longer fit, and are forgotten)\n"
                 pieces = []
-                for piece in self.reply(model, messages, pick, sampling):
+                for piece in self.reply(model, asked, pick, sampling):
                     pieces.append(piece)
                     yield piece
-                messages.append(said("assistant", self.chat.without_controls("".join(pieces))))
+                messages = [*asked, said("assistant", self.chat.without_controls("".join(pieces)))]
                 yield "\n"
             except UserError as error:  # of what was typed: the conversation goes on without it
-                messages = messages[:-1] if messages[-1:] == [said("user", text)] else messages
                 yield f"({error})\n"
             text = ""
 

@@ -234,6 +234,14 @@ def test_a_published_chat_model_answers_in_transformers_as_here(run, talks, tmp_
     assert ids[-1] == reader.convert_tokens_to_ids("<|end|>")
 
 
+def test_val_fraction_is_refused_where_it_does_nothing(tmp_path):
+    rows = [{"messages": said(split, "b"), "split": split} for split in ("train", "val")]
+    with pytest.raises(UserError, match="val_fraction = 0.3: the dialogues of x name their split; leave it out"):
+        dialogues.prepare(rows, tmp_path / "data", "char", 0.3, "x")
+    with pytest.raises(UserError, match="val_fraction = 0.3: a world decides itself"):
+        prepare.main(parse(prepare.Settings, ["--val_fraction=0.3", f"--name={tmp_path / 'x'}"])[0], ["countdown"])
+
+
 def test_a_line_that_is_no_dialogue_is_named(tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text(json.dumps({"messages": said("a", "b")}) + "\nnonsense\n")
