@@ -10,7 +10,6 @@ Rows stay texts. The task makes tokens of them with its model's tokenizer and te
 model.
 """
 
-import collections
 import hashlib
 import json
 from pathlib import Path
@@ -105,8 +104,6 @@ def prepare(rows, folder, tokenizer_name, val_fraction, source, world=""):
 
 def learn(name, splits):
     """The tokenizer `name`, learned from the contents of the training rows; characters: from all rows."""
-    texts = collections.defaultdict(list)
-    for split, found in splits.items():
-        texts[split] = [each["content"] for messages in found for each in messages]
+    texts = {split: [each["content"] for messages in found for each in messages] for split, found in splits.items()}
     everything = [text for found in texts.values() for text in found]
     return chat_tokenizer(tokenizers.build(name, lambda: everything, lambda: texts["train"]))
