@@ -73,8 +73,10 @@ class Start(NamedTuple):
 
 
 def starts(settings):
-    """{name: Start} of all that the settings ask for. Those of topics were chosen once, on the validation part; those of
-    intents and LoRA are a first guess."""
+    """{name: Start} of all that the settings ask for.
+
+    The values for topics were chosen once, on the validation part; those for intents and LoRA are a first guess.
+    """
     small, large = DATA[settings.data].small, f"{DATA[settings.data].large} --init_from={settings.sentences}"
     if settings.data == "intents":
         found = {"from scratch": Start(small, (100, 200, 400, 940))}
