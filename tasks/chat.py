@@ -260,10 +260,10 @@ class ChatTask(TextTask):
         return kept, len(kept) < len(messages)
 
     def show(self, model, short=False):
-        """Problems of the world, or the first validation dialogue, with the model's answers."""
+        """Problems of the world, or the first validation dialogue that the model can read, with the model's answers."""
         greedy = functools.partial(pick_tokens, temperature=0)
         if not self.judging:
-            messages = self.dataset.rows["val"][0]
+            messages = next(each for each in self.dataset.rows["val"] if self.whole_turns(each))
             first = messages[:next(i for i, each in enumerate(messages) if each["role"] == "assistant")]
             count = min(100, self.settings.sample_tokens) if short else self.settings.sample_tokens
             sampling = Chatting(max_new_tokens=count)

@@ -154,6 +154,8 @@ def test_a_dialogue_too_long_for_the_model_keeps_its_first_turns(talks, capsys):
     task, _ = opened(talks, block_size=24)
     assert "train dialogues are left out: their first answer ends after block_size = 24" in capsys.readouterr().out
     assert task.rows["train"][0].shape[1] <= 25
+    task.dataset.rows["val"].insert(0, said("alpha" * 9, "beta"))
+    assert "alpha" * 9 not in task.show(task.build(torch.Generator().manual_seed(0)).eval())
     with pytest.raises(UserError, match="block_size = 3: no train dialogue has an answer within it"):
         opened(talks, block_size=3)
 
