@@ -237,21 +237,24 @@ def train(settings, given, world):
 
     with log, guard, checkpoint.Writer(out_dir, s.async_save, sharded) as writer:
         while step < s.max_iters and not status:
+            if step % task.round == 0:
+                task.begin(step, model, world, dtype)
             lr = set_rates(work.optimizers, step + 1, s)
             guard.record(*update(task, work, step, world))  # no waiting for the device
             step += 1
             evaluating = step % s.eval_interval == 0 or step == s.max_iters
             logging = evaluating or step % s.log_interval == 0 or step == 1
-            if logging or guard.due(step) or guard.status and world.size == 1:
+            whole = step % task.round == 0
+            if logging or whole and (guard.due(step) or guard.status and world.size == 1):
                 row = log.row(step, lr=lr, **guard.read(logging))  # waits for the device
-                status = world.max(guard.status) if step < s.max_iters else 0
+                status = world.max(guard.status) if whole and step < s.max_iters else 0
                 if evaluating:
                     row |= evaluate(task, model, world, dtype, step)
                 if better := improves(task.best, row, best):
                     best = row[f"val_{task.best[0]}"]
                 if logging:
                     log.write(row, better, None if sharded else model)
-                saving = evaluating or status or guard.saving
+                saving = evaluating or status or whole and guard.saving
                 if saving and (world.is_main or sharded):
                     log.sync()
                     writer.save(["best"] * better + ["last"], model, task.tokenizers,

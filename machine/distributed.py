@@ -79,6 +79,14 @@ class World:
             dist.broadcast_object_list(result)
         return result[0]
 
+    def gather(self, items):
+        """The items of all ranks in one list, on every rank: those of rank 0 first. items: a list of picklable ones."""
+        if self.size == 1:
+            return items
+        found = [None] * self.size
+        dist.all_gather_object(found, items)
+        return [item for some in found for item in some]
+
     def close(self):
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -21,7 +21,7 @@ from run.files import rename
 TIME = "%Y-%m-%dT%H:%M:%S%z"
 MOVING = "earlier.new"  # if it exists, a move into earlier.N was cut short; the files beside it belong to it
 OURS = [name + suffix for suffix in ("", ".new", ".old", ".damaged") for name in (
-    "last", "best", "log.jsonl", "run.json", "samples.md", "curves.svg", "evaluation.json")]
+    "last", "best", "reference", "reward", "log.jsonl", "run.json", "samples.md", "curves.svg", "evaluation.json")]
 
 
 def set_aside(out_dir):

@@ -170,22 +170,26 @@ class ChatTask(TextTask):
         return [[self.judge.check(prompt, text) for text in found] for prompt, found in zip(prompts, texts)]
 
     def write_all(self, model, prompts, count, pick):
-        """[[`count` texts that continue it] for each prompt, an array of ids]. Prompts of one length share a batch.
-
-        A text ends at its end token, or where it is longer than any answer of the world: then it is malformed.
-        """
-        device, texts = next(model.parameters()).device, [[] for _ in prompts]
-        longest = self.judge.longest[1] + 1  # one more than an answer has, or its end token
-        by_length = {}
-        for i, ids in enumerate(prompts):
-            by_length.setdefault(len(ids), []).extend([i] * count)
-        batches = [rows[i:i + AT_ONCE] for rows in by_length.values() for i in range(0, len(rows), AT_ONCE)]
-        for rows in watched(batches, "answering"):
-            tokens = torch.from_numpy(np.stack([prompts[i] for i in rows])).to(device)
-            steps = list(generate(model, tokens, longest, pick, self.tokenizer.eos))
-            for i, ids in zip(rows, torch.stack(steps, dim=1).tolist()):
+        """[[`count` texts that continue it] for each prompt, an array of ids]."""
+        texts = [[] for _ in prompts]
+        for rows in watched(alike(prompts, count), "answering"):
+            for i, ids in zip(rows, self.continuations(model, [prompts[i] for i in rows], pick)):
                 texts[i].append(self.text_of(ids))
         return texts
+
+    def continuations(self, model, prompts, pick):
+        """What the model writes after each of B prompts of one length: (B, at most `longest`) ids, as lists.
+
+        A row ends at its end token, or where it is longer than any answer of the world: then it is malformed.
+        """
+        tokens = torch.from_numpy(np.stack(prompts)).to(next(model.parameters()).device)
+        steps = generate(model, tokens, self.longest, pick, self.tokenizer.eos)
+        return torch.stack(list(steps), dim=1).tolist()
+
+    @property
+    def longest(self):
+        """The most tokens of an answer that is checked: one more than one of the world has, or its end token."""
+        return self.judge.longest[1] + 1
 
     def text_of(self, ids):
         """The text of an answer up to its end token."""
@@ -292,6 +296,14 @@ class ChatTask(TextTask):
 
 def said(role, content):
     return {"role": role, "content": content}
+
+
+def alike(prompts, count):
+    """Lists of indices of prompts, each index `count` times: in a list, all prompts have one length."""
+    by_length = {}
+    for i, ids in enumerate(prompts):
+        by_length.setdefault(len(ids), []).extend([i] * count)
+    return [rows[i:i + AT_ONCE] for rows in by_length.values() for i in range(0, len(rows), AT_ONCE)]
 
 
 def share(verdicts, verdict):
