@@ -38,6 +38,7 @@ TASKS = {
     "classification": Row("tasks.classification", "ClassificationTask", settings.Classification, settings.Classifying,
                           settings.Labels, ()),
     "chat": Row("tasks.chat", "ChatTask", settings.Chat, settings.Chatting, settings.Answers, ()),
+    "rl": Row("tasks.rl", "RLTask", settings.RL, settings.Chatting, settings.Answers, ()),
     "tagging": Row("tasks.tagging", "TaggingTask", settings.Tagging, settings.Nothing, settings.Labels, ()),
 }
 

@@ -193,10 +193,9 @@ class ChatTask(TextTask):
 
     def text_of(self, ids):
         """The text of an answer up to its end token."""
-        transcript = tokenizers.Transcript(self.tokenizer)
-        for token in ids:
-            transcript.append(token)
-        return str(transcript)
+        ends = self.tokenizer.ends
+        length = next((at for at, token in enumerate(ids) if token in ends), len(ids))
+        return self.tokenizer.decode(ids[:length])
 
     # ------------------------------------------------------------------------------------------------------------------
     # Talking

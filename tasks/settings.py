@@ -102,6 +102,23 @@ class Chat(Text):
 
 
 @dataclass(frozen=True)
+class RL(Chat):
+    # the roll-outs
+    method: Literal["group", "ppo"] = "group"  # where advantages come from: other answers to the question, or a value head
+    reward: str = ""  # folder of a reward model's run, which scores the answers; empty: the world checks them
+    samples: int = 8  # answers to each question
+    round: int = 4  # updates that learn from one roll-out, of batch_size * round / epochs answers
+    epochs: int = 1  # how often a round learns from each answer
+    # the loss
+    clip: float = 0.2  # ratios of new and old probabilities further than this from 1 are not rewarded
+    kl: float = 0.0  # price of a nat of divergence from the model that the run started from
+    entropy: float = 0.0  # bonus for a nat of entropy: it keeps the answers varied
+    divide: bool = True  # divide a group's advantages by their standard deviation
+    lam: float = 1.0  # of PPO's advantages: below 1, they trust the value head more
+    value_weight: float = 0.5  # weight of the value head's squared error, for PPO
+
+
+@dataclass(frozen=True)
 class Vision:
     n_layer: int = 4  # blocks
     n_head: int = 4  # attention heads
