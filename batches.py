@@ -77,7 +77,7 @@ META_KEYS = {"text": ("dtype", "train_tokens", "val_tokens"),
              "pairs": ("dtype", "shared", "train_rows", "val_rows", "test_rows"),
              "labels": ("labels", "several", "train_rows", "val_rows", "test_rows"),
              "tags": ("tags", "intents", "train_rows", "val_rows", "test_rows"),
-             "chat": ("world", "train_rows", "val_rows", "test_rows")}
+             **dict.fromkeys(("chat", "preferences"), ("world", "train_rows", "val_rows", "test_rows"))}
 
 
 def read_meta(folder, kind):
@@ -346,18 +346,20 @@ class LabelledDataset:
 class DialogueDataset:
     """A prepared folder of dialogues. meta: from meta.json. Each split is "train", "val" or "test".
 
-    rows: {split: list of messages}, each a list of {"role", "content"}. Raises UserError if the files don't fit
-    meta.json.
+    rows: {split: list}. kind "chat": of messages, each a list of {"role", "content"}. kind "preferences": of dicts with
+    messages, and with chosen and rejected, the texts of two answers. Raises UserError if the files don't fit meta.json.
     """
 
-    def __init__(self, folder):
-        self.folder, self.meta = folder, read_meta(folder, "chat")
-        found = Rows(self, {"messages": list})
-        self.rows = {split: [row["messages"] for row in found[split]] for split in ("train", "val", "test")}
+    def __init__(self, folder, kind="chat"):
+        self.folder, self.meta = folder, read_meta(folder, kind)
+        columns = {"messages": list} | (dict(chosen=str, rejected=str) if kind == "preferences" else {})
+        found = Rows(self, columns)
+        self.rows = {split: found[split] if kind == "preferences" else [row["messages"] for row in found[split]]
+                     for split in ("train", "val", "test")}
 
     def __repr__(self):
         counts = ", ".join(f"{len(rows):,} {split}" for split, rows in self.rows.items())
-        return f"DialogueDataset({self.folder}: {counts} dialogues)"
+        return f"DialogueDataset({self.folder}: {counts} rows)"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@
     python prepare.py my_folder/ --image_size=48        images with a captions.jsonl: see sources/images.py
     python prepare.py my_folder/ --tokenizer=gpt2       documents in .parquet, .jsonl, .csv or .tsv files, and
     python prepare.py fineweb                           documents of the Hugging Face Hub: see sources/documents.py
-    python prepare.py talks.jsonl                       dialogues, "messages" in each line: see sources/dialogues.py
+    python prepare.py talks.jsonl                       dialogues, "messages" in each line; or preferences between two
+    python prepare.py pairs.jsonl                       answers, "chosen" and "rejected": see sources/dialogues.py
     python prepare.py en.txt it.txt --languages=en,it --name=mine    to translate: line N of one file translates line N
     python prepare.py pairs.tsv --languages=en,it       of the other; or two columns of a table, or a .tmx; or a known
     python prepare.py libreoffice_help --languages=en,it --tokenizer=bpe:4000     one: see sources/pairs.py
@@ -78,9 +79,10 @@ SETTINGS_OF = {  # for each kind of source, its settings that some other kinds l
     "a known set with labels": ("languages",),
     "dialogues": (), "known dialogues": (), "a known text": (),
     "a known corpus": ("column", "processes", "max_files"), "known images": ("image_size",)}
-CHAT_RECIPE = "config/chat/dialogues.py"
+CHAT_RECIPES = {"chat": "config/chat/dialogues.py", "preferences": "config/chat/dpo.py"}
 PAIRS_RECIPE = "config/translate_en_it.py"
-TASKS = {"vlm": "image-text", "translate": "translation", "classify": "classification", "tag": "tagging"}
+TASKS = {"vlm": "image-text", "translate": "translation", "classify": "classification", "tag": "tagging",
+         "dpo": "dpo"}
 # by the start of a recipe's name; others are of texts
 
 
@@ -172,7 +174,7 @@ def prepare_own(settings, sources, named):
         return prepare_own_pairs(settings, sources, named), PAIRS_RECIPE
     paths = list(map(Path, sources))
     if dialogues.are_dialogues(paths):
-        return prepare_own_dialogues(settings, paths), CHAT_RECIPE
+        return prepare_own_dialogues(settings, paths)
     tables = images.find_tables(paths[0]) if len(paths) == 1 else []
     text_files, row_files = ([], []) if is_url or tables else texts.find(paths, documents.READERS, settings.files)
     if not (is_url or tables or text_files or row_files):
@@ -235,11 +237,12 @@ def prepare_own_labelled(settings, sources, named):
 
 
 def prepare_own_dialogues(settings, paths):
-    """Prepares files of dialogues. Returns the data set's name."""
+    """Prepares files of dialogues or preferences. Returns (the data set's name, path of a recipe in config/)."""
     check_kind(settings, "dialogues")
     name, source = own_name(settings, paths[0]), ", ".join(map(os.path.abspath, paths))
-    dialogues.prepare(dialogues.read(paths), claim(name, source), settings.tokenizer, settings.val_fraction, source)
-    return name
+    rows, folder = dialogues.read(paths), claim(name, source)
+    meta = dialogues.prepare(rows, folder, settings.tokenizer, settings.val_fraction, source)
+    return name, CHAT_RECIPES[meta["kind"]]
 
 
 def own_name(settings, path):
