@@ -191,11 +191,14 @@ class ChatTask(TextTask):
         """The most tokens of an answer that is checked: one more than one of the world has, or its end token."""
         return self.judge.longest[1] + 1
 
-    def text_of(self, ids):
-        """The text of an answer up to its end token."""
+    def until_end(self, ids):
+        """An answer's ids up to its end token, which is included."""
         ends = self.tokenizer.ends
-        length = next((at for at, token in enumerate(ids) if token in ends), len(ids))
-        return self.tokenizer.decode(ids[:length])
+        return ids[:next((at + 1 for at, token in enumerate(ids) if token in ends), len(ids))]
+
+    def text_of(self, ids):
+        """The text of an answer before its end token."""
+        return self.tokenizer.decode([token for token in self.until_end(ids) if token not in self.tokenizer.ends])
 
     # ------------------------------------------------------------------------------------------------------------------
     # Talking

@@ -87,10 +87,7 @@ class RLTask(ChatTask):
             self.reference = recall(self)
         model.eval()
         self.answers = found = self.roll_out(model, self.questions(step), s.samples, (s.seed, 0, step))
-        self.columns = {"old": self.logp(model, found, dtype)}
-        if s.kl:
-            self.columns["reference"] = self.logp(self.reference, found, dtype)
-        self.add_advantages(model, dtype)
+        self.columns = self.learned_from(model, dtype)
         model.train()
         kept = np.flatnonzero(self.columns["advantages"].any(1))
         if not len(kept) and step == 0:
@@ -103,17 +100,16 @@ class RLTask(ChatTask):
         self.shown = {**found.measures(), "learned": len(kept) / len(found.ids)}
 
     def questions(self, step):
-        """The messages of the G questions of a round that begins after `step` updates."""
-        s = self.settings
+        """The messages of each of the G questions of a round that begins after `step` updates."""
+        s, number = self.settings, step // self.round
         count = s.batch_size * s.round // (s.epochs * s.samples)
         if self.judge:
-            first = step // self.round * count
-            return [[said("user", self.judge.problem(s.seed, first + i)[0])] for i in range(count)]
+            return [[said("user", self.judge.problem(s.seed, number * count + i)[0])] for i in range(count)]
         rows = self.dataset.rows["train"]
-        return [rows[i][:-1] for i in shuffled_rows(len(rows), count, s.seed, step // self.round)]
+        return [rows[i][:-1] for i in shuffled_rows(len(rows), count, s.seed, number)]
 
     def roll_out(self, model, questions, count, key):
-        """`Answers` to questions, a list of messages: `count` for each. key: integers that decide what is drawn.
+        """`Answers` to questions, a list of messages: `count` to each. key: integers that decide what is drawn.
 
         The ranks take the batches in turn. What is drawn does not depend on how many ranks there are.
         """
@@ -124,65 +120,51 @@ class RLTask(ChatTask):
             pick = functools.partial(pick_tokens, generator=torch.Generator(self.world.device).manual_seed(seed))
             rows = batches[number]
             found += zip(rows, self.continuations(model, [prompts[i] for i in rows], pick))
-        found = sorted(self.world.gather(found), key=lambda each: each[0])
-        ends, longest = self.tokenizer.ends, max(map(len, prompts)) + self.longest
-        ids, written = np.zeros((len(found), longest), np.int64), np.zeros((len(found), longest - 1), np.float32)
-        lengths = []
-        for row, (i, answer) in enumerate(found):
-            length = next((at + 1 for at, token in enumerate(answer) if token in ends), len(answer))
-            begin, end = len(prompts[i]), len(prompts[i]) + length
-            ids[row, :begin], ids[row, begin:end] = prompts[i], answer[:length]
-            written[row, begin - 1:end - 1] = 1
-            lengths.append(end)
-        group = np.array([i for i, _ in found])
-        verdicts = [self.verdict(questions[i], answer) for i, answer in found]
+        group, answers = zip(*sorted(self.world.gather(found)))
+        ids, written = joined([prompts[i] for i in group], [self.until_end(answer) for answer in answers])
+        return Answers(ids, written, np.array(group), *self.judged(questions, group, answers, ids, written))
+
+    def judged(self, questions, group, answers, ids, written):
+        """(right, malformed, rewards), each (n,) float32. Arguments: as in `Answers`; answers: lists of ids."""
+        if self.judge:
+            verdicts = [self.judge.check(questions[i][-1]["content"], self.text_of(ids))
+                        for i, ids in zip(group, answers)]
+        else:
+            verdicts = [0.0 if set(ids) & set(self.tokenizer.ends) else None for ids in answers]
         right = np.array([verdict == 1.0 for verdict in verdicts], np.float32)
         malformed = np.array([verdict is None for verdict in verdicts], np.float32)
-        return Answers(ids, written, group, right, malformed, right)
+        return right, malformed, right
 
-    def verdict(self, messages, answer):
-        """1.0: right, 0.0: wrong, None: malformed."""
-        return self.judge.check(messages[-1]["content"], self.text_of(answer))
-
-    @torch.no_grad()
-    def logp(self, model, answers, dtype, scored=False):
-        """The log-probability (n, T) float32 of each target. scored: (that, the value head's numbers (n, T))."""
-        found, T = [], answers.written.shape[1]
-        at_once = max(1, EVAL_TOKENS // T)
-        for start in range(0, len(answers.ids), at_once):
-            ids = to_device(answers.ids[start:start + at_once], self.world.device)
-            with autocast(self.world.device, dtype):
-                found.append(-model(ids[:, :-1], ids[:, 1:]).cpu())
-        return torch.cat(found).numpy()
-
-    def add_advantages(self, model, dtype):
-        """Adds "advantages" to self.columns, and for PPO "returns"."""
-        s, found = self.settings, self.answers
-        if s.method == "group":
-            self.columns["advantages"] = group_advantages(found.rewards, found.group, s.divide)[:, None] * found.written
-            return
-        rewards = np.zeros_like(found.written)
-        last = found.written.shape[1] - 1 - found.written[:, ::-1].argmax(1)
-        rewards[np.arange(len(last)), last] = found.rewards
+    def learned_from(self, model, dtype):
+        """{argument of `loss`: (n, T) float32} of the round's answers, 0 where nothing was written."""
+        s, found, columns = self.settings, self.answers, {}
+        if s.method == "ppo":
+            columns["old"], values = self.per_token(lambda ids: scored_logp(model, ids), dtype)
+        else:
+            columns["old"], = self.per_token(lambda ids: (-model(ids[:, :-1], ids[:, 1:]),), dtype)
         if s.kl:
-            rewards -= s.kl * (self.columns["old"] - self.columns["reference"]) * found.written
-        values = self.values(model, found, dtype) * found.written
-        advantages = unexpected(rewards, values, found.written, s.lam)
-        self.columns["returns"] = advantages + values
-        count = found.written.sum()
-        mean = advantages.sum() / count
-        deviation = np.sqrt((((advantages - mean) * found.written) ** 2).sum() / count)
-        self.columns["advantages"] = (advantages - mean) / (deviation + 1e-8) * found.written
+            columns["reference"], = self.per_token(lambda ids: (-self.reference(ids[:, :-1], ids[:, 1:]),), dtype)
+        if s.method == "group":
+            advantages = group_advantages(found.rewards, found.group, s.divide)[:, None]
+        else:
+            rewards = at_the_end(found.rewards, found.written)
+            if s.kl:
+                rewards -= s.kl * (columns["old"] - columns["reference"]) * found.written
+            advantages = unexpected(rewards, values, found.written, s.lam)
+            columns["returns"] = advantages + values
+            advantages = standardized(advantages, found.written)
+        return columns | {"advantages": advantages * found.written}
 
     @torch.no_grad()
-    def values(self, model, answers, dtype):
-        found, T = [], answers.written.shape[1]
-        at_once = max(1, EVAL_TOKENS // T)
+    def per_token(self, compute, dtype, answers=None):
+        """What compute(ids (B, T + 1)) returns, a tuple of (B, T), for all answers: arrays (n, T), 0 where unwritten."""
+        answers, found = answers or self.answers, []
+        at_once = max(1, EVAL_TOKENS // answers.written.shape[1])
         for start in range(0, len(answers.ids), at_once):
-            ids = to_device(answers.ids[start:start + at_once], self.world.device)
             with autocast(self.world.device, dtype):
-                found.append(model(ids[:, :-1], scored=True)[1].cpu())
-        return torch.cat(found).numpy()
+                some = compute(to_device(answers.ids[start:start + at_once], self.world.device))
+            found.append([value.float().cpu().numpy() for value in some])
+        return [np.concatenate(parts) * answers.written for parts in zip(*found)]
 
     # ------------------------------------------------------------------------------------------------------------------
     # An update
@@ -225,16 +207,18 @@ class RLTask(ChatTask):
     # Measures
 
     def evaluate(self, model, split, world, dtype, limit=0):
+        """As ChatTask's, and of drawn answers: pass@1, pass@8, mean reward, share of malformed ones, length, KL."""
         found = super().evaluate(model, split, world, dtype, limit)
         if self.reference is None:
             return found
-        questions = [[said("user", prompt)] for prompt in self.problems(split)[:EVAL_QUESTIONS]]
-        drawn = self.roll_out(model, questions, self.settings.samples, (self.settings.seed, 1))
-        difference = self.logp(self.reference, drawn, dtype) - self.logp(model, drawn, dtype)
-        kl = ((np.exp(difference) - 1 - difference) * drawn.written).sum() / drawn.written.sum()
-        solved = [drawn.right[drawn.group == i].any() for i in range(len(questions))]
-        return found | {"pass@1": float(drawn.right.mean()), f"pass@{self.settings.samples}": float(np.mean(solved)),
-                        "kl": float(kl), **{name: float(value) for name, value in drawn.measures().items()}}
+        s, questions = self.settings, [[said("user", prompt)] for prompt in self.problems(split)[:EVAL_QUESTIONS]]
+        drawn = self.roll_out(model, questions, s.samples, (s.seed, 1))
+        new, = self.per_token(lambda ids: (-model(ids[:, :-1], ids[:, 1:]),), dtype, drawn)
+        old, = self.per_token(lambda ids: (-self.reference(ids[:, :-1], ids[:, 1:]),), dtype, drawn)
+        found |= {name: float(value) for name, value in drawn.measures().items()}
+        found["kl"] = float((np.exp(old - new) - 1 - old + new).sum() / drawn.written.sum())
+        solved = np.bincount(drawn.group, drawn.right) > 0
+        return found | {"pass@1": float(drawn.right.mean()), f"pass@{s.samples}": float(solved.mean())}
 
     def summary(self, model):
         s = self.settings
@@ -247,28 +231,59 @@ class RLTask(ChatTask):
         return self.settings.batch_size * (model.config.block_size), 0
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Advantages
+
+def joined(prompts, answers):
+    """(ids (n, T + 1) int64, written (n, T) float32) of n prompts and answers, lists of ids: see `Answers`."""
+    longest = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers))
+    ids, written = np.zeros((len(prompts), longest), np.int64), np.zeros((len(prompts), longest - 1), np.float32)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers)):
+        begin, end = len(prompt), len(prompt) + len(answer)
+        ids[row, :begin], ids[row, begin:end] = prompt, answer
+        written[row, begin - 1:end - 1] = 1
+    return ids, written
+
+
+def at_the_end(rewards, written):
+    """Rewards (n,) at the last written position of each row, 0 elsewhere: (n, T)."""
+    found = np.zeros_like(written)
+    last = written.shape[1] - 1 - written[:, ::-1].argmax(1)
+    found[np.arange(len(found)), last] = rewards
+    return found
+
+
 def group_advantages(rewards, group, divide):
-    """The advantages (n,): each reward minus the mean of its group, divided by the group's deviation if `divide`."""
+    """Advantages (n,): each reward minus the mean of its group; if `divide`, in units of the group's deviation."""
     counts = np.bincount(group)
-    mean = np.bincount(group, rewards) / counts
-    advantages = rewards - mean[group]
-    deviation = np.sqrt(np.bincount(group, advantages ** 2) / counts)
-    advantages[deviation[group] < 1e-6] = 0
-    if divide:
-        advantages = advantages / np.maximum(deviation, 1e-6)[group]
-    return advantages.astype(np.float32)
+    advantages = rewards - (np.bincount(group, rewards) / counts)[group]
+    deviation = np.sqrt(np.bincount(group, advantages ** 2) / counts)[group]
+    advantages[deviation < 1e-6] = 0  # equal rewards, but for rounding
+    return (advantages / np.maximum(deviation, 1e-6) if divide else advantages).astype(np.float32)
 
 
 def unexpected(rewards, values, written, lam):
-    """The advantages (n, T) by generalized advantage estimation with gamma 1. All arrays: (n, T)."""
-    advantages, later, value_after = np.zeros_like(rewards), 0.0, 0.0
+    """Advantages (n, T): generalized advantage estimation with gamma = 1. All arrays: (n, T)."""
+    advantages, later, value = np.zeros_like(rewards), 0.0, 0.0
     for t in reversed(range(rewards.shape[1])):
-        later = (rewards[:, t] + value_after - values[:, t] + lam * later) * written[:, t]
-        value_after = values[:, t] * written[:, t]
+        later = (rewards[:, t] + value - values[:, t] + lam * later) * written[:, t]
+        value = values[:, t] * written[:, t]
         advantages[:, t] = later
     return advantages
+
+
+def standardized(values, written):
+    """Values (n, T) with mean 0 and deviation 1 over what was written."""
+    values = (values - (values * written).sum() / written.sum()) * written
+    return values / (np.sqrt((values ** 2).sum() / written.sum()) + 1e-8)
 
 
 def clipped(ratio, advantages, clip):
     """PPO's loss of each token: nothing is gained by a ratio further than `clip` from 1."""
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+
+
+def scored_logp(critic, ids):
+    """(log-probability of each target, the critic's number before it), each (B, T), of ids (B, T + 1)."""
+    logits, values = critic(ids[:, :-1], scored=True)
+    return logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1), values

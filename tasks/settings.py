@@ -117,6 +117,30 @@ class RL(Chat):
     lam: float = 1.0  # of PPO's advantages: below 1, they trust the value head more
     value_weight: float = 0.5  # weight of the value head's squared error, for PPO
 
+    def __post_init__(self):
+        super().__post_init__()
+        check_ranges(self, samples=1, round=1, epochs=1, clip=0.0, kl=0.0, entropy=0.0, lam=0.0, value_weight=0.0)
+        if self.lam > 1:
+            raise UserError(f"lam = {self.lam}: must be at most 1")
+        if self.method == "group":
+            check_idle(self, "is for --method=ppo", "lam", "value_weight")
+            if self.samples == 1:
+                raise UserError("samples = 1: an answer has no other answers to be compared with; use at least 2")
+        else:
+            check_idle(self, "is for --method=group", "divide")
+        for name in ("max_iters", "eval_interval"):
+            if getattr(self, name) % self.round:
+                raise UserError(f"{name} = {getattr(self, name)}: must be a multiple of round = {self.round}: a run"
+                                " evaluates and saves after whole rounds")
+        if self.batch_size * self.round % (self.epochs * self.samples):
+            raise UserError(f"samples = {self.samples}: must divide the answers of a round, batch_size * round / epochs"
+                            f" = {self.batch_size * self.round / self.epochs:g}")
+        if self.dropout:
+            raise UserError(f"dropout = {self.dropout}: an answer's probability must be the one with which it was drawn;"
+                            " leave it out")
+        if self.shard:
+            raise UserError("shard = True: a sharded model can't write answers; leave it out")
+
 
 @dataclass(frozen=True)
 class Vision:
