@@ -1,7 +1,7 @@
-"""The rl task: a chat model learns from rewards for its own answers. A world checks them, or a reward model scores them.
+"""The rl task: a chat model learns from rewards for its answers. A world checks them, or a reward model scores them.
 
-    python train.py config/chat/rl.py                 group-relative advantages, from the run of config/chat/countdown.py
-    python train.py config/chat/ppo.py                PPO with a value head
+    python train.py config/chat/rl.py             group-relative advantages, from the run of config/chat/countdown.py
+    python train.py config/chat/ppo.py            PPO with a value head
     python sample.py --out_dir=out/chat/rl --prompt="3 12 17=53" --temperature=0
 
 A round is one roll-out and the updates that learn from it. In a roll-out the model writes `samples` answers to each of
@@ -157,7 +157,7 @@ class RLTask(ChatTask):
 
     @torch.no_grad()
     def per_token(self, compute, dtype, answers=None):
-        """What compute(ids (B, T + 1)) returns, a tuple of (B, T), for all answers: arrays (n, T), 0 where unwritten."""
+        """What compute(ids (B, T + 1)) returns, a tuple of (B, T), for all answers: (n, T), 0 where nothing is written."""
         answers, found = answers or self.answers, []
         at_once = max(1, EVAL_TOKENS // answers.written.shape[1])
         for start in range(0, len(answers.ids), at_once):

@@ -104,7 +104,7 @@ class Chat(Text):
 @dataclass(frozen=True)
 class RL(Chat):
     # the roll-outs
-    method: Literal["group", "ppo"] = "group"  # where advantages come from: other answers to the question, or a value head
+    method: Literal["group", "ppo"] = "group"  # advantages over other answers to the question, or over a value head
     reward: str = ""  # folder of a reward model's run, which scores the answers; empty: the world checks them
     samples: int = 8  # answers to each question
     round: int = 4  # updates that learn from one roll-out, of batch_size * round / epochs answers
@@ -136,8 +136,8 @@ class RL(Chat):
             raise UserError(f"samples = {self.samples}: must divide the answers of a round, batch_size * round / epochs"
                             f" = {self.batch_size * self.round / self.epochs:g}")
         if self.dropout:
-            raise UserError(f"dropout = {self.dropout}: an answer's probability must be the one with which it was drawn;"
-                            " leave it out")
+            raise UserError(f"dropout = {self.dropout}: an answer must be learned with the probability with which it was"
+                            " drawn; leave it out")
         if self.shard:
             raise UserError("shard = True: a sharded model can't write answers; leave it out")
 

@@ -1,4 +1,4 @@
-"""Learning from rewards: advantages, the losses against formulas, rounds that resume exactly, a reference that stays."""
+"""Learning from rewards: advantages, losses against formulas, rounds that resume exactly, a reference that stays."""
 
 import dataclasses
 import json
@@ -10,16 +10,18 @@ import pytest
 import torch
 from conftest import settings_for
 
+import machine.distributed
 import train
+from chat import chat_tokenizer
 from configurator import UserError
 from critic import Critic, RewardModel, as_kind
-import machine.distributed
 from model import GPT, GPTConfig, init_weights
 from run import checkpoint
 from sources import dialogues
 from tasks.chat import said
 from tasks.loading import load
 from tasks.rl import RLTask, clipped, group_advantages, joined, standardized, unexpected
+from tokenizer import CharTokenizer
 from worlds import WORLDS, World
 
 ALONE = machine.distributed.World(0, 1, torch.device("cpu"))
@@ -74,7 +76,7 @@ def test_prompts_and_answers_are_joined_and_only_answers_count():
 
 def task_with(**values):
     settings = settings_for("rl", **{**SMALL, "entropy": 0.0, **values})
-    return RLTask(settings, {"tokenizer": dialogues.learn("char", {"train": [{"messages": said_all("1 2", "1+2")}]})}, "x")
+    return RLTask(settings, {"tokenizer": chat_tokenizer(CharTokenizer("12"))}, "x")
 
 
 def said_all(*contents):
@@ -253,7 +255,7 @@ def test_two_ranks_draw_what_one_draws(world, tuned, tmp_path):
     (dict(samples=5), "samples = 5: must divide the answers of a round"),
     (dict(round=3), "max_iters = 8: must be a multiple of round = 3"),
     (dict(eval_interval=3), "eval_interval = 3: must be a multiple of round = 2"),
-    (dict(dropout=0.1), "dropout = 0.1: an answer's probability"), (dict(lam=0.9), "lam = 0.9: is for --method=ppo"),
+    (dict(dropout=0.1), "dropout = 0.1: an answer must be"), (dict(lam=0.9), "lam = 0.9: is for --method=ppo"),
     (dict(method="ppo", divide=False), "divide = False: is for --method=group"),
     (dict(method="ppo", lam=1.5), "lam = 1.5: must be at most 1")])
 def test_settings_that_can_not_be_are_refused(values, error, world, tuned):
