@@ -8,6 +8,7 @@ Axes: B batch, T positions, C channels, V vocabulary.
 
 import dataclasses
 
+import torch
 import torch.nn as nn
 
 from model import GPT
@@ -39,7 +40,7 @@ class RewardModel(Critic):
     def forward(self, tokens, ends):
         """Scores (B,) of tokens (B, T), each read at the position of its last token, ends (B,)."""
         x = self.hidden(tokens)
-        return self.scores(x[range(len(ends)), ends])  # (B, T, C) -> (B, C) -> (B,)
+        return self.scores(x[torch.arange(len(ends), device=x.device), ends])  # (B, T, C) -> (B, C) -> (B,)
 
 
 def as_kind(kind, model):

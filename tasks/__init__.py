@@ -38,6 +38,8 @@ TASKS = {
     "classification": Row("tasks.classification", "ClassificationTask", settings.Classification, settings.Classifying,
                           settings.Labels, ()),
     "chat": Row("tasks.chat", "ChatTask", settings.Chat, settings.Chatting, settings.Answers, ()),
+    "reward": Row("tasks.reward", "RewardTask", settings.Reward, settings.Scoring, settings.Problems, ()),
+    "dpo": Row("tasks.dpo", "DPOTask", settings.DPO, settings.Chatting, settings.Answers, ()),
     "rl": Row("tasks.rl", "RLTask", settings.RL, settings.Chatting, settings.Answers, ()),
     "tagging": Row("tasks.tagging", "TaggingTask", settings.Tagging, settings.Nothing, settings.Labels, ()),
 }

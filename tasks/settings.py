@@ -49,7 +49,7 @@ def check_training(settings):
 
 
 @dataclass(frozen=True)
-class Text:
+class LanguageModel:
     # the model
     model: str = "gpt"  # gpt, gemma, or another name in MODELS of tasks/text.py
     n_layer: int = 2  # blocks
@@ -66,12 +66,19 @@ class Text:
     tied: bool = True  # use the token embedding as the output head too
     bigrams: bool = False  # also embed each pair of neighbouring tokens; for small vocabularies
     zero_init: bool = False  # start the last matrices of each block at zero, so that it adds nothing at first
-    publish: str = ""  # folder to write the best model to at the end, as transformers can load it
 
     def __post_init__(self):
         check_sizes(self)
         if self.init_from != "scratch":
             check_idle(self, "is for a model that starts from scratch", "zero_init")
+
+
+@dataclass(frozen=True)
+class Text(LanguageModel):
+    publish: str = ""  # folder to write the best model to at the end, as transformers can load it
+
+    def __post_init__(self):
+        super().__post_init__()
         check_publish(self.publish, self.out_dir, self.init_from)
 
 
@@ -99,6 +106,30 @@ class Arithmetic(Text):
 @dataclass(frozen=True)
 class Chat(Text):
     pack: bool = True  # fill each row with whole dialogues; False: one dialogue per row
+
+
+@dataclass(frozen=True)
+class Reward(LanguageModel):
+    def __post_init__(self):
+        super().__post_init__()
+        check_idle(self, "a reward model is a GPT with a score instead of its head", "model", "tied")
+
+
+@dataclass(frozen=True)
+class DPO:
+    beta: float = 0.1  # how dearly the model pays for leaving its reference; a small one lets it go further
+    sft: float = 0.0  # weight of the chosen answer's own mean nats, added to the loss
+    publish: str = ""  # folder to write the best model to at the end, as transformers can load it
+
+    def __post_init__(self):
+        check_ranges(self, sft=0.0)
+        if not self.beta > 0:
+            raise UserError(f"beta = {self.beta}: must be above 0")
+        if self.init_from == "scratch":
+            raise UserError("init_from = 'scratch': --task=dpo goes on from a model that answers; add --init_from=RUN")
+        if self.shard:
+            raise UserError("shard = True: --task=dpo keeps a whole copy of the model that it starts from; leave it out")
+        check_publish(self.publish, self.out_dir, self.init_from)
 
 
 @dataclass(frozen=True)
@@ -374,6 +405,17 @@ class Matching:
 
     def __post_init__(self):
         check_model(self)
+
+
+@dataclass(frozen=True)
+class Scoring:
+    # the answer
+    answer: str = ""  # the answer to the prompt, which gets a score
+
+    def __post_init__(self):
+        check_model(self)
+        if not self.answer:
+            raise UserError("answer = '': a reward model scores an answer to the prompt: add --answer=TEXT")
 
 
 @dataclass(frozen=True)
