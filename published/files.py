@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from configurator import UserError, say
+from critic import Critic, as_kind
 from encoder import MaskedLM, SentenceEncoder
 from machine.decode import KNOWN
 from machine.digest import code_of
@@ -38,7 +39,7 @@ FAMILIES = {"gpt2": "published.gpt2", **dict.fromkeys(("llama", "mistral", "qwen
             "paligemma": "published.paligemma", "bert": "published.bert"}  # by the model_type in config.json
 HEAD = "lm_head.weight"  # the output head in every first layout; a tied model has none
 LAYOUTS = {GPT: ("gpt2", "llama"), Gemma: ("llama",), PaliGemma: ("paligemma",), MaskedLM: ("bert",),
-           SentenceEncoder: ("bert",)}  # that may hold a class of ours
+           SentenceEncoder: ("bert",), Critic: ("gpt2", "llama")}  # that may hold a class of ours
 
 FITS = {  # {what a value of config.json must be: whether it is}
     "a whole number from 1 to 2^31 - 1": lambda value: type(value) is int and 0 < value < 2**31,
@@ -207,6 +208,8 @@ def save(model, tokenizer, folder, shard_size=5 * 10**9):
     a model that no layout holds, for a folder with anything but a published model, and if a file can't be written.
     """
     check_publish(folder)
+    if type(model) is Critic:  # its score is for training alone
+        model = as_kind(GPT, model)
     family, folder = layout(model, tokenizer), Path(folder).resolve()
     new, old = (folder.with_name(folder.name + ending) for ending in (".unfinished", ".replaced"))
     try:

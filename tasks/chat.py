@@ -26,9 +26,11 @@ import tokenizer as tokenizers
 from batches import DialogueDataset, fixed_rows, shuffled_rows, to_device
 from chat import Chat, chat_tokenizer, check_messages
 from configurator import UserError
+from critic import Critic, as_kind
 from generate import generate, pick_tokens, picker
 from machine.device import autocast
 from machine.terminal import watched
+from model import GPT
 from run.cost import flops_per_token, size_in_words
 from tasks.settings import Chatting
 from tasks.text import EVAL_TOKENS, TextTask
@@ -54,6 +56,8 @@ class ChatTask(TextTask):
             self.best = ("exact", max)
 
     def adopt(self, model, generator):
+        if type(model) is Critic:  # of PPO
+            model = as_kind(GPT, model)
         return widen(super().adopt(model, generator), self.tokenizer.vocab_size, generator, self.source)
 
     def fit(self, model):

@@ -18,6 +18,7 @@ Axes: n answers of a round, G questions, B rows of a batch, T tokens of a row bu
 """
 
 import functools
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -25,14 +26,17 @@ import torch
 
 from batches import shuffled_rows, to_device
 from configurator import UserError
-from critic import Critic, as_kind
+from critic import Critic, RewardModel, as_kind
 from generate import pick_tokens
 from machine.device import autocast
-from model import GPT, GPTConfig
+from model import GPTConfig
 from run.cost import size_in_words
 from tasks.chat import ChatTask, alike, said
-from tasks.reference import keep, recall
+from tasks.reference import keep, keep_copy, recall
+from tasks.reward import scores_of
 from tasks.text import EVAL_TOKENS
+from tokenizer import load as load_tokenizer
+from tokenizer import same_vocabulary
 
 EVAL_QUESTIONS = 256  # of an evaluation, that get several answers each
 
@@ -56,6 +60,7 @@ class RLTask(ChatTask):
     models = {**ChatTask.models, "critic": (Critic, GPTConfig)}
     rows_label = "the answers"
     reference = None  # the model that the run started from; known when the first round begins
+    scorer = None  # the reward model, if it gives the rewards
     answers = None  # of the round
     columns = None  # {argument of `loss`: (n, T) float32} of the round
     order = None  # rows of the round's updates, one update after the other
@@ -67,14 +72,12 @@ class RLTask(ChatTask):
             raise UserError(f"dataset = {self.settings.dataset}: nobody checks its answers: name the run of a reward"
                             " model, --reward=FOLDER")
 
-    def build(self, generator):
-        return self.with_head(super().build(generator))
-
     def adopt(self, model, generator):
-        return self.with_head(super().adopt(model, generator))
+        model = super().adopt(model, generator)
+        return as_kind(Critic, model) if self.settings.method == "ppo" else model
 
-    def with_head(self, model):
-        return as_kind(Critic if self.settings.method == "ppo" else GPT, model)
+    def shape(self, model):
+        return {}  # the model brings its own
 
     # ------------------------------------------------------------------------------------------------------------------
     # A round
@@ -82,9 +85,7 @@ class RLTask(ChatTask):
     def begin(self, step, model, world, dtype):
         s = self.settings
         if self.reference is None:
-            if step == 0:
-                keep(self, model)
-            self.reference = recall(self)
+            self.meet(model, step)
         model.eval()
         self.answers = found = self.roll_out(model, self.questions(step), s.samples, (s.seed, 0, step))
         self.columns = self.learned_from(model, dtype)
@@ -98,6 +99,24 @@ class RLTask(ChatTask):
         generator = np.random.Generator(np.random.Philox(key=np.array((s.seed, step), dtype=np.uint64)))
         self.order = np.concatenate([generator.permutation(rows) for _ in range(s.epochs)])
         self.shown = {**found.measures(), "learned": len(kept) / len(found.ids)}
+
+    def meet(self, model, step):
+        """Loads the reference and the reward model. Before the first update, puts copies into the run's folder."""
+        source = self.settings.reward
+        if step == 0:
+            keep(self, model)
+            if source:
+                keep_copy(self, "reward", source)
+        self.reference = recall(self)
+        if source:
+            self.scorer = recall(self, "reward")
+            if type(self.scorer) is not RewardModel:
+                raise UserError(f"reward = {source}: is a {type(self.scorer).__name__}, and not a reward model: train"
+                                " one with config/chat/reward.py")
+            if not same_vocabulary(load_tokenizer(Path(self.settings.out_dir, "reward", "tokenizer.json")),
+                                   self.tokenizer):
+                raise UserError(f"reward = {source}: has another tokenizer than the model that answers: train one from"
+                                f" that model, --init_from={self.settings.init_from}")
 
     def questions(self, step):
         """The messages of each of the G questions of a round that begins after `step` updates."""
@@ -121,19 +140,20 @@ class RLTask(ChatTask):
             rows = batches[number]
             found += zip(rows, self.continuations(model, [prompts[i] for i in rows], pick))
         group, answers = zip(*sorted(self.world.gather(found)))
-        ids, written = joined([prompts[i] for i in group], [self.until_end(answer) for answer in answers])
-        return Answers(ids, written, np.array(group), *self.judged(questions, group, answers, ids, written))
-
-    def judged(self, questions, group, answers, ids, written):
-        """(right, malformed, rewards), each (n,) float32. Arguments: as in `Answers`; answers: lists of ids."""
-        if self.judge:
-            verdicts = [self.judge.check(questions[i][-1]["content"], self.text_of(ids))
-                        for i, ids in zip(group, answers)]
-        else:
-            verdicts = [0.0 if set(ids) & set(self.tokenizer.ends) else None for ids in answers]
+        prompts, answers = [prompts[i] for i in group], [self.until_end(answer) for answer in answers]
+        verdicts = [self.verdict(questions[i], answer) for i, answer in zip(group, answers)]
         right = np.array([verdict == 1.0 for verdict in verdicts], np.float32)
         malformed = np.array([verdict is None for verdict in verdicts], np.float32)
-        return right, malformed, right
+        rewards = right
+        if self.scorer:
+            rewards = scores_of(self.scorer, [[*one, *other] for one, other in zip(prompts, answers)]).cpu().numpy()
+        return Answers(*joined(prompts, answers), np.array(group), right, malformed, rewards)
+
+    def verdict(self, messages, answer):
+        """1.0: right, 0.0: wrong, None: malformed. An answer that nobody checks is well-formed if it has an end."""
+        if self.judge:
+            return self.judge.check(messages[-1]["content"], self.text_of(answer))
+        return 0.0 if answer[-1] in self.tokenizer.ends else None
 
     def learned_from(self, model, dtype):
         """{argument of `loss`: (n, T) float32} of the round's answers, 0 where nothing was written."""
@@ -157,7 +177,7 @@ class RLTask(ChatTask):
 
     @torch.no_grad()
     def per_token(self, compute, dtype, answers=None):
-        """What compute(ids (B, T + 1)) returns, a tuple of (B, T), for all answers: (n, T), 0 where nothing is written."""
+        """What compute(ids (B, T + 1)) returns, a tuple of (B, T), of all answers: (n, T), 0 where unwritten."""
         answers, found = answers or self.answers, []
         at_once = max(1, EVAL_TOKENS // answers.written.shape[1])
         for start in range(0, len(answers.ids), at_once):

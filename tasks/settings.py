@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from configurator import UserError, check_idle, check_ranges, check_shape
+from configurator import UserError, check_idle, check_ranges, check_run, check_shape
 from published import check_publish
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ class DPO:
 
 
 @dataclass(frozen=True)
-class RL(Chat):
+class RL:
     # the roll-outs
     method: Literal["group", "ppo"] = "group"  # advantages over other answers to the question, or over a value head
     reward: str = ""  # folder of a reward model's run, which scores the answers; empty: the world checks them
@@ -147,9 +147,11 @@ class RL(Chat):
     divide: bool = True  # divide a group's advantages by their standard deviation
     lam: float = 1.0  # of PPO's advantages: below 1, they trust the value head more
     value_weight: float = 0.5  # weight of the value head's squared error, for PPO
+    # what is measured, and published
+    pack: bool = True  # validation loss of rows filled with whole dialogues; False: of one dialogue per row
+    publish: str = ""  # folder to write the best model to at the end, as transformers can load it
 
     def __post_init__(self):
-        super().__post_init__()
         check_ranges(self, samples=1, round=1, epochs=1, clip=0.0, kl=0.0, entropy=0.0, lam=0.0, value_weight=0.0)
         if self.lam > 1:
             raise UserError(f"lam = {self.lam}: must be at most 1")
@@ -167,10 +169,15 @@ class RL(Chat):
             raise UserError(f"samples = {self.samples}: must divide the answers of a round, batch_size * round / epochs"
                             f" = {self.batch_size * self.round / self.epochs:g}")
         if self.dropout:
-            raise UserError(f"dropout = {self.dropout}: an answer must be learned with the probability with which it was"
-                            " drawn; leave it out")
+            raise UserError(f"dropout = {self.dropout}: an answer must be learned with the probability with which it"
+                            " was drawn; leave it out")
         if self.shard:
             raise UserError("shard = True: a sharded model can't write answers; leave it out")
+        if self.init_from == "scratch":
+            raise UserError("init_from = 'scratch': --task=rl goes on from a model that answers; add --init_from=RUN")
+        if self.reward and not self.resume:
+            check_run(self.reward)
+        check_publish(self.publish, self.out_dir, self.init_from)
 
 
 @dataclass(frozen=True)

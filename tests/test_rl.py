@@ -25,7 +25,8 @@ from tokenizer import CharTokenizer
 from worlds import WORLDS, World
 
 ALONE = machine.distributed.World(0, 1, torch.device("cpu"))
-SMALL = dict(n_layer=1, n_head=2, n_embd=32, block_size=24, pack=False, sample_tokens=0, device="cpu", dtype="float32")
+SMALL = dict(pack=False, sample_tokens=0, device="cpu", dtype="float32")
+SHAPE = dict(n_layer=1, n_head=2, n_embd=32, block_size=24)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -75,7 +76,7 @@ def test_prompts_and_answers_are_joined_and_only_answers_count():
 # Losses
 
 def task_with(**values):
-    settings = settings_for("rl", **{**SMALL, "entropy": 0.0, **values})
+    settings = settings_for("rl", **SMALL, init_from="x", **values)
     return RLTask(settings, {"tokenizer": chat_tokenizer(CharTokenizer("12"))}, "x")
 
 
@@ -147,7 +148,7 @@ def world(known, tmp_path_factory):
 def tuned(world, tmp_path_factory):
     """A chat run that has learned the form of answers."""
     out = tmp_path_factory.mktemp("tuned") / "run"
-    train.main(settings_for("chat", **SMALL, dataset=str(world), out_dir=str(out), batch_size=32, max_iters=40,
+    train.main(settings_for("chat", **SMALL, **SHAPE, dataset=str(world), out_dir=str(out), batch_size=32, max_iters=40,
                             learning_rate=1e-2, min_lr=1e-3, warmup_iters=5, eval_interval=40), {})
     return out
 
@@ -264,8 +265,10 @@ def test_settings_that_can_not_be_are_refused(values, error, world, tuned):
 
 
 def test_a_model_that_is_never_right_has_nothing_to_learn_from(world, tmp_path):
+    train.main(settings_for("chat", **SMALL, **SHAPE, dataset=str(world), out_dir=str(tmp_path / "new"), batch_size=32,
+                            max_iters=1), {})
     with pytest.raises(UserError, match="all 32 answers of the first round have the reward 0: there is nothing to"):
-        train.main(small(world, "scratch", out_dir=str(tmp_path)), {})
+        train.main(small(world, tmp_path / "new", out_dir=str(tmp_path / "rl")), {})
 
 
 def test_answers_that_nobody_checks_need_a_reward_model(tuned, tmp_path):
