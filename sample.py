@@ -1,14 +1,12 @@
 """Samples from a trained model: continuations of a prompt, one or many in a batch, or answers about images.
 
     python sample.py --out_dir=out --prompt="ROMEO:"            one sample, shown as it is written
-    python sample.py --out_dir=out --num_samples=10             ten at once
     python sample.py --out_dir=out --prompt=FILE:scene.txt      the prompt from a file; --prompt=- reads stdin
     python sample.py --init_from=gpt2 --prompt="Once upon"      a published GPT-2 (by name, or its local folder)
 
 A PaliGemma, published or trained here (--out_dir), answers prompts about an image, best at temperature 0:
 
     python sample.py --init_from=google/paligemma-3b-pt-224 --image=photo.jpg --prompt="caption en" --temperature=0
-    ... --image=a.jpg,b.jpg                                     one prompt for several images, in one batch
     ... --prompt="detect cat ; dog" --draw=boxes.png            the answer's boxes in pixels, and on the image
     ... --attention=map.png                                     a heat map of where it looked, for each token it wrote
     ... --dtype=bfloat16 --device=cpu                           half the memory: 6 GB for the 3 billion parameters

@@ -83,6 +83,8 @@ class RLTask(ChatTask):
     # A round
 
     def begin(self, step, model, world, dtype):
+        if step % self.round:
+            return
         s = self.settings
         if self.reference is None:
             self.meet(model, step)

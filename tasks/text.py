@@ -56,8 +56,8 @@ class TextTask(Task):
         s = self.settings
         check_choices(s, model=MODELS)
         cls, config_cls = MODELS[s.model]
-        known = {field.name for field in dataclasses.fields(config_cls)}
-        shape = {name: getattr(s, name) for name in (*SHAPE, "dropout") if name in known and getattr(s, name) != ""}
+        known = [field.name for field in dataclasses.fields(config_cls) if field.name in (*SHAPE, "dropout")]
+        shape = {name: getattr(s, name) for name in known if getattr(s, name) != ""}
         torch.manual_seed(s.seed)  # for a model that keeps PyTorch's own initialisation
         model = cls(config_cls(**shape, vocab_size=self.tokenizer.vocab_size))
         if all_blocks(model):
