@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import settings_for
+from test_distributed import ROOT, torchrun
+from test_train import as_arguments
 
 import machine.distributed
 import train
 from chat import chat_tokenizer
-from configurator import UserError
+from configurator import UserError, differences
 from critic import Critic, RewardModel, as_kind
 from model import GPT, GPTConfig, init_weights
 from run import checkpoint
@@ -203,6 +205,10 @@ def test_what_is_left_out_has_no_advantage_and_the_rest_is_learned_once_an_epoch
 # ----------------------------------------------------------------------------------------------------------------------
 # Runs
 
+def log(out_dir):
+    return [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
+
+
 def states(*folders):
     return [checkpoint.load(folder).state for folder in folders]
 
@@ -220,7 +226,7 @@ def test_a_resumed_run_is_the_whole_run_and_its_reference_stays(method, world, t
     start, reference, other = states(tuned / "best", tmp_path / "whole" / "reference", tmp_path / "parts" / "reference")
     assert all(torch.equal(start[name], reference[name]) and torch.equal(start[name], other[name]) for name in start)
     assert not torch.equal(whole["wte.weight"], start["wte.weight"])
-    row = json.loads((tmp_path / "whole" / "log.jsonl").read_text().splitlines()[-1])
+    row = log(tmp_path / "whole")[-1]
     assert {"val_exact", "val_pass@1", "val_pass@4", "val_reward", "val_kl", "val_length", "val_malformed", "entropy",
             "clipped", "kl", "reward", "learned"} <= row.keys()
 
@@ -292,3 +298,56 @@ def test_the_weights_of_a_gpt_fit_a_critic_and_a_reward_model_and_back():
     long, short = judge(tokens, torch.tensor([7])), judge(tokens[:, :4], torch.tensor([3]))
     assert torch.allclose(judge(torch.cat((tokens, tokens)), torch.tensor([7, 3])), torch.cat((long, short)))
     assert dataclasses.asdict(judge.config)["tied"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A reward model, and several workers
+
+@pytest.fixture(scope="module")
+def judge(world, tuned, tmp_path_factory):
+    """A reward model's run: it has learned that large digits are better."""
+    folder = tmp_path_factory.mktemp("judge")
+    rows = [{"messages": [said("user", f"{a} {b} {c}")], "chosen": max(a, b), "rejected": min(a, b), "split": split}
+            for split, digits in (("train", "02468"), ("val", "13579")) for a in digits for b in digits for c in digits
+            if a != b]
+    dialogues.prepare(rows, folder / "pairs", str(tuned), 0.1, "made up")
+    train.main(settings_for("reward", sample_tokens=0, device="cpu", dtype="float32", dataset=str(folder / "pairs"),
+                            init_from=str(tuned), out_dir=str(folder / "run"), batch_size=16, max_iters=30,
+                            eval_interval=30, learning_rate=1e-2, min_lr=1e-3, warmup_iters=3), {})
+    return folder / "run"
+
+
+def test_a_reward_model_gives_the_rewards_and_its_copy_resumes_the_run(judge, world, tuned, tmp_path):
+    how = dict(reward=str(judge), kl=0.01, max_iters=60, eval_interval=20, round=2, learning_rate=3e-3)
+    train.main(small(world, tuned, out_dir=str(tmp_path / "whole"), **how), {})
+    rows = log(tmp_path / "whole")
+    found = [row["val_reward"] for row in rows if "val_reward" in row]
+    assert found[-1] > found[0] and rows[-1]["val_kl"] > 0
+    with pytest.raises(SystemExit):
+        train.main(small(world, tuned, out_dir=str(tmp_path / "parts"), max_minutes=1e-9, **how), {})
+    away = judge.rename(judge.with_name("away"))
+    train.main(small(world, tuned, out_dir=str(tmp_path / "parts"), resume=True, **how), {})
+    away.rename(judge)
+    whole, parts = states(tmp_path / "whole" / "last", tmp_path / "parts" / "last")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_what_is_no_reward_model_is_refused(tuned, world, tmp_path):
+    with pytest.raises(UserError, match="reward = .* is a GPT, and not a reward model: train one with"):
+        train.main(small(world, tuned, reward=str(tuned), out_dir=str(tmp_path)), {})
+
+
+@pytest.mark.slow
+def test_two_workers_learn_what_one_learns(tmp_path):
+    dialogues.prepare(dialogues.of_world("countdown"), tmp_path / "data", "char", 0.1, "made up", "countdown")
+    train.main(settings_for("chat", **SMALL, n_layer=2, n_head=2, n_embd=64, block_size=32, zero_init=True,
+                            optimizer="muon", dataset=str(tmp_path / "data"), out_dir=str(tmp_path / "sft"),
+                            batch_size=64, max_iters=250, learning_rate=1e-3, min_lr=1e-4, eval_interval=250), {})
+    one = small(tmp_path / "data", tmp_path / "sft", out_dir=str(tmp_path / "1"), batch_size=32, micro_batch_size=8)
+    train.main(one, {})
+    two = differences(dataclasses.replace(one, out_dir=str(tmp_path / "2")))
+    done = torchrun(ROOT / "train.py", *as_arguments(two))
+    assert done.returncode == 0, done.stderr
+    for row, other in zip(*(log(tmp_path / name) for name in "12"), strict=True):
+        for name in ("loss", "grad_norm", "reward", "learned"):
+            assert row[name] == pytest.approx(other[name], abs=1e-4, rel=1e-3)
