@@ -5,9 +5,9 @@
     python train.py --resume --out_dir=out               continues a stopped run, as if it had never stopped
     torchrun --nproc_per_node=2 train.py config/shakespeare_char.py
 
-Config files override the defaults, and --name=value overrides both. The run writes to out_dir: the checkpoints `last`
-and `best` (run/checkpoint.py), log.jsonl, run.json, samples.md and curves.svg. A new run moves an earlier one in that
-folder to earlier.N. The settings of every run follow; --help --task=NAME also shows those of a task.
+Config files override the defaults, and --name=value overrides both. The run writes the checkpoints `last` and `best`
+(run/checkpoint.py), log.jsonl, run.json, samples.md and curves.svg to out_dir, and moves an earlier run there to
+earlier.N. The settings of every run follow; --help --task=NAME also shows those of a task.
 
 Exit status: 0 the run has finished; 2 an error, explained in one line. The run has saved and can be resumed after: 75
 --max_minutes or SIGUSR1; 129 SIGHUP; 130 Ctrl-C; 141 the output was closed; 143 SIGTERM.
@@ -283,8 +283,7 @@ def pick_micro_batch_size(task, world):
     size = s.micro_batch_size or -(-s.batch_size // world.size)
     count = -(-s.batch_size // size)
     if world.is_main and count < world.size:
-        print(f"{world.size - count} of {world.size} workers are idle: an update has {count} micro-batches of {size}"
-              " rows; a smaller --micro_batch_size gives all of them work, but changes the losses slightly")
+        print(f"{world.size - count} of {world.size} workers are idle: a smaller --micro_batch_size gives them work")
     return size
 
 

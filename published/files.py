@@ -106,7 +106,8 @@ def locate(name):
         raise UserError(f"{name} was being replaced when its program was killed: {new} is the new model, {old} the old"
                         f" one, both complete; rename one of them to {name}")
     for weights in WEIGHTS.values():
-        files = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt"]
+        files = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt",
+                 "chat_template.jinja"]
         folder = Path(download(name, [*files, weights], "init_from"))
         if any(folder.glob(weights)):
             break

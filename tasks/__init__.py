@@ -23,7 +23,7 @@ class Row(NamedTuple):
 
 
 TASKS = {
-    "text": Row("tasks.text", "TextTask", settings.Text, settings.Writing, settings.Windows,
+    "text": Row("tasks.text", "TextTask", settings.Text, settings.Chatting, settings.Windows,
                 ("gpt2", "llama", "mistral", "qwen2", "gemma")),
     "contrastive": Row("tasks.contrastive", "ContrastiveTask", settings.Contrastive, settings.Matching,
                        settings.Nothing, ()),

@@ -300,6 +300,20 @@ class ChatTask(TextTask):
         return self.settings.batch_size * T, self.settings.batch_size * T * flops_per_token(model, T)
 
 
+def talker(task, sampling):
+    """The task that samples: for a conversation with a published model, the ChatTask of its tokenizer.
+
+    Raises UserError if that has no template. sampling: the settings of sample.py.
+    """
+    wanted = getattr(sampling, "chat", False) or getattr(sampling, "system", "")
+    if isinstance(task, ChatTask) or not wanted:
+        return task
+    if not task.tokenizer.template:
+        raise UserError(f"chat = True: {task.source} has no chat template: it continues texts; teach it to answer with"
+                        " --task=chat, see config/chat/dialogues.py")
+    return ChatTask(task.settings, task.tokenizers, task.source)
+
+
 def said(role, content):
     return {"role": role, "content": content}
 

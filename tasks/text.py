@@ -73,8 +73,7 @@ class TextTask(Task):
 
     def shape(self, model):
         model_type, known = model_type_of(model, MODELS), {field.name for field in dataclasses.fields(model.config)}
-        unknown = [name for name in (*SHAPE, "dropout") if name not in known]
-        check_idle(self.settings, f"a {model_type} has no such setting", *unknown)
+        check_idle(self.settings, f"a {model_type} has no such setting", *sorted({*SHAPE, "dropout"} - known))
         return {"model": model_type, **{name: getattr(model.config, name) for name in SHAPE if name in known}}
 
     def pick(self, step):
