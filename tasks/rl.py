@@ -89,18 +89,17 @@ class RLTask(ChatTask):
         if self.reference is None:
             self.meet(model, step)
         model.eval()
-        self.answers = found = self.roll_out(model, self.questions(step), s.samples, (s.seed, 0, step))
-        self.columns = self.learned_from(model, dtype)
-        model.train()
-        kept = np.flatnonzero(self.columns["advantages"].any(1))
-        if not len(kept) and step == 0:
-            raise UserError(f"all {len(found.ids)} answers of the first round have the reward {found.rewards[0]:g}:"
+        drawn = self.roll_out(model, self.questions(step), s.samples, (s.seed, 0, step))
+        if step == 0 and drawn.rewards.min() == drawn.rewards.max():
+            raise UserError(f"all {len(drawn.ids)} answers of the first round have the reward {drawn.rewards[0]:g}:"
                             " there is nothing to learn from them; start from a model that is sometimes right, and"
                             " sometimes wrong")
-        rows = kept if len(kept) else np.arange(len(found.ids))
+        self.answers, self.columns = self.compared(drawn) if s.method == "group" else (drawn, {})
+        self.add_logp(model, dtype)
+        model.train()
         generator = np.random.Generator(np.random.Philox(key=np.array((s.seed, step), dtype=np.uint64)))
-        self.order = np.concatenate([generator.permutation(rows) for _ in range(s.epochs)])
-        self.shown = {**found.measures(), "learned": len(kept) / len(found.ids)}
+        self.order = np.concatenate([generator.permutation(len(self.answers.ids)) for _ in range(s.epochs)])
+        self.shown = {**drawn.measures(), "learned": len(self.answers.ids) / len(drawn.ids)}
 
     def meet(self, model, step):
         """Loads the reference and the reward model. Before the first update, puts copies into the run's folder."""
@@ -157,25 +156,27 @@ class RLTask(ChatTask):
             return self.judge.check(messages[-1]["content"], self.text_of(answer))
         return 0.0 if answer[-1] in self.tokenizer.ends else None
 
-    def learned_from(self, model, dtype):
-        """{argument of `loss`: (n, T) float32} of the round's answers, 0 where nothing was written."""
-        s, found, columns = self.settings, self.answers, {}
-        if s.method == "ppo":
-            columns["old"], values = self.per_token(lambda ids: scored_logp(model, ids), dtype)
-        else:
-            columns["old"], = self.per_token(lambda ids: (-model(ids[:, :-1], ids[:, 1:]),), dtype)
+    def compared(self, drawn):
+        """(the answers that are better or worse than others to their question, {"advantages": (n, T)} of these)."""
+        advantages = group_advantages(drawn.rewards, drawn.group, self.settings.divide)
+        kept = np.flatnonzero(advantages) if advantages.any() else np.arange(len(advantages))
+        answers = Answers(*(each[kept] for each in drawn))
+        return answers, {"advantages": advantages[kept, None] * answers.written}
+
+    def add_logp(self, model, dtype):
+        """Adds what `loss` needs of the round's answers to self.columns: (n, T) float32 each, 0 where unwritten."""
+        s, found, columns = self.settings, self.answers, self.columns
         if s.kl:
             columns["reference"], = self.per_token(lambda ids: (-self.reference(ids[:, :-1], ids[:, 1:]),), dtype)
         if s.method == "group":
-            advantages = group_advantages(found.rewards, found.group, s.divide)[:, None]
-        else:
-            rewards = at_the_end(found.rewards, found.written)
-            if s.kl:
-                rewards -= s.kl * (columns["old"] - columns["reference"]) * found.written
-            advantages = unexpected(rewards, values, found.written, s.lam)
-            columns["returns"] = advantages + values
-            advantages = standardized(advantages, found.written)
-        return columns | {"advantages": advantages * found.written}
+            columns["old"], = self.per_token(lambda ids: (-model(ids[:, :-1], ids[:, 1:]),), dtype)
+            return
+        columns["old"], values = self.per_token(lambda ids: scored_logp(model, ids), dtype)
+        rewards = at_the_end(found.rewards, found.written)
+        if s.kl:
+            rewards -= s.kl * (columns["old"] - columns["reference"])
+        advantages = unexpected(rewards, values, found.written, s.lam)
+        columns |= {"returns": advantages + values, "advantages": standardized(advantages, found.written)}
 
     @torch.no_grad()
     def per_token(self, compute, dtype, answers=None):
