@@ -125,8 +125,24 @@ class RLTask(ChatTask):
         count = s.batch_size * s.round // (s.epochs * s.samples)
         if self.judge:
             return [[said("user", self.judge.problem(s.seed, number * count + i)[0])] for i in range(count)]
-        rows = self.dataset.rows["train"]
-        return [rows[i][:-1] for i in shuffled_rows(len(rows), count, s.seed, number)]
+        known = self.asked("train")
+        if count > len(known):
+            raise UserError(f"batch_size = {s.batch_size}: a round asks {count} questions, and only {len(known)} training"
+                            f" rows leave room for an answer of {self.longest} tokens: use a smaller one, more"
+                            " --samples, or fewer --answer_tokens")
+        return [known[i] for i in shuffled_rows(len(known), count, s.seed, number)]
+
+    @functools.cache
+    def asked(self, split):
+        """The messages of all questions of a split: problems of the world, or dialogues without their last answer."""
+        if self.judge:
+            return [[said("user", prompt)] for prompt in self.problems(split)]
+        found = [messages[:-1] for messages in self.dataset.rows[split]]
+        return [each for each in found if len(self.chat.prompt(each)) + self.longest <= self.block_size]
+
+    @property
+    def longest(self):
+        return self.settings.answer_tokens or (super().longest if self.judge else 64)
 
     def roll_out(self, model, questions, count, key):
         """`Answers` to questions, a list of messages: `count` to each. key: integers that decide what is drawn.
@@ -134,6 +150,9 @@ class RLTask(ChatTask):
         The ranks take the batches in turn. What is drawn does not depend on how many ranks there are.
         """
         prompts = [self.chat.prompt(messages) for messages in questions]
+        if (length := max(map(len, prompts))) + self.longest > self.block_size:
+            raise UserError(f"block_size = {self.block_size}: a question has {length} tokens, and an answer up to"
+                            f" {self.longest}: use a model with a larger one, or fewer --answer_tokens")
         batches, found = alike(prompts, count), []
         for number in range(self.world.rank, len(batches), self.world.size):
             seed = int(np.random.SeedSequence((*key, number)).generate_state(1, np.uint64)[0])
@@ -234,14 +253,16 @@ class RLTask(ChatTask):
         found = super().evaluate(model, split, world, dtype, limit)
         if self.reference is None:
             return found
-        s, questions = self.settings, [[said("user", prompt)] for prompt in self.problems(split)[:EVAL_QUESTIONS]]
+        s, questions = self.settings, self.asked(split)[:EVAL_QUESTIONS]
         drawn = self.roll_out(model, questions, s.samples, (s.seed, 1))
         new, = self.per_token(lambda ids: (-model(ids[:, :-1], ids[:, 1:]),), dtype, drawn)
         old, = self.per_token(lambda ids: (-self.reference(ids[:, :-1], ids[:, 1:]),), dtype, drawn)
         found |= {name: float(value) for name, value in drawn.measures().items()}
         found["kl"] = float((np.exp(old - new) - 1 - old + new).sum() / drawn.written.sum())
         solved = np.bincount(drawn.group, drawn.right) > 0
-        return found | {"pass@1": float(drawn.right.mean()), f"pass@{s.samples}": float(solved.mean())}
+        if self.judge:
+            found |= {"pass@1": float(drawn.right.mean()), f"pass@{s.samples}": float(solved.mean())}
+        return found
 
     def summary(self, model):
         s = self.settings

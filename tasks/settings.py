@@ -140,6 +140,7 @@ class RL:
     samples: int = 8  # answers to each question
     round: int = 4  # updates that learn from one roll-out, of batch_size * round / epochs answers
     epochs: int = 1  # how often a round learns from each answer
+    answer_tokens: int = 0  # most tokens of an answer; 0: as many as the world's longest answer needs, or 64
     # the loss
     clip: float = 0.2  # ratios of new and old probabilities further than this from 1 are not rewarded
     kl: float = 0.0  # price of a nat of divergence from the model that the run started from
@@ -152,7 +153,7 @@ class RL:
     publish: str = ""  # folder to write the best model to at the end, as transformers can load it
 
     def __post_init__(self):
-        check_ranges(self, samples=1, round=1, epochs=1, clip=0.0, kl=0.0, entropy=0.0, lam=0.0, value_weight=0.0)
+        check_ranges(self, samples=1, round=1, epochs=1, answer_tokens=0, clip=0.0, kl=0.0, entropy=0.0, lam=0.0, value_weight=0.0)
         if self.lam > 1:
             raise UserError(f"lam = {self.lam}: must be at most 1")
         if self.method == "group":

@@ -333,6 +333,20 @@ def test_a_reward_model_gives_the_rewards_and_its_copy_resumes_the_run(judge, wo
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+def test_a_reward_model_judges_answers_that_nobody_checks(judge, world, tuned, tmp_path):
+    rows = [{"messages": [said("system", "1"), *said_all(f"{a} {b}", f"{a}")], "split": split}
+            for a, split in ((3, "train"), (4, "train"), (5, "val")) for b in range(9)]
+    dialogues.prepare(rows, tmp_path / "talks", str(tuned), 0.1, "made up")
+    how = dict(reward=str(judge), answer_tokens=3, out_dir=str(tmp_path / "out"), max_iters=4)
+    train.main(small(tmp_path / "talks", tuned, **how), {})
+    row = log(tmp_path / "out")[-1]
+    assert {"val_loss", "val_reward", "val_kl"} <= row.keys() and "val_pass@1" not in row and row["val_length"] <= 3
+    with pytest.raises(UserError, match="a round asks 40 questions, and only 18 training rows leave room"):
+        train.main(small(tmp_path / "talks", tuned, **how | dict(batch_size=80)), {})
+    with pytest.raises(UserError, match="block_size = 24: a question has .* tokens, and an answer up to 20"):
+        train.main(small(world, tuned, **how | dict(answer_tokens=20)), {})
+
+
 def test_what_is_no_reward_model_is_refused(tuned, world, tmp_path):
     with pytest.raises(UserError, match="reward = .* is a GPT, and not a reward model: train one with"):
         train.main(small(world, tuned, reward=str(tuned), out_dir=str(tmp_path)), {})

@@ -49,14 +49,17 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    "sft": Stage("fine-tuned (SFT)", "config/chat/countdown.py --dataset={world}"),
+    "pre": Stage("pre-trained on equations", "config/chat/pretrain.py --dataset={world}_text", scored=False),
+    "pre_sft": Stage("pre-trained, then SFT", "config/chat/countdown.py --dataset={world} --init_from={pre}"
+                                              " --zero_init=False --muon_lr=0.01 --learning_rate=5e-4"),
+    "sft": Stage("SFT", "config/chat/countdown.py --dataset={world}"),
     "more": Stage("SFT, six times as long", "config/chat/countdown.py --dataset={world} --max_iters=3720"
                                             " --eval_interval=372"),
     "checked_run": Stage("on its own checked answers", "config/chat/checked.py --dataset={checked} --init_from={sft}"),
     "reward": Stage("the reward model", "config/chat/reward.py --dataset={pairs} --init_from={sft}", scored=False),
     "dpo": Stage("DPO", "config/chat/dpo.py --dataset={pairs} --init_from={sft}"),
     "ppo": Stage("PPO", "config/chat/ppo.py --dataset={world} --init_from={sft}"),
-    "group": Stage("group-relative", "config/chat/rl.py --dataset={world} --init_from={sft}"),
+    "group": Stage("group-relative policy gradient", "config/chat/rl.py --dataset={world} --init_from={sft}"),
     "hacked": Stage("group-relative, for the reward model", "config/chat/rl.py --dataset={world} --init_from={sft}"
                                                             " --reward={reward}"),
     "cured": Stage("the same with a KL", "config/chat/rl.py --dataset={world} --init_from={sft} --reward={reward}"
@@ -114,7 +117,8 @@ def table(found):
         cells = [figures(rows, f"test {name}", 100) for name in SHOWN]
         yield f"| {STAGES[key].name} | {' | '.join(cells)} | {figures(rows, 'minutes', 1)} |"
         if key == "sft":
-            yield f"| {STAGES[key].name}, best of 8 by the reward model | {figures(rows, f'test {BEST_OF}', 100)} | | | | |"
+            best = figures(rows, f"test {BEST_OF}", 100)
+            yield f"| {STAGES[key].name}, and the reward model chooses from 8 | {best} |{' |' * len(SHOWN)}"
 
 
 def figures(rows, name, scale):
