@@ -105,7 +105,10 @@ def answered(settings, task, model, pick, split, count, seed):
 
     Prints the shares of right and of malformed answers. Leaves out empty ones, and those with control tokens.
     """
-    prompts = [prompt for prompt, _ in task.judge.problems(split, count, seed)]
+    try:
+        prompts = [prompt for prompt, _ in task.judge.problems(split, count, seed)]
+    except ValueError as error:
+        raise UserError(f"problems = {count}: {error}") from None
     texts = task.write_all(model, [task.chat.prompt([said("user", each)]) for each in prompts], settings.samples, pick)
     verdicts = [[task.judge.check(prompt, text) for text in found] for prompt, found in zip(prompts, texts)]
     print(f"{split}: {settings.samples} answers to each of {count:,} problems: {share(verdicts, 1.0):.1%} right,"
