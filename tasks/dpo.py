@@ -57,18 +57,10 @@ class DPOTask(PairsTask):
     # The loss
 
     def arguments(self, split, pairs):
-        """{"tokens", "targets", "written" (2B, T), "reference" (2B,)}: first the chosen answers, then the rejected ones.
-
-        written: 1 for the tokens of the answer, its end token too, else 0.
-        """
-        found = self.pairs[split]
-        ids = found["ids"][:, pairs]  # (2, B, T + 1)
-        places = np.arange(1, ids.shape[2])
-        written = (places >= found["starts"][pairs][:, None]) & (places <= found["ends"][:, pairs][..., None])
-        reference = self.reference.get(split, np.zeros(found["ends"].shape))[:, pairs]  # zeros: none was asked yet
-        flat = self.on_device(ids.reshape(-1, ids.shape[2]))
-        return {"tokens": flat[:, :-1], "targets": flat[:, 1:], "written": self.on_device(written.reshape(flat[:, 1:].shape)),
-                "reference": torch.from_numpy(reference.reshape(-1).astype(np.float32)).to(self.world.device)}
+        found = self.both(split, pairs)
+        known = self.reference.get(split, np.zeros(self.pairs[split]["ends"].shape))  # zeros: it was not asked yet
+        found["reference"] = torch.from_numpy(known[:, pairs].reshape(-1).astype(np.float32)).to(self.world.device)
+        return found
 
     def loss(self, model, arguments, weights):
         nats, written = self.numbers(model, arguments), arguments["written"]

@@ -6,6 +6,10 @@
 A pair is a prompt with two answers, of which somebody prefers one. The model gives each answer a number, its score, at
 its end token, and learns by the model of Bradley and Terry (1952): the chosen answer is the better one with the
 probability sigmoid(score of chosen - score of rejected). Only differences of scores of one prompt have a meaning.
+With `sft`, it also goes on learning to write the chosen answers, and then judges unseen ones better (Yang et al. 2024,
+"Regularizing Hidden States Enables Learning Generalizable Reward Model for LLMs"):
+
+    loss = -log sigmoid(score of chosen - score of rejected) + sft * (mean nats of chosen)
 
 Axes: B pairs, T tokens.
 """
@@ -82,8 +86,18 @@ class PairsTask(ChatTask):
     def batch(self, rows, generator):
         return self.arguments("train", rows), torch.ones(len(rows), device=self.world.device)
 
-    def on_device(self, array):
-        return to_device(np.ascontiguousarray(array, dtype=np.int64), self.world.device)
+    def both(self, split, pairs):
+        """{"tokens", "targets", "written" (2B, T), "ends" (2B,)}: first the chosen answers, then the rejected ones.
+
+        targets: the token after each. written: 1 where that is of the answer, or its end token, else 0.
+        """
+        found = self.pairs[split]
+        ids, ends = found["ids"][:, pairs], found["ends"][:, pairs]  # (2, B, T) and (2, B)
+        places = np.arange(ids.shape[2]) + 1
+        written = (places >= found["starts"][pairs][:, None]) & (places <= ends[..., None])
+        made = {"tokens": ids, "targets": np.roll(ids, -1, axis=2), "written": written, "ends": ends}
+        return {name: to_device(array.reshape(2 * len(pairs), *array.shape[2:]).astype(np.int64), self.world.device)
+                for name, array in made.items()}
 
     # ------------------------------------------------------------------------------------------------------------------
     # Measures
@@ -139,19 +153,24 @@ class RewardTask(PairsTask):
         return {name: getattr(model.config, name) for name in SHAPE}
 
     def arguments(self, split, pairs):
-        """{"tokens" (2B, T), "ends" (2B,)}: first the chosen answers, then the rejected ones."""
-        found = self.pairs[split]
-        ids = found["ids"][:, pairs]  # (2, B, T)
-        return {"tokens": self.on_device(ids.reshape(-1, ids.shape[2])),
-                "ends": self.on_device(found["ends"][:, pairs].reshape(-1))}
+        found = self.both(split, pairs)
+        learned = ("targets", "written") if self.settings.sft else ()  # of the chosen answers
+        return {"tokens": found["tokens"], "ends": found["ends"], **{name: found[name].chunk(2)[0] for name in learned}}
 
     def loss(self, model, arguments, weights):
-        chosen, rejected = model(**arguments).chunk(2)
-        margins = chosen - rejected
-        return (F.softplus(-margins) * weights).sum(), {"agreement": ((margins > 0) * weights).sum()}
+        found, total = dict(arguments), 0.0
+        if self.settings.sft:
+            written = found.pop("written")
+            scores, nats = model(**found)
+            total = self.settings.sft * (nats * written).sum(1) / written.sum(1)
+        else:
+            scores = model(**found)
+        chosen, rejected = scores.chunk(2)
+        total = total + F.softplus(rejected - chosen)
+        return (total * weights).sum(), {"agreement": ((chosen > rejected) * weights).sum()}
 
     def numbers(self, model, arguments):
-        return model(**arguments)
+        return model(arguments["tokens"], arguments["ends"])
 
     def margins(self, split, pairs, scores):
         return scores[0] - scores[1]

@@ -110,8 +110,11 @@ class Chat(Text):
 
 @dataclass(frozen=True)
 class Reward(LanguageModel):
+    sft: float = 0.0  # weight of the chosen answer's own mean nats, added to the loss
+
     def __post_init__(self):
         super().__post_init__()
+        check_ranges(self, sft=0.0)
         check_idle(self, "a reward model is a GPT with a score instead of its head", "model", "tied")
 
 

@@ -237,7 +237,7 @@ def test_the_loss_of_dpo_is_its_formula_and_so_is_its_gradient(data, chat):
 
 def test_the_written_tokens_are_the_answers_and_their_ends(data, chat):
     task, _ = opened("dpo", data, chat)
-    found = task.arguments("train", np.array([3, 0]))
+    found = task.both("train", np.array([3, 0]))
     rows = [task.dataset.rows["train"][i] for i in (3, 0)]
     texts = [task.tokenizer.decode(ids[written > 0].numpy())
              for ids, written in zip(found["targets"], found["written"])]
