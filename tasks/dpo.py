@@ -83,9 +83,10 @@ class DPOTask(PairsTask):
 
     @torch.no_grad()
     def evaluate(self, model, split, world, dtype, limit=0):
-        """{"loss", "agreement"} of the pairs, without the term sft; in a world also "exact": the share of right answers.
+        """{"loss", "agreement"} of the pairs; in a world also "exact": the share of right answers.
 
-        "agreement" is the share of pairs whose chosen answer gains more; ties count half.
+        The loss is without its term sft. "agreement": the share of pairs whose chosen answer gains more; ties count
+        half.
         """
         if not self.reference:  # in evaluate.py: the run's folder holds its checkpoint and its reference
             self.ask(recall(self, Path(self.source).parent), world, dtype)
@@ -106,5 +107,6 @@ class DPOTask(PairsTask):
             return super().show(model, short)
         messages = self.dataset.rows["val"][self.pairs["val"]["rows"][0]]["messages"]
         count = min(100, self.settings.sample_tokens) if short else self.settings.sample_tokens
-        pieces = self.reply(model, messages, functools.partial(pick_tokens, temperature=0), Chatting(max_new_tokens=count))
-        return "\n".join(f"{each['role']}: {each['content']}" for each in [*messages, said("assistant", "".join(pieces))])
+        greedy = functools.partial(pick_tokens, temperature=0)
+        answer = "".join(self.reply(model, messages, greedy, Chatting(max_new_tokens=count)))
+        return "\n".join(f"{each['role']}: {each['content']}" for each in [*messages, said("assistant", answer)])

@@ -1,4 +1,4 @@
-"""The reference of a run: the model that it starts from, kept in its folder, so that a resumed run compares with it too.
+"""The reference of a run: the model that it starts from. It is kept in the run's folder, for when the run is resumed.
 
     keep(task, model)                   before the first update: writes the checkpoint out_dir/reference
     reference = recall(task)            there and after a resume: the same weights

@@ -131,7 +131,7 @@ class DPO:
         if self.init_from == "scratch":
             raise UserError("init_from = 'scratch': --task=dpo goes on from a model that answers; add --init_from=RUN")
         if self.shard:
-            raise UserError("shard = True: --task=dpo keeps a whole copy of the model that it starts from; leave it out")
+            raise UserError("shard = True: --task=dpo keeps a whole copy of the model it starts from; leave it out")
         check_publish(self.publish, self.out_dir, self.init_from)
 
 

@@ -21,7 +21,7 @@ from run.files import read_json
 from sources import dialogues
 from tasks import task_class
 from tasks.loading import load
-from tasks.reward import scores, scores_of
+from tasks.scores import answer_ids, best_of, scores, scores_of
 from tools import answers
 from worlds import WORLDS
 
@@ -65,7 +65,8 @@ def chat(data):
 def opened(kind, data, chat, **settings):
     """(task, model) of a run that starts from the chat run, in eval mode."""
     source, model, _ = load(chat)
-    task = task_class(kind)(settings_for(kind, **SMALL | dict(init_from=str(chat), **settings)), source.tokenizers, chat)
+    settings = settings_for(kind, **SMALL | dict(init_from=str(chat), **settings))
+    task = task_class(kind)(settings, source.tokenizers, chat)
     task.open(data / "pairs", HERE)
     model = task.adopt(model, torch.Generator().manual_seed(0))
     task.fit(model)
@@ -98,12 +99,13 @@ def prepared(folder, rows):
 
 
 def test_preferences_in_each_form_of_the_world_are_the_same_data(tmp_path, capsys):
-    said = [("hello", "hi", "no"), ("who?", "me", "you"), ("why?", "so", "but"), ("how?", "thus", "as"), ("a", "b", "c")]
-    forms = [
+    said = [("hello", "hi", "no"), ("who?", "me", "you"), ("why?", "so", "but"), ("how?", "thus", "as"),
+            ("a", "b", "c")]
+    forms = [  # the last one is UltraFeedback's
         [dict(prompt=p, chosen=c, rejected=r) for p, c, r in said],
         [dict(prompt=user(p), chosen=user(p, c)[1:], rejected=user(p, r)[1:]) for p, c, r in said],  # TRL, explicit
         [dict(chosen=user(p, c), rejected=user(p, r)) for p, c, r in said],  # HH: the prompt is in both
-        [dict(prompt=p, chosen=user(p, c), rejected=user(p, r), messages=user(p, c)) for p, c, r in said],  # UltraFeedback
+        [dict(prompt=p, chosen=user(p, c), rejected=user(p, r), messages=user(p, c)) for p, c, r in said],
     ]
     found = []
     for i, rows in enumerate(forms):
@@ -170,7 +172,7 @@ def reward(data, chat):
 
 def test_a_score_is_read_at_the_end_token_and_does_not_depend_on_its_batch(reward):
     task, model, _ = load(reward)
-    rows = [task.ids(user(prompt), answer) for prompt, answer in (("1+2", "3"), ("61-70", "-9"), ("1+2", "12345678"))]
+    rows = [answer_ids(task.chat, user(prompt), answer) for prompt, answer in (("1+2", "3"), ("61-70", "-9"), ("1+2", "12345678"))]
     assert all(ids[-1] == task.tokenizer.eos for ids in rows)
     together = scores_of(model.train(), rows)
     assert model.training and len(set(together.tolist())) == 3
@@ -189,7 +191,7 @@ def test_agreement_is_counted_over_the_held_out_pairs(data, reward):
     found, (task, model, _) = read_json(reward / "evaluation.json"), load(reward)
     for split, name in (("val", ""), ("test", "test ")):
         rows = DialogueDataset(data / "pairs", "preferences").rows[split]
-        each = [scores(model, task, [row["messages"] for row in rows], [row[side] for row in rows])
+        each = [scores(model, task.chat, [row["messages"] for row in rows], [row[side] for row in rows])
                 for side in ("chosen", "rejected")]
         assert found[f"{name}agreement"] == pytest.approx((each[0] > each[1]).float().mean().item())
         assert found[f"{name}loss"] == pytest.approx(-F.logsigmoid(each[0] - each[1]).mean().item(), abs=1e-5)
@@ -199,6 +201,19 @@ def test_agreement_is_counted_over_the_held_out_pairs(data, reward):
         assert found[f"{name}agreement of the shorter answer"] == pytest.approx(1 - longer)
         assert found[f"{name}mean score of chosen"] == pytest.approx(each[0].mean().item(), abs=1e-5)
     assert found["agreement"] > 0.75  # half of the rejected answers have a digit too many
+
+
+def test_the_best_of_several_answers_is_the_one_with_the_highest_score(reward, chat):
+    task, model, _ = load(reward)
+    prompts, texts = ["1+2", "61-70"], [["4", "3", "3<|end|>"], ["-9", "-90", "9", "-9"]]  # control tokens: no score
+    found = [[scores(model, task.chat, [user(prompt)], [text]).item() for text in some if "<" not in text]
+             for prompt, some in zip(prompts, texts)]
+    for verdict in (1.0, 0.0, None):
+        verdicts = [[verdict if each.index(max(each)) == i else 1.0 for i in range(len(some))]
+                    for each, some in zip(found, texts)]
+        assert best_of(reward, "cpu", prompts, texts, verdicts) == (verdict == 1.0)
+    with pytest.raises(UserError, match="is a GPT, and scores nothing: name the run of a --task=reward"):
+        best_of(chat, "cpu", prompts, texts, verdicts)
 
 
 def test_a_pair_that_does_not_fit_is_left_out_and_said(data, chat, capsys):
@@ -217,9 +232,9 @@ def test_a_pair_that_does_not_fit_is_left_out_and_said(data, chat, capsys):
 
 def test_the_loss_of_dpo_is_its_formula_and_so_is_its_gradient(data, chat):
     task, _ = opened("dpo", data, chat, beta=0.3, sft=0.7)
-    logits = torch.tensor([[[0.1, 1.0], [2.0, -1.0]], [[0.3, 0.2], [0.5, 0.9]]], dtype=torch.float64, requires_grad=True)
-    ids, written = torch.tensor([[0, 1], [1, 0]]), torch.tensor([[1, 1], [0, 1]])  # of the second answer one token counts
-    reference = torch.tensor([1.5, 0.4], dtype=torch.float64)  # nats
+    logits = torch.tensor([[[0.1, 1.0], [2.0, -1.0]], [[0.3, 0.2], [0.5, 0.9]]]).double().requires_grad_()
+    ids, written = torch.tensor([[0, 1], [1, 0]]), torch.tensor([[1, 1], [0, 1]])  # one token of the second answer
+    reference = torch.tensor([1.5, 0.4]).double()  # nats
 
     def loss(logits):
         def model(tokens, targets):
@@ -267,7 +282,7 @@ def test_a_resumed_run_has_the_same_reference_and_the_same_numbers(data, chat, t
     whole, parts, kept = (weights_of(tmp_path / name) for name in ("whole", "parts", "parts/reference"))
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
     started = load(chat)[1].state_dict()
-    assert all(torch.equal(kept[key], started[key]) for key in started if "proj" not in key or not more.get("lora_rank"))
+    assert all(torch.equal(kept[key], started[key]) for key in started)
     assert any(not torch.equal(kept[key], whole[key]) for key in whole)
     evaluate.main(settings_for("dpo", "evaluating", out_dir=str(tmp_path / "parts"), checkpoint="last", device="cpu",
                                dtype="float32"))
@@ -293,7 +308,8 @@ def test_checked_answers_become_data_and_no_problem_changes_its_part(chat, tmp_p
     answers.main(answers.Settings(out_dir=str(chat), name=str(tmp_path / "data"), pairs=pairs, problems=100, most=2,
                                   temperature=0.5))
     rows, world = DialogueDataset(tmp_path / "data", "preferences" if pairs else "chat").rows, WORLDS["calculator"]
-    asked = {split: [(row["messages"] if pairs else row)[0]["content"] for row in found] for split, found in rows.items()}
+    asked = {split: [(row["messages"] if pairs else row)[0]["content"] for row in found]
+             for split, found in rows.items()}
     assert set(asked["train"]) <= set(dict(world.problems("train", 100, 1)))
     assert set(asked["val"]) <= set(dict(world.problems("val", 500)))
     assert set(asked["test"]) <= set(dict(world.problems("test", 800)))

@@ -188,7 +188,8 @@ BASES["dpo"] = {**{name: value for name, value in BASES["reward"].items() if nam
                 "init_from": "one_chat"}
 BASES["tagging"] = {**BASES["text"], "block_size": 64, "learning_rate": 0.003, "sample_tokens": 300}
 DATA = {  # of other tasks: data/shapes
-    "chat": "data/calculator", "reward": "data/preferences", "dpo": "data/preferences", "tagging": "data/tags", "classification": "data/labels",
+    "chat": "data/calculator", "reward": "data/preferences", "dpo": "data/preferences",
+    "tagging": "data/tags", "classification": "data/labels",
     "text": "data/words", "masked": "data/words", "arithmetic": "arithmetic", "translation": "data/pairs"}
 
 
@@ -333,7 +334,8 @@ OF_TASK = {  # entries that differ for one task
                        "lora_rank": Change(2, init_from="one_classification")},
 }
 # The part of the model that --rates names.
-PART = {"text": "wte", "chat": "wte", "reward": "wte", "dpo": "wte", "contrastive": "text", "image-text": "decoder", "arithmetic": "wte",
+PART = {"text": "wte", "chat": "wte", "reward": "wte", "dpo": "wte",
+        "contrastive": "text", "image-text": "decoder", "arithmetic": "wte",
         "translation": "encoder", "masked": "encoder", "tagging": "encoder",
         "classification": "encoder"}
 

@@ -3,9 +3,9 @@
     python -m tools.answers --out_dir=out/chat/countdown --name=countdown_checked
     python -m tools.answers --out_dir=out/chat/countdown --name=countdown_pairs --pairs=True
 
-The model answers fresh training problems of the world several times. Without --pairs, its right answers become
-dialogues, each once: to fine-tune on what was checked. With --pairs, a right answer is preferred to a wrong or malformed
-one of the same problem. Validation and test pairs come from the world's problems for these parts.
+The model answers training problems of the world several times. Without --pairs, its right answers become dialogues,
+each once: to fine-tune on what was checked. With --pairs, a right answer is preferred to a wrong or malformed one of
+the same problem. Validation and test pairs come from the world's problems for these parts.
 """
 
 from dataclasses import dataclass
