@@ -157,6 +157,20 @@ def test_the_loss_of_bradley_and_terry_pulls_the_scores_of_a_pair_apart(data, ch
     assert shown["agreement"] == 0.25
 
 
+def test_a_reward_model_may_go_on_learning_to_write_the_chosen_answers(data, chat):
+    task, model = opened("reward", data, chat, sft=0.5)
+    arguments, weights = task.batch(np.array([0, 5]), None)
+    plain, _ = opened("reward", data, chat)
+    rows = [task.dataset.rows["train"][i] for i in (0, 5)]
+    nats = []
+    for row in rows:
+        ids, start = (answer_ids(task.chat, row["messages"], row["chosen"]), len(task.chat.prompt(row["messages"])))
+        logp = load(chat)[1](torch.from_numpy(ids)[None]).log_softmax(-1)[0]
+        nats.append(-sum(logp[i - 1, ids[i]].item() for i in range(start, len(ids))) / (len(ids) - start))
+    without = plain.loss(model, plain.batch(np.array([0, 5]), None)[0], weights)[0].item()
+    assert task.loss(model, arguments, weights)[0].item() == pytest.approx(without + 0.5 * sum(nats), rel=1e-5)
+
+
 def test_a_new_reward_model_scores_all_alike(data, chat):
     task, model = opened("reward", data, chat)
     assert type(model) is RewardModel
@@ -172,7 +186,8 @@ def reward(data, chat):
 
 def test_a_score_is_read_at_the_end_token_and_does_not_depend_on_its_batch(reward):
     task, model, _ = load(reward)
-    rows = [answer_ids(task.chat, user(prompt), answer) for prompt, answer in (("1+2", "3"), ("61-70", "-9"), ("1+2", "12345678"))]
+    asked = ("1+2", "3"), ("61-70", "-9"), ("1+2", "12345678")
+    rows = [answer_ids(task.chat, user(prompt), answer) for prompt, answer in asked]
     assert all(ids[-1] == task.tokenizer.eos for ids in rows)
     together = scores_of(model.train(), rows)
     assert model.training and len(set(together.tolist())) == 3
