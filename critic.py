@@ -11,7 +11,7 @@ import dataclasses
 import torch
 import torch.nn as nn
 
-from model import GPT
+from model import GPT, predict
 
 
 class Critic(GPT):
@@ -32,15 +32,19 @@ class Critic(GPT):
 
 
 class RewardModel(Critic):
-    """A Critic without a language model's head: it scores whole sequences."""
+    """A Critic whose head, if any, is the token embedding: it scores whole sequences."""
 
     def __init__(self, config):
         super().__init__(dataclasses.replace(config, tied=True))
 
-    def forward(self, tokens, ends):
-        """Scores (B,) of tokens (B, T), each read at the position of its last token, ends (B,)."""
+    def forward(self, tokens, ends, targets=None):
+        """Scores (B,) of tokens (B, T), each read at the position of its last token, ends (B,).
+
+        Given targets of the first N rows, (N, T): (scores, the nats of each target), because it still can write.
+        """
         x = self.hidden(tokens)
-        return self.scores(x[torch.arange(len(ends), device=x.device), ends])  # (B, T, C) -> (B, C) -> (B,)
+        scores = self.scores(x[torch.arange(len(ends), device=x.device), ends])  # (B, T, C) -> (B, C) -> (B,)
+        return scores if targets is None else (scores, predict(self.logits, x[:len(targets)], targets))
 
 
 def as_kind(kind, model):

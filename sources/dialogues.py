@@ -59,8 +59,9 @@ def read(paths):
                 raise UserError(f"{where}: is not a JSON object: {line:.60}") from None
             is_pair = "chosen" in row and "rejected" in row
             if is_pair != (is_pair if paired is None else paired):
-                kinds = ("a dialogue", "preferences") if is_pair else ("preferences", "a dialogue")
-                raise UserError(f"{where}: is {kinds[1]}, and the first line is {kinds[0]}: prepare the two kinds apart")
+                kinds = ("a dialogue", "preferences")
+                raise UserError(f"{where}: is {kinds[is_pair]}, and the first line is {kinds[paired]}: prepare the two"
+                                " kinds apart")
             paired = is_pair
             found = preference(row, where) if is_pair else {"messages": dialogue(row.get("messages"), where)}
             yield found | ({"split": PARTS[row["split"]]} if row.get("split") in PARTS else {})
@@ -164,5 +165,6 @@ def learn(name, splits):
 
 
 def contents(row):
-    """All texts of a row, of what it prefers too."""
-    return [*(each["content"] for each in row["messages"]), *(row[name] for name in ("chosen", "rejected") if name in row)]
+    """All texts of a row, the two answers of a preference too."""
+    answers = [row[name] for name in ("chosen", "rejected") if name in row]
+    return [*(each["content"] for each in row["messages"]), *answers]

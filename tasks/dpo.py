@@ -57,18 +57,10 @@ class DPOTask(PairsTask):
     # The loss
 
     def arguments(self, split, pairs):
-        """{"tokens", "targets", "written" (2B, T), "reference" (2B,)}: first the chosen answers, then the rejected ones.
-
-        written: 1 for the tokens of the answer, its end token too, else 0.
-        """
-        found = self.pairs[split]
-        ids = found["ids"][:, pairs]  # (2, B, T + 1)
-        places = np.arange(1, ids.shape[2])
-        written = (places >= found["starts"][pairs][:, None]) & (places <= found["ends"][:, pairs][..., None])
-        reference = self.reference.get(split, np.zeros(found["ends"].shape))[:, pairs]  # zeros: none was asked yet
-        flat = self.on_device(ids.reshape(-1, ids.shape[2]))
-        return {"tokens": flat[:, :-1], "targets": flat[:, 1:], "written": self.on_device(written.reshape(flat[:, 1:].shape)),
-                "reference": torch.from_numpy(reference.reshape(-1).astype(np.float32)).to(self.world.device)}
+        found = self.both(split, pairs)
+        known = self.reference.get(split, np.zeros(self.pairs[split]["ends"].shape))  # zeros: it was not asked yet
+        found["reference"] = torch.from_numpy(known[:, pairs].reshape(-1).astype(np.float32)).to(self.world.device)
+        return found
 
     def loss(self, model, arguments, weights):
         nats, written = self.numbers(model, arguments), arguments["written"]
@@ -91,9 +83,10 @@ class DPOTask(PairsTask):
 
     @torch.no_grad()
     def evaluate(self, model, split, world, dtype, limit=0):
-        """{"loss", "agreement"} of the pairs, without the term sft; in a world also "exact": the share of right answers.
+        """{"loss", "agreement"} of the pairs; in a world also "exact": the share of right answers.
 
-        "agreement" is the share of pairs whose chosen answer gains more; ties count half.
+        The loss is without its term sft. "agreement": the share of pairs whose chosen answer gains more; ties count
+        half.
         """
         if not self.reference:  # in evaluate.py: the run's folder holds its checkpoint and its reference
             self.ask(recall(self, out_dir=Path(self.source).parent), world, dtype)
@@ -114,5 +107,6 @@ class DPOTask(PairsTask):
             return super().show(model, short)
         messages = self.dataset.rows["val"][self.pairs["val"]["rows"][0]]["messages"]
         count = min(100, self.settings.sample_tokens) if short else self.settings.sample_tokens
-        pieces = self.reply(model, messages, functools.partial(pick_tokens, temperature=0), Chatting(max_new_tokens=count))
-        return "\n".join(f"{each['role']}: {each['content']}" for each in [*messages, said("assistant", "".join(pieces))])
+        greedy = functools.partial(pick_tokens, temperature=0)
+        answer = "".join(self.reply(model, messages, greedy, Chatting(max_new_tokens=count)))
+        return "\n".join(f"{each['role']}: {each['content']}" for each in [*messages, said("assistant", answer)])

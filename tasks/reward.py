@@ -6,6 +6,10 @@
 A pair is a prompt with two answers, of which somebody prefers one. The model gives each answer a number, its score, at
 its end token, and learns by the model of Bradley and Terry (1952): the chosen answer is the better one with the
 probability sigmoid(score of chosen - score of rejected). Only differences of scores of one prompt have a meaning.
+With `sft`, it also goes on learning to write the chosen answers, and then judges unseen ones better (Yang et al. 2024,
+"Regularizing Hidden States Enables Learning Generalizable Reward Model for LLMs"):
+
+    loss = -log sigmoid(score of chosen - score of rejected) + sft * (mean nats of chosen)
 
 Axes: B pairs, T tokens.
 """
@@ -16,13 +20,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from batches import DialogueDataset, fixed_rows, length_batches, padded, shuffled_rows, to_device
+from batches import DialogueDataset, fixed_rows, padded, shuffled_rows, to_device
 from configurator import UserError
 from critic import Critic, RewardModel, as_kind
 from machine.device import autocast
 from model import GPT, GPTConfig
 from run.cost import flops_per_token, size_in_words
 from tasks.chat import ChatTask, said, widen
+from tasks.scores import answer_ids, scores
 from tasks.text import EVAL_TOKENS, SHAPE, TextTask
 
 SIDES = ("chosen", "rejected")
@@ -53,7 +58,7 @@ class PairsTask(ChatTask):
         """
         fitting, known = [], self.dataset.rows[split]
         for row, pair in enumerate(known):
-            found = [self.ids(pair["messages"], pair[side]) for side in SIDES]
+            found = [answer_ids(self.chat, pair["messages"], pair[side]) for side in SIDES]
             if max(map(len, found)) <= self.block_size:
                 fitting.append((row, len(self.chat.prompt(pair["messages"])), *found))
         if len(fitting) < len(known) and self.world.is_main:
@@ -67,11 +72,6 @@ class PairsTask(ChatTask):
         return {"ids": ids.reshape(2, len(rows), -1).astype(np.int32), "starts": np.array(starts),
                 "ends": lengths.reshape(2, -1) - 1, "rows": np.array(rows)}
 
-    def ids(self, messages, answer):
-        """The ids of messages with an answer, (T,): the last one is the answer's end token."""
-        ids, written = self.chat.encode([*messages, said("assistant", answer)])
-        return ids[:np.flatnonzero(written)[-1] + 1]
-
     def pick(self, step):
         s = self.settings
         return shuffled_rows(len(self.pairs["train"]["rows"]), s.batch_size, s.seed, step)
@@ -82,8 +82,18 @@ class PairsTask(ChatTask):
     def batch(self, rows, generator):
         return self.arguments("train", rows), torch.ones(len(rows), device=self.world.device)
 
-    def on_device(self, array):
-        return to_device(np.ascontiguousarray(array, dtype=np.int64), self.world.device)
+    def both(self, split, pairs):
+        """{"tokens", "targets", "written" (2B, T), "ends" (2B,)}: first the chosen answers, then the rejected ones.
+
+        targets: the token after each. written: 1 where that is of the answer, or its end token, else 0.
+        """
+        found = self.pairs[split]
+        ids, ends = found["ids"][:, pairs], found["ends"][:, pairs]  # (2, B, T) and (2, B)
+        places = np.arange(ids.shape[2]) + 1
+        written = (places >= found["starts"][pairs][:, None]) & (places <= ends[..., None])
+        made = {"tokens": ids, "targets": np.roll(ids, -1, axis=2), "written": written, "ends": ends}
+        return {name: to_device(array.reshape(2 * len(pairs), *array.shape[2:]).astype(np.int64), self.world.device)
+                for name, array in made.items()}
 
     # ------------------------------------------------------------------------------------------------------------------
     # Measures
@@ -139,19 +149,24 @@ class RewardTask(PairsTask):
         return {name: getattr(model.config, name) for name in SHAPE}
 
     def arguments(self, split, pairs):
-        """{"tokens" (2B, T), "ends" (2B,)}: first the chosen answers, then the rejected ones."""
-        found = self.pairs[split]
-        ids = found["ids"][:, pairs]  # (2, B, T)
-        return {"tokens": self.on_device(ids.reshape(-1, ids.shape[2])),
-                "ends": self.on_device(found["ends"][:, pairs].reshape(-1))}
+        found = self.both(split, pairs)
+        learned = ("targets", "written") if self.settings.sft else ()  # of the chosen answers
+        return {"tokens": found["tokens"], "ends": found["ends"], **{name: found[name].chunk(2)[0] for name in learned}}
 
     def loss(self, model, arguments, weights):
-        chosen, rejected = model(**arguments).chunk(2)
-        margins = chosen - rejected
-        return (F.softplus(-margins) * weights).sum(), {"agreement": ((margins > 0) * weights).sum()}
+        found, total = dict(arguments), 0.0
+        if self.settings.sft:
+            written = found.pop("written")
+            scores, nats = model(**found)
+            total = self.settings.sft * (nats * written).sum(1) / written.sum(1)
+        else:
+            scores = model(**found)
+        chosen, rejected = scores.chunk(2)
+        total = total + F.softplus(rejected - chosen)
+        return (total * weights).sum(), {"agreement": ((chosen > rejected) * weights).sum()}
 
     def numbers(self, model, arguments):
-        return model(**arguments)
+        return model(arguments["tokens"], arguments["ends"])
 
     def margins(self, split, pairs, scores):
         return scores[0] - scores[1]
@@ -181,16 +196,17 @@ class RewardTask(PairsTask):
     def sample(self, model, requests, sampling):
         """Yields (index of a request, the score of sampling.answer to its text)."""
         for index, request in enumerate(requests):
-            score = scores(model, self, [[said("user", request["text"])]], [sampling.answer])
+            score = scores(model, self.chat, [[said("user", request["text"])]], [sampling.answer])
             yield index, f"{score.item():.4f}"
 
     def show(self, model, short=False):
         """Some held-out pairs with their scores, the better answer first."""
         pairs = [self.dataset.rows["val"][row] for row in self.pairs["val"]["rows"][:3 if short else 10]]
-        found = [scores(model, self, [pair["messages"] for pair in pairs], [pair[side] for pair in pairs])
+        found = [scores(model, self.chat, [pair["messages"] for pair in pairs], [pair[side] for pair in pairs])
                  for side in SIDES]
         return "\n".join(f"{pair['messages'][-1]['content']}  {pair['chosen']} ({good:.2f}) above {pair['rejected']}"
-                         f" ({bad:.2f}): {'right' if good > bad else 'wrong'}" for pair, good, bad in zip(pairs, *found))
+                         f" ({bad:.2f}): {'right' if good > bad else 'wrong'}"
+                         for pair, good, bad in zip(pairs, *found))
 
     def command(self, out_dir):
         pair = self.dataset.rows["val"][0]
@@ -201,28 +217,3 @@ class RewardTask(PairsTask):
 def agreement(margins):
     """The share of margins above 0, where 0 counts half."""
     return ((margins > 0).mean() + (margins == 0).mean() / 2).item()
-
-
-def scores(model, task, dialogues, answers):
-    """The scores (n,), float32, of n answers, each to the messages of a dialogue. Raises UserError for too long ones."""
-    return scores_of(model, [task.ids(messages, answer) for messages, answer in zip(dialogues, answers)])
-
-
-@torch.no_grad()
-def scores_of(model, rows):
-    """The scores (n,), float32, on the model's device, of n lists of ids, each read at its last one.
-
-    Raises UserError for a list that is longer than the model reads.
-    """
-    lengths, training = np.array(list(map(len, rows))), model.training
-    if lengths.max() > model.config.block_size:
-        raise UserError(f"prompt and answer have {lengths.max()} tokens, and the reward model reads"
-                        f" {model.config.block_size}: shorten them")
-    device = next(model.parameters()).device
-    found = torch.empty(len(rows), device=device)
-    model.eval()
-    for batch in length_batches(lengths, EVAL_TOKENS):
-        ids, ends = padded([rows[i] for i in batch], 0)
-        found[torch.from_numpy(batch).to(device)] = model(to_device(ids, device), to_device(ends - 1, device))
-    model.train(training)
-    return found

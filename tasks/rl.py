@@ -26,16 +26,15 @@ import torch
 
 from batches import shuffled_rows, to_device
 from configurator import UserError
-from critic import Critic, RewardModel, as_kind
+from critic import Critic, as_kind
 from generate import pick_tokens
 from machine.device import autocast
 from model import GPTConfig
 from run.cost import size_in_words
 from tasks.chat import ChatTask, alike, said
 from tasks.reference import keep, keep_copy, recall
-from tasks.reward import scores_of
+from tasks.scores import load_reward, scores_of
 from tasks.text import EVAL_TOKENS
-from tokenizer import load as load_tokenizer
 from tokenizer import same_vocabulary
 
 EVAL_QUESTIONS = 256  # of an evaluation, that get several answers each
@@ -110,12 +109,9 @@ class RLTask(ChatTask):
                 keep_copy(self, "reward", source)
         self.reference = recall(self)
         if source:
-            self.scorer = recall(self, "reward")
-            if type(self.scorer) is not RewardModel:
-                raise UserError(f"reward = {source}: is a {type(self.scorer).__name__}, and not a reward model: train"
-                                " one with config/chat/reward.py")
-            if not same_vocabulary(load_tokenizer(Path(self.settings.out_dir, "reward", "tokenizer.json")),
-                                   self.tokenizer):
+            folder = Path(self.settings.out_dir, "reward")
+            judge, self.scorer = load_reward(folder, self.world.device)
+            if not same_vocabulary(judge.tokenizer, self.tokenizer):
                 raise UserError(f"reward = {source}: has another tokenizer than the model that answers: train one from"
                                 f" that model, --init_from={self.settings.init_from}")
 

@@ -110,8 +110,11 @@ class Chat(Text):
 
 @dataclass(frozen=True)
 class Reward(LanguageModel):
+    sft: float = 0.0  # weight of the chosen answer's own mean nats, added to the loss
+
     def __post_init__(self):
         super().__post_init__()
+        check_ranges(self, sft=0.0)
         check_idle(self, "a reward model is a GPT with a score instead of its head", "model", "tied")
 
 
@@ -128,7 +131,7 @@ class DPO:
         if self.init_from == "scratch":
             raise UserError("init_from = 'scratch': --task=dpo goes on from a model that answers; add --init_from=RUN")
         if self.shard:
-            raise UserError("shard = True: --task=dpo keeps a whole copy of the model that it starts from; leave it out")
+            raise UserError("shard = True: --task=dpo keeps a whole copy of the model it starts from; leave it out")
         check_publish(self.publish, self.out_dir, self.init_from)
 
 

@@ -348,7 +348,7 @@ def test_a_reward_model_judges_answers_that_nobody_checks(judge, world, tuned, t
 
 
 def test_what_is_no_reward_model_is_refused(tuned, world, tmp_path):
-    with pytest.raises(UserError, match="reward = .* is a GPT, and not a reward model: train one with"):
+    with pytest.raises(UserError, match="reward = .* is a GPT, and scores nothing"):
         train.main(small(world, tuned, reward=str(tuned), out_dir=str(tmp_path)), {})
 
 

@@ -182,9 +182,14 @@ BASES["translation"] = {**BASES["text"], "batch_size": 200, "learning_rate": 0.0
 BASES["masked"] = {**BASES["text"], "learning_rate": 0.003, "block": "post", "mlp": "gelu_erf", "sample_tokens": 300}
 BASES["classification"] = {**BASES["text"], "block_size": 64, "learning_rate": 0.003, "sample_tokens": 300}
 BASES["chat"] = {**BASES["text"], "block_size": 64, "learning_rate": 0.003, "pack": False}
+BASES["reward"] = {name: value for name, value in BASES["chat"].items() if name != "pack"}
+BASES["dpo"] = {**{name: value for name, value in BASES["reward"].items() if name not in ("n_layer", "n_head", "n_embd",
+                                                                                         "block_size")},
+                "init_from": "one_chat"}
 BASES["tagging"] = {**BASES["text"], "block_size": 64, "learning_rate": 0.003, "sample_tokens": 300}
 DATA = {  # of other tasks: data/shapes
-    "chat": "data/calculator", "tagging": "data/tags", "classification": "data/labels",
+    "chat": "data/calculator", "reward": "data/preferences", "dpo": "data/preferences",
+    "tagging": "data/tags", "classification": "data/labels",
     "text": "data/words", "masked": "data/words", "arithmetic": "arithmetic", "translation": "data/pairs"}
 
 
@@ -207,6 +212,11 @@ def lab(tmp_path_factory):
     for name, tokenizer in (("countdown", "char"), ("calculator", str(folder / "data" / "countdown"))):
         rows = [row for i, row in enumerate(dialogues.of_world(name)) if i % 40 == 0]
         dialogues.prepare(rows, folder / "data" / name, tokenizer, 0.1, "made up", name)
+    for name, wrong in (("preferences", "1"), ("more_preferences", "2")):
+        pairs_of = [{"messages": row["messages"][:1], "chosen": (answer := row["messages"][1]["content"]),
+                     "rejected": answer + wrong, "split": row["split"]} for row in rows]
+        dialogues.prepare(pairs_of, folder / "data" / name, str(folder / "data" / "countdown"), 0.1, "made up",
+                          "calculator")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "wandb", None)
         patch.chdir(folder)
@@ -247,6 +257,8 @@ def run(lab, task, base):
     if task == "image-text":  # its parts may come from other runs
         make_runs("contrastive", {**base, "task": "contrastive"})
         make_runs("gemma", {**BASES["text"], "dataset": "data/words", "model": "gemma"})
+    if task == "dpo":  # it goes on from a chat run
+        make_runs("chat", {**BASES["chat"], "task": "chat", "dataset": DATA["chat"]})
     make_runs(task, base)
     return f"run_{task}"
 
@@ -288,6 +300,8 @@ TRAINING = {
     "n_encoder_layer": Change(2), "block": Change("post"), "smoothing": Change(0.3),
     # of dialogues
     "pack": Change(True),
+    # of preferences
+    "beta": Change(2.0), "sft": Change(1.0),
     # of the encoders
     "mask_rate": Change(0.5),
     "learn": Change("tags"), "train_rows": Change(30), "pool": Change("first"), "hide_rate": Change(0.5),
@@ -307,6 +321,9 @@ OF_TASK = {  # entries that differ for one task
                     "init_from": Change("one_translation"), "lora_rank": Change(2, init_from="one_translation")},
     "chat": {"dataset": Change("data/countdown"), "init_from": Change("one_chat"), "block_size": Change(48, pack=True),
              "lora_rank": Change(2, init_from="one_chat")},
+    "reward": {"dataset": Change("data/more_preferences"), "init_from": Change("one_reward"), "model": refused("gemma"),
+               "tied": refused(False), "lora_rank": Change(2, init_from="one_reward")},
+    "dpo": {"dataset": Change("data/more_preferences"), "init_from": Change("two_chat"), "lora_rank": Change(2)},
     "masked": {"init_from": Change("one_masked"), "lora_rank": Change(2, init_from="one_masked"),
                "block": Change("pre"), "sample_tokens": Change(0)},
     "tagging": {"dataset": Change("data/more_tags"), "block_size": Change(12), "eval_tokens": Change(40),
@@ -317,7 +334,8 @@ OF_TASK = {  # entries that differ for one task
                        "lora_rank": Change(2, init_from="one_classification")},
 }
 # The part of the model that --rates names.
-PART = {"text": "wte", "chat": "wte", "contrastive": "text", "image-text": "decoder", "arithmetic": "wte",
+PART = {"text": "wte", "chat": "wte", "reward": "wte", "dpo": "wte",
+        "contrastive": "text", "image-text": "decoder", "arithmetic": "wte",
         "translation": "encoder", "masked": "encoder", "tagging": "encoder",
         "classification": "encoder"}
 
@@ -359,6 +377,7 @@ SAMPLING = {
     "image": Change("b.png"), "draw": Change("boxes.png"), "attention": Change("map.png"),
     "chat": Change(True), "system": Change("4"),
     "beam": Change(3), "length_penalty": Change(0.0, beam=4, n_best=4), "n_best": Change(2, beam=3),
+    "answer": Change("7"),
     "show_steps": Change(True), "attention_layer": refused(2, attention="map.png"),
     "attention_head": refused(3, attention="map.png"),
 }
@@ -367,6 +386,8 @@ SAMPLING_OF_TASK = {
     "contrastive": {"prompt": Change("a red star|a green circle"), "num_samples": refused(2),
                     "init_from": refused("one_contrastive")},
     "chat": {"prompt": Change("8-3 8-3 8-3 8-3"), "init_from": refused("one_chat"), "stop": Change("7")},
+    "reward": {"prompt": Change("9-3"), "init_from": refused("one_reward")},
+    "dpo": {"prompt": Change("9*9*9*9*9*9*9*9*9*9*9*9"), "init_from": refused("one_dpo"), "stop": Change("7")},
     "arithmetic": {"prompt": Change("2+3="), "init_from": refused("one_arithmetic")},
     "translation": {"prompt": Change("the old\nlady fears ."), "init_from": refused("one_translation"),
                     "temperature": Change(1.0), "top_k": Change(1, temperature=2.0),
@@ -384,6 +405,7 @@ EVALUATING = {
     "beam": Change(4), "length_penalty": Change(3.0, beam=8), "picture": refused("picture.txt"),
 }
 EVALUATING_OF_TASK = {"text": {}, "chat": {"dataset": Change("data/countdown")}, "masked": {},
+                      **dict.fromkeys(("reward", "dpo"), {"dataset": Change("data/more_preferences")}),
                       "arithmetic": {"dataset": refused("data/others")},
                       "translation": {"dataset": Change("data/more_pairs")},
                       "tagging": {"dataset": Change("data/more_tags")},
@@ -400,7 +422,7 @@ def at(task, change):
 @pytest.mark.parametrize("task, name", settings_of(sample, "sampling"))
 def test_each_setting_of_sampling_changes_the_sample_or_is_refused(lab, run, task, name):
     asked = dict(CPU, out_dir=run)
-    if task not in ("contrastive", "arithmetic", "masked", "tagging", "classification"):
+    if task not in ("contrastive", "arithmetic", "masked", "tagging", "classification", "reward"):
         asked |= {"max_new_tokens": 40}
     if task == "arithmetic":
         asked["prompt"] = "7*8="
@@ -410,7 +432,9 @@ def test_each_setting_of_sampling_changes_the_sample_or_is_refused(lab, run, tas
         asked["prompt"] = "who is in alma ?"
     elif task == "classification":
         asked["prompt"] = "the mad king"
-    elif task == "chat":
+    elif task == "reward":
+        asked |= {"prompt": "8-3", "answer": "5"}
+    elif task in ("chat", "dpo"):
         asked |= {"prompt": "8-3", "temperature": 2.0, "seed": 1342}
     elif task == "masked":
         asked["prompt"] = "the m[MASK]d king"

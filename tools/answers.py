@@ -3,9 +3,9 @@
     python -m tools.answers --out_dir=out/chat/countdown --name=countdown_checked
     python -m tools.answers --out_dir=out/chat/countdown --name=countdown_pairs --pairs=True
 
-The model answers fresh training problems of the world several times. Without --pairs, its right answers become
-dialogues, each once: to fine-tune on what was checked. With --pairs, a right answer is preferred to a wrong or malformed
-one of the same problem. Validation and test pairs come from the world's problems for these parts.
+The model answers training problems of the world several times. Without --pairs, its right answers become dialogues,
+each once: to fine-tune on what was checked. With --pairs, a right answer is preferred to a wrong or malformed one of
+the same problem. Validation and test pairs come from the world's problems for these parts.
 """
 
 from dataclasses import dataclass
@@ -105,7 +105,10 @@ def answered(settings, task, model, pick, split, count, seed):
 
     Prints the shares of right and of malformed answers. Leaves out empty ones, and those with control tokens.
     """
-    prompts = [prompt for prompt, _ in task.judge.problems(split, count, seed)]
+    try:
+        prompts = [prompt for prompt, _ in task.judge.problems(split, count, seed)]
+    except ValueError as error:
+        raise UserError(f"problems = {count}: {error}") from None
     texts = task.write_all(model, [task.chat.prompt([said("user", each)]) for each in prompts], settings.samples, pick)
     verdicts = [[task.judge.check(prompt, text) for text in found] for prompt, found in zip(prompts, texts)]
     print(f"{split}: {settings.samples} answers to each of {count:,} problems: {share(verdicts, 1.0):.1%} right,"

@@ -1,7 +1,7 @@
 """A reward model: it learns from pairs of right and wrong answers to say how good an answer is.
 
     python train.py config/chat/countdown.py
-    python -m tools.answers --out_dir=out/chat/countdown --name=countdown_pairs --pairs=True
+    python -m tools.answers --out_dir=out/chat/countdown --name=countdown_pairs --pairs=True --problems=6000
     python train.py config/chat/reward.py
     python evaluate.py --out_dir=out/chat/reward
     python sample.py --out_dir=out/chat/reward --prompt="3 12 17=53" --answer="3*12+17"
@@ -16,6 +16,8 @@ dataset = "countdown_pairs"
 init_from = "out/chat/countdown"
 out_dir = "out/chat/reward"
 
+sft = 1.0
+
 optimizer = "muon"
 learning_rate = 1e-3
 muon_lr = 0.02
@@ -25,6 +27,6 @@ warmup_iters = 20
 weight_decay = 0.1
 
 batch_size = 64
-max_iters = 282
-eval_interval = 94
-log_interval = 20
+max_iters = 1200
+eval_interval = 200
+log_interval = 50
