@@ -305,11 +305,11 @@ def talker(task, sampling):
 
     Raises UserError if that has no template. sampling: the settings of sample.py.
     """
-    wanted = getattr(sampling, "chat", False) or getattr(sampling, "system", "")
+    wanted = [f"{name} = {getattr(sampling, name)!r}" for name in ("chat", "system") if getattr(sampling, name, "")]
     if isinstance(task, ChatTask) or not wanted:
         return task
     if not task.tokenizer.template:
-        raise UserError(f"chat = True: {task.source} has no chat template: it continues texts; teach it to answer with"
+        raise UserError(f"{wanted[0]}: {task.source} has no chat template: it continues texts; teach it to answer with"
                         " --task=chat, see config/chat/dialogues.py")
     return ChatTask(task.settings, task.tokenizers, task.source)
 

@@ -2,7 +2,7 @@
 
     keep(task, model)                   before the first update: writes the checkpoint out_dir/reference
     keep_copy(task, "reward", RUN)      the same of a run's best checkpoint, as out_dir/reward
-    model = recall(task)                there and after a resume: the same weights; or recall(task, "reward")
+    model = recall(task)                there and after a resume: the same weights as those of the reference
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ def keep(task, model):
     config = {"model_type": model_type_of(model, task.models), "model": dataclasses.asdict(model.config),
               "code": code_of(model), "lora_rank": s.lora_rank, "settings": dataclasses.asdict(s), "dataset": s.dataset,
               "step": 0, "versions": checkpoint.versions()}
-    task.world.from_main(lambda: checkpoint.write(s.out_dir, "reference", model.state_dict(), task.tokenizers, config,
-                                                   None))
+    state = model.state_dict()
+    task.world.from_main(lambda: checkpoint.write(s.out_dir, "reference", state, task.tokenizers, config, None))
 
 
 def keep_copy(task, name, source):
@@ -34,14 +34,16 @@ def keep_copy(task, name, source):
     task.world.from_main(copy)
 
 
-def recall(task, name="reference", out_dir=""):
-    """The model of such a copy, in eval mode, without gradients. out_dir: the run's folder; "": as the task says.
+def recall(task, out_dir=""):
+    """The model that `keep` wrote, in eval mode, without gradients. out_dir: the run's folder; "": as the task says."""
+    return load(folder_of(task, "reference", out_dir), task.world.device)[1].requires_grad_(False)
 
-    Raises UserError if it is missing or damaged.
-    """
+
+def folder_of(task, name, out_dir=""):
+    """The folder of the reference or the reward model of a run. Raises UserError if it is missing."""
     out_dir = out_dir or task.settings.out_dir
     folder = Path(out_dir, name)
     if not folder.is_dir():
         raise UserError(f"{folder} is missing, a model that the run needs. Restore the folder, or start a new run,"
                         f" {shlex.quote(f'--init_from={out_dir}')} --out_dir=NEW")
-    return load(folder, task.world.device)[1].requires_grad_(False)
+    return folder

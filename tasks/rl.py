@@ -18,7 +18,6 @@ Axes: n answers of a round, G questions, B rows of a batch, T tokens of a row bu
 """
 
 import functools
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +31,7 @@ from machine.device import autocast
 from model import GPTConfig
 from run.cost import size_in_words
 from tasks.chat import ChatTask, alike, said
-from tasks.reference import keep, keep_copy, recall
+from tasks.reference import folder_of, keep, keep_copy, recall
 from tasks.scores import load_reward, scores_of
 from tasks.text import EVAL_TOKENS
 from tokenizer import same_vocabulary
@@ -109,8 +108,7 @@ class RLTask(ChatTask):
                 keep_copy(self, "reward", source)
         self.reference = recall(self)
         if source:
-            folder = Path(self.settings.out_dir, "reward")
-            judge, self.scorer = load_reward(folder, self.world.device)
+            judge, self.scorer = load_reward(folder_of(self, "reward"), self.world.device)
             if not same_vocabulary(judge.tokenizer, self.tokenizer):
                 raise UserError(f"reward = {source}: has another tokenizer than the model that answers: train one from"
                                 f" that model, --init_from={self.settings.init_from}")
@@ -123,12 +121,11 @@ class RLTask(ChatTask):
             return [[said("user", self.judge.problem(s.seed, number * count + i)[0])] for i in range(count)]
         known = self.asked("train")
         if count > len(known):
-            raise UserError(f"batch_size = {s.batch_size}: a round asks {count} questions, and only {len(known)} training"
-                            f" rows leave room for an answer of {self.longest} tokens: use a smaller one, more"
+            raise UserError(f"batch_size = {s.batch_size}: a round asks {count} questions, and only {len(known)}"
+                            f" training rows leave room for an answer of {self.longest} tokens: use a smaller one, more"
                             " --samples, or fewer --answer_tokens")
         return [known[i] for i in shuffled_rows(len(known), count, s.seed, number)]
 
-    @functools.cache
     def asked(self, split):
         """The messages of all questions of a split: problems of the world, or dialogues without their last answer."""
         if self.judge:

@@ -156,7 +156,8 @@ class RL:
     publish: str = ""  # folder to write the best model to at the end, as transformers can load it
 
     def __post_init__(self):
-        check_ranges(self, samples=1, round=1, epochs=1, answer_tokens=0, clip=0.0, kl=0.0, entropy=0.0, lam=0.0, value_weight=0.0)
+        check_ranges(self, samples=1, round=1, epochs=1, answer_tokens=0, clip=0.0, kl=0.0, entropy=0.0, lam=0.0,
+                     value_weight=0.0)
         if self.lam > 1:
             raise UserError(f"lam = {self.lam}: must be at most 1")
         if self.method == "group":

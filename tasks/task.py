@@ -55,7 +55,7 @@ class Task:
         """The rows of an update, as a pure function of (seed, step). step: how many updates were made before it."""
 
     def begin(self, step, model, world, dtype):
-        """Called before each update, after `step` others. At a round's start the model may write what it learns from."""
+        """Called before each update, after `step` others. At a round's start the model may write what it learns of."""
 
     def piece(self, rows):
         """How many of an update's rows make a micro-batch."""

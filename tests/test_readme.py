@@ -14,7 +14,7 @@ import sample
 import train
 from configurator import parse, read_file
 from tasks import settings as task_settings
-from tools import (alignments, answers, bench, compare, figures, ladder, publish, scaling, stages, transfer, versus)
+from tools import alignments, answers, bench, compare, figures, ladder, publish, scaling, stages, transfer, versus
 
 ROOT = Path(train.__file__).parent
 README, *PAGES = ((ROOT / name).read_text(encoding="utf-8") for name in

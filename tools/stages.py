@@ -51,7 +51,7 @@ class Stage(NamedTuple):
 STAGES = {
     "pre": Stage("pre-trained on equations", "config/chat/pretrain.py --dataset={world}_text", scored=False),
     "pre_sft": Stage("pre-trained, then SFT", "config/chat/countdown.py --dataset={world} --init_from={pre}"
-                                              " --zero_init=False --muon_lr=0.01 --learning_rate=5e-4"),
+                                              " --zero_init=False --muon_lr=0.01"),
     "sft": Stage("SFT", "config/chat/countdown.py --dataset={world}"),
     "more": Stage("SFT, six times as long", "config/chat/countdown.py --dataset={world} --max_iters=3720"
                                             " --eval_interval=372"),
@@ -108,7 +108,7 @@ def score(folder, reward=""):
 
 
 def table(found):
-    """The lines of a Markdown table of the test problems. found: {stage: [content of evaluation.json for each seed]}."""
+    """The lines of a Markdown table of the test problems. found: {stage: [evaluation.json of each seed]}."""
     yield f"| in % of the test problems | {' | '.join(SHOWN.values())} | minutes |"
     yield "| --- |" + " --- |" * (len(SHOWN) + 1)
     for key, rows in found.items():

@@ -1,7 +1,7 @@
 """A GPT that has read a million characters of equations such as 3*12+17=53, and was never asked anything.
 
     python train.py config/chat/pretrain.py
-    python train.py config/chat/countdown.py --init_from=out/chat/pretrain --zero_init=False --muon_lr=0.01 --learning_rate=5e-4
+    python train.py config/chat/countdown.py --init_from=out/chat/pretrain --zero_init=False --muon_lr=0.01
 
 The second command fine-tunes it on questions and answers. What is asked for validation or test is in no equation.
 """
