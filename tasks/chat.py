@@ -25,13 +25,14 @@ from torch import nn
 import tokenizer as tokenizers
 from batches import DialogueDataset, fixed_rows, shuffled_rows, to_device
 from chat import Chat, chat_tokenizer, check_messages
-from configurator import UserError
+from configurator import UserError, check_idle
 from critic import Critic, as_kind
 from generate import generate, pick_tokens, picker
 from machine.device import autocast
 from machine.terminal import watched
 from model import GPT
 from run.cost import flops_per_token, size_in_words
+from tasks.scores import best_of
 from tasks.settings import Chatting
 from tasks.text import EVAL_TOKENS, TextTask
 from worlds import SIZES, WORLDS
@@ -145,23 +146,27 @@ class ChatTask(TextTask):
     def details(self, model, split, world, dtype, settings, found):
         """{name: value}: answers that are malformed, and with samples at temperature 1 the shares of right ones.
 
-        "exact of samples" is pass@1; "pass@8" is the share of problems that one of 8 samples solves. With settings.test
-        all of it for the part "test" too.
+        "exact of samples" is pass@1; "pass@8" is the share of problems that one of 8 samples solves, and "best of 8"
+        the share of those whose sample with the highest score is right. With settings.test all of it for the part
+        "test" too.
         """
         if not self.judge:
-            if settings.test:
-                raise UserError("test = True: these dialogues have no answers that can be checked; leave it out")
+            check_idle(settings, "these dialogues have no answers that can be checked", "test", "reward")
             return {}
         result, greedy = {}, functools.partial(pick_tokens, temperature=0)
         for start, part in [("", split)] + [("test ", "test")] * settings.test:
             problems = self.problems(part)
             first = self.answer(model, problems, 1, greedy)
             drawn = functools.partial(pick_tokens, generator=torch.Generator(world.device).manual_seed(settings.seed))
-            verdicts = self.answer(model, problems, settings.samples, drawn)
+            texts = self.texts(model, problems, settings.samples, drawn)
+            verdicts = self.verdicts(problems, texts)
             result |= {f"{start}problems": len(problems), f"{start}exact": share(first, 1.0),
                        f"{start}malformed": share(first, None), f"{start}exact of samples": share(verdicts, 1.0),
                        f"{start}malformed samples": share(verdicts, None),
                        f"{start}pass@{settings.samples}": sum(1.0 in each for each in verdicts) / len(verdicts)}
+            if settings.reward:
+                best = best_of(settings.reward, world.device, problems, texts, verdicts)
+                result |= {"reward": settings.reward, f"{start}best of {settings.samples}": best}
         return result
 
     def problems(self, split):
@@ -170,7 +175,13 @@ class ChatTask(TextTask):
 
     def answer(self, model, prompts, count, pick):
         """[[what the judge says of each of `count` answers] for each prompt]."""
-        texts = self.write_all(model, [self.chat.prompt([said("user", prompt)]) for prompt in prompts], count, pick)
+        return self.verdicts(prompts, self.texts(model, prompts, count, pick))
+
+    def texts(self, model, prompts, count, pick):
+        """[[`count` answers] for each prompt]."""
+        return self.write_all(model, [self.chat.prompt([said("user", prompt)]) for prompt in prompts], count, pick)
+
+    def verdicts(self, prompts, texts):
         return [[self.judge.check(prompt, text) for text in found] for prompt, found in zip(prompts, texts)]
 
     def write_all(self, model, prompts, count, pick):

@@ -1,5 +1,7 @@
 """What a reward model says of answers: its scores, and which of several answers it likes best."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
@@ -12,6 +14,8 @@ from tasks.text import EVAL_TOKENS
 
 def load_reward(folder, device):
     """(task, model) of a reward run, in eval mode. Raises UserError if the folder holds another model."""
+    if not Path(folder).is_dir():
+        raise UserError(f"reward = {folder}: there is no such folder: name the run of a --task=reward")
     task, model, _ = load(folder, device)
     if type(model) is not RewardModel:
         raise UserError(f"reward = {folder}: is a {type(model).__name__}, and scores nothing: name the run of a"

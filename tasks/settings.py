@@ -546,6 +546,7 @@ class Labels:
 class Answers:
     # the answers, if a world can check them
     samples: int = 8  # how many answers to draw for each problem, at temperature 1
+    reward: str = ""  # the folder of a reward run: also count the problems whose best sample, by its scores, is right
     seed: int = 1337  # same seed, same samples
     test: bool = False  # also score the second held-out part, which no choice was made on: once, at the very end
 

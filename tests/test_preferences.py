@@ -231,6 +231,19 @@ def test_the_best_of_several_answers_is_the_one_with_the_highest_score(reward, c
         best_of(chat, "cpu", prompts, texts, verdicts)
 
 
+def test_an_evaluation_counts_the_problems_whose_best_sample_is_right(data, reward, chat):
+    def figures(**more):
+        asked = dict(out_dir=str(chat), dataset=str(data / "chat"), device="cpu", dtype="float32", samples=3)
+        evaluate.main(settings_for("chat", "evaluating", **asked | more))
+        return read_json(chat / "evaluation.json")
+
+    found = figures(reward=str(reward))
+    assert found["reward"] == str(reward)
+    assert 0 < found["best of 3"] <= found["pass@3"]
+    alone = figures(reward=str(reward), samples=1)
+    assert alone["best of 1"] == alone["pass@1"] == pytest.approx(alone["exact of samples"])
+
+
 def test_a_pair_that_does_not_fit_is_left_out_and_said(data, chat, capsys):
     task = task_class("reward")(settings_for("reward", **SMALL, **SHAPE), load(chat)[0].tokenizers)
     task.open(data / "pairs", HERE)

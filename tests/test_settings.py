@@ -413,6 +413,7 @@ EVALUATING = {
     "dataset": Change("data/others"),
     "split": Change("train"), "device": refused("meta"), "dtype": Change("bfloat16"),
     "samples": Change(3), "random_windows": Change(3), "batch_size": Change(5), "seed": Change(1), "test": Change(True),
+    "reward": refused("nowhere"),
     "beam": Change(4), "length_penalty": Change(3.0, beam=8), "picture": refused("picture.txt"),
 }
 EVALUATING_OF_TASK = {"text": {}, "masked": {},

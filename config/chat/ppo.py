@@ -15,9 +15,9 @@ samples = 1  # no answer is compared with others to the same problem
 round = 4
 batch_size = 128
 kl = 0.0
-rates = dict(score=3.0)  # the value head is new, and may learn faster
+rates = dict(score=6.0)  # the value head is new, and may learn faster
 
-learning_rate = 3e-4
+learning_rate = 1.5e-4
 lr_schedule = "linear"
 min_lr = 0.0
 warmup_iters = 10
