@@ -48,24 +48,30 @@ class Stage(NamedTuple):
     scored: bool = True
 
 
-STAGES = {
+STAGES = {  # in the order in which they need each other
     "pre": Stage("pre-trained on equations", "config/chat/pretrain.py --dataset={world}_text", scored=False),
     "pre_sft": Stage("pre-trained, then SFT", "config/chat/countdown.py --dataset={world} --init_from={pre}"
                                               " --zero_init=False --muon_lr=0.01"),
     "sft": Stage("SFT", "config/chat/countdown.py --dataset={world}"),
-    "more": Stage("SFT, six times as long", "config/chat/countdown.py --dataset={world} --max_iters=3720"
-                                            " --eval_interval=372"),
-    "checked_run": Stage("on its own checked answers", "config/chat/checked.py --dataset={checked} --init_from={sft}"),
-    "reward": Stage("the reward model", "config/chat/reward.py --dataset={pairs} --init_from={sft}", scored=False),
-    "dpo": Stage("DPO", "config/chat/dpo.py --dataset={pairs} --init_from={sft}"),
+    "more": Stage("SFT, four times as long", "config/chat/countdown.py --dataset={world} --max_iters=2480"
+                                             " --eval_interval=248"),
+    "own": Stage("own checked answers", "config/chat/checked.py --dataset={checked} --init_from={sft}"),
+    "group": Stage("group-relative", "config/chat/rl.py --dataset={world} --init_from={sft}"),
     "ppo": Stage("PPO", "config/chat/ppo.py --dataset={world} --init_from={sft}"),
-    "group": Stage("group-relative policy gradient", "config/chat/rl.py --dataset={world} --init_from={sft}"),
-    "hacked": Stage("group-relative, for the reward model", "config/chat/rl.py --dataset={world} --init_from={sft}"
-                                                            " --reward={reward}"),
-    "cured": Stage("the same with a KL", "config/chat/rl.py --dataset={world} --init_from={sft} --reward={reward}"
-                                         " --kl=0.1"),
+    "own_ppo": Stage("own checked answers, then PPO", "config/chat/ppo.py --dataset={world} --init_from={own}"
+                                                      " --max_iters=600"),
+    "reward": Stage("reward model", "config/chat/reward.py --dataset={pairs} --init_from={sft}", scored=False),
+    "scored": Stage("PPO for the reward model", "config/chat/ppo.py --dataset={world} --init_from={sft}"
+                                                " --reward={reward}"),
+    "dpo": Stage("DPO", "config/chat/dpo.py --dataset={pairs} --init_from={sft}"),
+    "weak": Stage("weak reward model", "config/chat/reward.py --dataset={pairs} --init_from={sft} --sft=0"
+                                       " --max_iters=94 --eval_interval=94", scored=False),
+    "hacked": Stage("group-relative, for a weak reward model", "config/chat/rl.py --dataset={world} --init_from={sft}"
+                                                               " --reward={weak} --max_iters=200"),
+    "held": Stage("the same, held by a KL", "config/chat/rl.py --dataset={world} --init_from={sft} --reward={weak}"
+                                            " --max_iters=200 --kl=0.2"),
 }
-DATA = {"checked": "", "pairs": "--pairs=True"}  # {what tools.answers makes: its arguments}
+DATA = {"checked": "--problems=6000", "pairs": "--problems=6000 --pairs=True"}  # what tools.answers makes
 
 
 def python(*words):
