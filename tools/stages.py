@@ -45,7 +45,8 @@ SHOWN = {"exact": "the likeliest answer", "exact of samples": "a drawn one", "pa
 class Stage(NamedTuple):
     name: str
     recipe: str  # of train.py; {sft}, {checked}, {pairs}, {reward}: folders of the seed; {world}: the data set
-    scored: bool = True
+    scored: bool = True  # a row of the table
+    which: str = "best"  # the checkpoint that is scored
 
 
 STAGES = {  # in the order in which they need each other
@@ -67,9 +68,9 @@ STAGES = {  # in the order in which they need each other
     "weak": Stage("weak reward model", "config/chat/reward.py --dataset={pairs} --init_from={sft} --sft=0"
                                        " --max_iters=94 --eval_interval=94", scored=False),
     "hacked": Stage("group-relative, for a weak reward model", "config/chat/rl.py --dataset={world} --init_from={sft}"
-                                                               " --reward={weak} --max_iters=200"),
+                                                               " --reward={weak} --max_iters=200", which="last"),
     "held": Stage("the same, held by a KL", "config/chat/rl.py --dataset={world} --init_from={sft} --reward={weak}"
-                                            " --max_iters=200 --kl=0.2"),
+                                            " --max_iters=200 --kl=0.2", which="last"),
 }
 DATA = {"checked": "--problems=6000", "pairs": "--problems=6000 --pairs=True"}  # what tools.answers makes
 
@@ -93,9 +94,9 @@ def walk(seed, world, out):
         recipe, folder = stage.recipe.format(**folders), folders[key]
         words = [*recipe.split(), "--device=cpu", "--dtype=float32"]
         train(["train.py", *words], seed, folder, settings_of(recipe, [])["max_iters"])
-        found[key] = score(folder)
+        found[key] = score(folder, stage.which)
         print(f"seed {seed}, {stage.name}: {sum_up(found[key])}", flush=True)
-    return found | {"sft": score(folders["sft"], folders["reward"])}
+    return found | {"sft": score(folders["sft"], "best", folders["reward"])}
 
 
 def sum_up(row):
@@ -104,11 +105,14 @@ def sum_up(row):
                      if name in row) + f", {row['minutes']:.1f} minutes"
 
 
-def score(folder, reward=""):
-    """The content of a run's evaluation.json, with its test part, which is scored once, and the run's "minutes"."""
+def score(folder, which, reward=""):
+    """The content of a run's evaluation.json, with its test part, which is scored once, and the run's "minutes".
+
+    which: the checkpoint, best or last. reward: the folder of a reward model that chooses from 8 answers, or "".
+    """
     path = folder / "evaluation.json"
     if not path.exists() or reward and BEST_OF not in read_json(path):
-        python("evaluate.py", f"--out_dir={folder}", "--test=True", "--device=cpu", "--dtype=float32",
+        python("evaluate.py", f"--out_dir={folder}", f"--checkpoint={which}", "--test=True", "--device=cpu", "--dtype=float32",
                *[f"--reward={reward}"] * bool(reward))
     return {**read_json(path), "minutes": read_json(folder / "run.json")["results"]["seconds"] / 60}
 
