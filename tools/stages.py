@@ -112,7 +112,8 @@ def score(folder, which, reward=""):
     """
     path = folder / "evaluation.json"
     if not path.exists() or reward and BEST_OF not in read_json(path):
-        python("evaluate.py", f"--out_dir={folder}", f"--checkpoint={which}", "--test=True", "--device=cpu", "--dtype=float32",
+        python("evaluate.py", f"--out_dir={folder}", f"--checkpoint={which}", "--test=True", "--device=cpu",
+               "--dtype=float32",
                *[f"--reward={reward}"] * bool(reward))
     return {**read_json(path), "minutes": read_json(folder / "run.json")["results"]["seconds"] / 60}
 
