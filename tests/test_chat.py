@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from configurator import UserError, parse
 from machine.distributed import World
 from model import GPT, GPTConfig, init_weights
 from sources import dialogues, texts
-from tasks.chat import ChatTask, widen
+from tasks.chat import ChatTask, talker, widen
 from tasks.loading import load, publish
 from worlds import WORLDS
 
@@ -217,6 +218,19 @@ def test_it_answers_a_prompt_and_holds_a_conversation(run, talks, monkeypatch):
         task.write(model, "a" * 100)
 
 
+def test_a_published_chat_model_holds_a_conversation_and_a_model_of_text_does_not(run, tmp_path, talks, monkeypatch):
+    publish(run, tmp_path / "published")
+    task, model, _ = load(tmp_path / "published")
+    one = DialogueDataset(talks).rows["train"][0][0]["content"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{one}\n"))
+    sampling = settings_for("text", "sampling", chat=True, temperature=0.1)
+    pieces = talker(task, sampling).sample(model, [{"text": ""}], sampling)
+    assert "".join(piece for _, piece in pieces) == f"{one}\n"
+    task.tokenizer.template = ""
+    with pytest.raises(UserError, match="chat = True: .*published has no chat template: it continues texts"):
+        talker(task, sampling)
+
+
 def test_a_long_conversation_forgets_its_oldest_turns(run, monkeypatch):
     task, model, _ = load(run)
     monkeypatch.setattr(sys, "stdin", io.StringIO("alpha rho\n" * 6))
@@ -264,6 +278,21 @@ def test_problems_have_right_answers_and_belong_to_one_part(world):
     assert world.problem(5, 7) == world.problem(5, 7) != world.problem(6, 7)
     texts_of = "".join(prompt + answer for found in parts.values() for prompt, answer in found.items())
     assert set(texts_of) <= set(world.characters)
+
+
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+def test_a_text_of_equations_tells_what_is_true_and_nothing_that_will_be_asked(world):
+    lines = world.text(2000).splitlines()
+    assert len(lines) == 250 and all(len(line.split()) == 8 for line in lines)
+    equations = {equation for line in lines for equation in line.split()}
+    sides = [equation.split("=") for equation in equations]
+    assert all(eval(left) == int(right) for left, right in sides)
+    def key(equation):
+        left, right = equation.split("=")
+        return *sorted(re.findall(r"\d+|\*|\+|-" if world.name == "calculator" else r"\d+", left)), right
+
+    asked = {key(world.equation(*problem)) for part in ("val", "test") for problem in world.problems(part, 400)}
+    assert not asked & {key(equation) for equation in equations}
 
 
 @pytest.mark.parametrize("world, prompt, answer, verdict", [
