@@ -63,7 +63,7 @@ STAGES = {  # in the order in which they need each other
                                                       " --max_iters=600"),
     "reward": Stage("reward model", "config/chat/reward.py --dataset={pairs} --init_from={sft}", scored=False),
     "scored": Stage("PPO for the reward model", "config/chat/ppo.py --dataset={world} --init_from={sft}"
-                                                " --reward={reward}"),
+                                                " --reward={reward} --max_iters=400"),
     "dpo": Stage("DPO", "config/chat/dpo.py --dataset={pairs} --init_from={sft}"),
     "weak": Stage("weak reward model", "config/chat/reward.py --dataset={pairs} --init_from={sft} --sft=0"
                                        " --max_iters=94 --eval_interval=94", scored=False),
