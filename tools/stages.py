@@ -46,11 +46,11 @@ class Stage(NamedTuple):
     name: str
     recipe: str  # of train.py; {sft}, {checked}, {pairs}, {reward}: folders of the seed; {world}: the data set
     scored: bool = True  # a row of the table
-    which: str = "best"  # the checkpoint that is scored
+    which: str = "best"  # the checkpoint that is scored; "": none, for it was never asked anything
 
 
 STAGES = {  # in the order in which they need each other
-    "pre": Stage("pre-trained on equations", "config/chat/pretrain.py --dataset={world}_text", scored=False),
+    "pre": Stage("pre-trained on equations", "config/chat/pretrain.py --dataset={world}_text", scored=False, which=""),
     "pre_sft": Stage("pre-trained, then SFT", "config/chat/countdown.py --dataset={world} --init_from={pre}"
                                               " --zero_init=False --muon_lr=0.01"),
     "sft": Stage("SFT", "config/chat/countdown.py --dataset={world}"),
@@ -110,12 +110,14 @@ def score(folder, which, reward=""):
 
     which: the checkpoint, best or last. reward: the folder of a reward model that chooses from 8 answers, or "".
     """
-    path = folder / "evaluation.json"
-    if not path.exists() or reward and BEST_OF not in read_json(path):
+    path, found = folder / "evaluation.json", {}
+    if which and not path.exists() or reward and BEST_OF not in read_json(path):
         python("evaluate.py", f"--out_dir={folder}", f"--checkpoint={which}", "--test=True", "--device=cpu",
                "--dtype=float32",
                *[f"--reward={reward}"] * bool(reward))
-    return {**read_json(path), "minutes": read_json(folder / "run.json")["results"]["seconds"] / 60}
+    if which:
+        found = dict(read_json(path))
+    return {**found, "minutes": read_json(folder / "run.json")["results"]["seconds"] / 60}
 
 
 def table(found):
