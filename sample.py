@@ -1,14 +1,12 @@
 """Samples from a trained model: continuations of a prompt, one or many in a batch, or answers about images.
 
     python sample.py --out_dir=out --prompt="ROMEO:"            one sample, shown as it is written
-    python sample.py --out_dir=out --num_samples=10             ten at once
-    python sample.py --out_dir=out --prompt=FILE:scene.txt      the prompt from a file; --prompt=- reads stdin
     python sample.py --init_from=gpt2 --prompt="Once upon"      a published GPT-2 (by name, or its local folder)
+    python sample.py --init_from=HuggingFaceTB/SmolLM2-135M-Instruct --chat        a conversation with a chat model
 
 A PaliGemma, published or trained here (--out_dir), answers prompts about an image, best at temperature 0:
 
     python sample.py --init_from=google/paligemma-3b-pt-224 --image=photo.jpg --prompt="caption en" --temperature=0
-    ... --image=a.jpg,b.jpg                                     one prompt for several images, in one batch
     ... --prompt="detect cat ; dog" --draw=boxes.png            the answer's boxes in pixels, and on the image
     ... --attention=map.png                                     a heat map of where it looked, for each token it wrote
     ... --dtype=bfloat16 --device=cpu                           half the memory: 6 GB for the 3 billion parameters
@@ -63,6 +61,7 @@ if __name__ == "__main__":  # --help and typos answer before torch is imported
 
 from machine.device import pick_device, weights_dtype
 from machine.terminal import printable
+from tasks.chat import talker
 from tasks.loading import load
 
 
@@ -84,7 +83,7 @@ def main(settings):
     task, model, _ = load(settings.init_from or settings.out_dir, device, dtype, settings.checkpoint)
     images, count = image_files(getattr(settings, "image", "")), getattr(settings, "num_samples", 1)
     requests = [{"text": prompt, "image": path} for path in images for _ in range(count)]
-    pieces = task.sample(model, requests, settings)
+    pieces = talker(task, settings).sample(model, requests, settings)
     if len(requests) == 1:
         for _, piece in pieces:
             print(printable(piece), end="", flush=True)

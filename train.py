@@ -3,12 +3,11 @@
     python train.py                                      the defaults below: a debug run of seconds on any machine
     python train.py config/shakespeare_char.py           a recipe; on a CPU it takes the recipe's on_cpu values
     python train.py --resume --out_dir=out               continues a stopped run, as if it had never stopped
-    python train.py config/shakespeare_char.py --resume=auto       continues, or starts if nothing was saved
     torchrun --nproc_per_node=2 train.py config/shakespeare_char.py
 
-Config files override the defaults, and --name=value overrides both. The run writes to out_dir: the checkpoints `last`
-and `best` (run/checkpoint.py), log.jsonl, run.json, samples.md and curves.svg. A new run moves an earlier one in that
-folder to earlier.N. The settings of every run follow; --help --task=NAME also shows those of a task.
+Config files override the defaults, and --name=value overrides both. The run writes the checkpoints `last` and `best`
+(run/checkpoint.py), log.jsonl, run.json, samples.md and curves.svg to out_dir, and moves an earlier run there to
+earlier.N. The settings of every run follow; --help --task=NAME also shows those of a task.
 
 Exit status: 0 the run has finished; 2 an error, explained in one line. The run has saved and can be resumed after: 75
 --max_minutes or SIGUSR1; 129 SIGHUP; 130 Ctrl-C; 141 the output was closed; 143 SIGTERM.
@@ -179,8 +178,7 @@ def update(task, work, step, world):
 
 
 def micro_batch(task, rows, step, number):
-    """`Task.batch` for some rows of an update. Seeds it and PyTorch's global generators, for dropout, with (seed, step,
-    number of the micro-batch), so that the number of ranks does not change what is drawn."""
+    """`Task.batch` for some rows of an update. What it draws, and dropout, depends on (seed, step, number) alone."""
     seed = int(np.random.SeedSequence((task.settings.seed, step, number)).generate_state(1, np.uint64)[0])
     torch.manual_seed(seed)
     return task.batch(rows, torch.Generator().manual_seed(seed))
@@ -204,7 +202,6 @@ def make_work(task, model, wrapped, folder, state, world, dtype):
 
 def train(settings, given, world):
     """Sets up the run and trains. Returns (task, model, Log, exit status, Guard); status 0 unless stopped early."""
-    # The task, its data and its model.
     out_dir, device = Path(settings.out_dir), world.device
     folder = world.from_main(lambda: resume.pick_up(out_dir, settings.resume))
     notes = list(resume.notes(folder, settings))
@@ -219,7 +216,6 @@ def train(settings, given, world):
     s = task.settings = replace(task.settings, dtype=str(dtype).removeprefix("torch."), compile=compiled,
                                 micro_batch_size=pick_micro_batch_size(task, world))
 
-    # Machinery.
     sharded = s.shard and world.size > 1
     wrapped = distributed.wrap(model, all_blocks(model), sharded, compiled, s.recompute, dtype, world)
     model.train()
@@ -237,8 +233,7 @@ def train(settings, given, world):
 
     with log, guard, checkpoint.Writer(out_dir, s.async_save, sharded) as writer:
         while step < s.max_iters and not status:
-            if step % task.round == 0:
-                task.begin(step, model, world, dtype)
+            task.begin(step, model, world, dtype)
             lr = set_rates(work.optimizers, step + 1, s)
             guard.record(*update(task, work, step, world))  # no waiting for the device
             step += 1
@@ -288,8 +283,7 @@ def pick_micro_batch_size(task, world):
     size = s.micro_batch_size or -(-s.batch_size // world.size)
     count = -(-s.batch_size // size)
     if world.is_main and count < world.size:
-        print(f"{world.size - count} of {world.size} workers are idle: an update has {count} micro-batches of {size}"
-              " rows; a smaller --micro_batch_size gives all of them work, but changes the losses slightly")
+        print(f"{world.size - count} of {world.size} workers are idle: a smaller --micro_batch_size gives them work")
     return size
 
 

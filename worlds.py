@@ -30,6 +30,14 @@ class World:
     def check(self, prompt, answer):
         """1.0 if the answer is right, 0.0 if it is wrong, None if it is malformed."""
 
+    def equation(self, prompt, answer):
+        """A problem and its answer as one true equation."""
+
+    def text(self, count):
+        """Lines of eight equations each, from `count` training problems: a text to pre-train on."""
+        equations = [self.equation(*self.problem(2, index)) for index in range(count)]
+        return "".join(" ".join(equations[i:i + 8]) + "\n" for i in range(0, count, 8))
+
     def problem(self, seed, index, part="train"):
         """(prompt, a right answer)."""
         stream = np.array((list(PARTS).index(part) << 32 | seed, index), dtype=np.uint64)
@@ -58,6 +66,9 @@ class Calculator(World):
         a, b = (int(generator.integers(0, most)) for most in ((100, 10) if sign == "*" else (100, 100)))
         return f"{a}{sign}{b}", str(SIGNS[sign](a, b)), (sign, *sorted((a, b)))
 
+    def equation(self, prompt, answer):
+        return f"{prompt}={answer}"
+
     def check(self, prompt, answer):
         if not re.fullmatch(r"-?\d+", answer):
             return None
@@ -79,6 +90,9 @@ class Countdown(World):
                 answer = f"{numbers[0]}{signs[0]}{numbers[1]}{signs[1]}{numbers[2]}"
                 prompt = f"{' '.join(map(str, sorted(numbers)))}={target}"
                 return prompt, answer, prompt
+
+    def equation(self, prompt, answer):
+        return f"{answer}={prompt.partition('=')[2]}"
 
     def check(self, prompt, answer):
         if not re.fullmatch(r"\d{1,2}([-+*]\d{1,2}){2}", answer):

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from configurator import UserError, say
+from critic import Critic, as_kind
 from encoder import MaskedLM, SentenceEncoder
 from machine.decode import KNOWN
 from machine.digest import code_of
@@ -38,7 +39,7 @@ FAMILIES = {"gpt2": "published.gpt2", **dict.fromkeys(("llama", "mistral", "qwen
             "paligemma": "published.paligemma", "bert": "published.bert"}  # by the model_type in config.json
 HEAD = "lm_head.weight"  # the output head in every first layout; a tied model has none
 LAYOUTS = {GPT: ("gpt2", "llama"), Gemma: ("llama",), PaliGemma: ("paligemma",), MaskedLM: ("bert",),
-           SentenceEncoder: ("bert",)}  # that may hold a class of ours
+           SentenceEncoder: ("bert",), Critic: ("gpt2", "llama")}  # that may hold a class of ours
 
 FITS = {  # {what a value of config.json must be: whether it is}
     "a whole number from 1 to 2^31 - 1": lambda value: type(value) is int and 0 < value < 2**31,
@@ -105,7 +106,8 @@ def locate(name):
         raise UserError(f"{name} was being replaced when its program was killed: {new} is the new model, {old} the old"
                         f" one, both complete; rename one of them to {name}")
     for weights in WEIGHTS.values():
-        files = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt"]
+        files = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt",
+                 "chat_template.jinja"]
         folder = Path(download(name, [*files, weights], "init_from"))
         if any(folder.glob(weights)):
             break
@@ -207,6 +209,8 @@ def save(model, tokenizer, folder, shard_size=5 * 10**9):
     a model that no layout holds, for a folder with anything but a published model, and if a file can't be written.
     """
     check_publish(folder)
+    if type(model) is Critic:  # its score is for training alone
+        model = as_kind(GPT, model)
     family, folder = layout(model, tokenizer), Path(folder).resolve()
     new, old = (folder.with_name(folder.name + ending) for ending in (".unfinished", ".replaced"))
     try:

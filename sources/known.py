@@ -44,11 +44,12 @@ LABELLED = {  # texts with labels, from sources/labelled_sets.py: kind, recipe, 
     **dict.fromkeys(("atis", "snips"), ("tags", "config/tag_home.py", {})),
     **dict.fromkeys(("sst2", "imdb"), ("labels", "config/classify_topics.py", {}))}
 DIALOGUES = ("countdown", "calculator")  # of worlds.py, which need no network
+EQUATIONS = {f"{world}_text": world for world in DIALOGUES}  # texts of those worlds, to pre-train on
 BUILT_IN_TAGS = "flights"  # needs no network
 TOKENIZERS = {  # all known data sets: tokenizer
     **{name: row[0] for name, row in KNOWN.items()}, BUILT_IN: "char", **GENERATED, **dict.fromkeys(CORPORA, "gpt2"),
     **{name: row["tokenizer"] for name, row in PAIRS.items()}, **dict.fromkeys(LABELLED, ""),
-    **dict.fromkeys(DIALOGUES, "char")}
+    **dict.fromkeys((*DIALOGUES, *EQUATIONS), "char")}
 
 
 def locate(dataset):
@@ -189,7 +190,7 @@ def built_in(name, wanted, error, remedy=""):
 
 
 def known_text(name):
-    """(path, origin) of a known text: BUILT_IN from pydoc_data, others downloaded if missing and checked by SHA-256.
+    """(path, origin) of a known text. BUILT_IN and EQUATIONS are made; others are downloaded and checked by SHA-256.
 
     origin: text that meta.json will show as the source: the URL, or "pydoc_data.topics of Python 3.12.1".
     """
@@ -200,6 +201,11 @@ def known_text(name):
         text = "\n\n".join(topics[topic].strip() for topic in sorted(topics))
         path.write_text(text + "\n", encoding="utf-8", newline="\n")
         return path, f"pydoc_data.topics of Python {platform.python_version()}"
+    if name in EQUATIONS:
+        from worlds import WORLDS  # imports numpy, which is slow
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(WORLDS[EQUATIONS[name]].text(100_000), encoding="utf-8", newline="\n")
+        return path, f"the world {EQUATIONS[name]}"
     _, url, expected = KNOWN[name]
     if not path.exists():
         download(url, path)

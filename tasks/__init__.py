@@ -23,7 +23,7 @@ class Row(NamedTuple):
 
 
 TASKS = {
-    "text": Row("tasks.text", "TextTask", settings.Text, settings.Writing, settings.Windows,
+    "text": Row("tasks.text", "TextTask", settings.Text, settings.Chatting, settings.Windows,
                 ("gpt2", "llama", "mistral", "qwen2", "gemma")),
     "contrastive": Row("tasks.contrastive", "ContrastiveTask", settings.Contrastive, settings.Matching,
                        settings.Nothing, ()),
@@ -40,6 +40,7 @@ TASKS = {
     "chat": Row("tasks.chat", "ChatTask", settings.Chat, settings.Chatting, settings.Answers, ()),
     "reward": Row("tasks.reward", "RewardTask", settings.Reward, settings.Scoring, settings.Problems, ()),
     "dpo": Row("tasks.dpo", "DPOTask", settings.DPO, settings.Chatting, settings.Answers, ()),
+    "rl": Row("tasks.rl", "RLTask", settings.RL, settings.Chatting, settings.Answers, ()),
     "tagging": Row("tasks.tagging", "TaggingTask", settings.Tagging, settings.Nothing, settings.Labels, ()),
 }
 

@@ -26,9 +26,11 @@ import tokenizer as tokenizers
 from batches import DialogueDataset, fixed_rows, shuffled_rows, to_device
 from chat import Chat, chat_tokenizer, check_messages
 from configurator import UserError, check_idle
+from critic import Critic, as_kind
 from generate import generate, pick_tokens, picker
 from machine.device import autocast
 from machine.terminal import watched
+from model import GPT
 from run.cost import flops_per_token, size_in_words
 from tasks.scores import best_of
 from tasks.settings import Chatting
@@ -55,6 +57,8 @@ class ChatTask(TextTask):
             self.best = ("exact", max)
 
     def adopt(self, model, generator):
+        if type(model) is Critic:  # of PPO
+            model = as_kind(GPT, model)
         return widen(super().adopt(model, generator), self.tokenizer.vocab_size, generator, self.source)
 
     def fit(self, model):
@@ -202,12 +206,14 @@ class ChatTask(TextTask):
         """The most tokens of an answer that is checked: one more than one of the world has, or its end token."""
         return self.judge.longest[1] + 1
 
+    def until_end(self, ids):
+        """An answer's ids up to its end token, which is included."""
+        ends = self.tokenizer.ends
+        return ids[:next((at + 1 for at, token in enumerate(ids) if token in ends), len(ids))]
+
     def text_of(self, ids):
-        """The text of an answer up to its end token."""
-        transcript = tokenizers.Transcript(self.tokenizer)
-        for token in ids:
-            transcript.append(token)
-        return str(transcript)
+        """The text of an answer before its end token."""
+        return self.tokenizer.decode([token for token in self.until_end(ids) if token not in self.tokenizer.ends])
 
     # ------------------------------------------------------------------------------------------------------------------
     # Talking
@@ -303,6 +309,20 @@ class ChatTask(TextTask):
     def cost(self, model):
         T = self.rows["train"][0].shape[1] - 1
         return self.settings.batch_size * T, self.settings.batch_size * T * flops_per_token(model, T)
+
+
+def talker(task, sampling):
+    """The task that samples: for a conversation with a published model, the ChatTask of its tokenizer.
+
+    Raises UserError if that has no template. sampling: the settings of sample.py.
+    """
+    wanted = [f"{name} = {getattr(sampling, name)!r}" for name in ("chat", "system") if getattr(sampling, name, "")]
+    if isinstance(task, ChatTask) or not wanted:
+        return task
+    if not task.tokenizer.template:
+        raise UserError(f"{wanted[0]}: {task.source} has no chat template: it continues texts; teach it to answer with"
+                        " --task=chat, see config/chat/dialogues.py")
+    return ChatTask(task.settings, task.tokenizers, task.source)
 
 
 def said(role, content):

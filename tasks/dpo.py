@@ -89,7 +89,7 @@ class DPOTask(PairsTask):
         half.
         """
         if not self.reference:  # in evaluate.py: the run's folder holds its checkpoint and its reference
-            self.ask(recall(self, Path(self.source).parent), world, dtype)
+            self.ask(recall(self, out_dir=Path(self.source).parent), world, dtype)
         found = super().evaluate(model, split, world, dtype, limit)
         if self.judging:
             problems = self.problems(split)[:max(1, limit // self.pairs[split]["ids"].shape[2]) if limit else None]

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from configurator import UserError, check_idle, check_ranges, check_shape
+from configurator import UserError, check_idle, check_ranges, check_run, check_shape
 from published import check_publish
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -132,6 +132,56 @@ class DPO:
             raise UserError("init_from = 'scratch': --task=dpo goes on from a model that answers; add --init_from=RUN")
         if self.shard:
             raise UserError("shard = True: --task=dpo keeps a whole copy of the model it starts from; leave it out")
+        check_publish(self.publish, self.out_dir, self.init_from)
+
+
+@dataclass(frozen=True)
+class RL:
+    # the roll-outs
+    method: Literal["group", "ppo"] = "group"  # advantages over other answers to the question, or over a value head
+    reward: str = ""  # folder of a reward model's run, which scores the answers; empty: the world checks them
+    samples: int = 8  # answers to each question
+    round: int = 4  # updates that learn from one roll-out, of batch_size * round / epochs answers
+    epochs: int = 1  # how often a round learns from each answer
+    answer_tokens: int = 0  # most tokens of an answer; 0: as many as the world's longest answer needs, or 64
+    # the loss
+    clip: float = 0.2  # ratios of new and old probabilities further than this from 1 are not rewarded
+    kl: float = 0.0  # price of a nat of divergence from the model that the run started from
+    entropy: float = 0.0  # bonus for a nat of entropy: it keeps the answers varied
+    divide: bool = True  # divide a group's advantages by their standard deviation
+    lam: float = 1.0  # of PPO's advantages: below 1, they trust the value head more
+    value_weight: float = 0.5  # weight of the value head's squared error, for PPO
+    # what is measured, and published
+    pack: bool = True  # validation loss of rows filled with whole dialogues; False: of one dialogue per row
+    publish: str = ""  # folder to write the best model to at the end, as transformers can load it
+
+    def __post_init__(self):
+        check_ranges(self, samples=1, round=1, epochs=1, answer_tokens=0, clip=0.0, kl=0.0, entropy=0.0, lam=0.0,
+                     value_weight=0.0)
+        if self.lam > 1:
+            raise UserError(f"lam = {self.lam}: must be at most 1")
+        if self.method == "group":
+            check_idle(self, "is for --method=ppo", "lam", "value_weight")
+            if self.samples == 1:
+                raise UserError("samples = 1: an answer has no other answers to be compared with; use at least 2")
+        else:
+            check_idle(self, "is for --method=group", "divide")
+        for name in ("max_iters", "eval_interval"):
+            if getattr(self, name) % self.round:
+                raise UserError(f"{name} = {getattr(self, name)}: must be a multiple of round = {self.round}: a run"
+                                " evaluates and saves after whole rounds")
+        if self.batch_size * self.round % (self.epochs * self.samples):
+            raise UserError(f"samples = {self.samples}: must divide the answers of a round, batch_size * round / epochs"
+                            f" = {self.batch_size * self.round / self.epochs:g}")
+        if self.dropout:
+            raise UserError(f"dropout = {self.dropout}: an answer must be learned with the probability with which it"
+                            " was drawn; leave it out")
+        if self.shard:
+            raise UserError("shard = True: a sharded model can't write answers; leave it out")
+        if self.init_from == "scratch":
+            raise UserError("init_from = 'scratch': --task=rl goes on from a model that answers; add --init_from=RUN")
+        if self.reward and not self.resume:
+            check_run(self.reward)
         check_publish(self.publish, self.out_dir, self.init_from)
 
 

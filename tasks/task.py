@@ -14,7 +14,7 @@ class Task:
 
     best = ("loss", min)  # the measure of `evaluate` that picks the checkpoint `best`, and whether less is better
     whole = False  # True: each row is scored against all others of the update, so a worker can't cut its share further
-    round = 1  # updates that learn from one roll-out (see `begin`): a run saves, evaluates and stops only after the last
+    round = 1  # updates that share what `begin` draws: a run evaluates, saves and stops only after the last of them
     fixed_shapes = False  # True: all micro-batches have the same shapes, and `loss` depends on its arguments alone
     models = {}  # model_type: (class, class of its configuration)
     asked = ()  # settings of evaluate.py that change the figures of `details`, which has them under their names
@@ -55,7 +55,7 @@ class Task:
         """The rows of an update, as a pure function of (seed, step). step: how many updates were made before it."""
 
     def begin(self, step, model, world, dtype):
-        """Called before the first update of each round: the model may write what the round's updates learn from."""
+        """Called before each update, after `step` others. At a round's start the model may write what it learns of."""
 
     def piece(self, rows):
         """How many of an update's rows make a micro-batch."""

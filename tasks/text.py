@@ -56,8 +56,8 @@ class TextTask(Task):
         s = self.settings
         check_choices(s, model=MODELS)
         cls, config_cls = MODELS[s.model]
-        known = {field.name for field in dataclasses.fields(config_cls)}
-        shape = {name: getattr(s, name) for name in (*SHAPE, "dropout") if name in known and getattr(s, name) != ""}
+        known = [field.name for field in dataclasses.fields(config_cls) if field.name in (*SHAPE, "dropout")]
+        shape = {name: getattr(s, name) for name in known if getattr(s, name) != ""}
         torch.manual_seed(s.seed)  # for a model that keeps PyTorch's own initialisation
         model = cls(config_cls(**shape, vocab_size=self.tokenizer.vocab_size))
         if all_blocks(model):
@@ -73,8 +73,7 @@ class TextTask(Task):
 
     def shape(self, model):
         model_type, known = model_type_of(model, MODELS), {field.name for field in dataclasses.fields(model.config)}
-        unknown = [name for name in (*SHAPE, "dropout") if name not in known]
-        check_idle(self.settings, f"a {model_type} has no such setting", *unknown)
+        check_idle(self.settings, f"a {model_type} has no such setting", *sorted({*SHAPE, "dropout"} - known))
         return {"model": model_type, **{name: getattr(model.config, name) for name in SHAPE if name in known}}
 
     def pick(self, step):

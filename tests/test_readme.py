@@ -13,7 +13,8 @@ import prepare
 import sample
 import train
 from configurator import parse, read_file
-from tools import alignments, bench, compare, figures, ladder, publish, scaling, transfer, versus
+from tasks import settings as task_settings
+from tools import alignments, answers, bench, compare, figures, ladder, publish, scaling, stages, transfer, versus
 
 ROOT = Path(train.__file__).parent
 README, *PAGES = ((ROOT / name).read_text(encoding="utf-8") for name in
@@ -30,7 +31,8 @@ TEXTS = [README, *PAGES, *(path.read_text(encoding="utf-8") for path in OTHERS),
          *(figures.filled(entry, row, 1, "out/translate_en_it" if "translate" in entry["command"] else
                           "out/chat/countdown" if "config/chat/" in entry["command"] else ".")
            .replace("&&", "\n") for entry in FIGURES for row in entry["rows"].values())]
-TOOLS = ("bench", "scaling", "compare", "versus", "figures", "ladder", "publish", "alignments", "transfer")
+TOOLS = ("bench", "scaling", "compare", "versus", "figures", "ladder", "publish", "alignments", "transfer", "answers",
+         "stages")
 COMMAND = (r"(?:python|torchrun(?: --\S+)+) ((?:(?:train|sample|evaluate|prepare)\.py|-m tools\.(?:" + "|".join(TOOLS) +
            r"))\b"
            r"(?:\"[^\"\n]*\"|[^|`\"\n])*)")  # a | between quotes belongs to it
@@ -86,13 +88,16 @@ def test_commands_parse(line, monkeypatch):
         arguments = [argument for argument in arguments if argument.startswith("-")]
     command = {"train.py": train, "sample.py": sample, "evaluate.py": evaluate, "prepare.py": prepare,
                "tools.bench": bench, "tools.compare": compare, "tools.figures": figures, "tools.ladder": ladder,
-               "tools.publish": publish, "tools.alignments": alignments, "tools.transfer": transfer}[script]
+               "tools.publish": publish, "tools.alignments": alignments, "tools.transfer": transfer,
+               "tools.answers": answers, "tools.stages": stages}[script]
     if command in (sample, evaluate):  # the run or the model isn't there
         monkeypatch.setattr(command, "find_task", lambda name: task_of(arguments))
-    if hasattr(command, "check_run"):
-        monkeypatch.setattr(command, "check_run", lambda out_dir: None)
-    if command is publish:
+    for module in (command, task_settings):
+        if hasattr(module, "check_run"):
+            monkeypatch.setattr(module, "check_run", lambda out_dir: None)
+    if command in (publish, answers):
         monkeypatch.setattr(command, "check_model", lambda settings: None)
+    if command is publish:
         arguments = arguments or ["--to=somewhere"]  # the command is only named
     how = getattr(command, "HOW", {}) | {"has_accelerator": lambda device: False}
     parse(command.Settings, arguments, **{**how, "base": None, "check": None})

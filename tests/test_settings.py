@@ -186,10 +186,12 @@ BASES["reward"] = {name: value for name, value in BASES["chat"].items() if name 
 BASES["dpo"] = {**{name: value for name, value in BASES["reward"].items() if name not in ("n_layer", "n_head", "n_embd",
                                                                                          "block_size")},
                 "init_from": "one_chat"}
+BASES["rl"] = {**BASES["dpo"], "reward": "one_reward", "pack": False, "kl": 0.1,
+               "samples": 2, "round": 2, "eval_interval": 2, "log_interval": 1, "answer_tokens": 4, "eval_tokens": 400}
 BASES["tagging"] = {**BASES["text"], "block_size": 64, "learning_rate": 0.003, "sample_tokens": 300}
 DATA = {  # of other tasks: data/shapes
     "chat": "data/calculator", "reward": "data/preferences", "dpo": "data/preferences",
-    "tagging": "data/tags", "classification": "data/labels",
+    "rl": "data/calculator", "tagging": "data/tags", "classification": "data/labels",
     "text": "data/words", "masked": "data/words", "arithmetic": "arithmetic", "translation": "data/pairs"}
 
 
@@ -257,8 +259,8 @@ def run(lab, task, base):
     if task == "image-text":  # its parts may come from other runs
         make_runs("contrastive", {**base, "task": "contrastive"})
         make_runs("gemma", {**BASES["text"], "dataset": "data/words", "model": "gemma"})
-    if task == "dpo":  # it goes on from a chat run
-        make_runs("chat", {**BASES["chat"], "task": "chat", "dataset": DATA["chat"]})
+    for kind in {"dpo": ["chat"], "rl": ["chat", "reward"]}.get(task, ()):  # it goes on from a chat run
+        make_runs(kind, {**BASES[kind], "task": kind, "dataset": DATA[kind]})
     make_runs(task, base)
     return f"run_{task}"
 
@@ -302,6 +304,10 @@ TRAINING = {
     "pack": Change(True),
     # of preferences
     "beta": Change(2.0), "sft": Change(1.0),
+    # of rewards
+    "method": Change("ppo"), "reward": Change("two_reward"), "samples": Change(4), "round": Change(1),
+    "epochs": Change(2), "answer_tokens": Change(2), "clip": Change(1e-6), "kl": Change(0.9), "entropy": Change(0.1),
+    "divide": Change(False), "lam": Change(0.5, method="ppo"), "value_weight": Change(2.0, method="ppo"),
     # of the encoders
     "mask_rate": Change(0.5),
     "learn": Change("tags"), "train_rows": Change(30), "pool": Change("first"), "hide_rate": Change(0.5),
@@ -323,6 +329,8 @@ OF_TASK = {  # entries that differ for one task
              "lora_rank": Change(2, init_from="one_chat")},
     "reward": {"dataset": Change("data/more_preferences"), "init_from": Change("one_reward"), "model": refused("gemma"),
                "tied": refused(False), "lora_rank": Change(2, init_from="one_reward")},
+    "rl": {"dataset": Change("data/countdown"), "init_from": Change("two_chat"), "lora_rank": Change(2),
+           "dropout": refused(0.5), "batch_size": Change(8), "micro_batch_size": Change(3)},
     "dpo": {"dataset": Change("data/more_preferences"), "init_from": Change("two_chat"), "lora_rank": Change(2)},
     "masked": {"init_from": Change("one_masked"), "lora_rank": Change(2, init_from="one_masked"),
                "block": Change("pre"), "sample_tokens": Change(0)},
@@ -334,7 +342,7 @@ OF_TASK = {  # entries that differ for one task
                        "lora_rank": Change(2, init_from="one_classification")},
 }
 # The part of the model that --rates names.
-PART = {"text": "wte", "chat": "wte", "reward": "wte", "dpo": "wte",
+PART = {"text": "wte", "chat": "wte", "reward": "wte", "dpo": "wte", "rl": "wte",
         "contrastive": "text", "image-text": "decoder", "arithmetic": "wte",
         "translation": "encoder", "masked": "encoder", "tagging": "encoder",
         "classification": "encoder"}
@@ -382,11 +390,14 @@ SAMPLING = {
     "attention_head": refused(3, attention="map.png"),
 }
 SAMPLING_OF_TASK = {
-    "text": {}, "image-text": {"prompt": Change("count"), "stop": Change("<"), "init_from": refused("one_image-text")},
+    "text": {"chat": refused(True), "system": refused("x")},
+    "image-text": {"prompt": Change("count"), "stop": Change("<"), "init_from": refused("one_image-text")},
     "contrastive": {"prompt": Change("a red star|a green circle"), "num_samples": refused(2),
                     "init_from": refused("one_contrastive")},
     "chat": {"prompt": Change("8-3 8-3 8-3 8-3"), "init_from": refused("one_chat"), "stop": Change("7")},
     "reward": {"prompt": Change("9-3"), "init_from": refused("one_reward")},
+    "rl": {"prompt": Change("9*9*9*9*9*9*9*9*9*9*9*9"), "init_from": refused("one_rl"), "stop": Change("7"),
+           "system": Change("9*9*9*9*9*9*9*9*9*9*9*9")},
     "dpo": {"prompt": Change("9*9*9*9*9*9*9*9*9*9*9*9"), "init_from": refused("one_dpo"), "stop": Change("7")},
     "arithmetic": {"prompt": Change("2+3="), "init_from": refused("one_arithmetic")},
     "translation": {"prompt": Change("the old\nlady fears ."), "init_from": refused("one_translation"),
@@ -405,7 +416,8 @@ EVALUATING = {
     "reward": refused("nowhere"),
     "beam": Change(4), "length_penalty": Change(3.0, beam=8), "picture": refused("picture.txt"),
 }
-EVALUATING_OF_TASK = {"text": {}, "chat": {"dataset": Change("data/countdown")}, "masked": {},
+EVALUATING_OF_TASK = {"text": {}, "masked": {},
+                      **dict.fromkeys(("chat", "rl"), {"dataset": Change("data/countdown")}),
                       **dict.fromkeys(("reward", "dpo"), {"dataset": Change("data/more_preferences")}),
                       "arithmetic": {"dataset": refused("data/others")},
                       "translation": {"dataset": Change("data/more_pairs")},
@@ -435,7 +447,7 @@ def test_each_setting_of_sampling_changes_the_sample_or_is_refused(lab, run, tas
         asked["prompt"] = "the mad king"
     elif task == "reward":
         asked |= {"prompt": "8-3", "answer": "5"}
-    elif task in ("chat", "dpo"):
+    elif task in ("chat", "dpo", "rl"):
         asked |= {"prompt": "8-3", "temperature": 2.0, "seed": 1342}
     elif task == "masked":
         asked["prompt"] = "the m[MASK]d king"

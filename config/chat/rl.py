@@ -1,0 +1,33 @@
+"""A chat model learns from rewards: its world says which of its own answers are right. Minutes on one CPU core.
+
+    python train.py config/chat/countdown.py
+    python train.py config/chat/rl.py
+    python evaluate.py --out_dir=out/chat/rl
+    python sample.py --out_dir=out/chat/rl --prompt="3 12 17=53" --temperature=0
+    python train.py config/chat/rl.py --reward=out/chat/reward --out_dir=out/chat/hacked
+
+In each round the model answers 128 problems four times, and learns which answers were better than the others to the
+same problem. The last command takes the scores of a reward model (config/chat/reward.py) for rewards, and shows what
+goes wrong then: the scores rise, and the share of right answers falls. --kl=0.1 holds the model back.
+"""
+
+task = "rl"
+dataset = "countdown"
+init_from = "out/chat/countdown"
+out_dir = "out/chat/rl"
+
+samples = 4
+round = 4
+divide = False  # by the deviation: problems that are nearly always solved, or never, would count most
+batch_size = 128
+
+learning_rate = 3e-4  # at twice that, half of what it had learned was lost in the first 200 updates
+lr_schedule = "linear"
+min_lr = 0.0
+warmup_iters = 10
+weight_decay = 0.0
+
+pack = False
+max_iters = 1000
+eval_interval = 100
+log_interval = 20

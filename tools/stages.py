@@ -1,0 +1,142 @@
+"""From a GPT to a model that answers: every stage on one world, in one table.
+
+    python -m tools.stages                                      countdown, one seed: about 20 minutes of one CPU core
+    python -m tools.stages --seeds=1337,1,2 --world=calculator
+
+Each row is a way to make a better model of the same start, the fine-tuned one: more of the same training, its own
+checked answers, preferences, rewards. The settings are those of the recipes in config/chat/, chosen on validation
+problems of countdown; the best checkpoint is chosen on validation, and the test problems are scored once. What was
+stopped goes on with the same command; what has a score keeps it.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from configurator import UserError, from_command_line, one_line_errors
+
+
+@dataclass(frozen=True)
+class Settings:
+    world: Literal["countdown", "calculator"] = "countdown"  # whose problems are asked
+    seeds: str = "1337"  # of the runs, separated by commas
+    out: str = "out/stages"  # the folder of the runs and of the data that they make
+
+    def __post_init__(self):
+        if not all(seed.strip().isdecimal() for seed in self.seeds.split(",")):
+            raise UserError(f"seeds = {self.seeds}: must be whole numbers, separated by commas")
+
+
+if __name__ == "__main__":  # --help and typos answer before torch is imported
+    SETTINGS, _ = from_command_line(Settings, __doc__)
+
+from run.files import read_json
+from tools.versus import settings_of, train
+
+ROOT = Path(__file__).resolve().parent.parent
+BEST_OF = "best of 8"  # what evaluate.py calls it
+SHOWN = {"exact": "the likeliest answer", "exact of samples": "a drawn one", "pass@8": "one of 8 drawn",
+         "malformed samples": "malformed, of drawn ones"}
+
+
+class Stage(NamedTuple):
+    name: str
+    recipe: str  # of train.py; {sft}, {checked}, {pairs}, {reward}: folders of the seed; {world}: the data set
+    scored: bool = True
+
+
+STAGES = {
+    "pre": Stage("pre-trained on equations", "config/chat/pretrain.py --dataset={world}_text", scored=False),
+    "pre_sft": Stage("pre-trained, then SFT", "config/chat/countdown.py --dataset={world} --init_from={pre}"
+                                              " --zero_init=False --muon_lr=0.01"),
+    "sft": Stage("SFT", "config/chat/countdown.py --dataset={world}"),
+    "more": Stage("SFT, six times as long", "config/chat/countdown.py --dataset={world} --max_iters=3720"
+                                            " --eval_interval=372"),
+    "checked_run": Stage("on its own checked answers", "config/chat/checked.py --dataset={checked} --init_from={sft}"),
+    "reward": Stage("the reward model", "config/chat/reward.py --dataset={pairs} --init_from={sft}", scored=False),
+    "dpo": Stage("DPO", "config/chat/dpo.py --dataset={pairs} --init_from={sft}"),
+    "ppo": Stage("PPO", "config/chat/ppo.py --dataset={world} --init_from={sft}"),
+    "group": Stage("group-relative policy gradient", "config/chat/rl.py --dataset={world} --init_from={sft}"),
+    "hacked": Stage("group-relative, for the reward model", "config/chat/rl.py --dataset={world} --init_from={sft}"
+                                                            " --reward={reward}"),
+    "cured": Stage("the same with a KL", "config/chat/rl.py --dataset={world} --init_from={sft} --reward={reward}"
+                                         " --kl=0.1"),
+}
+DATA = {"checked": "", "pairs": "--pairs=True"}  # {what tools.answers makes: its arguments}
+
+
+def python(*words):
+    """Runs a command. Raises UserError with the end of what it said if it fails."""
+    done = subprocess.run([sys.executable, *words], capture_output=True, encoding="utf-8")
+    if done.returncode:
+        raise UserError(f"python {' '.join(words)} failed: {done.stderr.strip()[-500:]}")
+
+
+def walk(seed, world, out):
+    """Makes all runs of a seed that are missing. Returns {stage: content of evaluation.json}, "minutes" among it."""
+    folders = {name: out / name for name in (*STAGES, *DATA)} | {"world": world}
+    found = {}
+    for key, stage in STAGES.items():
+        for name, words in DATA.items():
+            if f"{{{name}}}" in stage.recipe and not (folders[name] / "meta.json").exists():
+                python("-m", "tools.answers", f"--out_dir={folders['sft']}", f"--name={folders[name]}",
+                       *words.split())
+        recipe, folder = stage.recipe.format(**folders), folders[key]
+        words = [*recipe.split(), "--device=cpu", "--dtype=float32"]
+        train(["train.py", *words], seed, folder, settings_of(recipe, [])["max_iters"])
+        found[key] = score(folder)
+        print(f"seed {seed}, {stage.name}: {sum_up(found[key])}", flush=True)
+    return found | {"sft": score(folders["sft"], folders["reward"])}
+
+
+def sum_up(row):
+    """The validation figures of a run in a line."""
+    return ", ".join(f"{name} {row[name]:.1%}" for name in ("exact", "exact of samples", "pass@8", "agreement")
+                     if name in row) + f", {row['minutes']:.1f} minutes"
+
+
+def score(folder, reward=""):
+    """The content of a run's evaluation.json, with its test part, which is scored once, and the run's "minutes"."""
+    path = folder / "evaluation.json"
+    if not path.exists() or reward and BEST_OF not in read_json(path):
+        python("evaluate.py", f"--out_dir={folder}", "--test=True", "--device=cpu", "--dtype=float32",
+               *[f"--reward={reward}"] * bool(reward))
+    return {**read_json(path), "minutes": read_json(folder / "run.json")["results"]["seconds"] / 60}
+
+
+def table(found):
+    """The lines of a Markdown table of the test problems. found: {stage: [evaluation.json of each seed]}."""
+    yield f"| in % of the test problems | {' | '.join(SHOWN.values())} | minutes |"
+    yield "| --- |" + " --- |" * (len(SHOWN) + 1)
+    for key, rows in found.items():
+        if not STAGES[key].scored:
+            continue
+        cells = [figures(rows, f"test {name}", 100) for name in SHOWN]
+        yield f"| {STAGES[key].name} | {' | '.join(cells)} | {figures(rows, 'minutes', 1)} |"
+        if key == "sft":
+            best = figures(rows, f"test {BEST_OF}", 100)
+            yield f"| {STAGES[key].name}, and the reward model chooses from 8 | {best} |{' |' * len(SHOWN)}"
+
+
+def figures(rows, name, scale):
+    """The values of all seeds, one after the other."""
+    return ", ".join(f"{scale * row[name]:.1f}" for row in rows)
+
+
+def main(settings):
+    os.chdir(ROOT)  # recipes and data sets are named from there
+    os.environ["OMP_NUM_THREADS"] = "1"  # so small a model is not faster with more
+    seeds, found = [int(seed) for seed in settings.seeds.split(",")], {key: [] for key in STAGES}
+    for seed in seeds:
+        for key, row in walk(seed, settings.world, Path(settings.out).resolve() / settings.world / str(seed)).items():
+            found[key].append(row)
+    print("\n" + "\n".join(table(found)))
+    print(f"\nthe reward model agrees with {figures(found['reward'], 'test agreement', 100)} % of the test pairs")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(SETTINGS)
