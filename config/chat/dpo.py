@@ -15,9 +15,11 @@ init_from = "out/chat/countdown"
 out_dir = "out/chat/dpo"
 
 beta = 0.5
-sft = 1.0  # without it the right answers become less likely too, only less so than the wrong ones
+sft = 1.0  # the right answers are learned as in fine-tuning, too
 
-learning_rate = 3e-4
+optimizer = "muon"
+learning_rate = 5e-4
+muon_lr = 0.01
 lr_schedule = "linear"
 min_lr = 0.0
 warmup_iters = 20
