@@ -21,7 +21,7 @@ class Settings:
     checkpoint: Literal["best", "last"] = "best"  # which checkpoint of the run: best or last
     name: str = ""  # the data set's name under data/, or the path of a folder
     pairs: bool = False  # make preferences: right answers above wrong or malformed ones
-    problems: int = 2000  # how many training problems to answer
+    problems: int = 6000  # how many training problems to answer
     samples: int = 8  # answers to each problem
     most: int = 4  # most answers or pairs of a problem that are kept
     temperature: float = 1.0  # below 1 the answers are safer and more alike, above 1 wilder

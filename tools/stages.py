@@ -72,7 +72,7 @@ STAGES = {  # in the order in which they need each other
     "held": Stage("the same, held by a KL", "config/chat/rl.py --dataset={world} --init_from={sft} --reward={weak}"
                                             " --max_iters=200 --kl=0.2", which="last"),
 }
-DATA = {"checked": "--problems=6000", "pairs": "--problems=6000 --samples=16 --most=8 --pairs=True"}
+DATA = {"checked": "", "pairs": "--pairs=True --samples=16 --most=8"}  # {what tools.answers makes: its words}
 
 
 def python(*words):

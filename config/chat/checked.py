@@ -1,7 +1,7 @@
 """A model that learns from its own checked answers: rejection sampling. What it got right, it shall say more often.
 
     python train.py config/chat/countdown.py
-    python -m tools.answers --out_dir=out/chat/countdown --name=countdown_checked --problems=6000
+    python -m tools.answers --out_dir=out/chat/countdown --name=countdown_checked
     python train.py config/chat/checked.py
     python evaluate.py --out_dir=out/chat/checked
 

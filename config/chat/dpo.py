@@ -1,7 +1,7 @@
 """Direct preference optimisation: the chat model learns from pairs of right and wrong answers, without a reward model.
 
     python train.py config/chat/countdown.py
-    python -m tools.answers --out_dir=out/chat/countdown --name=countdown_pairs --pairs=True --problems=6000 --samples=16 --most=8
+    python -m tools.answers --out_dir=out/chat/countdown --name=countdown_pairs --pairs=True --samples=16 --most=8
     python train.py config/chat/dpo.py
     python evaluate.py --out_dir=out/chat/dpo
     python sample.py --out_dir=out/chat/dpo --prompt="3 12 17=53" --temperature=0

@@ -1,7 +1,7 @@
 """A reward model: it learns from pairs of right and wrong answers to say how good an answer is.
 
     python train.py config/chat/countdown.py
-    python -m tools.answers --out_dir=out/chat/countdown --name=countdown_pairs --pairs=True --problems=6000 --samples=16 --most=8
+    python -m tools.answers --out_dir=out/chat/countdown --name=countdown_pairs --pairs=True --samples=16 --most=8
     python train.py config/chat/reward.py
     python evaluate.py --out_dir=out/chat/reward
     python sample.py --out_dir=out/chat/reward --prompt="3 12 17=53" --answer="3*12+17"
