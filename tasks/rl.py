@@ -160,6 +160,8 @@ class RLTask(ChatTask):
         rewards = right
         if self.scorer:
             rewards = scores_of(self.scorer, [[*one, *other] for one, other in zip(prompts, answers)]).cpu().numpy()
+            endless = [answer[-1] not in self.tokenizer.ends for answer in answers]
+            rewards[endless] = rewards.min()  # the reward model has never seen one
         return Answers(*joined(prompts, answers), np.array(group), right, malformed, rewards)
 
     def verdict(self, messages, answer):

@@ -347,6 +347,15 @@ def test_a_reward_model_judges_answers_that_nobody_checks(judge, world, tuned, t
         train.main(small(world, tuned, **how | dict(answer_tokens=20)), {})
 
 
+def test_an_answer_without_an_end_gets_the_lowest_score(judge, world, tuned, tmp_path):
+    task, model = opened(world, tuned, reward=str(judge), out_dir=str(tmp_path), answer_tokens=1)
+    task.meet(model, 0)
+    task.continuations = lambda model, prompts, pick: [[token, task.tokenizer.eos][:1 + i % 2]
+                                                       for i, token in enumerate(range(3, 3 + len(prompts)))]
+    found = task.roll_out(model, [[said("user", "1 2 3")]], 4, (1, 2))
+    assert (found.rewards[0::2] == found.rewards.min()).all() and found.rewards[1::2].max() > found.rewards.min()
+
+
 def test_what_is_no_reward_model_is_refused(tuned, world, tmp_path):
     with pytest.raises(UserError, match="reward = .* is a GPT, and scores nothing"):
         train.main(small(world, tuned, reward=str(tuned), out_dir=str(tmp_path)), {})
