@@ -19,29 +19,6 @@ from typing import Literal, NamedTuple
 from configurator import UserError, from_command_line, one_line_errors
 
 
-@dataclass(frozen=True)
-class Settings:
-    world: Literal["countdown", "calculator"] = "countdown"  # whose problems are asked
-    seeds: str = "1337"  # of the runs, separated by commas
-    out: str = "out/stages"  # the folder of the runs and of the data that they make
-
-    def __post_init__(self):
-        if not all(seed.strip().isdecimal() for seed in self.seeds.split(",")):
-            raise UserError(f"seeds = {self.seeds}: must be whole numbers, separated by commas")
-
-
-if __name__ == "__main__":  # --help and typos answer before torch is imported
-    SETTINGS, _ = from_command_line(Settings, __doc__)
-
-from run.files import read_json
-from tools.versus import settings_of, train
-
-ROOT = Path(__file__).resolve().parent.parent
-BEST_OF = "best of 8"  # what evaluate.py calls it
-SHOWN = {"exact": "the likeliest answer", "exact of samples": "a drawn one", "pass@8": "one of 8 drawn",
-         "malformed samples": "malformed, of drawn ones"}
-
-
 class Stage(NamedTuple):
     name: str
     recipe: str  # of train.py; {sft}, {checked}, {pairs}, {reward}: folders of the seed; {world}: the data set
@@ -72,6 +49,35 @@ STAGES = {  # in the order in which they need each other
     "held": Stage("the same, held by a KL", "config/chat/rl.py --dataset={world} --init_from={sft} --reward={weak}"
                                             " --max_iters=200 --kl=0.2", which="last"),
 }
+
+
+@dataclass(frozen=True)
+class Settings:
+    world: Literal["countdown", "calculator"] = "countdown"  # whose problems are asked
+    seeds: str = "1337"  # of the runs, separated by commas
+    only: str = ""  # stages to walk, such as sft,own,ppo, each after those that it needs; empty: all
+    out: str = "out/stages"  # the folder of the runs and of the data that they make
+
+    def __post_init__(self):
+        if not all(seed.strip().isdecimal() for seed in self.seeds.split(",")):
+            raise UserError(f"seeds = {self.seeds}: must be whole numbers, separated by commas")
+        for name in filter(None, self.only.split(",")):
+            if name not in STAGES:
+                raise UserError(f"only = {self.only}: {name!r} is no stage: they are {', '.join(STAGES)}")
+
+
+if __name__ == "__main__":  # --help and typos answer before torch is imported
+    SETTINGS, _ = from_command_line(Settings, __doc__)
+
+from run.files import read_json
+from tools.versus import settings_of, train
+
+ROOT = Path(__file__).resolve().parent.parent
+BEST_OF = "best of 8"  # what evaluate.py calls it
+SHOWN = {"exact": "the likeliest answer", "exact of samples": "a drawn one", "pass@8": "one of 8 drawn",
+         "malformed samples": "malformed, of drawn ones"}
+
+
 DATA = {"checked": "", "pairs": "--pairs=True --samples=16 --most=8"}  # {what tools.answers makes: its words}
 
 
@@ -82,11 +88,14 @@ def python(*words):
         raise UserError(f"python {' '.join(words)} failed: {done.stderr.strip()[-500:]}")
 
 
-def walk(seed, world, out):
-    """Makes all runs of a seed that are missing. Returns {stage: content of evaluation.json}, "minutes" among it."""
+def walk(seed, world, chosen, out):
+    """Makes the runs of a seed that are missing. Returns {stage: content of its evaluation.json, and "minutes"}.
+
+    chosen: some of STAGES. out: the seed's folder.
+    """
     folders = {name: out / name for name in (*STAGES, *DATA)} | {"world": world}
     found = {}
-    for key, stage in STAGES.items():
+    for key, stage in chosen.items():
         for name, words in DATA.items():
             if f"{{{name}}}" in stage.recipe and not (folders[name] / "meta.json").exists():
                 python("-m", "tools.answers", f"--out_dir={folders['sft']}", f"--name={folders[name]}",
@@ -96,13 +105,15 @@ def walk(seed, world, out):
         train(["train.py", *words], seed, folder, settings_of(recipe, [])["max_iters"])
         found[key] = score(folder, stage.which)
         print(f"seed {seed}, {stage.name}: {sum_up(found[key])}", flush=True)
-    return found | {"sft": score(folders["sft"], "best", folders["reward"])}
+    if "reward" in chosen:
+        found["sft"] = score(folders["sft"], "best", folders["reward"])
+    return found
 
 
 def sum_up(row):
     """The validation figures of a run in a line."""
-    return ", ".join(f"{name} {row[name]:.1%}" for name in ("exact", "exact of samples", "pass@8", "agreement")
-                     if name in row) + f", {row['minutes']:.1f} minutes"
+    names = ("exact", "exact of samples", "pass@8", "agreement")
+    return ", ".join([*(f"{name} {row[name]:.1%}" for name in names if name in row), f"{row['minutes']:.1f} minutes"])
 
 
 def score(folder, which, reward=""):
@@ -122,32 +133,32 @@ def score(folder, which, reward=""):
 
 def table(found):
     """The lines of a Markdown table of the test problems. found: {stage: [evaluation.json of each seed]}."""
-    yield f"| in % of the test problems | {' | '.join(SHOWN.values())} | minutes |"
-    yield "| --- |" + " --- |" * (len(SHOWN) + 1)
+    lines = [["in % of the test problems", *SHOWN.values(), "minutes"], ["---"] * (len(SHOWN) + 2)]
     for key, rows in found.items():
-        if not STAGES[key].scored:
-            continue
-        cells = [figures(rows, f"test {name}", 100) for name in SHOWN]
-        yield f"| {STAGES[key].name} | {' | '.join(cells)} | {figures(rows, 'minutes', 1)} |"
-        if key == "sft":
-            best = figures(rows, f"test {BEST_OF}", 100)
-            yield f"| {STAGES[key].name}, and the reward model chooses from 8 | {best} |{' |' * len(SHOWN)}"
+        name, minutes = STAGES[key].name, f"{sum(row['minutes'] for row in rows) / len(rows):.1f}"
+        if STAGES[key].scored:
+            lines.append([name, *(figures(rows, f"test {measure}") for measure in SHOWN), minutes])
+        elif "agreement" in rows[0]:
+            lines.append([f"{name}: pairs ranked right", figures(rows, "test agreement"), "", "", "", minutes])
+        if f"test {BEST_OF}" in rows[0]:
+            lines.append([f"{name}, the best of 8 by score", figures(rows, f"test {BEST_OF}"), "", "", "", ""])
+    return [f"| {' | '.join(line)} |" for line in lines]
 
 
-def figures(rows, name, scale):
-    """The values of all seeds, one after the other."""
-    return ", ".join(f"{scale * row[name]:.1f}" for row in rows)
+def figures(rows, name):
+    """The shares of all seeds in percent, one after the other, as text."""
+    return ", ".join(f"{100 * row[name]:.1f}" for row in rows)
 
 
 def main(settings):
     os.chdir(ROOT)  # recipes and data sets are named from there
     os.environ["OMP_NUM_THREADS"] = "1"  # so small a model is not faster with more
-    seeds, found = [int(seed) for seed in settings.seeds.split(",")], {key: [] for key in STAGES}
-    for seed in seeds:
-        for key, row in walk(seed, settings.world, Path(settings.out).resolve() / settings.world / str(seed)).items():
+    chosen = {key: STAGES[key] for key in settings.only.split(",")} if settings.only else STAGES
+    out, found = Path(settings.out).resolve() / settings.world, {key: [] for key in chosen}
+    for seed in map(int, settings.seeds.split(",")):
+        for key, row in walk(seed, settings.world, chosen, out / str(seed)).items():
             found[key].append(row)
     print("\n" + "\n".join(table(found)))
-    print(f"\nthe reward model agrees with {figures(found['reward'], 'test agreement', 100)} % of the test pairs")
 
 
 if __name__ == "__main__":
