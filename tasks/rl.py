@@ -36,7 +36,7 @@ from tasks.scores import load_reward, scores_of
 from tasks.text import EVAL_TOKENS
 from tokenizer import same_vocabulary
 
-EVAL_QUESTIONS = 256  # of an evaluation, that get several answers each
+EVAL_QUESTIONS, EVAL_SAMPLES = 256, 8  # of an evaluation: so many questions get so many answers each
 
 
 class Answers(NamedTuple):
@@ -57,6 +57,7 @@ class Answers(NamedTuple):
 class RLTask(ChatTask):
     models = {**ChatTask.models, "critic": (Critic, GPTConfig)}
     rows_label = "the answers"
+    fixed_shapes = False
     reference = None  # the model that the run started from; known when the first round begins
     scorer = None  # the reward model, if it gives the rewards
     answers = None  # of the round
@@ -224,7 +225,7 @@ class RLTask(ChatTask):
         s, tokens, targets = self.settings, arguments["tokens"], arguments["targets"]
         logits, values = model(tokens, scored=True) if s.method == "ppo" else (model(tokens), None)
         logp = logits.log_softmax(-1)  # (B, T, V)
-        new = logp.gather(-1, targets[..., None]).squeeze(-1)  # (B, T)
+        new = logp.gather(-1, targets[..., None]).squeeze(-1) * (weights > 0)  # (B, T), 0 where unwritten, as the old
         entropy = -(logp.exp() * logp).sum(-1)
         ratio = (new - arguments["old"]).exp()
         loss = clipped(ratio, arguments["advantages"], s.clip) - s.entropy * entropy
@@ -248,15 +249,15 @@ class RLTask(ChatTask):
         found = super().evaluate(model, split, world, dtype, limit)
         if self.reference is None:
             return found
-        s, questions = self.settings, self.asked(split)[:EVAL_QUESTIONS]
-        drawn = self.roll_out(model, questions, s.samples, (s.seed, 1))
+        questions = self.asked(split)[:EVAL_QUESTIONS]
+        drawn = self.roll_out(model, questions, EVAL_SAMPLES, (self.settings.seed, 1))
         new, = self.per_token(lambda ids: (-model(ids[:, :-1], ids[:, 1:]),), dtype, drawn)
         old, = self.per_token(lambda ids: (-self.reference(ids[:, :-1], ids[:, 1:]),), dtype, drawn)
         found |= {name: float(value) for name, value in drawn.measures().items()}
         found["kl"] = float((np.exp(old - new) - 1 - old + new).sum() / drawn.written.sum())
         solved = np.bincount(drawn.group, drawn.right) > 0
         if self.judge:
-            found |= {"pass@1": float(drawn.right.mean()), f"pass@{s.samples}": float(solved.mean())}
+            found |= {"pass@1": float(drawn.right.mean()), f"pass@{EVAL_SAMPLES}": float(solved.mean())}
         return found
 
     def summary(self, model):
