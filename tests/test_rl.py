@@ -113,6 +113,18 @@ def test_the_gradient_of_the_policy_is_that_of_a_hand_written_example():
     assert logits.grad.tolist() == pytest.approx(wrong.tolist())
 
 
+def test_a_question_that_the_model_would_never_have_asked_spoils_no_loss():
+    task = task_with(kl=0.1)
+    task.shown = {}
+    logits = torch.tensor([[[0.0, -300.0], [0.0, 0.0]]], requires_grad=True)  # the first target is the question's
+    zero = torch.zeros(1, 2)
+    arguments = {"tokens": torch.zeros(1, 2, dtype=torch.long), "targets": torch.tensor([[1, 0]]), "old": zero,
+                 "reference": zero, "advantages": zero}
+    loss, _ = task.loss(lambda tokens: logits, arguments, torch.tensor([[0.0, 1.0]]))
+    loss.backward()
+    assert loss.isfinite() and logits.grad.isfinite().all() and (logits.grad[0, 0] == 0).all()
+
+
 def test_clipping_bounds_what_can_be_gained_and_not_what_can_be_lost():
     ratio, advantages = torch.tensor([1.5, 0.5, 1.5, 0.5]), torch.tensor([1.0, 1.0, -1.0, -1.0])
     assert clipped(ratio, advantages, 0.2).tolist() == pytest.approx([-1.2, -0.5, 1.5, 0.8])
