@@ -281,20 +281,23 @@ class ChatTask(TextTask):
         return kept, len(kept) < len(messages)
 
     def show(self, model, short=False):
-        """Problems of the world, or the first validation dialogue that the model can read, with the model's answers."""
+        """Problems of the world, or what a validation dialogue asks, with the model's answers."""
         greedy = functools.partial(pick_tokens, temperature=0)
         if not self.judging:
-            messages = next(each for each in self.dataset.rows["val"] if self.whole_turns(each))
-            first = messages[:next(i for i, each in enumerate(messages) if each["role"] == "assistant")]
-            count = min(100, self.settings.sample_tokens) if short else self.settings.sample_tokens
-            sampling = Chatting(max_new_tokens=count)
-            return "\n".join([*(f"{each['role']}: {each['content']}" for each in first),
-                              "assistant: " + "".join(self.reply(model, first, greedy, sampling))])
+            asked, s = self.first_question(), self.settings
+            sampling = Chatting(max_new_tokens=min(100, s.sample_tokens) if short else s.sample_tokens)
+            answer = said("assistant", "".join(self.reply(model, asked, greedy, sampling)))
+            return "\n".join(f"{each['role']}: {each['content']}" for each in [*asked, answer])
         prompts = self.problems("val")[:3 if short else 10]
         texts = self.write_all(model, [self.chat.prompt([said("user", prompt)]) for prompt in prompts], 1, greedy)
         words = {1.0: "right", 0.0: "wrong", None: "malformed"}
         return "\n".join(f"{prompt}  {text}  ({words[self.judge.check(prompt, text)]})"
                          for prompt, (text,) in zip(prompts, texts))
+
+    def first_question(self):
+        """The messages up to the first answer of the first validation dialogue that the model can read."""
+        messages = next(each for each in self.dataset.rows["val"] if self.whole_turns(each))
+        return messages[:next(i for i, each in enumerate(messages) if each["role"] == "assistant")]
 
     def command(self, out_dir):
         return f"{super().command(out_dir)} --chat"

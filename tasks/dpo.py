@@ -25,7 +25,6 @@ from generate import pick_tokens
 from tasks.chat import said, share
 from tasks.reference import keep, recall
 from tasks.reward import PairsTask
-from tasks.settings import Chatting
 from worlds import SIZES, WORLDS
 
 
@@ -101,12 +100,5 @@ class DPOTask(PairsTask):
         """The world's own problems of the split: pairs exist only for those that a model has answered in two ways."""
         return [prompt for prompt, _ in self.judge.problems(split, SIZES.get(split, SIZES["val"]))]
 
-    def show(self, model, short=False):
-        """Problems of the world, or the first validation pair's prompt, with the model's answers."""
-        if self.judging:
-            return super().show(model, short)
-        messages = self.dataset.rows["val"][self.pairs["val"]["rows"][0]]["messages"]
-        count = min(100, self.settings.sample_tokens) if short else self.settings.sample_tokens
-        greedy = functools.partial(pick_tokens, temperature=0)
-        answer = "".join(self.reply(model, messages, greedy, Chatting(max_new_tokens=count)))
-        return "\n".join(f"{each['role']}: {each['content']}" for each in [*messages, said("assistant", answer)])
+    def first_question(self):
+        return self.dataset.rows["val"][self.pairs["val"]["rows"][0]]["messages"]

@@ -3,27 +3,15 @@
     python train.py config/chat/countdown.py
     python train.py config/chat/ppo.py
     python evaluate.py --out_dir=out/chat/ppo
+
+No answer is compared with others to the same problem, so each round asks 512 problems once.
 """
 
-task = "rl"
+_base = "rl.py"
+
 method = "ppo"
-dataset = "countdown"
-init_from = "out/chat/countdown"
 out_dir = "out/chat/ppo"
 
-samples = 1  # no answer is compared with others to the same problem
-round = 4
-batch_size = 128
-kl = 0.0
+samples = 1
+divide = True
 rates = dict(score=6.0)  # the value head is new, and may learn faster
-
-learning_rate = 1.5e-4
-lr_schedule = "linear"
-min_lr = 0.0
-warmup_iters = 10
-weight_decay = 0.0
-
-pack = False
-max_iters = 1000
-eval_interval = 100
-log_interval = 20
