@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from generate import pick_tokens
-from tasks.chat import said, share
+from tasks.chat import share
 from tasks.reference import keep, recall
 from tasks.reward import PairsTask
 from worlds import SIZES, WORLDS

@@ -21,6 +21,7 @@ round = 4
 divide = False  # by the deviation: problems that are nearly always solved, or never, would count most
 batch_size = 128
 
+dtype = "float32"  # the ratio of two probabilities differs from 1 by less than bfloat16 can tell
 learning_rate = 1.5e-4  # at 6e-4 the first 200 updates lose 8 points, and the end is no better than the start
 lr_schedule = "linear"
 min_lr = 0.0
