@@ -154,10 +154,10 @@ def main(settings):
     os.chdir(ROOT)  # recipes and data sets are named from there
     os.environ["OMP_NUM_THREADS"] = "1"  # so small a model is not faster with more
     chosen = {key: STAGES[key] for key in settings.only.split(",")} if settings.only else STAGES
-    out, found = Path(settings.out).resolve() / settings.world, {key: [] for key in chosen}
+    out, found = Path(settings.out).resolve() / settings.world, {}
     for seed in map(int, settings.seeds.split(",")):
         for key, row in walk(seed, settings.world, chosen, out / str(seed)).items():
-            found[key].append(row)
+            found.setdefault(key, []).append(row)
     print("\n" + "\n".join(table(found)))
 
 
