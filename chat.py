@@ -134,6 +134,9 @@ def check_messages(messages, where, answered=True):
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise UserError(f"{where}, message {i + 1}: must have a role and a content, both texts: {message!r:.80}")
+        if re.search("[\ud800-\udfff]", message["content"]):
+            raise UserError(f"{where}, message {i + 1}: has half a character, which no file can hold:"
+                            f" {message['content']!r:.80}")
         if message.get("role") not in ROLES:
             raise UserError(f"{where}, message {i + 1}: the role {message.get('role')!r} is unknown: it must be one of"
                             f" {', '.join(ROLES)}")

@@ -47,6 +47,10 @@ class UserError(ValueError):
     """An error that the user can fix: shown as one line, without a traceback."""
 
 
+class NoResume(UserError):
+    """The same, where resuming the run would end in the same error."""
+
+
 @functools.cache
 def say(line):
     """Prints a line on stderr, on rank 0 only. The same line is printed once, however often it is said."""

@@ -10,7 +10,8 @@ from configurator import UserError
 GPT2 = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}  # on the hub
 
 # The files of a published model. A checkpoint has others too.
-PUBLISHED = r"(generation_|tokenizer_|preprocessor_)?config\.json|tokenizer\.json|model\b.*\.(safetensors|index\.json)"
+PUBLISHED = (r"(generation_|tokenizer_|preprocessor_)?config\.json|tokenizer\.json|chat_template\.jinja|"
+             r"model\b.*\.(safetensors|index\.json)")
 
 
 def check_publish(folder, out_dir="", init_from="", setting="publish"):
@@ -25,7 +26,8 @@ def check_publish(folder, out_dir="", init_from="", setting="publish"):
     inside = os.path.relpath(path, os.path.realpath(out_dir)) if out_dir else ""
     needed = [os.path.realpath(each) for each in [out_dir] * bool(out_dir) + [init_from] * os.path.exists(init_from)]
     # The pattern: what a run has in its folder, which is checkpoints, files and earlier runs.
-    if re.match(r"best|last|[^/.]+\.", inside) or any(f"{each}/".startswith(f"{path}/") for each in needed):
+    inner = r"best|last|reference|reward|[^/.]+\."
+    if re.match(inner, inside) or any(f"{each}/".startswith(f"{path}/") for each in needed):
         raise UserError(f"{setting} = {folder}: the run in {out_dir} needs that folder; name another")
     if os.path.lexists(path) and not os.path.isdir(path):
         raise UserError(f"{setting} = {folder}: is not a folder; name a new one")

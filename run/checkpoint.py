@@ -37,7 +37,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_map_only
 
 import tokenizer as tokenizers
-from configurator import UserError, say
+from configurator import NoResume, UserError, say
 from machine.device import synchronize
 from run import lock, shards
 from run.files import read_json, reason, rename, to_json, write_text
@@ -103,6 +103,8 @@ class Writer(AbstractContextManager):
             self.pool.shutdown()
         if isinstance(error, UserError):
             lock.require_owned(self.out_dir)
+            if isinstance(error, NoResume):
+                raise error
             raise UserError(f"{error}; {resume_hint(self.out_dir)}") from error
 
 

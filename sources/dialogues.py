@@ -64,7 +64,10 @@ def read(paths):
                                 " kinds apart")
             paired = is_pair
             found = preference(row, where) if is_pair else {"messages": dialogue(row.get("messages"), where)}
-            yield found | ({"split": PARTS[row["split"]]} if row.get("split") in PARTS else {})
+            split = row.get("split")
+            if not (split is None or isinstance(split, str) and split in PARTS):
+                raise UserError(f"{where}: split = {split!r}: must be one of {', '.join(PARTS)}")
+            yield found | ({"split": PARTS[split]} if split else {})
 
 
 def dialogue(messages, where, answered=True):

@@ -46,7 +46,7 @@ class DPOTask(PairsTask):
         if not step:
             keep(self, model)
         if not self.reference:
-            self.ask(recall(self), world, dtype)
+            self.ask(recall(self)[1], world, dtype)
 
     def ask(self, reference, world, dtype):
         """Keeps the nats that the reference gives to the answers of all pairs."""
@@ -66,8 +66,9 @@ class DPOTask(PairsTask):
         chosen, rejected = (arguments["reference"] - nats).chunk(2)  # what each answer gains
         margins = self.settings.beta * (chosen - rejected)
         mean = nats.chunk(2)[0] / written.chunk(2)[0].sum(1)
+        right = (margins > 0) + 0.5 * (margins == 0)
         return ((F.softplus(-margins) + self.settings.sft * mean) * weights).sum(), {
-            "agreement": ((margins > 0) * weights).sum(), "nats": (mean * weights).sum()}
+            "agreement": (right * weights).sum(), "nats": (mean * weights).sum()}
 
     def numbers(self, model, arguments):
         """The nats of each answer, (2B,)."""
@@ -88,7 +89,7 @@ class DPOTask(PairsTask):
         half.
         """
         if not self.reference:  # in evaluate.py: the run's folder holds its checkpoint and its reference
-            self.ask(recall(self, out_dir=Path(self.source).parent), world, dtype)
+            self.ask(recall(self, out_dir=Path(self.source).parent)[1], world, dtype)
         found = super().evaluate(model, split, world, dtype, limit)
         if self.judging:
             problems = self.problems(split)[:max(1, limit // self.pairs[split]["ids"].shape[2]) if limit else None]

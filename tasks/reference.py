@@ -2,14 +2,14 @@
 
     keep(task, model)                   before the first update: writes the checkpoint out_dir/reference
     keep_copy(task, "reward", RUN)      the same of a run's best checkpoint, as out_dir/reward
-    model = recall(task)                there and after a resume: the same weights as those of the reference
+    its_task, model = recall(task)      there and after a resume: the same weights; or recall(task, "reward")
 """
 
 import dataclasses
 import shlex
 from pathlib import Path
 
-from configurator import UserError
+from configurator import NoResume, UserError
 from machine.digest import code_of
 from run import checkpoint
 from tasks.loading import load, model_type_of
@@ -34,16 +34,18 @@ def keep_copy(task, name, source):
     task.world.from_main(copy)
 
 
-def recall(task, out_dir=""):
-    """The model that `keep` wrote, in eval mode, without gradients. out_dir: the run's folder; "": as the task says."""
-    return load(folder_of(task, "reference", out_dir), task.world.device)[1].requires_grad_(False)
+def recall(task, name="reference", out_dir=""):
+    """(task, model) of such a copy, the model in eval mode, without gradients.
 
-
-def folder_of(task, name, out_dir=""):
-    """The folder of the reference or the reward model of a run. Raises UserError if it is missing."""
+    out_dir: the run's folder; "": as the task says. Raises NoResume if the copy is missing or damaged.
+    """
     out_dir = out_dir or task.settings.out_dir
     folder = Path(out_dir, name)
-    if not folder.is_dir():
-        raise UserError(f"{folder} is missing, a model that the run needs. Restore the folder, or start a new run,"
-                        f" {shlex.quote(f'--init_from={out_dir}')} --out_dir=NEW")
-    return folder
+    try:
+        if not (folder / "config.json").exists():
+            raise UserError(f"{folder} is missing")
+        its_task, model, _ = load(folder, task.world.device)
+    except UserError as error:
+        raise NoResume(f"{error}: the run needs this model. Restore the folder, or start a new run,"
+                       f" {shlex.quote(f'--init_from={out_dir}')} --out_dir=NEW") from None
+    return its_task, model.requires_grad_(False)

@@ -31,7 +31,7 @@ from machine.device import autocast
 from model import GPTConfig
 from run.cost import size_in_words
 from tasks.chat import ChatTask, alike, said
-from tasks.reference import folder_of, keep, keep_copy, recall
+from tasks.reference import keep, keep_copy, recall
 from tasks.scores import load_reward, scores_of
 from tasks.text import EVAL_TOKENS
 from tokenizer import same_vocabulary
@@ -72,6 +72,10 @@ class RLTask(ChatTask):
                             " model, --reward=FOLDER")
 
     def adopt(self, model, generator):
+        if source := self.settings.reward:
+            if not same_vocabulary(load_reward(source, "cpu")[0].tokenizer, self.tokenizer):
+                raise UserError(f"reward = {source}: has another tokenizer than the model that answers: train one from"
+                                f" that model, --init_from={self.settings.init_from}")
         model = super().adopt(model, generator)
         return as_kind(Critic, model) if self.settings.method == "ppo" else model
 
@@ -107,12 +111,9 @@ class RLTask(ChatTask):
             keep(self, model)
             if source:
                 keep_copy(self, "reward", source)
-        self.reference = recall(self)
+        self.reference = recall(self)[1]
         if source:
-            judge, self.scorer = load_reward(folder_of(self, "reward"), self.world.device)
-            if not same_vocabulary(judge.tokenizer, self.tokenizer):
-                raise UserError(f"reward = {source}: has another tokenizer than the model that answers: train one from"
-                                f" that model, --init_from={self.settings.init_from}")
+            self.scorer = recall(self, "reward")[1]
 
     def questions(self, step):
         """The messages of each of the G questions of a round that begins after `step` updates."""

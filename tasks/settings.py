@@ -170,6 +170,8 @@ class RL:
             if getattr(self, name) % self.round:
                 raise UserError(f"{name} = {getattr(self, name)}: must be a multiple of round = {self.round}: a run"
                                 " evaluates and saves after whole rounds")
+        if self.batch_size * self.round % self.epochs:
+            raise UserError(f"epochs = {self.epochs}: must divide batch_size * round = {self.batch_size * self.round}")
         if self.batch_size * self.round % (self.epochs * self.samples):
             raise UserError(f"samples = {self.samples}: must divide the answers of a round, batch_size * round / epochs"
                             f" = {self.batch_size * self.round / self.epochs:g}")
@@ -182,6 +184,9 @@ class RL:
             raise UserError("init_from = 'scratch': --task=rl goes on from a model that answers; add --init_from=RUN")
         if self.reward and not self.resume:
             check_run(self.reward)
+            if f"{os.path.realpath(self.reward)}/".startswith(f"{os.path.realpath(self.out_dir)}/"):
+                raise UserError(f"reward = {self.reward}: lies in out_dir = {self.out_dir}, whose earlier run is moved"
+                                " away; choose another --out_dir")
         check_publish(self.publish, self.out_dir, self.init_from)
 
 

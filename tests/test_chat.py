@@ -102,6 +102,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused():
     ([{"role": "bot", "content": "x"}], "the role 'bot' is unknown"),
     (said("a", "b", "c"), "ends with the user: the last message must be the assistant's"),
     ([{"role": "system", "content": "x"}], "ends with the system"),
+    (said("a", "b\ud800"), "message 2: has half a character"),
     (said("a") + said("b"), "must take turns, the user first, after at most one system message; found user, user")])
 def test_what_is_no_dialogue_is_refused_in_a_line(messages, error):
     with pytest.raises(UserError, match=f"talks.jsonl, line 3.*{error}"):
@@ -219,7 +220,8 @@ def test_it_answers_a_prompt_and_holds_a_conversation(run, talks, monkeypatch):
 
 
 def test_a_published_chat_model_holds_a_conversation_and_a_model_of_text_does_not(run, tmp_path, talks, monkeypatch):
-    publish(run, tmp_path / "published")
+    for _ in range(2):  # the second replaces the first
+        publish(run, tmp_path / "published")
     task, model, _ = load(tmp_path / "published")
     one = DialogueDataset(talks).rows["train"][0][0]["content"]
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{one}\n"))
@@ -260,9 +262,11 @@ def test_val_fraction_is_refused_where_it_does_nothing(tmp_path):
 
 def test_a_line_that_is_no_dialogue_is_named(tmp_path):
     path = tmp_path / "bad.jsonl"
-    path.write_text(json.dumps({"messages": said("a", "b")}) + "\nnonsense\n")
-    with pytest.raises(UserError, match="bad.jsonl, line 2: is not a JSON object: nonsense"):
-        list(dialogues.read([path]))
+    for line, error in (("nonsense", "is not a JSON object: nonsense"),
+                        (json.dumps({"messages": said("a", "b"), "split": ["val"]}), "split = .*: must be one of")):
+        path.write_text(json.dumps({"messages": said("a", "b")}) + f"\n{line}\n")
+        with pytest.raises(UserError, match=f"bad.jsonl, line 2: {error}"):
+            list(dialogues.read([path]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

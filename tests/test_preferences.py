@@ -324,7 +324,7 @@ def test_a_run_without_its_reference_says_so(data, chat, tmp_path):
     with pytest.raises(SystemExit):
         run_of("dpo", data, chat, tmp_path / "run", max_minutes=1e-9)
     shutil.rmtree(tmp_path / "run" / "reference")
-    with pytest.raises(UserError, match="run/reference is missing, a model that the run needs"):
+    with pytest.raises(UserError, match="run/reference is missing: the run needs this model"):
         run_of("dpo", data, chat, tmp_path / "run", resume=True)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from unittest import mock
 
 import numpy as np
@@ -273,6 +274,7 @@ def test_two_ranks_draw_what_one_draws(world, tuned, tmp_path):
 @pytest.mark.parametrize("values, error", [
     (dict(samples=1), "samples = 1: an answer has no other answers"),
     (dict(samples=5), "samples = 5: must divide the answers of a round"),
+    (dict(epochs=3), "epochs = 3: must divide batch_size \\* round = 32"),
     (dict(round=3), "max_iters = 8: must be a multiple of round = 3"),
     (dict(eval_interval=3), "eval_interval = 3: must be a multiple of round = 2"),
     (dict(dropout=0.1), "dropout = 0.1: an answer must be"), (dict(lam=0.9), "lam = 0.9: is for --method=ppo"),
@@ -357,6 +359,30 @@ def test_a_reward_model_judges_answers_that_nobody_checks(judge, world, tuned, t
         train.main(small(tmp_path / "talks", tuned, **how | dict(batch_size=80)), {})
     with pytest.raises(UserError, match="block_size = 24: a question has .* tokens, and an answer up to 20"):
         train.main(small(world, tuned, **how | dict(answer_tokens=20)), {})
+
+
+def test_a_reward_model_that_does_not_fit_is_refused_before_anything_moves(judge, world, tuned, tmp_path):
+    with pytest.raises(UserError, match=f"reward = {judge}: lies in out_dir = {judge.parent}"):
+        small(world, tuned, reward=str(judge), out_dir=str(judge.parent))
+    train.main(small(world, tuned, out_dir=str(tmp_path / "run"), max_iters=4), {})
+    other = tmp_path / "other"
+    shutil.copytree(judge, other)
+    for path in other.glob("*/tokenizer.json"):
+        chat_tokenizer(CharTokenizer("0123456789 x")).save(path)
+        (path.parent / "SHA256SUMS").write_text("".join(
+            f"{checkpoint.digest(file)}  {file.name}\n" for file in sorted(path.parent.glob("*"), reverse=True)
+            if file.name != "SHA256SUMS"))
+    with pytest.raises(UserError, match="reward = .*other: has another tokenizer than the model that answers"):
+        train.main(small(world, tuned, reward=str(other), out_dir=str(tmp_path / "run")), {})
+    assert not (tmp_path / "run" / "earlier.1").exists()
+
+
+def test_a_lost_reward_model_ends_a_resumed_run_without_a_false_hint(judge, world, tuned, tmp_path):
+    with pytest.raises(SystemExit):
+        train.main(small(world, tuned, reward=str(judge), out_dir=str(tmp_path), max_minutes=1e-9), {})
+    (tmp_path / "reward" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"is damaged .*: the run needs this model. .*--out_dir=NEW$"):
+        train.main(small(world, tuned, reward=str(judge), out_dir=str(tmp_path), resume=True), {})
 
 
 def test_an_answer_without_an_end_gets_the_lowest_score(judge, world, tuned, tmp_path):
