@@ -188,7 +188,7 @@ class RLTask(ChatTask):
             columns["old"], = self.per_token(lambda ids: (-model(ids[:, :-1], ids[:, 1:]),), dtype)
             return
         columns["old"], values = self.per_token(lambda ids: scored_logp(model, ids), dtype)
-        rewards = at_the_end(found.rewards, found.written)
+        rewards = at_the_end(standardized(found.rewards) if self.scorer else found.rewards, found.written)
         if s.kl:
             rewards -= s.kl * (columns["old"] - columns["reference"])
         advantages = unexpected(rewards, values, found.written, s.lam)
@@ -313,8 +313,9 @@ def unexpected(rewards, values, written, lam):
     return advantages
 
 
-def standardized(values, written):
-    """Values (n, T) with mean 0 and deviation 1 over what was written."""
+def standardized(values, written=1.0):
+    """Values with mean 0 and deviation 1 where `written` is 1; 0 elsewhere. Scores have no scale of their own."""
+    written = written * np.ones_like(values)
     values = (values - (values * written).sum() / written.sum()) * written
     return values / (np.sqrt((values ** 2).sum() / written.sum()) + 1e-8)
 
