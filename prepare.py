@@ -100,7 +100,8 @@ def main(settings, sources, named=()):
     is_model = os.path.isdir(given) and not Path(given, "meta.json").exists()  # else perhaps another data set
     if is_model or given != settings.tokenizer:  # to fine-tune the model that has this tokenizer
         task = TASKS.get(Path(recipe).stem.partition("_")[0]) or find_task(settings.tokenizer)
-        start = [f"--task={task}"] * (task != "text") + [f"--init_from={given}"]
+        start = [f"--task={task}"] * (task != "text") if task != "dpo" else [recipe]  # a recipe without a model's shape
+        start.append(f"--init_from={given}")
     command = ["python", "train.py", *start, f"--dataset={name}", f"--out_dir=out/{locate(name).name}"]
     print(printable(f"train on it: {shlex.join(command)}"))
 

@@ -74,12 +74,13 @@ class ChatTask(TextTask):
 
     def pack(self, split):
         """(ids (n, T + 1) int32, written (n, T + 1) bool) of the split's rows, filled with id 0, not written."""
-        rows, room, left_out = [], 0, 0
+        rows, room, left_out, cut = [], 0, 0, 0
         for messages in self.dataset.rows[split]:
-            found = self.whole_turns(messages)
+            found, turns = self.whole_turns(messages)
             if found is None:
                 left_out += 1
                 continue
+            cut += turns < len(messages)
             if not self.settings.pack or len(found[0]) > room:
                 rows.append([])
                 room = self.block_size + 1
@@ -88,6 +89,9 @@ class ChatTask(TextTask):
         if left_out and self.world.is_main:
             print(f"{left_out:,} of {len(self.dataset.rows[split]):,} {split} dialogues are left out: their first"
                   f" answer ends after block_size = {self.block_size} tokens")
+        if cut and self.world.is_main:
+            print(f"{cut:,} of {len(self.dataset.rows[split]):,} {split} dialogues lose their last turns, which end"
+                  f" after block_size = {self.block_size} tokens")
         if not rows:
             raise UserError(f"block_size = {self.block_size}: no {split} dialogue has an answer within it; use a larger"
                             " one")
@@ -99,13 +103,13 @@ class ChatTask(TextTask):
         return ids, written
 
     def whole_turns(self, messages):
-        """(ids, written) of as many turns as the model can read, from the first on; None if no answer is among them."""
+        """((ids, written), how many) of the first messages, as many turns as the model reads; (None, 0): no answer."""
         while messages:
             ids, written = self.chat.encode(messages)
             if len(ids) <= self.block_size + 1:
-                return ids, written
+                return (ids, written), len(messages)
             messages = messages[:-2] if len(messages) > 3 else []
-        return None
+        return None, 0
 
     def pick(self, step):
         return shuffled_rows(len(self.rows["train"][0]), self.settings.batch_size, self.settings.seed, step)
@@ -296,7 +300,7 @@ class ChatTask(TextTask):
 
     def first_question(self):
         """The messages up to the first answer of the first validation dialogue that the model can read."""
-        messages = next(each for each in self.dataset.rows["val"] if self.whole_turns(each))
+        messages = next(each for each in self.dataset.rows["val"] if self.whole_turns(each)[1])
         return messages[:next(i for i, each in enumerate(messages) if each["role"] == "assistant")]
 
     def command(self, out_dir):

@@ -187,7 +187,7 @@ BASES["dpo"] = {**{name: value for name, value in BASES["reward"].items() if nam
                                                                                          "block_size")},
                 "init_from": "one_chat"}
 BASES["rl"] = {**BASES["dpo"], "reward": "one_reward", "pack": False, "kl": 0.1,
-               "samples": 2, "round": 2, "eval_interval": 2, "log_interval": 1, "answer_tokens": 4, "eval_tokens": 400}
+               "samples": 2, "round": 2, "eval_interval": 2, "log_interval": 1, "answer_tokens": 24, "eval_tokens": 400}
 BASES["tagging"] = {**BASES["text"], "block_size": 64, "learning_rate": 0.003, "sample_tokens": 300}
 DATA = {  # of other tasks: data/shapes
     "chat": "data/calculator", "reward": "data/preferences", "dpo": "data/preferences",
@@ -306,7 +306,7 @@ TRAINING = {
     "beta": Change(2.0), "sft": Change(1.0),
     # of rewards
     "method": Change("ppo"), "reward": Change("two_reward"), "samples": Change(4), "round": Change(1),
-    "epochs": Change(2), "answer_tokens": Change(2), "clip": Change(1e-6), "kl": Change(0.9), "entropy": Change(0.1),
+    "epochs": Change(2), "answer_tokens": Change(16), "clip": Change(1e-6), "kl": Change(0.9), "entropy": Change(0.1),
     "divide": Change(False), "lam": Change(0.5, method="ppo"), "value_weight": Change(2.0, method="ppo"),
     # of the encoders
     "mask_rate": Change(0.5),

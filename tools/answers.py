@@ -72,9 +72,9 @@ def main(settings):
     rows = list(make(settings, task, model, pick))
     source = f"{'preferences between' if settings.pairs else 'right'} answers of {settings.out_dir}"
     dialogues.prepare(rows, claim(settings.name, source), settings.out_dir, dialogues.USUAL, source, world.name)
-    recipe = ["config/chat/dpo.py"] if settings.pairs else ["--task=chat"]
-    print("train on it: " + shlex.join(["python", "train.py", *recipe, f"--init_from={settings.out_dir}",
-                                        f"--dataset={settings.name}", f"--out_dir=out/{locate(settings.name).name}"]))
+    for recipe in ("reward", "dpo") if settings.pairs else ("checked",):
+        command = ["python", "train.py", f"config/chat/{recipe}.py", f"--dataset={settings.name}"]
+        print("train on it: " + shlex.join([*command, f"--init_from={settings.out_dir}"]))
 
 
 def checked(settings, task, model, pick):
@@ -105,6 +105,7 @@ def answered(settings, task, model, pick, split, count, seed):
 
     Prints the shares of right and of malformed answers. Leaves out empty ones, and those with control tokens.
     """
+    print(f"{split}: answering {count:,} problems {settings.samples} times", flush=True)
     try:
         prompts = [prompt for prompt, _ in task.judge.problems(split, count, seed)]
     except ValueError as error:
