@@ -456,7 +456,7 @@ def test_the_micro_batch_size_is_a_workers_share_of_the_batch(capsys):
         return train.pick_micro_batch_size(task, World(0, workers, CPU))
 
     assert [size(workers, batch_size=5) for workers in (1, 2, 4, 5)] == [5, 3, 2, 1]
-    assert "1 of 4 workers are idle: an update has 3 micro-batches of 2 rows" in capsys.readouterr().out
+    assert "1 of 4 workers are idle: a smaller --micro_batch_size gives them work" in capsys.readouterr().out
     assert [size(workers, whole=True, batch_size=6) for workers in (1, 2)] == [0, 0]
     for settings in (dict(batch_size=5), dict(batch_size=6, micro_batch_size=3)):
         with pytest.raises(UserError, match="worker takes one micro-batch: leave out --micro_batch_size, .* 2 divides"):
