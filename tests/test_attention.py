@@ -145,7 +145,7 @@ def test_a_padded_head_gives_the_logits_and_gradients_of_the_plain_one(V, dtype)
     with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
         found, expected = padded_linear(x, weight), F.linear(x, weight)
     assert found.shape == expected.shape and found.dtype == expected.dtype
-    tolerances = dict(atol=1e-6, rtol=1e-5) if dtype is None else {}
+    tolerances = dict(atol=1e-5, rtol=3e-5) if dtype is None else {}  # sums in another order, up to 513 terms
     torch.testing.assert_close(found, expected, **tolerances)
     gradients = (torch.autograd.grad(y.float(), (x, weight), g) for y in (found, expected))
     torch.testing.assert_close(*gradients, **tolerances)

@@ -1,6 +1,6 @@
 """From a GPT to a model that answers: every stage on one world, in one table.
 
-    python -m tools.stages                                      countdown, one seed: about 20 minutes of one CPU core
+    python -m tools.stages                                      countdown, one seed: 45 minutes of one CPU core
     python -m tools.stages --seeds=1337,1,2 --world=calculator
 
 Each row is a way to make a better model of the same start, the fine-tuned one: more of the same training, its own
@@ -76,8 +76,6 @@ ROOT = Path(__file__).resolve().parent.parent
 BEST_OF = "best of 8"  # what evaluate.py calls it
 SHOWN = {"exact": "the likeliest answer", "exact of samples": "a drawn one", "pass@8": "one of 8 drawn",
          "malformed samples": "malformed, of drawn ones"}
-
-
 DATA = {"checked": "", "pairs": "--pairs=True --samples=16 --most=8"}  # {what tools.answers makes: its words}
 
 
@@ -124,8 +122,7 @@ def score(folder, which, reward=""):
     path, found = folder / "evaluation.json", {}
     if which and not path.exists() or reward and BEST_OF not in read_json(path):
         python("evaluate.py", f"--out_dir={folder}", f"--checkpoint={which}", "--test=True", "--device=cpu",
-               "--dtype=float32",
-               *[f"--reward={reward}"] * bool(reward))
+               "--dtype=float32", *[f"--reward={reward}"] * bool(reward))
     if which:
         found = dict(read_json(path))
     return {**found, "minutes": read_json(folder / "run.json")["results"]["seconds"] / 60}
