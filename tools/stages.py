@@ -1,6 +1,6 @@
 """From a GPT to a model that answers: every stage on one world, in one table.
 
-    python -m tools.stages                                      countdown, one seed: 45 minutes of one CPU core
+    python -m tools.stages                                      countdown, one seed: about an hour of one CPU core
     python -m tools.stages --seeds=1337,1,2 --world=calculator
 
 Each row is a way to make a better model of the same start, the fine-tuned one: more of the same training, its own

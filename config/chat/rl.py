@@ -4,11 +4,12 @@
     python train.py config/chat/rl.py
     python evaluate.py --out_dir=out/chat/rl
     python sample.py --out_dir=out/chat/rl --prompt="3 12 17=53" --temperature=0
-    python train.py config/chat/rl.py --reward=out/chat/reward --out_dir=out/chat/hacked
+    python train.py config/chat/reward.py --sft=0 --max_iters=94 --eval_interval=94 --out_dir=out/chat/weak
+    python train.py config/chat/rl.py --reward=out/chat/weak --max_iters=200 --out_dir=out/chat/hacked
 
 In each round the model answers 128 problems four times, and learns which answers were better than the others to the
-same problem. The last command takes the scores of a reward model (config/chat/reward.py) for rewards, and shows what
-goes wrong then: the scores rise, and the share of right answers falls. --kl=0.1 holds the model back.
+same problem. The last two commands take the scores of a poor reward model for rewards, and show what goes wrong then:
+the scores rise, and the share of right answers falls. --kl=0.2 holds the model back.
 """
 
 task = "rl"
