@@ -32,6 +32,7 @@ class Settings:
     # the machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of weights and KV cache; auto: float32 on a CPU
+    compile: bool = False  # on CUDA, compile the steps too: the first text takes longer, long ones are written faster
 
 
 def own_settings(values):
@@ -59,6 +60,7 @@ HOW = dict(more=own_settings, check=check, elsewhere=elsewhere(lambda row: row.s
 if __name__ == "__main__":  # --help and typos answer before torch is imported
     SETTINGS, _ = from_command_line(Settings, __doc__, usual=TASKS["text"].sampling, **HOW)
 
+from generate import compile_steps
 from machine.device import pick_device, weights_dtype
 from machine.terminal import printable
 from tasks.chat import talker
@@ -81,6 +83,8 @@ def main(settings):
     prompt, device = read_prompt(settings.prompt), pick_device(settings.device)
     dtype = weights_dtype(settings.dtype, device)
     task, model, _ = load(settings.init_from or settings.out_dir, device, dtype, settings.checkpoint)
+    if settings.compile:
+        compile_steps(model, device)
     images, count = image_files(getattr(settings, "image", "")), getattr(settings, "num_samples", 1)
     requests = [{"text": prompt, "image": path} for path in images for _ in range(count)]
     pieces = talker(task, settings).sample(model, requests, settings)

@@ -125,6 +125,24 @@ def test_a_recorded_step_reads_weights_that_have_changed():
         """)
 
 
+def test_compiled_steps_compute_what_others_do_and_are_captured():
+    check("""
+        from generate import compile_steps, next_logits
+        for changes in ({}, FAST):
+            model = new(**changes)
+            expected = written(model, tokens, 20)
+            compile_steps(model, tokens.device)
+            with torch.inference_mode():
+                caches, start = model.make_caches(3), torch.tensor([40], device="cuda")
+                model.hidden(tokens, caches, 0)
+                arguments = model, tokens[:, :1], caches, start
+                torch.testing.assert_close(model.compiled_logits(*arguments), next_logits(*arguments), atol=2e-3,
+                                           rtol=2e-3)
+            assert (written(model, tokens, 20) == expected).float().mean() > 0.9  # rounding may tip a draw
+            assert "compiled_logits" not in model.state_dict()
+        """)
+
+
 def test_a_step_that_waits_for_the_gpu_is_not_captured_and_still_right():
     check("""
         notices = []

@@ -39,7 +39,7 @@ class Settings:
     batches: str = "auto"  # numbers of samples generated at once; auto: 1,10,64, on CUDA 1,10,256
     new_tokens: int = 250  # length of each sample, at most the context
     repeats: int = 0  # measured runs of each case; 0: 5, on CUDA 3
-    compile: bool = False  # measure training with torch.compile too; compiling takes up to a minute per case
+    compile: bool = False  # measure training and sampling with torch.compile too; that takes up to a minute per case
     transformers: bool = True  # compare with transformers if it is installed
     against: str = ""  # another program's command line, timed as a whole: start-up, work and exit
     ours: str = ""  # our command line for the same work
@@ -95,6 +95,7 @@ if __name__ == "__main__":  # --help and typos answer before torch is imported
     SETTINGS, _ = from_command_line(Settings, __doc__)
 
 import contextlib
+import copy
 import functools
 import gc
 import importlib.util
@@ -113,7 +114,7 @@ import torch.nn.functional as F
 
 import train
 from beam import beam_search
-from generate import generate, pick_tokens
+from generate import compile_steps, generate, pick_tokens
 from machine.capture import first_line, record, warm_up
 from machine.device import (
     DTYPES,
@@ -399,6 +400,10 @@ def measure_sample(table):
             for count in counts:
                 prompt = torch.zeros(count, 1, dtype=torch.long, device=device)
                 work = {"ours": functools.partial(our_samples, ours, prompt)}
+                if settings.compile and device.type == "cuda":
+                    compiled = copy.deepcopy(ours)
+                    compile_steps(compiled, device)
+                    work["ours compiled"] = functools.partial(our_samples, compiled, prompt)
                 if theirs:
                     work["transformers"] = functools.partial(their_samples, theirs, prompt)
                 case = f"{size}, {name}, {count} at once"
