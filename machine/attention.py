@@ -47,15 +47,37 @@ def attend(q, k, v, mask, dropout=0.0):
 
 
 def fused(q, k, v, mask, dropout):
-    """`attend` by the kernel that PyTorch chooses."""
+    """`attend` by the kernel that PyTorch chooses; for one query on a GPU, by that or `one_query`."""
     causal = isinstance(mask, str)
     if causal:
         mask = None
     elif mask is not None and q.is_cuda:
         mask = bias_of(mask, q.dtype)
+        if q.size(2) == 1 and not q.requires_grad and (mask.dim() == 2 or mask.size(-3) == 1) and not prefers_cudnn():
+            return one_query(q, k, v, mask)
     if q.size(1) != k.size(1) and mask is not None and (q.size(2) == 1 or q.is_cuda):
         return grouped(q, k, v, mask, dropout)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=q.size(1) != k.size(1))
+
+
+def prefers_cudnn():
+    return not torch.compiler.is_compiling() and torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def one_query(q, k, v, mask):
+    """`attend` for T = 1, by two products for all rows and heads. mask: boolean or from `bias_of`, no mask per head.
+
+    Of PyTorch's fused kernels for CUDA, those that take a mask give each head one processor. In bfloat16, 6 heads of 64
+    and 256 positions: 15 us for 1 row on an H200, 71 us for 256 rows; this takes 9 and 52 us. cuDNN takes 7 and 34 us,
+    but 0.9 s to plan. Scores are rounded to the dtype of q, which a fused kernel does not do.
+    """
+    (B, H, _, D), (_, K, S, _) = q.shape, k.shape
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
+    if mask.dim() > 2:
+        mask = mask.expand(B, K, 1, S).reshape(B * K, 1, S)
+    scores = torch.baddbmm(mask, q.reshape(B * K, H // K, D), k.flatten(0, 1).mT, alpha=D ** -0.5)  # (B K, H / K, S)
+    return torch.bmm(scores.softmax(-1), v.flatten(0, 1)).view(q.shape)
 
 
 BIASES = []  # the last two of `bias_of`: (weak reference to the mask, its bias)

@@ -49,9 +49,11 @@ THREADS_FROM = 2**19  # steps of at least so many multiplications use several th
 def fast_steps(model):
     """A context in which decode.c computes the model's trunks for a few tokens at a time, where it can.
 
-    On CUDA it turns off cuDNN's attention, because the cache has a new length at each step.
+    On CUDA it only turns off cuDNN's attention, because the cache has a new length at each step.
     """
-    trunks = [m for m in model.modules() if full_name(type(m)) == "model.Transformer" and "forward" not in vars(m)]
+    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
+    trunks = [m for m in model.modules() if full_name(type(m)) == "model.Transformer" and "forward" not in vars(m)
+              and on_cpu]
     for trunk in trunks:
         trunk.forward = Steps(trunk)
     try:

@@ -9,8 +9,10 @@ from machine.attention import (
     Dropout,
     TiledAttention,
     attend,
+    bias_of,
     draw_kept,
     grouped,
+    one_query,
     padded_linear,
     tiles,
     wide_linear,
@@ -125,6 +127,19 @@ def test_grouped_queries_and_their_gradients_equal_repeated_keys_and_values(T, s
         torch.testing.assert_close(found, expected)
         gradients = (torch.autograd.grad(y, (q, k, v), g, retain_graph=True) for y in (found, expected))
         torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("shape", [(1, 9), (1, 1, 9), (2, 1, 1, 9), (1, 1, 1, 9)])
+@pytest.mark.parametrize("H", [2, 6])
+def test_one_query_by_two_products_equals_the_fused_kernel(shape, H):
+    """The path of a GPU's captured and compiled steps."""
+    q, (k, v) = randn(2, 1, H, 8).transpose(1, 2), (randn(2, 2, 9, 8, seed=seed) for seed in (1, 2))
+    mask = torch.rand(shape, generator=seeded(4)) < 0.5
+    mask[..., 4] = True
+    expected = F.scaled_dot_product_attention(q, *(x.repeat_interleave(H // 2, dim=1) for x in (k, v)), mask)
+    compiled = torch.compile(one_query, fullgraph=True, backend="eager", dynamic=False)
+    for found in (one_query(q, k, v, mask), one_query(q, k, v, bias_of(mask, q.dtype)), compiled(q, k, v, mask)):
+        torch.testing.assert_close(found, expected)
 
 
 def test_one_query_with_a_mask_takes_the_grouped_path(monkeypatch):
