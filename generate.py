@@ -13,10 +13,8 @@ import functools
 
 import torch
 
-from configurator import UserError
 from machine.capture import CapturedStep, can_capture, read_ahead
 from machine.decode import fast_steps
-from machine.device import has_triton
 
 
 def pick_tokens(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
@@ -63,23 +61,6 @@ def generate(model, tokens, count, pick, eos=None, **context):
                 return
 
 
-def next_logits(model, tokens, caches, start, **context):
-    """Float32 logits (B, V) of what comes after tokens (B, T). Further arguments: those of model.hidden."""
-    return model.logits(model.hidden(tokens, caches, start, **context)[:, -1])
-
-
-def compile_steps(model, device):
-    """Makes `generate` compile the steps that it records. That takes up to a minute, once for each shape.
-
-    Raises UserError without CUDA and Triton, or if the model does not generate.
-    """
-    if device.type != "cuda" or not has_triton():
-        raise UserError("compile = True: only steps on CUDA, with Triton installed, are compiled; drop it")
-    if not hasattr(model, "make_caches"):
-        raise UserError(f"compile = True: a {type(model).__name__} has no steps to compile; drop it")
-    model.compiled_logits = torch.compile(next_logits, dynamic=False)
-
-
 def written(model, tokens, count, pick, eos, context, capturing):
     """Yields what `generate` yields, but does not stop before `count`. capturing: whether to record the steps.
 
@@ -95,8 +76,8 @@ def written(model, tokens, count, pick, eos, context, capturing):
 
     def step(tokens, start):
         """What pick chooses after tokens (B, T) at the positions from `start` on, an int or a tensor."""
-        logits = next_logits if isinstance(start, int) else getattr(model, "compiled_logits", next_logits)
-        return pick(logits(model, tokens, caches, start, **context))
+        hidden = model.hidden if isinstance(start, int) else getattr(model, "compiled_hidden", model.hidden)
+        return pick(model.logits(hidden(tokens, caches, start, **context)[:, -1]))  # (B, C) -> (B, V) -> (B,)
 
     if capturing and caches is not None:
         step = CapturedStep(step, caches, getattr(pick, "keywords", {}).get("generator"), count)

@@ -60,7 +60,7 @@ HOW = dict(more=own_settings, check=check, elsewhere=elsewhere(lambda row: row.s
 if __name__ == "__main__":  # --help and typos answer before torch is imported
     SETTINGS, _ = from_command_line(Settings, __doc__, usual=TASKS["text"].sampling, **HOW)
 
-from generate import compile_steps
+from machine.capture import compile_steps
 from machine.device import pick_device, weights_dtype
 from machine.terminal import printable
 from tasks.chat import talker

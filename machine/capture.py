@@ -16,8 +16,8 @@ import functools
 import torch
 from torch.nn.modules import module as torch_module
 
-from configurator import say
-from machine.device import cudnn_attention
+from configurator import UserError, say
+from machine.device import cudnn_attention, has_triton
 
 # Attention of one token by cuDNN: to plan it takes up to 0.9 s for each new shape. Then a step takes less time, by so
 # much for each layer, and so much for each row of each layer. Measured on an H200: 6 heads of 64, 256 positions.
@@ -176,6 +176,18 @@ def tensors_of(optimizers):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Generation
+
+def compile_steps(model, device):
+    """Makes `generate` compile the steps that it records. That takes up to a minute, once for each shape.
+
+    Raises UserError without CUDA and Triton, or if the model has no such steps.
+    """
+    if device.type != "cuda" or not has_triton():
+        raise UserError("compile = True: only steps on CUDA, with Triton installed, are compiled; drop it")
+    if not hasattr(model, "make_caches"):
+        raise UserError(f"compile = True: a {type(model).__name__} has no steps to compile; drop it")
+    model.compiled_hidden = torch.compile(model.hidden, dynamic=False)
+
 
 class CapturedStep:
     """Stands in for the function `step` in generate.py: one graph takes all steps of one token.

@@ -127,20 +127,19 @@ def test_a_recorded_step_reads_weights_that_have_changed():
 
 def test_compiled_steps_compute_what_others_do_and_are_captured():
     check("""
-        from generate import compile_steps, next_logits
         for changes in ({}, FAST):
             model = new(**changes)
             expected = written(model, tokens, 20)
-            compile_steps(model, tokens.device)
+            capture.compile_steps(model, tokens.device)
             with torch.inference_mode():
                 found = []
-                for logits in (model.compiled_logits, next_logits):
+                for hidden in (model.compiled_hidden, model.hidden):
                     caches, start = model.make_caches(3), torch.tensor([40], device="cuda")
                     model.hidden(tokens, caches, 0)
-                    found.append(logits(model, tokens[:, :1], caches, start))
+                    found.append(model.logits(hidden(tokens[:, :1], caches, start)))
                 torch.testing.assert_close(*found, atol=2e-3, rtol=2e-3)
             assert (written(model, tokens, 20) == expected).float().mean() > 0.9  # rounding may tip a draw
-            assert "compiled_logits" not in model.state_dict()
+            assert "compiled_hidden" not in model.state_dict()
         """)
 
 

@@ -378,7 +378,7 @@ def test_each_setting_of_training_changes_the_run_or_is_refused(lab, base, run, 
 
 SAMPLING = {
     "out_dir": Change("one_{task}"), "checkpoint": Change("last"), "init_from": refused("gpt2"),
-    "prompt": Change("the "), "num_samples": Change(2), "device": refused("meta"),
+    "prompt": Change("the "), "num_samples": Change(2), "device": refused("meta"), "compile": refused(True),
     "dtype": Change("bfloat16"),
     "max_new_tokens": Change(7), "temperature": Change(0.1), "top_k": Change(1), "top_p": Change(0.1),
     "stop": Change("a"), "seed": Change(1),

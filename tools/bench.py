@@ -114,8 +114,8 @@ import torch.nn.functional as F
 
 import train
 from beam import beam_search
-from generate import compile_steps, generate, pick_tokens
-from machine.capture import first_line, record, warm_up
+from generate import generate, pick_tokens
+from machine.capture import compile_steps, first_line, record, warm_up
 from machine.device import (
     DTYPES,
     device_name,
