@@ -88,11 +88,11 @@ function show(record) {
   afterPaint(() => inflateAll(record));
 }
 
-// The token that is chosen at first: the first that the model wrote, or else the last that it predicted.
+// The token that is chosen at first: the first predicted one that the model wrote, or else a predicted one.
 function firstToken() {
   const {written, predictions} = state.record;
-  if (state.predicted[written] !== undefined) return written;
-  return isCausal() ? predictions.at(-1)?.at ?? 0 : predictions[0]?.at ?? 0;
+  const first = predictions.find(({at}) => at >= written) ?? predictions.at(isCausal() ? -1 : 0);
+  return first?.at ?? 0;
 }
 
 function afterPaint(task) {
@@ -216,6 +216,8 @@ function drawExpected() {
   byId("facts").replaceChildren(...(prediction ? factsOf(prediction)
     : ["This token was given, and the model was not asked for it. Choose another."]));
   byId("bars").replaceChildren(...(prediction ? barsOf(prediction) : []));
+  const longest = Math.max(...[...byId("bars").querySelectorAll("code")].map((code) => code.textContent.length));
+  byId("bars").style.setProperty("--letters", longest);  // so that all bars begin at the same place
 }
 
 // The sentences above the bars, as nodes.
@@ -239,7 +241,7 @@ function barsOf({at, rank, p, top}) {
   const rows = top.map(([text, share], index) => bar(visible(text), share, index === rank ? "there" : ""));
   if (rank !== null && rank >= top.length) rows.push(bar(visible(thereAt(at)), p, "there"));
   const rest = 1 - top.reduce((sum, [, share]) => sum + share, 0);
-  if (rest > 0.0005) rows.push(bar("all others", rest, "rest"));
+  if (rest > 0.0005) rows.push(bar("others", rest, "rest"));
   return rows;
 }
 
@@ -501,7 +503,7 @@ function surprises() {
 function drawLegend(weights) {
   const {kind, written, tokens} = state.record;
   const most = weights ? Math.max(...weights) : 0;
-  const surprise = isCausal() ? ["the token was sure", "a surprise"] : ["sure", "unsure"];
+  const surprise = isCausal() ? ["expected", "surprising"] : ["sure", "unsure"];
   const [low, high] = state.head ? ["0 %", percent(most)] : surprise;
   const nodes = [make("span", {}, low), make("span", {class: "scale"}), make("span", {}, high)];
   if (!state.head && kind === "classification") nodes.length = 0;
@@ -523,10 +525,10 @@ function drawLooked(weights) {
   }
   const attention = record.attention[head.map];
   const from = visible(attention.row_tokens[rowOf(head.map)] ?? "");
-  const places = [...weights.keys()].sort((a, b) => weights[b] - weights[a]).slice(0, 4);
+  const places = [...weights.keys()].filter((i) => weights[i] > 0.005).sort((a, b) => weights[b] - weights[a]);
   const where = (place) => attention.grid ? `row ${Math.floor(place / attention.grid[1]) + 1}, column`
     + ` ${place % attention.grid[1] + 1}` : visible(attention.column_tokens[place] ?? "");
-  byId("looked").replaceChildren(`${name}, from `, make("code", {}, from), " at ", ...places.flatMap((place, i) =>
+  byId("looked").replaceChildren(`${name} looked from `, make("code", {}, from), " at ", ...places.slice(0, 4).flatMap((place, i) =>
     [i ? ", " : "", make("code", {}, where(place)), ` ${percent(weights[place])}`]));
 }
 
@@ -568,7 +570,8 @@ function drawLinks() {
     const below = boxes.text[row + 1];  // the token that this row predicted
     if (!below) continue;
     weightsOf(headOf(map), row).forEach((weight, column) => {
-      if (weight > 0.04 && boxes.source[column]) svg.append(link(boxes.source[column], below, paper, weight, row === chosen));
+      const above = boxes.source[column];
+      if (weight > 0.04 && above) svg.append(link(above, below, paper, weight, row === chosen));
     });
   }
 }
