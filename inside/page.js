@@ -19,6 +19,7 @@ const MARKS = {" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽
 const INVISIBLE = /[\s\u0000-\u001f\u007f-\u009f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g;
 const MOST_BITS = 8;  // of surprise: the darkest tint
 const HEAD_PIXELS = 96;  // most rows and columns of a head's small picture; larger ones keep the largest of neighbours
+const [BLUE, BLACK] = [0xf6823b, 0];  // colours of canvas pixels: blue, green, red from the highest byte down
 const MAP_NAMES = {self: "Text to text", cross: "Translation to source", encoder: "Source to source",
                    image: "Text to picture"};
 const NO_STREAM = "This browser can't unpack the attention: it has no DecompressionStream. Chrome and Edge have it from"
@@ -397,12 +398,12 @@ function scaled(values) {
   return values.map((value) => value / most);
 }
 
-// Fills a canvas of height x width pixels with blue, as opaque as the values, 0 to 1.
-function paint(canvas, height, width, values, [red, green, blue] = [59, 130, 246]) {
-  const image = new ImageData(width, height);
-  values.forEach((value, i) => image.data.set([red, green, blue, 255 * value], 4 * i));
+// Fills a canvas of height x width pixels with a colour, as opaque as the values, 0 to 1.
+function paint(canvas, height, width, values, colour = BLUE) {
   Object.assign(canvas, {width, height});
-  canvas.getContext("2d").putImageData(image, 0, 0);
+  const pixels = new Uint32Array(height * width);
+  for (let i = 0; i < pixels.length; i++) pixels[i] = Math.round(255 * values[i]) << 24 | colour;
+  canvas.getContext("2d").putImageData(new ImageData(new Uint8ClampedArray(pixels.buffer), width, height), 0, 0);
 }
 
 // Marks the chosen token's row on the heads of each map, and draws those anew that show this row only.
@@ -550,7 +551,7 @@ function drawPicture() {
   if (canvas.hidden) return;
   const [height, width] = state.record.attention[map].grid;
   const dark = scaled(weightsOf(headOf(map), row)).map((value) => 0.8 * (1 - Math.sqrt(value)));
-  paint(canvas, height, width, dark, [0, 0, 0]);
+  paint(canvas, height, width, dark, BLACK);
 }
 
 // Draws lines from the tokens of a translation to those of its source: strong ones for the chosen token.
