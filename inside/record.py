@@ -33,6 +33,7 @@ from typing import NamedTuple
 import torch
 
 from configurator import UserError
+from generate import generate, picker
 from inside.attention import noted
 from model import all_blocks
 from run.cost import size_in_words
@@ -80,22 +81,27 @@ def notes_of(trunk, T, keep=None):
 
 
 def trunk_of(model):
-    """The trunk of a language model. Raises UserError if it has no blocks, as the models of lecture.py."""
+    """The trunk that answers: the decoder of a model that has one. Raises UserError for one of lecture.py's models."""
     if not all_blocks(model):
         raise UserError(f"a {type(model).__name__} has no blocks of model.py, so it can't be looked into: train a GPT,"
                         " the last rung of the ladder")
-    return model.transformer
+    part = getattr(model, "decoder", getattr(model, "encoder", model))
+    return getattr(part, "transformer", part)
 
 
-def of_language_model(kind, task, model, ids, written):
-    """The record of a model of tasks/text.py that has read ids (T,), from index `written` on its own.
+def of_text(kind, task, model, prompt, sampling, most=math.inf):
+    """The record of a language model (tasks/text.py) that continues prompt (T,), ids, by at most `most` tokens.
 
-    A text longer than block_size is read as its last window.
+    A text that gets longer than block_size is read as its last window.
     """
-    name, window = namer(task.tokenizer), ids[-model.config.block_size:]
-    with notes_of(trunk_of(model), len(window)) as notes:
-        model.hidden(torch.tensor([window], device=next(model.parameters()).device))
-    tokens, written, parts = next_tokens(notes, model.logits, ids, written, name)
+    trunk, device, name = trunk_of(model), next(model.parameters()).device, namer(task.tokenizer)
+    tokens, count = torch.from_numpy(prompt)[None].to(device), min(most, sampling.max_new_tokens)
+    steps = generate(model, tokens, count, picker(sampling, device), task.tokenizer.eos)
+    ids = [*prompt.tolist(), *written_ids(task.tokenizer, steps, sampling.stop)]
+    window = ids[-model.config.block_size:]
+    with notes_of(trunk, len(window)) as notes:
+        model.hidden(torch.tensor([window], device=device))
+    tokens, written, parts = next_tokens(notes, model.logits, ids, len(prompt), name)
     return make(kind, task, model, tokens, written, **parts, attention=[packed("self", notes.own, tokens, tokens)],
                 embedding=embedding(model.wte, ids, name))
 

@@ -27,7 +27,8 @@ from batches import PairsDataset, batches_per_epoch, length_batches, padded, to_
 from beam import beam_search
 from configurator import UserError, say
 from generate import generate, picker
-from inside.attention import check_chosen, cross_attention, draw
+from inside.attention import cross_attention
+from inside.picture import check_chosen, draw
 from machine.device import autocast
 from machine.terminal import watched
 from model import init_weights
@@ -289,7 +290,7 @@ class TranslationTask(Task):
             if (sampling.show_steps or sampling.attention) and (len(lines) > 1 or not lines[0]):
                 name = "show_steps" if sampling.show_steps else "attention"
                 raise UserError(f"{name}: needs a --prompt of one sentence")
-            check_chosen(model.decoder, sampling)
+            check_chosen(model, sampling)
             tokens = iter(self.tokens_of(filter(None, lines), most))  # all of them, so that errors come first
             for start in range(0, len(lines), CHUNK):
                 chunk = lines[start:start + CHUNK]
