@@ -59,7 +59,8 @@ function inked(text) {
 
 function percent(p) {
   const value = 100 * p;
-  return value < 0.01 ? "< 0.01 %" : `${value >= 9.995 ? value.toFixed(1) : value.toPrecision(2)} %`;
+  const number = value < 0.01 ? "<\u00a00.01" : value >= 9.95 ? value.toFixed(1) : value.toPrecision(2);
+  return `${number}\u00a0%`;  // spaces at which no line ends
 }
 
 const isCausal = () => CAUSAL.includes(state.record.kind);
