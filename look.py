@@ -13,8 +13,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from configurator import UserError, check_idle, check_ranges, check_run, flat_fields, from_command_line, joined
-from configurator import one_line_errors
+from configurator import UserError, check_idle, check_ranges, check_run, from_command_line, joined, one_line_errors
 from tasks import TASKS, elsewhere, find_task
 from tasks.settings import image_files
 
@@ -47,7 +46,7 @@ def own_settings(values):
     if not values["init_from"]:
         check_run(values["out_dir"])
     sampling = TASKS[find_task(values["init_from"] or values["out_dir"])].sampling
-    return joined(sampling, Short) if "max_new_tokens" in flat_fields(sampling) else sampling
+    return joined(sampling, Short) if hasattr(sampling, "max_new_tokens") else sampling
 
 
 # Settings of sample.py for what the page does not show, or shows anyway.
