@@ -43,11 +43,12 @@ def draw_own(model, names, read, sampling):
 
     names: the text of each of T tokens. read(): runs the model over them.
     """
-    with notes_of(trunk_of(model), len(names)) as notes:
+    both_ways = hasattr(model, "encoder")
+    with notes_of(trunk_of(model), len(names), both_ways=both_ways) as notes:
         read()
-    shown = [visible(name) for name in names[-notes.count:]]
-    said = draw(torch.stack(notes.own), shown, shown, sampling)
-    return said + f": the last {notes.count} of {len(names)} tokens" * (notes.count < len(names))
+    shown = [visible(name) for name in (names[:notes.count] if both_ways else names[-notes.count:])]
+    said, which = draw(torch.stack(notes.own), shown, shown, sampling), "first" if both_ways else "last"
+    return said + f": the {which} {notes.count} of {len(names)} tokens" * (notes.count < len(names))
 
 
 def draw_text(task, model, ids, sampling):
