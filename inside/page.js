@@ -1,7 +1,7 @@
 "use strict";
 // The page of look.py. It draws a record of one forward pass; inside/record.py says what a record holds.
 //
-// show(record) draws one. After that, choose(token) draws what belongs to a token, and look(head) what a head looked at.
+// show(record) draws one. After that, choose(token) draws what belongs to a token, look(head) what a head looked at.
 // The texts of tokens come from users and models, so they enter the page as text nodes and attributes, never as HTML.
 
 const state = {
@@ -230,10 +230,10 @@ function factsOf({at, entropy, rank, p}) {
   const among = `as unsure as among ${choices < 10 ? choices.toFixed(1) : Math.round(choices)} equal choices`;
   const unsure = ["Entropy ", make("b", {}, `${entropy.toFixed(2)} bits`), `: ${choices < 1.05 ? "sure" : among}.`];
   if (p === null) return unsure;
-  if (state.record.labels.length) return [make("code", {}, visible(thereAt(at))), " has ", make("b", {}, percent(p)), ". ",
-                                          ...unsure];
+  const there = make("code", {}, visible(thereAt(at)));
+  if (state.record.labels.length) return [there, " has ", make("b", {}, percent(p)), ". ", ...unsure];
   const place = rank === 0 ? "the likeliest" : `number ${rank + 1} of its list`;
-  return [make("code", {}, visible(thereAt(at))), " had ", make("b", {}, percent(p)), ` and was ${place}: `,
+  return [there, " had ", make("b", {}, percent(p)), ` and was ${place}: `,
           make("b", {}, `${(-Math.log2(Math.max(p, 1e-30))).toFixed(2)} bits`), " of surprise. ", ...unsure];
 }
 
@@ -593,8 +593,8 @@ function drawLinks() {
 }
 
 function link(above, below, paper, opacity, isChosen) {
-  const middle = (box) => (box.left + box.right) / 2 - paper.left;
-  return makeSvg("line", {x1: middle(above), y1: above.bottom - paper.top, x2: middle(below), y2: below.top - paper.top,
+  const [x1, x2] = [above, below].map((box) => (box.left + box.right) / 2 - paper.left);
+  return makeSvg("line", {x1, y1: above.bottom - paper.top, x2, y2: below.top - paper.top,
                           class: isChosen ? "chosen" : "", "stroke-opacity": opacity});
 }
 
