@@ -541,8 +541,9 @@ function drawLooked(weights) {
   const places = [...weights.keys()].filter((i) => weights[i] > 0.005).sort((a, b) => weights[b] - weights[a]);
   const where = (place) => attention.grid ? `row ${Math.floor(place / attention.grid[1]) + 1}, column`
     + ` ${place % attention.grid[1] + 1}` : visible(attention.column_tokens[place] ?? "");
-  byId("looked").replaceChildren(`${name} looked from `, make("code", {}, from), " at ", ...places.slice(0, 4).flatMap((place, i) =>
-    [i ? ", " : "", make("code", {}, where(place)), ` ${percent(weights[place])}`]));
+  byId("looked").replaceChildren(`${name} looked from `, make("code", {}, from), " at ",
+    ...places.slice(0, 4).flatMap((place, i) => [i ? ", " : "", make("code", {}, where(place)),
+                                                 ` ${percent(weights[place])}`]));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
