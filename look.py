@@ -95,7 +95,7 @@ def main(settings):
     task, model, _ = load(settings.init_from or settings.out_dir, device, dtype, settings.checkpoint)
     text = page(talker(task, settings).inside(model, request, settings))
     write_text(settings.out, text)
-    print(f"{settings.out}: {len(text) / 1e6:.1f} MB; open it in a browser")
+    print(f"{settings.out}: {len(text) / 1000:,.0f} kB; open it in a browser")
 
 
 if __name__ == "__main__":
