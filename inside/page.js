@@ -648,6 +648,9 @@ function redraw() {
 
 listen("text");
 listen("source");
+byId("steps").addEventListener("click", ({target}) => {
+  if (target.value) choose(moved(target.value, [...byId("text").children], state.token));
+});
 listenToHeads();
 addEventListener("resize", redraw);
 {

@@ -85,6 +85,7 @@ class Browser:
             page.ask(f"{domain}.enable")
         page.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
                  mobile=width < 500)
+        page.ask("Emulation.setTouchEmulationEnabled", enabled=width < 500)
         page.ask("Emulation.setEmulatedMedia", features=[
             {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
         page.ask("Page.addScriptToEvaluateOnNewDocument", source=before)

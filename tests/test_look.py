@@ -170,6 +170,8 @@ def test_every_kind_opens_on_a_phone_with_hostile_texts(kind, chromium, tmp_path
         assert tab.run("state.token") == at
         for button in ("button.mean", "button.head"):
             tab.click(f"#maps {button}")
+    tab.click("#steps button")  # for fingers
+    assert tab.run("state.token") == len(HOSTILE) - 2
     assert tab.run("document.documentElement.scrollWidth") == 360
     assert tab.problems == [] and len(tab.requests) == 1 + (kind == "image-text")
 
