@@ -160,7 +160,7 @@ def test_a_head_tints_what_it_looked_at(looked, trained, chromium):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_opens_on_a_phone_with_hostile_texts(kind, chromium, tmp_path):
     """Tokens that would be HTML, script or bidi marks stay text; nothing is sent; nothing is wider than the screen."""
-    tab = opened(chromium, tmp_path / "page.html", made(kind, HOSTILE), width=360, height=700)
+    tab = opened(chromium, tmp_path / "page.html", made(kind, HOSTILE), width=360, height=700, touch=True)
     assert tab.problems == []
     assert tab.requests == [(tmp_path / "page.html").as_uri(), *[PIXEL] * (kind == "image-text")]
     assert tab.run("document.querySelectorAll('img').length") == 1 and tab.run("document.scripts.length") == 2
