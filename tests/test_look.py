@@ -289,6 +289,11 @@ def test_the_policy_lets_only_the_pages_own_script_run():
     assert more.texts[1] == "null" and more.texts[2].endswith("let live;") and "connect-src 'self'" in more.policy
 
 
+def test_numbers_that_are_none_are_refused():
+    with pytest.raises(UserError, match="computes NaN or infinity"):
+        page({"predictions": [{"entropy": math.nan}]})
+
+
 @pytest.mark.parametrize("arguments, error", [
     (["--out=none/look.html"], "there is no folder none: create it"),
     (["--out=look.pdf"], "must end in .html"),
