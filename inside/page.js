@@ -655,7 +655,9 @@ function redraw() {
 listen("text");
 listen("source");
 byId("steps").addEventListener("click", ({target}) => {
-  if (target.value) choose(moved(target.value, [...byId("text").children], state.token));
+  if (!target.value) return;
+  choose(moved(target.value, [...byId("text").children], state.token));
+  byId("text").children[state.token].scrollIntoView({block: "nearest"});
 });
 listenToHeads();
 addEventListener("resize", redraw);
