@@ -17,6 +17,7 @@ import torch
 from batches import ImageTextDataset, fixed_rows, read_images, shuffled_rows, to_device
 from configurator import UserError
 from generate import generate, pick_tokens, picker
+from inside.attention import image_attention
 from machine.device import autocast
 from machine.terminal import watched
 from run import checkpoint, pictures
@@ -26,7 +27,7 @@ from sources.images import CONTROLS
 from tasks.loading import load
 from tasks.task import Task
 from tokenizer import Transcript, transcribe
-from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig, image_attention, init_parts
+from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig, init_parts
 
 VISION_SHAPE = ("n_layer", "n_head", "n_embd", "patch_size")  # the settings that shape the vision tower
 

@@ -19,6 +19,7 @@ class Task:
     models = {}  # model_type: (class, class of its configuration)
     asked = ()  # settings of evaluate.py that change the figures of `details`, which has them under their names
     rows_label = "the rows"  # begins the text that `where` returns
+    step = None  # the updates that the loaded checkpoint had made; None: a new or published model
 
     def __init__(self, settings, tokenizers=None, source=""):
         """tokenizers: {name: tokenizer} of the model loaded from `source`; None: `open` takes the data set's own."""
@@ -84,6 +85,10 @@ class Task:
 
         requests: [{"text": prompt, "image": path}]. sampling: the task's settings for sampling.
         """
+
+    def inside(self, model, request, sampling):
+        """The record (inside/record.py) of one pass over a request and what the model writes after it."""
+        raise UserError(f"a {type(model).__name__} can't be looked into yet")
 
     def write(self, model, text="", image="", **sampling):
         """Returns one sample. text: the prompt. image: a file, if the task has images. sampling: temperature=0, ..."""

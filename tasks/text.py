@@ -20,6 +20,7 @@ import tokenizer as tokenizers
 from batches import Dataset, fixed_windows, random_offsets, read_windows
 from configurator import UserError, check_choices, check_idle
 from generate import generate, picker
+from inside import record
 from lecture import RUNGS
 from machine.device import autocast
 from machine.terminal import watched
@@ -136,6 +137,15 @@ class TextTask(Task):
             texts = [tokenizers.Transcript(self.tokenizer, sampling.stop) for _ in rows]
             for i, piece in tokenizers.transcribe(itertools.chain([first], steps), texts):
                 yield rows[i], piece
+
+    def inside(self, model, request, sampling):
+        """The record of a prompt and its continuation."""
+        ids, device = prompt_tokens(self.tokenizer, request["text"]), next(model.parameters()).device
+        tokens, pick = torch.from_numpy(ids)[None].to(device), picker(sampling, device)
+        record.trunk_of(model)  # before it writes: raises UserError if it can't be looked into
+        steps = generate(model, tokens, sampling.max_new_tokens, pick, self.tokenizer.eos)
+        written = record.written_ids(self.tokenizer, steps, sampling.stop)
+        return record.of_language_model("text", self, model, [*ids.tolist(), *written], len(ids))
 
     def summary(self, model):
         s, n, (tokens, _) = self.settings, len(self.dataset.splits["train"]), self.cost(model)

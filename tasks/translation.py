@@ -27,13 +27,13 @@ from batches import PairsDataset, batches_per_epoch, length_batches, padded, to_
 from beam import beam_search
 from configurator import UserError, say
 from generate import generate, picker
+from inside.attention import check_chosen, cross_attention, draw
 from machine.device import autocast
 from machine.terminal import watched
 from model import init_weights
 from run.cost import size_in_words
 from run.files import to_json, write_text
-from run.pictures import draw_map, save_picture
-from seq2seq import Seq2Seq, Seq2SeqConfig, cross_attention
+from seq2seq import Seq2Seq, Seq2SeqConfig
 from tasks.settings import Translating
 from tasks.task import Task
 from tokenizer import same_vocabulary
@@ -289,6 +289,7 @@ class TranslationTask(Task):
             if (sampling.show_steps or sampling.attention) and (len(lines) > 1 or not lines[0]):
                 name = "show_steps" if sampling.show_steps else "attention"
                 raise UserError(f"{name}: needs a --prompt of one sentence")
+            check_chosen(model.decoder, sampling)
             tokens = iter(self.tokens_of(filter(None, lines), most))  # all of them, so that errors come first
             for start in range(0, len(lines), CHUNK):
                 chunk = lines[start:start + CHUNK]
@@ -327,22 +328,16 @@ class TranslationTask(Task):
     def draw(self, model, source, sampling):
         """Writes a picture of where each token of the best translation looks in the source. Returns a line about it.
 
-        source: ids. The mean over all blocks and heads, or over those that attention_layer and attention_head name.
+        source: ids. For the blocks and heads that are drawn, see `inside.attention.draw`.
         """
-        config, layer, head = model.config, sampling.attention_layer, sampling.attention_head
-        for name, value, most in (("layer", layer, config.n_layer), ("head", head, config.n_head)):
-            if value > most:
-                raise UserError(f"attention_{name} = {value}: the decoder has {most}; 0 takes the mean of all")
         target = self.translate(model, [source], sampling)[0][0].ids
-        if len(target) < min(sampling.max_new_tokens, config.block_size):  # it was not cut off
+        if len(target) < min(sampling.max_new_tokens, model.config.block_size):  # it was not cut off
             target = [*target, self.tokenizer.eos]
         rows = ([source], [len(source)], [[self.tokenizer.bos, *target[:-1]]])
         rows = (torch.tensor(row, device=next(model.parameters()).device) for row in rows)
         weights = cross_attention(model, *rows)[:, 0]  # (L, H, T, S)
-        weights = weights[layer - 1 if layer else slice(None)].reshape(-1, config.n_head, len(target), len(source))
-        weights = weights[:, head - 1 if head else slice(None)].reshape(-1, len(target), len(source)).mean(0)
         names = [self.name(i) for i in target], [self.name(i, self.source_tokenizer) for i in source]
-        return save_picture(draw_map(weights.cpu(), *names), sampling.attention)
+        return draw(weights.cpu(), *names, sampling)
 
 
 def shown_best(hypotheses, n_best):

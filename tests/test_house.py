@@ -16,6 +16,7 @@ FLOORS = [
     {"optimizer", "tokenizer", "batches", "generate", "beam", "worlds"},
     {"chat"},
     {"run"},
+    {"inside"},
     {"published", "sources"},
     {"tasks"},
     {"train", "sample", "evaluate", "prepare"},
