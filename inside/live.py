@@ -27,6 +27,7 @@ import itertools
 import json
 import re
 import select
+import signal
 import socket
 import socketserver
 import threading
@@ -81,6 +82,8 @@ def serve(settings, open_model):
         try:
             server.serve_forever(poll_interval=0.1)
         finally:  # Python must not end while a thread computes
+            with contextlib.suppress(ValueError):  # not in the main thread
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C has nothing left to stop
             server.stopping.set()
             server.turn.acquire(timeout=2)  # whoever writes stops at the next token
             watching.join(timeout=2)
@@ -232,7 +235,7 @@ def newest_sample(path):
     """The last section of a samples.md as {"heading", "text"}; None if there is none."""
     text = path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
     found = None
-    for found in re.finditer(r"^## (.*)\n\n(`{3,})\n(.*?)\n\2\n", text, re.MULTILINE | re.DOTALL):
+    for found in re.finditer(r"^## ([^\n]*)\n\n(`{3,})\n(.*?)\n\2\n", text, re.MULTILINE | re.DOTALL):
         pass
     return found and {"heading": found[1], "text": found[3]}
 
