@@ -1,4 +1,4 @@
-"""Attention weights of any model made of model.py's blocks, noted while a pass runs, and pictures of them.
+"""Attention weights of any model made of model.py's blocks, noted while a pass runs.
 
     with noted(block.attn for block in model.transformer.blocks) as looks:
         model(tokens)                               looks: the weights (B, H, T, S) of each layer, in order
@@ -14,10 +14,8 @@ import math
 
 import torch
 
-from configurator import UserError
 from model import causal_mask
 from positions import rotate
-from run.pictures import draw_map, draw_maps, save_picture
 
 
 def attention_weights(attention, x, mask=None, rope=None, cache=None, start=0, memory=None):
@@ -82,36 +80,3 @@ def image_attention(model, image, prompt, answer):
                lambda weights: weights[0, :, first:, :N].mean(0)) as looks:  # (A, N)
         model.hidden(tokens, image=model.encode(image), prefix=prefix)
     return torch.stack(looks).mean(0).cpu()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Pictures
-
-def check_chosen(trunk, sampling):
-    """Raises UserError if sampling.attention_layer or attention_head is beyond those that the trunk has."""
-    blocks = trunk.blocks
-    for name, most in (("layer", len(blocks)), ("head", blocks[0].attn.n_head)):
-        value = getattr(sampling, f"attention_{name}")
-        if value > most:
-            raise UserError(f"attention_{name} = {value}: the model has {most}; 0 takes the mean of all")
-
-
-def draw(weights, rows, columns, sampling):
-    """Writes the picture sampling.attention of weights (L, H, T, S). Returns a line about it. rows, columns: names.
-
-    It shows the mean over all layers and heads, or over those that sampling names; with attention_each, each by itself.
-    """
-    layer, head = sampling.attention_layer, sampling.attention_head
-    layers = [layer - 1] if layer else range(len(weights))
-    heads = [head - 1] if head else range(weights.size(1))
-    if sampling.attention_each:
-        maps = {f"block {i + 1}, head {j + 1}": weights[i, j] for i in layers for j in heads}
-        picture = draw_maps(maps, rows, columns, across=len(heads) if len(layers) > 1 else 0)
-    else:
-        picture = draw_map(weights[list(layers)][:, list(heads)].mean((0, 1)), rows, columns)
-    return save_picture(picture, sampling.attention)
-
-
-def visible(text):
-    """A token's text for a picture: its spaces as middle dots; what is no character as Python writes it."""
-    return text.replace(" ", "\u00b7") if text.isprintable() and text else repr(text)

@@ -33,6 +33,7 @@ from typing import NamedTuple
 import torch
 
 from configurator import UserError
+from generate import generate, picker
 from inside.attention import noted
 from model import all_blocks
 from run.cost import size_in_words
@@ -48,10 +49,10 @@ AT_ONCE = 2**24  # logits at once: it limits memory
 
 class Notes(NamedTuple):
     """What a trunk computes in a pass over one row of T tokens."""
-    count: int  # how many of the last tokens are shown
+    count: int  # how many of the tokens are shown: the first ones of a text that an encoder reads, else the last ones
     stream: list  # the residual before the first block and after each one, through the final norm: L + 1 times (T, C)
     own: list  # the weights (H, count, count) of each block's self-attention, float32, on the CPU
-    cross: list  # likewise those of its cross-attention, (H, count, at most `count`)
+    cross: list  # likewise those of its cross-attention, (H, count, S), for the first S tokens of the source
 
     @property
     def layers(self):
@@ -59,43 +60,55 @@ class Notes(NamedTuple):
 
 
 @contextlib.contextmanager
-def notes_of(trunk, T, keep=None):
+def notes_of(trunk, T, before=0, both_ways=False):
     """The Notes of a trunk, filled by the pass over T tokens that runs inside the context.
 
-    keep: makes what is noted from weights (1, H, T, S); None: the last `count` of both.
+    before: N positions of an image before the text, to which the attention is kept too: own is (H, count, N + count).
+    both_ways: the trunk is an encoder, so the first tokens are shown.
     """
-    count = min(T, MOST_TOKENS, max(1, math.isqrt(MOST_WEIGHTS // sum(block.attn.n_head for block in trunk.blocks))))
-    keep = keep or (lambda weights: weights[0, :, -count:, -count:].cpu())
+    most = min(MOST_TOKENS, max(1, math.isqrt(MOST_WEIGHTS // sum(block.attn.n_head for block in trunk.blocks))))
+    shown = slice(most) if both_ways else slice(-min(T, most), None)
+
+    def keep(weights):  # (1, H, N + T, N + T) -> (H, count, N + count)
+        weights = weights[0, :, before:][:, shown]
+        return torch.cat((weights[..., :before], weights[..., before:][..., shown]), dim=-1).cpu()
+
     crosses, stream = [block.cross_attn for block in trunk.blocks if block.cross_attn is not None], []
     hooks = [trunk.blocks[0].register_forward_pre_hook(lambda block, inputs: stream.append(trunk.ln_f(inputs[0][0])))]
     hooks += [block.register_forward_hook(lambda block, inputs, y: stream.append(trunk.ln_f(y[0])))
               for block in trunk.blocks]
     with torch.inference_mode(), noted((block.attn for block in trunk.blocks), keep) as own, \
-            noted(crosses, keep) as cross:
+            noted(crosses, lambda weights: weights[0, :, shown, :most].cpu()) as cross:
         try:
-            yield Notes(count, stream, own, cross)
+            yield Notes(min(T, most), stream, own, cross)
         finally:
             for hook in hooks:
                 hook.remove()
 
 
 def trunk_of(model):
-    """The trunk of a language model. Raises UserError if it has no blocks, as the models of lecture.py."""
+    """The trunk that answers: the decoder of a model that has one. Raises UserError for one of lecture.py's models."""
     if not all_blocks(model):
         raise UserError(f"a {type(model).__name__} has no blocks of model.py, so it can't be looked into: train a GPT,"
                         " the last rung of the ladder")
-    return model.transformer
+    part = getattr(model, "decoder", getattr(model, "encoder", model))
+    return getattr(part, "transformer", part)
 
 
-def of_language_model(kind, task, model, ids, written):
-    """The record of a model of tasks/text.py that has read ids (T,), from index `written` on its own.
+def of_text(kind, task, model, prompt, sampling, most=math.inf):
+    """The record of a language model (tasks/text.py) that continues prompt (T,), ids, by at most `most` tokens.
 
-    A text longer than block_size is read as its last window.
+    A text that gets longer than block_size is read as the last window before its last token.
     """
-    name, window = namer(task.tokenizer), ids[-model.config.block_size:]
-    with notes_of(trunk_of(model), len(window)) as notes:
-        model.hidden(torch.tensor([window], device=next(model.parameters()).device))
-    tokens, written, parts = next_tokens(notes, model.logits, ids, written, name)
+    trunk, device, name = trunk_of(model), next(model.parameters()).device, namer(task.tokenizer)
+    tokens, count = torch.from_numpy(prompt)[None].to(device), min(most, sampling.max_new_tokens)
+    steps = generate(model, tokens, count, picker(sampling, device), task.tokenizer.eos)
+    ids = [*prompt.tolist(), *written_ids(task.tokenizer, steps, sampling.stop)]
+    ids, unread = (ids[:-1], ids[-1]) if len(ids) > model.config.block_size else (ids, None)
+    window = ids[-model.config.block_size:]
+    with notes_of(trunk, len(window)) as notes:
+        model.hidden(torch.tensor([window], device=device))
+    tokens, written, parts = next_tokens(task, notes, model.logits, ids, len(prompt), unread)
     return make(kind, task, model, tokens, written, **parts, attention=[packed("self", notes.own, tokens, tokens)],
                 embedding=embedding(model.wte, ids, name))
 
@@ -113,20 +126,19 @@ def make(kind, task, model, tokens, written, **parts):
     return {"kind": kind, "title": title, "tokens": tokens, "written": written, **empty, **parts}
 
 
-def next_tokens(notes, logits, ids, written, name, first=1):
+def next_tokens(task, notes, logits, ids, written, unread=None, first=1):
     """(tokens, written, {field: value}) of a record of a model that predicts each next token, all but `attention`.
 
-    notes: of the pass over the last of ids (T,). logits: from vectors (A, C) to logits (A, V). written: index in ids.
-    name: from an id to its text. first: the first index that was predicted.
+    notes: of the pass over ids (T,), or over the last of them. logits: from vectors (A, C) to logits (A, V). written:
+    an index in ids. unread: the id after them, if there is one. first: the first index that was predicted.
     """
     T, cut = len(ids), len(ids) - notes.count
     start = T - len(notes.stream[0])  # the index at position 0
-    at, there = range(max(first, cut + 1), T + 1), [*ids, None]
-    predictions, lens = answers(notes, lambda x: x[at.start - 1 - start:], logits, [i - cut for i in at],
-                                there[at.start:], name)
-    tokens, said = [name(i) for i in ids[cut:]], []
-    if cut:
-        said.append(f"only the last {notes.count} of {T} tokens are shown")
+    name, ended = namer(task.tokenizer), ids[-1] in (task.tokenizer.eos, *task.tokenizer.ends)
+    at, there = range(max(first, cut + 1), T + (not ended)), [*ids, unread]
+    predictions, lens = answers(notes, lambda x: x[at.start - 1 - start:at.stop - 1 - start], logits,
+                                [i - cut for i in at], [there[i] for i in at], name)
+    tokens, said = [name(i) for i in ids[cut:]], [f"only the last {notes.count} of {T} tokens are shown"] * (cut > 0)
     return tokens, max(0, written - cut), {"notes": said, "predictions": predictions, "lens": lens}
 
 
@@ -135,16 +147,17 @@ def answers(notes, read, logits, at, there, name, several=False):
     """(predictions, lens) of a record, A predictions each.
 
     read: from a trunk's output (T, C) to the A vectors (A, C) that a head reads. logits: the head, (A, C) -> (A, V).
-    at: A indices. there: the id of the token or label that is there, or None, A times. name: from an id to its text.
+    at: A indices. there: the id of the token or label that is there, or None, A times; or "likeliest": the labels are
+    the likeliest ones. name: from an id to its text.
     several: the labels don't exclude each other, so that each has a probability of its own.
     """
     shares = torch.sigmoid if several else functools.partial(torch.softmax, dim=-1)
     layers, predictions, tops = [read(x) for x in notes.stream], [], []
     V = logits(layers[-1][:1]).size(-1)
     for rows in torch.arange(len(at)).split(max(1, AT_ONCE // V)):
-        p = shares(logits(layers[-1][rows]).float()).cpu()
-        predictions += [prediction(*each, name, several) for each in zip(p, *([some[i] for i in rows.tolist()]
-                                                                             for some in (at, there)))]
+        p = shares(logits(layers[-1][rows]).float()).cpu()  # (rows, V)
+        labels = p.argmax(-1).tolist() if there == "likeliest" else [there[i] for i in rows]
+        predictions += [prediction(*each, name, several) for each in zip(p, [at[i] for i in rows], labels)]
         of_layers = [top(shares(logits(x[rows]).float()).cpu(), LENS_TOP, name) for x in layers]
         tops += map(list, zip(*of_layers))
     return predictions, {"layers": notes.layers, "top": tops}

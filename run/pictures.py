@@ -3,8 +3,10 @@
 Axes: B batch, H and W height and width in pixels, N patches of the image, A tokens of an answer.
 """
 
+import base64
 import contextlib
 import functools
+import io
 import math
 import re
 import warnings
@@ -239,6 +241,14 @@ def caption(image, text, width, margin=4, line=22):
     framed.paste(image, (margin, margin + line))
     ImageDraw.Draw(framed).text((margin, margin), text, fill="black", font=font(14))
     return framed
+
+
+def data_url(picture, most):
+    """Returns a PIL image, made at most `most` pixels wide and high, as a text that a page shows as an image."""
+    small, file = picture.copy(), io.BytesIO()
+    small.thumbnail((most, most))
+    small.save(file, "png")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def save_picture(picture, path):

@@ -19,11 +19,11 @@ class Task:
     models = {}  # model_type: (class, class of its configuration)
     asked = ()  # settings of evaluate.py that change the figures of `details`, which has them under their names
     rows_label = "the rows"  # begins the text that `where` returns
-    step = None  # the updates that the loaded checkpoint had made; None: a new or published model
 
     def __init__(self, settings, tokenizers=None, source=""):
         """tokenizers: {name: tokenizer} of the model loaded from `source`; None: `open` takes the data set's own."""
         self.settings, self.tokenizers, self.source = settings, tokenizers, source
+        self.step = None  # the updates that a loaded checkpoint had made
 
     def __repr__(self):
         return f"<{type(self).__name__} of {self.source or 'a new model'}>"
