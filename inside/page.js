@@ -19,6 +19,7 @@ const MARKS = {" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽
 const INVISIBLE = /[\s\u0000-\u001f\u007f-\u009f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g;
 const MOST_BITS = 8;  // of surprise: the darkest tint
 const HEAD_PIXELS = 96;  // most rows and columns of a head's small picture; larger ones keep the largest of neighbours
+const [BLUE, BLACK] = [0xf6823b, 0];  // colours of canvas pixels: blue, green, red from the highest byte down
 const MAP_NAMES = {self: "Text to text", cross: "Translation to source", encoder: "Source to source",
                    image: "Text to picture"};
 const NO_STREAM = "This browser can't unpack the attention: it has no DecompressionStream. Chrome and Edge have it from"
@@ -58,7 +59,8 @@ function inked(text) {
 
 function percent(p) {
   const value = 100 * p;
-  return value < 0.01 ? "< 0.01 %" : `${value >= 9.995 ? value.toFixed(1) : value.toPrecision(2)} %`;
+  const number = value < 0.01 ? "<\u00a00.01" : value >= 9.95 ? value.toFixed(1) : value.toPrecision(2);
+  return `${number}\u00a0%`;  // spaces at which no line ends
 }
 
 const isCausal = () => CAUSAL.includes(state.record.kind);
@@ -88,11 +90,11 @@ function show(record) {
   afterPaint(() => inflateAll(record));
 }
 
-// The token that is chosen at first: the first that the model wrote, or else the last that it predicted.
+// The token that is chosen at first: the first predicted one that the model wrote, or else a predicted one.
 function firstToken() {
   const {written, predictions} = state.record;
-  if (state.predicted[written] !== undefined) return written;
-  return isCausal() ? predictions.at(-1)?.at ?? 0 : predictions[0]?.at ?? 0;
+  const first = predictions.find(({at}) => at >= written) ?? predictions.at(isCausal() ? -1 : 0);
+  return first?.at ?? 0;
 }
 
 function afterPaint(task) {
@@ -216,6 +218,8 @@ function drawExpected() {
   byId("facts").replaceChildren(...(prediction ? factsOf(prediction)
     : ["This token was given, and the model was not asked for it. Choose another."]));
   byId("bars").replaceChildren(...(prediction ? barsOf(prediction) : []));
+  const longest = Math.max(...[...byId("bars").querySelectorAll("code")].map((code) => code.textContent.length));
+  byId("bars").style.setProperty("--letters", longest);  // so that all bars begin at the same place
 }
 
 // The sentences above the bars, as nodes.
@@ -239,7 +243,7 @@ function barsOf({at, rank, p, top}) {
   const rows = top.map(([text, share], index) => bar(visible(text), share, index === rank ? "there" : ""));
   if (rank !== null && rank >= top.length) rows.push(bar(visible(thereAt(at)), p, "there"));
   const rest = 1 - top.reduce((sum, [, share]) => sum + share, 0);
-  if (rest > 0.0005) rows.push(bar("all others", rest, "rest"));
+  if (rest > 0.0005) rows.push(bar("others", rest, "rest"));
   return rows;
 }
 
@@ -395,12 +399,12 @@ function scaled(values) {
   return values.map((value) => value / most);
 }
 
-// Fills a canvas of height x width pixels with blue, as opaque as the values, 0 to 1.
-function paint(canvas, height, width, values, [red, green, blue] = [59, 130, 246]) {
-  const image = new ImageData(width, height);
-  values.forEach((value, i) => image.data.set([red, green, blue, 255 * value], 4 * i));
+// Fills a canvas of height x width pixels with a colour, as opaque as the values, 0 to 1.
+function paint(canvas, height, width, values, colour = BLUE) {
   Object.assign(canvas, {width, height});
-  canvas.getContext("2d").putImageData(image, 0, 0);
+  const pixels = new Uint32Array(height * width);
+  for (let i = 0; i < pixels.length; i++) pixels[i] = Math.round(255 * values[i]) << 24 | colour;
+  canvas.getContext("2d").putImageData(new ImageData(new Uint8ClampedArray(pixels.buffer), width, height), 0, 0);
 }
 
 // Marks the chosen token's row on the heads of each map, and draws those anew that show this row only.
@@ -501,7 +505,7 @@ function surprises() {
 function drawLegend(weights) {
   const {kind, written, tokens} = state.record;
   const most = weights ? Math.max(...weights) : 0;
-  const surprise = isCausal() ? ["the token was sure", "a surprise"] : ["sure", "unsure"];
+  const surprise = isCausal() ? ["expected", "surprising"] : ["sure", "unsure"];
   const [low, high] = state.head ? ["0 %", percent(most)] : surprise;
   const nodes = [make("span", {}, low), make("span", {class: "scale"}), make("span", {}, high)];
   if (!state.head && kind === "classification") nodes.length = 0;
@@ -523,10 +527,10 @@ function drawLooked(weights) {
   }
   const attention = record.attention[head.map];
   const from = visible(attention.row_tokens[rowOf(head.map)] ?? "");
-  const places = [...weights.keys()].sort((a, b) => weights[b] - weights[a]).slice(0, 4);
+  const places = [...weights.keys()].filter((i) => weights[i] > 0.005).sort((a, b) => weights[b] - weights[a]);
   const where = (place) => attention.grid ? `row ${Math.floor(place / attention.grid[1]) + 1}, column`
     + ` ${place % attention.grid[1] + 1}` : visible(attention.column_tokens[place] ?? "");
-  byId("looked").replaceChildren(`${name}, from `, make("code", {}, from), " at ", ...places.flatMap((place, i) =>
+  byId("looked").replaceChildren(`${name} looked from `, make("code", {}, from), " at ", ...places.slice(0, 4).flatMap((place, i) =>
     [i ? ", " : "", make("code", {}, where(place)), ` ${percent(weights[place])}`]));
 }
 
@@ -548,7 +552,7 @@ function drawPicture() {
   if (canvas.hidden) return;
   const [height, width] = state.record.attention[map].grid;
   const dark = scaled(weightsOf(headOf(map), row)).map((value) => 0.8 * (1 - Math.sqrt(value)));
-  paint(canvas, height, width, dark, [0, 0, 0]);
+  paint(canvas, height, width, dark, BLACK);
 }
 
 // Draws lines from the tokens of a translation to those of its source: strong ones for the chosen token.
@@ -568,7 +572,8 @@ function drawLinks() {
     const below = boxes.text[row + 1];  // the token that this row predicted
     if (!below) continue;
     weightsOf(headOf(map), row).forEach((weight, column) => {
-      if (weight > 0.04 && boxes.source[column]) svg.append(link(boxes.source[column], below, paper, weight, row === chosen));
+      const above = boxes.source[column];
+      if (weight > 0.04 && above) svg.append(link(above, below, paper, weight, row === chosen));
     });
   }
 }

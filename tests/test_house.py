@@ -19,7 +19,7 @@ FLOORS = [
     {"inside"},
     {"published", "sources"},
     {"tasks"},
-    {"train", "sample", "evaluate", "prepare"},
+    {"train", "sample", "evaluate", "prepare", "look"},
     {"tools"},
 ]
 APART = {"published", "sources"}  # of one floor, and yet neither knows the other
