@@ -22,6 +22,8 @@
   };
   const QUICK = 1000, SLOW = 5000;  // milliseconds between two questions to the server, in a run that learns or not
 
+  const SOON = 3;  // seconds: a text that took longer waits for the button Look inside, which writes it again
+
   /* An element with attributes (on...: listeners) and children; a text child becomes a text node. */
   function el(name, attributes = {}, ...children) {
     const svg = ["svg", "g", "path", "line", "polyline", "circle", "text", "clipPath", "rect"].includes(name);
@@ -162,7 +164,7 @@
     if (model.chats) request.messages = [...messages]; else request.prompt = text;
     running = new AbortController();
     busy(true);
-    let pieces = 0, number = null, began = 0, all = "";
+    let pieces = 0, number = null, began = 0, seconds = 0, all = "";
     try {
       for await (const line of lines(await post("/write", request, running.signal))) {
         if (line.error) throw new Error(line.error);
@@ -172,8 +174,8 @@
           if (given) shown.prepend(el("span", {class: "given"}, text)); else turn.node.appendData(line.text);
           pieces += !given;
           all += given ? "" : line.text;
-          const seconds = (performance.now() - began) / 1000;
-          state.textContent = pieces > 1 ? `${pieces} pieces, ${(pieces / seconds).toFixed(0)} a second` : "";
+          seconds = (performance.now() - began) / 1000;
+          state.textContent = `${all.length} characters in ${seconds.toFixed(1)} s`;
           const scroller = model.chats ? bubbles : shown;
           scroller.scrollTop = scroller.scrollHeight;
         }
@@ -198,6 +200,7 @@
     }
     running = null;
     busy(false);
+    if (written && seconds < SOON) inside();
   }
 
   function busy(is) {
@@ -256,12 +259,9 @@
   async function inside() {
     look.disabled = true;
     error.textContent = "";
-    state.textContent = "looking …";
     try {
       show(await (await post("/inside", written)).json());
-      state.textContent = "";
     } catch (problem) {
-      state.textContent = "";
       error.textContent = words(problem);
     }
     look.disabled = false;
@@ -271,16 +271,15 @@
   // The run
 
   let run = null, rows = [];
-  const HEIGHT = 220, LEFT = 44, RIGHT = 10, TOP = 10, BOTTOM = 34;  // pixels of the picture and its margins
+  const HEIGHT = 220, LEFT = 44, RIGHT = 14, TOP = 26, BOTTOM = 34;  // pixels of the picture and its margins
   const SERIES = [["training", row => row.mean_loss ?? row.loss], ["validation", row => row.val_loss]];
   const chart = el("svg", {role: "img", onpointermove: point, onpointerleave: () => point(null)});
   const values = SERIES.map(([name]) => el("span", {class: `key ${name}`}, name));
   const at = el("span");
   const newest = el("pre", {tabindex: 0});
   const heading = el("figcaption");
-  const learning = el("div", {class: "learning", hidden: true},
-    el("figure", {}, el("figcaption", {}, at, ...values), chart),
-    el("figure", {class: "sample"}, heading, newest));
+  const learning = el("details", {hidden: true}, el("summary", {}, at, ...values),
+    el("div", {class: "learning"}, el("figure", {}, chart), el("figure", {class: "sample"}, heading, newest)));
 
   /* About `count` round numbers from low to high. */
   function ticks(low, high, count) {
@@ -303,7 +302,7 @@
     const low = lowest - room, high = highest + room;
     const X = x => LEFT + (width - LEFT - RIGHT) * x / longest;
     const Y = y => TOP + (HEIGHT - TOP - BOTTOM) * (high - y) / (high - low);
-    const box = {x: LEFT, y: 0, width: width - LEFT - RIGHT + 4, height: HEIGHT - BOTTOM};
+    const box = {x: LEFT, y: TOP - 4, width: width - LEFT - RIGHT + 4, height: HEIGHT - TOP - BOTTOM + 4};
     const parts = [el("clipPath", {id: "inner"}, el("rect", box))];
     for (const [y, text] of ticks(low, high, 5)) parts.push(
       el("line", {class: "grid", x1: LEFT, x2: width - RIGHT, y1: Y(y), y2: Y(y)}),
@@ -311,7 +310,7 @@
     for (const [x, text] of ticks(0, longest, Math.max(1, Math.min(longest, width / 90)))) parts.push(
       el("text", {x: X(x), y: HEIGHT - BOTTOM + 16, "text-anchor": x ? "middle" : "start"}, text));
     parts.push(el("text", {x: width - RIGHT, y: HEIGHT - 4, "text-anchor": "end"}, "updates"),
-               el("text", {x: LEFT, y: HEIGHT - 4}, "loss in nats"));
+               el("text", {x: 0, y: 12}, "loss in nats"));
     for (const [name, points] of curves) {
       const line = points.map(([x, y]) => `${X(x).toFixed(1)},${Y(y).toFixed(1)}`).join(" ");
       parts.push(el("g", {class: name, "clip-path": "url(#inner)"}, el("polyline", {points: line}),
@@ -351,6 +350,7 @@
     const changed = found.rows.length || found.learning !== run.learning;
     run = found;
     rows = rows.concat(found.rows);
+    if (learning.hidden && rows.length) learning.open = run.learning;
     learning.hidden = !rows.length;
     if (changed && rows.length) draw();
     if (found.sample) {
