@@ -434,7 +434,7 @@ class Handler(BaseHTTPRequestHandler):
         """
         server, base = self.server, self.server.settings
         inputs = [name for name in NAMES if hasattr(base, name)]
-        known = ("prompt", "messages", "image", "model", *inputs)
+        known = ["prompt", "messages", *["image"] * hasattr(base, "image"), "model", *inputs]
         if unknown := [name for name in body if name not in known]:
             raise UserError(f"unknown name {unknown[0]!r:.80}: this model takes {', '.join(known)}")
         number = body.get("model")
