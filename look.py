@@ -13,8 +13,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from configurator import UserError, check_idle, check_ranges, check_run, flat_fields, from_command_line, joined
-from configurator import one_line_errors
+from configurator import UserError, check_idle, check_ranges, check_run, from_command_line, joined, one_line_errors
 from run.curves import read_settings
 from tasks import TASKS, elsewhere, find_task
 from tasks.settings import image_files
@@ -49,7 +48,7 @@ def own_settings(values):
         check_run(values["out_dir"])
     name = "" if values["init_from"] else read_settings(values["out_dir"]).get("task")  # a run may not have saved yet
     sampling = TASKS[name if name in TASKS else find_task(values["init_from"] or values["out_dir"])].sampling
-    return joined(sampling, Short) if "max_new_tokens" in flat_fields(sampling) else sampling
+    return joined(sampling, Short) if hasattr(sampling, "max_new_tokens") else sampling
 
 
 # Settings of sample.py for what the page does not show, or shows anyway.

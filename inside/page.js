@@ -1,7 +1,7 @@
 "use strict";
 // The page of look.py. It draws a record of one forward pass; inside/record.py says what a record holds.
 //
-// show(record) draws one. After that, choose(token) draws what belongs to a token, and look(head) what a head looked at.
+// show(record) draws one. After that, choose(token) draws what belongs to a token, look(head) what a head looked at.
 // The texts of tokens come from users and models, so they enter the page as text nodes and attributes, never as HTML.
 
 const state = {
@@ -20,8 +20,9 @@ const INVISIBLE = /[\s\u0000-\u001f\u007f-\u009f\u00ad\u200b-\u200f\u2028-\u202e
 const MOST_BITS = 8;  // of surprise: the darkest tint
 const HEAD_PIXELS = 96;  // most rows and columns of a head's small picture; larger ones keep the largest of neighbours
 const [BLUE, BLACK] = [0xf6823b, 0];  // colours of canvas pixels: blue, green, red from the highest byte down
-const MAP_NAMES = {self: "Text to text", cross: "Translation to source", encoder: "Source to source",
-                   image: "Text to picture"};
+const LEAST_LINK = 0.04;  // of the attention: less is not drawn as a line
+const MAP_NAMES = {self: "Within the text", cross: "From the translation to the source",
+                   encoder: "Within the source", image: "From the text to the picture, which each square shows"};
 const NO_STREAM = "This browser can't unpack the attention: it has no DecompressionStream. Chrome and Edge have it from"
   + " version 103 on, Firefox from 113, Safari from 16.4.";
 
@@ -90,10 +91,11 @@ function show(record) {
   afterPaint(() => inflateAll(record));
 }
 
-// The token that is chosen at first: the first predicted one that the model wrote, or else a predicted one.
+// The token that is chosen at first: the first predicted one that the model wrote, or a [MASK], or else any.
 function firstToken() {
   const {written, predictions} = state.record;
-  const first = predictions.find(({at}) => at >= written) ?? predictions.at(isCausal() ? -1 : 0);
+  const first = predictions.find(({at, p}) => at >= written || !isCausal() && p === null)
+    ?? predictions.at(isCausal() ? -1 : 0);
   return first?.at ?? 0;
 }
 
@@ -110,13 +112,13 @@ function drawTexts() {
   byId("text").replaceChildren(...[...tokens, ...next].map(tokenSpan));
   byId("source").replaceChildren(...source.map((text, i) => option(text, i, `${i + 1} of ${source.length}`)));
   byId("source").hidden = !source.length;
-  byId("text").classList.toggle("labelled", state.record.tokens.some((_, i) => labelOf(i)));
   if (source.length) select("source", 0, 0);
 }
 
 function option(text, index, about) {
   return make("span", {role: "option", class: "token", tabindex: "-1", "aria-selected": "false", "data-index": index,
-                       "aria-label": `${visible(text)}, ${about}`}, ...inked(text));
+                       "aria-label": `${visible(text)}, ${about}`},
+              make("span", {}, ...inked(text)));
 }
 
 function tokenSpan(text, index) {
@@ -128,7 +130,9 @@ function tokenSpan(text, index) {
   if (label) about.push(`label ${label}`);
   const span = option(text, index, about.join(", "));
   if (index >= written) span.classList.add("written");
-  if (label) span.append(make("span", {class: "label"}, visible(label)));
+  if (!label) return span;
+  span.classList.add("labelled");
+  span.append(make("span", {class: "label"}, visible(label)));
   return span;
 }
 
@@ -217,19 +221,19 @@ function drawExpected() {
   byId("expected").querySelector("h2").textContent = HEADINGS[kind] ?? "What it expected here";
   byId("facts").replaceChildren(...(prediction ? factsOf(prediction)
     : ["This token was given, and the model was not asked for it. Choose another."]));
-  byId("bars").replaceChildren(...(prediction ? barsOf(prediction) : []));
-  const longest = Math.max(...[...byId("bars").querySelectorAll("code")].map((code) => code.textContent.length));
-  byId("bars").style.setProperty("--letters", longest);  // so that all bars begin at the same place
+  drawBars(prediction ? rowsOf(prediction) : []);
 }
 
 // The sentences above the bars, as nodes.
 function factsOf({at, entropy, rank, p}) {
   const choices = Math.pow(2, entropy);
-  const unsure = ["Entropy ", make("b", {}, `${entropy.toFixed(2)} bits`),
-                  `: as unsure as among ${choices < 10 ? choices.toFixed(1) : Math.round(choices)} equal choices.`];
+  const among = `as unsure as among ${choices < 10 ? choices.toFixed(1) : Math.round(choices)} equal choices`;
+  const unsure = ["Entropy ", make("b", {}, `${entropy.toFixed(2)} bits`), `: ${choices < 1.05 ? "sure" : among}.`];
   if (p === null) return unsure;
+  const there = make("code", {}, visible(thereAt(at)));
+  if (state.record.labels.length) return [there, " has ", make("b", {}, percent(p)), ". ", ...unsure];
   const place = rank === 0 ? "the likeliest" : `number ${rank + 1} of its list`;
-  return [make("code", {}, visible(thereAt(at))), " had ", make("b", {}, percent(p)), ` and was ${place}: `,
+  return [there, " had ", make("b", {}, percent(p)), ` and was ${place}: `,
           make("b", {}, `${(-Math.log2(Math.max(p, 1e-30))).toFixed(2)} bits`), " of surprise. ", ...unsure];
 }
 
@@ -239,20 +243,25 @@ function thereAt(at) {
   return (kind === "tagging" || kind === "classification" ? labels[at] ?? labels[0] : tokens[at]) ?? "";
 }
 
-function barsOf({at, rank, p, top}) {
-  const rows = top.map(([text, share], index) => bar(visible(text), share, index === rank ? "there" : ""));
-  if (rank !== null && rank >= top.length) rows.push(bar(visible(thereAt(at)), p, "there"));
-  const rest = 1 - top.reduce((sum, [, share]) => sum + share, 0);
-  if (rest > 0.0005) rows.push(bar("others", rest, "rest"));
-  return rows;
+// The rows of the bars, [text, probability, class]: the likeliest, the one that is there, and all others as one.
+function rowsOf({at, rank, p, top}) {
+  const rows = top.map(([text, share], index) => [visible(text), share, index === rank ? "there" : ""]);
+  if (rank !== null && rank >= top.length) rows.push([visible(thereAt(at)), p, "there"]);
+  const rest = 1 - rows.reduce((sum, [, share]) => sum + share, 0);
+  return rest > 0.0005 ? [...rows, ["rest", rest, "rest"]] : rows;
 }
 
-function bar(text, share, className) {
-  const row = make("li", {class: className}, make("code", {}, text), make("span", {class: "bar"}),
-                   make("span", {class: "share"}, percent(share)));
-  if (className === "there") row.setAttribute("aria-current", "true");
-  row.style.setProperty("--share", share);
-  return row;
+function drawBars(rows) {
+  const bars = byId("bars");
+  bars.style.setProperty("--letters", Math.max(...rows.map(([text]) => text.length)));  // all begin at one place
+  bars.style.setProperty("--most", Math.max(0.25, ...rows.map(([, share]) => share)));  // what fills the width
+  bars.replaceChildren(...rows.map(([text, share, name]) => {
+    const row = make("li", {class: name}, make("code", {title: text}, text), make("span", {class: "bar"}),
+                     make("span", {class: "share"}, percent(share)));
+    if (name === "there") row.setAttribute("aria-current", "true");
+    row.style.setProperty("--share", share);
+    return row;
+  }));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -374,6 +383,7 @@ function drawHead(button) {
     return;
   }
   const [height, width] = [Math.min(rows, HEAD_PIXELS), Math.min(columns, HEAD_PIXELS)];
+  canvas.classList.toggle("coarse", Math.max(height, width) < HEAD_PIXELS / 2);
   paint(canvas, height, width, pooled(head, height, width));
 }
 
@@ -492,11 +502,12 @@ function tint(list, values) {
   for (const [index, span] of [...byId(list).children].entries()) span.style.setProperty("--tint", values[index] ?? 0);
 }
 
-// For each token how surprising it was: 1 for MOST_BITS. Where nothing stands yet, how unsure the model is of it.
+// For each token how surprising it was: 1 for MOST_BITS. For a [MASK], how unsure the model is of the likeliest.
 function surprises() {
-  return state.record.tokens.map((_, index) => {
+  const {kind, tokens} = state.record;
+  return tokens.map((_, index) => {
     const prediction = predictionAt(index);
-    if (!prediction || state.record.kind === "classification") return 0;
+    if (!prediction || kind === "classification" || kind === "masked" && prediction.p !== null) return 0;
     const bits = -Math.log2(Math.max(prediction.p ?? prediction.top[0][1], 1e-30));
     return Math.min(1, bits / MOST_BITS);
   });
@@ -530,8 +541,9 @@ function drawLooked(weights) {
   const places = [...weights.keys()].filter((i) => weights[i] > 0.005).sort((a, b) => weights[b] - weights[a]);
   const where = (place) => attention.grid ? `row ${Math.floor(place / attention.grid[1]) + 1}, column`
     + ` ${place % attention.grid[1] + 1}` : visible(attention.column_tokens[place] ?? "");
-  byId("looked").replaceChildren(`${name} looked from `, make("code", {}, from), " at ", ...places.slice(0, 4).flatMap((place, i) =>
-    [i ? ", " : "", make("code", {}, where(place)), ` ${percent(weights[place])}`]));
+  byId("looked").replaceChildren(`${name} looked from `, make("code", {}, from), " at ",
+    ...places.slice(0, 4).flatMap((place, i) => [i ? ", " : "", make("code", {}, where(place)),
+                                                 ` ${percent(weights[place])}`]));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -571,17 +583,20 @@ function drawLinks() {
   for (let row = 0; row < rows; row++) {
     const below = boxes.text[row + 1];  // the token that this row predicted
     if (!below) continue;
-    weightsOf(headOf(map), row).forEach((weight, column) => {
+    const weights = weightsOf(headOf(map), row);
+    const most = Math.max(...weights);
+    weights.forEach((weight, column) => {
       const above = boxes.source[column];
-      if (weight > 0.04 && above) svg.append(link(above, below, paper, weight, row === chosen));
+      const opacity = row === chosen ? weight / most : weight / 3;
+      if (weight > LEAST_LINK && above) svg.append(link(above, below, paper, opacity, row === chosen));
     });
   }
 }
 
-function link(above, below, paper, weight, isChosen) {
-  const middle = (box) => (box.left + box.right) / 2 - paper.left;
-  return makeSvg("line", {x1: middle(above), y1: above.bottom - paper.top, x2: middle(below), y2: below.top - paper.top,
-                          class: isChosen ? "chosen" : "", "stroke-opacity": isChosen ? weight : weight / 3});
+function link(above, below, paper, opacity, isChosen) {
+  const [x1, x2] = [above, below].map((box) => (box.left + box.right) / 2 - paper.left);
+  return makeSvg("line", {x1, y1: above.bottom - paper.top, x2, y2: below.top - paper.top,
+                          class: isChosen ? "chosen" : "", "stroke-opacity": opacity});
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -600,8 +615,11 @@ function drawEmbedding() {
   svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
   svg.setAttribute("aria-label", `A scatter of the vectors of ${names.length} tokens`);
   const [across, up] = [0, 1].map((axis) => axisOf(xy.map((point) => point[axis])));
-  svg.replaceChildren(...names.map((name, i) => makeSvg("text", {
-    x: 16 + across(xy[i][0]) * (width - 32), y: height - 12 - up(xy[i][1]) * (height - 24)}, visible(name))));
+  svg.replaceChildren(...names.map((name, i) => {
+    const [x, y] = [across(xy[i][0]), up(xy[i][1])];
+    return makeSvg("text", {x: 16 + x * (width - 32), y: height - 12 - y * (height - 24),
+                            "text-anchor": x < 0.2 ? "start" : x > 0.8 ? "end" : "middle"}, visible(name));
+  }));
   markEmbedding();
 }
 

@@ -122,8 +122,8 @@ def make(kind, task, model, tokens, written, **parts):
              "labels": [], "image": None}
     assert parts.keys() <= empty.keys()
     name = next(name for name, (cls, _) in task.models.items() if type(model) is cls)
-    title = f"{name}, {size_in_words(model)}" + f", step {task.step:,}" * (task.step is not None)
-    return {"kind": kind, "title": title, "tokens": tokens, "written": written, **empty, **parts}
+    title = [name, size_in_words(model), *([] if task.step is None else [f"step {task.step:,}"])]
+    return {"kind": kind, "title": ", ".join(title), "tokens": tokens, "written": written, **empty, **parts}
 
 
 def next_tokens(task, notes, logits, ids, written, unread=None, first=1):

@@ -325,7 +325,7 @@ class TranslationTask(Task):
         special = {getattr(tokenizer, name): f"<{name}>" for name in ("pad", "bos", "eos")}
         return special.get(i) or tokenizer.decode([i]).replace(" ", "\u00b7") or repr(i)
 
-    def best(self, model, source, sampling):
+    def best_ids(self, model, source, sampling):
         """The ids of the best translation, with its eos unless it was cut off. source: ids."""
         ids = self.translate(model, [source], sampling)[0][0].ids
         cut = len(ids) == min(sampling.max_new_tokens, model.config.block_size)
@@ -337,7 +337,7 @@ class TranslationTask(Task):
         if len(lines) > 1 or not lines[0]:
             raise UserError("the prompt has more or less than one line: a look inside needs one sentence")
         source, = self.tokens_of(lines, most)
-        ids, device = [self.tokenizer.bos, *self.best(model, source, sampling)], next(model.parameters()).device
+        ids, device = [self.tokenizer.bos, *self.best_ids(model, source, sampling)], next(model.parameters()).device
         with record.notes_of(model.encoder, len(source), both_ways=True) as reading:
             context = model.encode(*(torch.tensor(row, device=device) for row in ([source], [len(source)])))
         with record.notes_of(model.decoder, len(ids[:most])) as notes:
@@ -357,7 +357,7 @@ class TranslationTask(Task):
 
         source: ids. For the blocks and heads that are drawn, see `inside.attention.draw`.
         """
-        target = self.best(model, source, sampling)
+        target = self.best_ids(model, source, sampling)
         rows = ([source], [len(source)], [[self.tokenizer.bos, *target[:-1]]])
         rows = (torch.tensor(row, device=next(model.parameters()).device) for row in rows)
         weights = cross_attention(model, *rows)[:, 0]  # (L, H, T, S)

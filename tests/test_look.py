@@ -12,7 +12,6 @@ import re
 import subprocess
 import sys
 import zlib
-from pathlib import Path
 
 import browser
 import numpy as np
@@ -114,7 +113,9 @@ def test_the_page_shows_the_models_numbers(looked, trained, chromium):
     with torch.no_grad():
         shares = model(ids[None])[0].double().softmax(-1)  # (T, V)
     assert text.startswith("the king") and len(text) == 28 and tab.run("state.token") == 8  # the first that it wrote
-    for at in (3, 20):
+    least = min(range(1, 8), key=lambda at: shares[at - 1, ids[at]])
+    assert shares[least - 1].argmax() != ids[least]  # so that a rank is shown
+    for at in (least, 20):
         tab.click(f"#text .token:nth-child({at + 1})")
         before, there = shares[at - 1], ids[at]
         p, rank = before[there].item(), int((before > before[there]).sum())
@@ -160,9 +161,10 @@ def test_a_head_tints_what_it_looked_at(looked, trained, chromium):
 def test_every_kind_opens_on_a_phone_with_hostile_texts(kind, chromium, tmp_path):
     """Tokens that would be HTML, script or bidi marks stay text; nothing is sent; nothing is wider than the screen."""
     tab = opened(chromium, tmp_path / "page.html", made(kind, HOSTILE), width=360, height=700)
-    assert tab.problems == [] and tab.requests == [(tmp_path / "page.html").as_uri(), *[PIXEL] * (kind == "image-text")]
+    assert tab.problems == []
+    assert tab.requests == [(tmp_path / "page.html").as_uri(), *[PIXEL] * (kind == "image-text")]
     assert tab.run("document.querySelectorAll('img').length") == 1 and tab.run("document.scripts.length") == 2
-    assert HOSTILE[0].replace(" ", "␣") in tab.text("#text") and "U+202ereversed" in tab.text("#text") and "∅" in tab.text("#text")
+    assert all(shown in tab.text("#text") for shown in (HOSTILE[0].replace(" ", "␣"), "U+202ereversed", "∅"))
     for at in range(len(HOSTILE)):
         tab.click(f"#text .token:nth-child({at + 1})")
         assert tab.run("state.token") == at
@@ -181,7 +183,8 @@ def test_a_translation_has_lines_and_a_picture_has_an_overlay(chromium, tmp_path
     lines = tab.run("[...byId('links').children].map((line) => [line.getAttribute('class'), line.style.length,"
                     " Number(line.getAttribute('stroke-opacity'))])")
     chosen = sorted(opacity for name, _, opacity in lines if name == "chosen")
-    assert tab.run("state.token") == 2 and chosen == pytest.approx(sorted(mean[1][mean[1] > 0.04]), abs=1e-6)
+    assert tab.run("state.token") == 2 and chosen == pytest.approx(sorted(
+        mean[1][mean[1] > 0.04] / mean[1].max()))
     tab = opened(chromium, tmp_path / "page.html", made("image-text", ["a", "red", "star", "."]))
     assert tab.run("[byId('picture').querySelector('canvas').width, byId('picture').querySelector('canvas').height]"
                    ".join()") == "6,4"
@@ -205,8 +208,8 @@ def test_labels_stand_below_their_tokens(chromium, tmp_path):
 def test_keys_move(looked, chromium):
     tab = opened(chromium, looked, width=200)  # the text has two lines
     tab.press("Tab")
-    assert tab.run("document.activeElement.getAttribute('aria-label')").startswith(
-        tab.run("state.record.tokens[8]").replace(" ", "␣").replace("\n", "↵") + ", token 9 of 28, written by the model")
+    name = tab.run("document.activeElement.getAttribute('aria-label')")
+    assert name.startswith(f"{tab.run('visible(state.record.tokens[8])')}, token 9 of 28, written by the model, prob")
     for key, at in [("ArrowRight", 9), ("ArrowLeft", 8), ("Home", 0), ("ArrowLeft", 0), ("End", 28)]:
         tab.press(key)
         assert tab.run("[state.token, Number(document.activeElement.dataset.index)]") == [at, at]
