@@ -20,6 +20,7 @@
     contrastive: ["Captions to compare, with | between them", "Compare"],
     arithmetic: ["Problem, such as 7+5=", "Compute"], chat: ["Your message", "Send"],
   };
+  const MOST_BYTES = 9e6;  // of a picture
   const QUICK = 1000, SLOW = 5000;  // milliseconds between two questions to the server, in a run that learns or not
 
   const SOON = 3;  // seconds: a text that took longer waits for the button Look inside, which writes it again
@@ -97,6 +98,8 @@
   function choose() {
     const [chosen] = file.files;
     if (!chosen) return;
+    error.textContent = chosen.size > MOST_BYTES ? "the picture is too large: choose one of at most 9 MB" : "";
+    if (error.textContent) return;
     const reader = new FileReader();
     reader.onload = () => {
       image = preview.src = reader.result;
@@ -164,7 +167,7 @@
     if (model.chats) request.messages = [...messages]; else request.prompt = text;
     running = new AbortController();
     busy(true);
-    let pieces = 0, number = null, began = 0, seconds = 0, all = "";
+    let pieces = 0, number = null, began = performance.now(), all = "";
     try {
       for await (const line of lines(await post("/write", request, running.signal))) {
         if (line.error) throw new Error(line.error);
@@ -174,10 +177,8 @@
           if (given) shown.prepend(el("span", {class: "given"}, text)); else turn.node.appendData(line.text);
           pieces += !given;
           all += given ? "" : line.text;
-          seconds = (performance.now() - began) / 1000;
-          state.textContent = `${all.length} characters in ${seconds.toFixed(1)} s`;
-          const scroller = model.chats ? bubbles : shown;
-          scroller.scrollTop = scroller.scrollHeight;
+          state.textContent = "writing …";
+          scrollDown(model.chats ? bubbles : shown);
         }
         if (line.done) {
           turn.done(line.answer ?? all, line.forgotten);
@@ -187,7 +188,6 @@
       if (!written) throw new Error("the server stopped");
     } catch (problem) {
       if (problem.name === "AbortError") {
-        state.textContent += " (stopped)";
         if (number !== null && pieces) {  // the same text again, as far as it came
           written = {...request, model: number};
           if ("max_new_tokens" in written) written.max_new_tokens = pieces;
@@ -198,10 +198,26 @@
         turn.failed(text);
       }
     }
+    const seconds = (performance.now() - began) / 1000;
+    state.textContent = all && `${all.length.toLocaleString("en")} characters in ${seconds.toFixed(1)} s`
+                               + (running.signal.aborted ? ", stopped" : "");
     running = null;
     busy(false);
     if (written && seconds < SOON) inside();
   }
+
+  let scrolling = false, atEnd = true;
+
+  /* Scrolls an element to its end with the next frame, unless the reader has scrolled up. */
+  function scrollDown(element) {
+    if (scrolling || !atEnd) return;
+    scrolling = true;
+    requestAnimationFrame(() => { scrolling = false; element.scrollTop = element.scrollHeight; });
+  }
+
+  for (const element of [shown, bubbles]) element.addEventListener("scroll", () => {
+    atEnd = element.scrollHeight - element.scrollTop - element.clientHeight < 100;
+  });
 
   function busy(is) {
     go.disabled = is;
@@ -209,6 +225,7 @@
     form.classList.toggle("busy", is);
     look.hidden = is || !written;
     if (is) {
+      atEnd = true;
       error.textContent = "";
       state.textContent = "waiting for the model …";
       written = null;
@@ -293,6 +310,7 @@
 
   /* Draws the losses. The steep start may lie above the picture. */
   function draw() {
+    chart.setAttribute("aria-label", `Curves of the loss: ${caption(rows.at(-1))}`);
     const width = chart.clientWidth, curves = SERIES.map(([name, value]) => [
       name, rows.map(row => [row.step, value(row)]).filter(([, y]) => y !== undefined)]);
     const all = curves.flatMap(([, points]) => points), longest = Math.max(...all.map(([x]) => x));
@@ -317,7 +335,6 @@
                     ...(points.length < 40 ? points.map(([x, y]) => el("circle", {cx: X(x), cy: Y(y), r: 2.5})) : [])));
     }
     chart.replaceChildren(...parts);
-    chart.setAttribute("aria-label", `Curves of the loss: ${caption(rows.at(-1))}`);
   }
 
   /* Shows a row's losses beside the names of the curves, and returns them in words. */

@@ -20,11 +20,13 @@ for /inside the "model" that wrote. A refusal is a status from 400 on, and {"err
 import base64
 import binascii
 import contextlib
+import errno
 import functools
 import io
 import ipaddress
 import itertools
 import json
+import os
 import re
 import select
 import signal
@@ -81,12 +83,13 @@ def serve(settings, open_model):
         watching.start()
         try:
             server.serve_forever(poll_interval=0.1)
-        finally:  # Python must not end while a thread computes
-            with contextlib.suppress(ValueError):  # not in the main thread
-                signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C has nothing left to stop
+        except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C has nothing left to stop
             server.stopping.set()
-            server.turn.acquire(timeout=2)  # whoever writes stops at the next token
-            watching.join(timeout=2)
+            watching.join(timeout=1)
+            if watching.is_alive() or not server.turn.acquire(timeout=1):  # who writes stops at the next token
+                os._exit(130)  # Python's own end would crash a thread that still computes
+            raise
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -113,13 +116,17 @@ class Server(ThreadingHTTPServer):
         self.folder = Path(settings.out_dir)
         self.follows = not (settings.init_from or (self.folder / "config.json").exists()
                             or checkpoint.is_checkpoint(self.folder))
+        host, port = settings.host, settings.port
         try:
-            self.address_family = socket.getaddrinfo(settings.host, settings.port)[0][0]
-            super().__init__((settings.host, settings.port), Handler)
+            self.address_family = socket.getaddrinfo(host, None)[0][0]
+            super().__init__((host, port), Handler)
         except (OSError, OverflowError) as error:
-            raise UserError(f"port = {settings.port}: can't be opened on {settings.host}:"
-                            f" {getattr(error, 'strerror', error)}; name another, such as --port="
-                            f"{max(1024, settings.port % 65535 + 1)}, or --port=0 for any free one") from None
+            why = getattr(error, "strerror", None) or error
+            if isinstance(error, socket.gaierror) or getattr(error, "errno", 0) == errno.EADDRNOTAVAIL:
+                raise UserError(f"host = {host}: {why}; leave it out for this machine alone, or --host=0.0.0.0 for all"
+                                " that can reach it") from None
+            raise UserError(f"port = {port}: can't be opened on {host}: {why}; name another, such as --port="
+                            f"{max(1024, port % 65535 + 1)}, or --port=0 for any free one") from None
 
     def server_bind(self):
         """Binds the port without asking the network for this machine's name, as HTTPServer would."""
@@ -133,23 +140,39 @@ class Server(ThreadingHTTPServer):
 
     def load_or_wait(self):
         """Loads the model, or says that the run's first save is waited for. Raises UserError if there is no run."""
-        loopback = is_loopback(self.settings.host)
-        if not loopback:
+        if not is_loopback(self.settings.host):
             say(f"host = {self.settings.host}: everyone who can reach this machine can write with the model")
-        if not self.follows:
-            self.take(self.settings.checkpoint)
-        elif checkpoint.is_run(self.folder) or not (self.folder / "run.lock").exists():
-            self.mark = self.newest()[1]
-            self.take(self.newest()[0])
-        else:
+        if self.follows and not checkpoint.is_run(self.folder) and (self.folder / "run.lock").exists():
             say(f"{self.folder} has no checkpoint yet: waiting for the run's first save")
+            return
+        while self.follows and not self.loaded and self.newest()[1]:
+            self.refresh()
+        self.loaded = self.loaded or self.load(self.settings.checkpoint)
 
-    def take(self, which):
-        """Makes the checkpoint `which` the model. Raises UserError if it can't be loaded."""
+    def load(self, which):
+        """The Loaded of the checkpoint `which`. Raises UserError if it can't be loaded."""
         task, model, config = self.open_model(which)
         number = self.loaded.number + 1 if self.loaded else 1
         name = str(getattr(task, "source", "") or self.settings.init_from or self.settings.out_dir)
-        self.loaded = Loaded(task, model, number, config.get("step"), name)
+        return Loaded(task, model, number, config.get("step"), name)
+
+    def refresh(self):
+        """Loads the newest save, unless it is loaded. Raises UserError if it can't be, and then tries no more.
+
+        A save that comes meanwhile renames the folder that is read. Then what was read does not count.
+        """
+        which, mark = self.newest()
+        if mark in (None, self.mark):
+            return
+        try:
+            found = self.load(which)
+        except Exception:
+            if self.newest()[1] == mark:
+                self.mark = mark
+                raise
+        else:
+            if self.newest()[1] == mark:
+                self.loaded, self.mark = found, mark
 
     def newest(self):
         """(best or last, a mark that every save changes; None: there is no checkpoint).
@@ -170,23 +193,12 @@ class Server(ThreadingHTTPServer):
         return False
 
     def watch(self):
-        """Loads each new save of the run, until the server stops. A save that replaces it meanwhile comes next."""
+        """Loads each new save of the run, until the server stops."""
         while self.follows and not self.stopping.wait(SECONDS):
-            which, mark = self.newest()
-            if mark in (None, self.mark):
-                continue
-            before = self.loaded
             try:
-                self.take(which)
+                self.refresh()
             except Exception as error:
-                if self.newest()[1] == mark:  # not a folder that was renamed while it was read
-                    self.mark = mark
-                    say(f"{self.folder}: the new save can't be loaded: {users_fault(error) or repr(error)}")
-                continue
-            if self.newest()[1] == mark:
-                self.mark = mark
-            else:  # perhaps one save's weights with the next one's step
-                self.loaded = before
+                say(f"{self.folder}: the new save can't be loaded: {users_fault(error) or repr(error)}")
 
     def model(self, number=None):
         """The Loaded of this number; None: the newest. Raises UserError if there is none."""
@@ -234,10 +246,8 @@ read_log = cached_by_file(lambda path: curves.read_log(path.parent))
 def newest_sample(path):
     """The last section of a samples.md as {"heading", "text"}; None if there is none."""
     text = path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
-    found = None
-    for found in re.finditer(r"^## ([^\n]*)\n\n(`{3,})\n(.*?)\n\2\n", text, re.MULTILINE | re.DOTALL):
-        pass
-    return found and {"heading": found[1], "text": found[3]}
+    sections = re.findall(r"^## ([^\n]*)\n\n(`{3,})\n(.*?)\n\2\n", text, re.MULTILINE | re.DOTALL)
+    return {"heading": sections[-1][0], "text": sections[-1][2]} if sections else None
 
 
 def run_state(server, since):
@@ -441,7 +451,8 @@ class Handler(BaseHTTPRequestHandler):
         if number is not None and type(number) is not int:
             raise UserError("model: must be a number that /write told")
         loaded = server.model(number)
-        return loaded, asked(body, loaded, base), sampling_of(base, {name: body[name] for name in inputs if name in body})
+        values = {name: value for name, value in body.items() if name in inputs}
+        return loaded, asked(body, loaded, base), sampling_of(base, values)
 
 
 def not_a_number(name):

@@ -70,7 +70,8 @@ def bytes_run(tmp_path_factory, text, tiny):
     folder = tmp_path_factory.mktemp("bytes")
     (folder / "words.txt").write_text(text, encoding="utf-8")
     texts.prepare([folder / "words.txt"], folder / "data", "byte")
-    values = {**tiny, "max_iters": 2, "eval_interval": 2, "sample_tokens": 0, "dataset": str(folder / "data"), "block_size": 128}
+    values = {**tiny, "max_iters": 2, "eval_interval": 2, "sample_tokens": 0, "dataset": str(folder / "data"),
+              "block_size": 128}
     train.main(settings_for("text", **values, out_dir=str(folder / "run")), {})
     return folder / "run"
 
@@ -199,7 +200,7 @@ def test_other_methods_and_what_is_no_http_get_a_line_too(server, capfd):
 
 
 def test_who_listens_to_others_is_known_by_numbers_and_by_its_own_names_only():
-    assert all(live.is_ours(name, "127.0.0.1") for name in ("127.0.0.1:8000", "localhost", "[::1]:9", "LOCALHOST:1"))
+    assert all(live.is_ours(name, "127.0.0.1") for name in ("127.0.0.1:80", "localhost", "[::1]:9", "LOCALHOST:1"))
     assert not any(live.is_ours(name, "127.0.0.1") for name in (
         "evil.example", "192.168.1.7:8000", "localhost.evil.example", "localhost@evil.example", "127.0.0.1/@evil.example",
         "", "a b", socket.gethostname() + ".", "[::1", "evil.example#localhost"))
@@ -208,9 +209,14 @@ def test_who_listens_to_others_is_known_by_numbers_and_by_its_own_names_only():
 
 
 def test_a_port_that_is_taken_or_an_address_that_is_not_here_is_refused_with_the_remedy(server, trained):
-    for host, port in (("127.0.0.1", server.server_port), ("203.0.113.9", 0), ("nowhere.invalid", 0)):
-        with pytest.raises(UserError, match=rf"port = {port}: can't be opened on {host}: .*; name another, .* --port=0"):
-            with served(trained, host=host, port=port):
+    port = server.server_port
+    taken = rf"port = {port}: can't be opened on 127.0.0.1: .*; name another, such as --port={port + 1}, "
+    for values, line in (({"port": port}, taken),
+                         ({"port": 70_000}, r"port = 70000: .* must be 0-65535.*; name another"),
+                         ({"host": "203.0.113.9"}, "host = 203.0.113.9: .*; leave it out for this machine alone"),
+                         ({"host": "nowhere.invalid"}, "host = nowhere.invalid: .*; leave it out")):
+        with pytest.raises(UserError, match=line):
+            with served(trained, **values):
                 pass
 
 
@@ -288,7 +294,8 @@ def test_a_picture_is_taken_as_base64_within_limits(monkeypatch):
         assert Image.open(found).size == (30, 20) and f"{found}" == "the picture"
     monkeypatch.setattr(live, "IMAGE_PIXELS", 599)
     for bad, line in ((text, "30 x 20 pixels, and at most 599"), ("/etc/passwd", "not base64"), ("?", "not base64"),
-                      ("", "choose a file"), (None, "choose a file"), (base64.b64encode(b"<svg/>").decode(), "no picture")):
+                      ("", "choose a file"), (None, "choose a file"),
+                      (base64.b64encode(b"<svg/>").decode(), "no picture")):
         with pytest.raises(UserError, match=line):
             live.picture(bad)
 
@@ -396,7 +403,8 @@ def test_a_damaged_save_is_said_and_the_old_model_stays(trained, tmp_path, capsy
 
 def test_the_newest_sample_is_the_last_section_whatever_the_texts_are(tmp_path):
     tricky = "## step 9, no heading\n\n```\ninner\n```\n"
-    (tmp_path / "samples.md").write_text(f"## step 1, loss 2\n\n```\na\n```\n\n## step 2, loss 1\n\n````\n{tricky}\n````\n\n")
+    first = "## step 1, loss 2\n\n```\na\n```\n\n"
+    (tmp_path / "samples.md").write_text(f"{first}## step 2, loss 1\n\n````\n{tricky}\n````\n\n")
     assert live.newest_sample(tmp_path / "samples.md") == {"heading": "step 2, loss 1", "text": tricky}
     assert live.newest_sample(tmp_path / "none.md") is None
 
