@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from configurator import UserError, check_idle, check_ranges, check_run, from_command_line, joined, one_line_errors
+from run.curves import read_settings
 from tasks import TASKS, elsewhere, find_task
 from tasks.settings import image_files
 
@@ -45,7 +46,8 @@ def own_settings(values):
     """Returns the dataclass of settings that the model's task adds. values: {name: value} of the fields of Settings."""
     if not values["init_from"]:
         check_run(values["out_dir"])
-    sampling = TASKS[find_task(values["init_from"] or values["out_dir"])].sampling
+    name = "" if values["init_from"] else read_settings(values["out_dir"]).get("task")  # a run may not have saved yet
+    sampling = TASKS[name if name in TASKS else find_task(values["init_from"] or values["out_dir"])].sampling
     return joined(sampling, Short) if hasattr(sampling, "max_new_tokens") else sampling
 
 
@@ -77,6 +79,7 @@ if __name__ == "__main__":  # --help and typos answer before torch is imported
     SETTINGS, _ = from_command_line(Settings, __doc__, usual=joined(TASKS["text"].sampling, Short), **HOW)
 
 import sample
+from inside.live import serve
 from inside.page import page
 from machine.device import pick_device, weights_dtype
 from run.files import write_text
@@ -84,16 +87,23 @@ from tasks.chat import talker
 from tasks.loading import load
 
 
-def main(settings):
-    if settings.live:
-        from inside.live import serve
-        return serve(settings)
-    sample.check(settings, {})
-    request = {"text": sample.read_prompt(settings.prompt), "image": getattr(settings, "image", "")}
+def open_model(settings, which):
+    """(task, model, config) of the checkpoint `which`; the task talks if the settings say so."""
     device = pick_device(settings.device)
     dtype = weights_dtype(settings.dtype, device)
-    task, model, _ = load(settings.init_from or settings.out_dir, device, dtype, settings.checkpoint)
-    text = page(talker(task, settings).inside(model, request, settings))
+    task, model, config = load(settings.init_from or settings.out_dir, device, dtype, which)
+    if not isinstance(settings, TASKS[task.settings.task].sampling):
+        raise UserError(f"{settings.out_dir} now has a model of --task={task.settings.task}: start look.py again")
+    return talker(task, settings), model, config
+
+
+def main(settings):
+    if settings.live:
+        return serve(settings, lambda which: open_model(settings, which))
+    sample.check(settings, {})
+    request = {"text": sample.read_prompt(settings.prompt), "image": getattr(settings, "image", "")}
+    task, model, _ = open_model(settings, settings.checkpoint)
+    text = page(task.inside(model, request, settings))
     write_text(settings.out, text)
     print(f"{settings.out}: {len(text) / 1000:,.0f} kB; open it in a browser")
 
