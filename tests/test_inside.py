@@ -55,7 +55,7 @@ def seeded(seed=0):
 
 def made(model):
     """The model with random weights, large enough that attention and predictions are far from even."""
-    init_weights(model)
+    init_weights(model, seeded())
     for i, p in enumerate(model.parameters()):
         p.data += torch.empty_like(p).normal_(0, 0.25 if p.dim() > 1 else 0.1, generator=seeded(i))
     return model.eval()
