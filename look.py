@@ -105,7 +105,7 @@ def main(settings):
     task, model, _ = open_model(settings, settings.checkpoint)
     text = page(task.inside(model, request, settings))
     write_text(settings.out, text)
-    print(f"{settings.out}: {len(text) / 1e6:.1f} MB; open it in a browser")
+    print(f"{settings.out}: {len(text) / 1000:,.0f} kB; open it in a browser")
 
 
 if __name__ == "__main__":

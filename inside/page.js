@@ -124,12 +124,14 @@ function option(text, index, about) {
 function tokenSpan(text, index) {
   const {tokens, written} = state.record;
   const prediction = predictionAt(index);
-  const about = [`token ${index + 1} of ${tokens.length}`, index < written ? "given" : "written by the model"];
+  const isNext = index === tokens.length;
+  const about = isNext ? ["the token after the text"]
+    : [`token ${index + 1} of ${tokens.length}`, index < written ? "given" : "written by the model"];
   if (prediction && prediction.p !== null) about.push(`probability ${percent(prediction.p)}`);
   const label = labelOf(index);
-  if (label) about.push(`label ${label}`);
+  if (label) about.push(`label ${visible(label)}`);
   const span = option(text, index, about.join(", "));
-  if (index >= written) span.classList.add("written");
+  if (index >= written && !isNext) span.classList.add("written");
   if (!label) return span;
   span.classList.add("labelled");
   span.append(make("span", {class: "label"}, visible(label)));
@@ -160,12 +162,14 @@ function choose(token) {
   drawExpected();
   drawLens();
   markEmbedding();
+  markRows();
   drawTints();
 }
 
 function chooseSource(token) {
   select("source", state.source, token);
   state.source = token;
+  markRows();
   drawTints();
 }
 
@@ -195,6 +199,7 @@ function nextLine(spans, from, direction) {
   return best;
 }
 
+// Lets clicks and keys choose tokens of a list, "text" or "source".
 function listen(list) {
   byId(list).addEventListener("click", (event) => {
     const span = event.target.closest(".token");
@@ -290,7 +295,9 @@ function lensCell([text, share], there) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Attention: weights
 
+// The bytes in a text of base64, which are deflated. Rejects where the browser or the text does not allow it.
 async function inflated(text) {
+  if (typeof DecompressionStream === "undefined") throw new Error(NO_STREAM);
   const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
   return new Uint8Array(await new Response(stream).arrayBuffer());
@@ -298,17 +305,17 @@ async function inflated(text) {
 
 // Unpacks the attention of a record and draws its heads. It comes after the first drawing: it is most of the record.
 async function inflateAll(record) {
+  let maps;
   try {
-    if (typeof DecompressionStream === "undefined") throw new Error(NO_STREAM);
-    const maps = [];
-    for (const {data} of record.attention) maps.push(await inflated(data));
-    if (record !== state.record) return;  // another was shown meanwhile
-    state.maps = maps;
-    drawHeads();
-    drawTints();
+    maps = await Promise.all(record.attention.map(({data}) => inflated(data)));
   } catch (error) {
     byId("maps").replaceChildren(make("p", {class: "error"}, error.message));
+    return;
   }
+  if (record !== state.record) return;  // another was shown meanwhile
+  state.maps = maps;
+  drawHeads();
+  drawTints();
 }
 
 // The row of a map that belongs to the chosen token: the position from which the model predicted it, or, for a model
@@ -486,7 +493,6 @@ function drawTints() {
   byId("reading").classList.toggle("by-head", Boolean(head));
   drawLegend(weights);
   drawLooked(weights);
-  markRows();
   drawPicture();
   drawLinks();
 }
@@ -648,6 +654,11 @@ function redraw() {
 
 listen("text");
 listen("source");
+byId("steps").addEventListener("click", ({target}) => {
+  if (!target.value) return;
+  choose(moved(target.value, [...byId("text").children], state.token));
+  byId("text").children[state.token].scrollIntoView({block: "nearest"});
+});
 listenToHeads();
 addEventListener("resize", redraw);
 {

@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from string import Template
 
+from configurator import UserError
+
 HERE = Path(__file__).parent
 
 
@@ -35,5 +37,12 @@ def hashed(text):
 
 
 def escaped(record):
-    """The record as JSON in ASCII. Without <, no text of it can end the <script> that holds it."""
-    return json.dumps(record, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    """The record as JSON in ASCII, without <: so no text of it can end the <script> that holds it.
+
+    Raises UserError for a number that JSON lacks.
+    """
+    try:
+        return json.dumps(record, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    except ValueError:
+        raise UserError("the model computes NaN or infinity, so there is nothing to show: its training went wrong, or"
+                        " its weights need another --dtype") from None

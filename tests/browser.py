@@ -77,14 +77,15 @@ class Browser:
         text, self.rest = self.rest.split(b"\0", 1)
         return json.loads(text)
 
-    def open(self, address, width=1200, height=900, dark=False, before=""):
+    def open(self, address, width=1200, height=900, dark=False, touch=False, before=""):
         """A Page in a tab of its own, once it has loaded. before: a script that runs before those of the page."""
         target = self.ask("Target.createTarget", url="about:blank")["targetId"]
         page = Page(self, self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"])
         for domain in ("Page", "Runtime", "Log", "Network"):
             page.ask(f"{domain}.enable")
         page.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
-                 mobile=width < 500)
+                 mobile=touch)
+        page.ask("Emulation.setTouchEmulationEnabled", enabled=touch)
         page.ask("Emulation.setEmulatedMedia", features=[
             {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
         page.ask("Page.addScriptToEvaluateOnNewDocument", source=before)

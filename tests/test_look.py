@@ -160,7 +160,7 @@ def test_a_head_tints_what_it_looked_at(looked, trained, chromium):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_opens_on_a_phone_with_hostile_texts(kind, chromium, tmp_path):
     """Tokens that would be HTML, script or bidi marks stay text; nothing is sent; nothing is wider than the screen."""
-    tab = opened(chromium, tmp_path / "page.html", made(kind, HOSTILE), width=360, height=700)
+    tab = opened(chromium, tmp_path / "page.html", made(kind, HOSTILE), width=360, height=700, touch=True)
     assert tab.problems == []
     assert tab.requests == [(tmp_path / "page.html").as_uri(), *[PIXEL] * (kind == "image-text")]
     assert tab.run("document.querySelectorAll('img').length") == 1 and tab.run("document.scripts.length") == 2
@@ -170,6 +170,8 @@ def test_every_kind_opens_on_a_phone_with_hostile_texts(kind, chromium, tmp_path
         assert tab.run("state.token") == at
         for button in ("button.mean", "button.head"):
             tab.click(f"#maps {button}")
+    tab.click("#steps button")  # for fingers
+    assert tab.run("state.token") == len(HOSTILE) - 2
     assert tab.run("document.documentElement.scrollWidth") == 360
     assert tab.problems == [] and len(tab.requests) == 1 + (kind == "image-text")
 
@@ -285,6 +287,11 @@ def test_the_policy_lets_only_the_pages_own_script_run():
         assert rules[name] == f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
     more = Reader(page(None, scripts=["let live;"], styles=["#live {}"]))
     assert more.texts[1] == "null" and more.texts[2].endswith("let live;") and "connect-src 'self'" in more.policy
+
+
+def test_numbers_that_are_none_are_refused():
+    with pytest.raises(UserError, match="computes NaN or infinity"):
+        page({"predictions": [{"entropy": math.nan}]})
 
 
 @pytest.mark.parametrize("arguments, error", [
