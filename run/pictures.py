@@ -190,7 +190,8 @@ def draw_map(weights, rows, columns, cell=0, marks=()):
     from PIL import Image, ImageDraw, ImageOps
     cell = cell or max(6, min(30, MOST_SIDE // max(len(rows), len(columns))))
     size, gap = max(SMALL, cell // 2), max(3, cell // 4)
-    step = -(-(size + 2) // cell)  # of the names
+    high = max(cell, size + 2)  # of a name
+    step = -(-high // cell)  # of the names
     ruler = ImageDraw.Draw(Image.new("L", (1, 1)))
     left, top = (2 * gap + max(int(ruler.textlength(name, font=font(size))) for name in names[::step])
                  for names in (rows, columns))
@@ -202,9 +203,9 @@ def draw_map(weights, rows, columns, cell=0, marks=()):
     for i, name in list(enumerate(rows))[::step]:
         draw.text((left - gap, top + cell * i + cell // 2), name, fill="black", font=font(size), anchor="rm")
     for i, name in list(enumerate(columns))[::step]:
-        label = Image.new("RGB", (top, cell * step), "white")
-        ImageDraw.Draw(label).text((gap, cell // 2), name, fill="black", font=font(size), anchor="lm")
-        picture.paste(label.rotate(90, expand=True), (left + cell * i, 0))
+        label = Image.new("RGB", (top, high), "white")
+        ImageDraw.Draw(label).text((gap, high // 2), name, fill="black", font=font(size), anchor="lm")
+        picture.paste(label.rotate(90, expand=True), (left + cell * i + cell // 2 - high // 2, 0))
     draw.rectangle((left, top, left + cell * len(columns), top + cell * len(rows)), outline="gray")
     for row, column in marks:
         corner = left + cell * column, top + cell * row
@@ -217,11 +218,11 @@ def draw_maps(maps, rows, columns, across=0):
 
     across: how many stand side by side; 0: about as many as below one another. Each map is scaled to its own maximum.
     """
-    longest = max(len(rows), len(columns))
-    small = max(1, min(12, MOST_SIDE // 6 // longest))
+    across = across or math.ceil(len(maps)**0.5)
+    small = max(1, min(12, MOST_SIDE // across // max(len(rows), len(columns))))
     pictures = [draw_map(weights, rows, columns, small) for weights in maps.values()]
     panels = [caption(picture, title, max(picture.width, 120)) for title, picture in zip(maps, pictures)]
-    return in_grid(panels, across or math.ceil(len(panels)**0.5))
+    return in_grid(panels, across)
 
 
 def in_grid(panels, across):

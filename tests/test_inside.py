@@ -55,7 +55,7 @@ def seeded(seed=0):
 
 def made(model):
     """The model with random weights, large enough that attention and predictions are far from even."""
-    init_weights(model)
+    init_weights(model, seeded())
     for i, p in enumerate(model.parameters()):
         p.data += torch.empty_like(p).normal_(0, 0.25 if p.dim() > 1 else 0.1, generator=seeded(i))
     return model.eval()
@@ -383,9 +383,20 @@ def test_beyond_the_context_the_last_window_is_shown(monkeypatch):
     assert len(task.inside(model, {"text": "abcdefgh"}, Chatting(**GREEDY))["tokens"]) == 5
 
 
+def test_nothing_is_predicted_after_the_end(monkeypatch):
+    tokenizer = ControlTokenizer(LETTERS, ["<eos>"])
+    task, model = task_of(TextTask, tokenizer), gpt(tokenizer.vocab_size)
+    for last, most in ((tokenizer.eos, 5), (3, 6)):
+        monkeypatch.setattr(record, "generate", lambda *_, last=last: iter([torch.tensor([i]) for i in (4, last)]))
+        found = task.inside(model, {"text": "abcd"}, Chatting(**GREEDY))
+        assert len(found["tokens"]) == 6 and found["predictions"][-1]["at"] == most
+
+
 def test_of_a_long_text_an_encoder_shows_the_beginning(monkeypatch):
+    whole = unpacked(masked_record_of("hello")["attention"][0])
     monkeypatch.setattr(record, "MOST_TOKENS", 4)
     found = masked_record_of("hello")
+    assert torch.equal(unpacked(found["attention"][0]), whole[:, :, :4, :4])
     assert found["tokens"] == ["[CLS]", "h", "e", "l"] and found["notes"] == ["only the first 4 of 6 tokens are shown"]
     assert [each["at"] for each in found["predictions"]] == [1, 2, 3]
 
