@@ -106,7 +106,7 @@ class Loaded(NamedTuple):
 class Server(ThreadingHTTPServer):
     """The server with all that its requests share. See `serve`."""
 
-    daemon_threads = True
+    daemon_threads, request_queue_size = True, 64
 
     def __init__(self, settings, open_model):
         self.settings, self.open_model = settings, open_model
