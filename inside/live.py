@@ -474,8 +474,7 @@ def asked(body, loaded, settings):
     """The task's request that a body makes: {"text", "image"}, or {"messages"} for a model that chats."""
     if not isinstance(text := body.get("prompt", ""), str):
         raise UserError("prompt: must be a text")
-    if re.search("[\ud800-\udfff]", text):
-        raise UserError("prompt: has half a character, which no tokenizer can encode")
+    check_characters(text, "prompt")
     if chats(loaded.task, settings):
         return {"messages": dialogue(body, text, loaded, settings)}
     if "messages" in body:
@@ -490,12 +489,20 @@ def dialogue(body, text, loaded, settings):
     """
     task, messages = loaded.task, body.get("messages", [{"role": "user", "content": text}])
     check_messages(messages, "messages", answered=False)
+    for each in messages:
+        check_characters(each["content"], "messages")
     if messages[-1]["role"] != "user":
         raise UserError("messages: the last one must be the user's, which the model answers")
     if messages[0]["role"] != "system":
         messages = [*task.opening(settings), *messages]
     return task.recent([{name: each[name] for name in ("role", "content")} for each in messages],
                        loaded.model.config.block_size)[0]
+
+
+def check_characters(text, name):
+    """Raises UserError for half a character, and for one that would steer the terminal in which a task names words."""
+    if found := re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]", text):
+        raise UserError(f"{name}: has {found[0]!r}, which is no character of a text")
 
 
 class Picture(io.BytesIO):
