@@ -21,7 +21,6 @@ import base64
 import binascii
 import contextlib
 import errno
-import functools
 import io
 import ipaddress
 import itertools
@@ -43,7 +42,7 @@ from urllib.parse import parse_qs, urlsplit
 from chat import check_messages
 from configurator import Layer, UserError, convert, flat_fields, say, users_fault
 from inside.page import page, part
-from run import checkpoint, curves
+from run import checkpoint
 from run.cost import size_in_words
 from run.files import read_json, to_json
 
@@ -114,6 +113,7 @@ class Server(ThreadingHTTPServer):
         self.stopping = threading.Event()
         self.loaded, self.wrote, self.mark = None, None, None  # wrote: the Loaded of the newest text
         self.folder = Path(settings.out_dir)
+        self.log = Rows(self.folder / "log.jsonl")
         self.follows = not (settings.init_from or (self.folder / "config.json").exists()
                             or checkpoint.is_checkpoint(self.folder))
         host, port = settings.host, settings.port
@@ -226,23 +226,30 @@ def chats(task, settings):
 # ----------------------------------------------------------------------------------------------------------------------
 # What a run has written
 
-def cached_by_file(read):
-    """The function read(path), which reads the file again only if it has changed."""
-    cached = functools.lru_cache(maxsize=4)(lambda path, mark: read(path))
+class Rows:
+    """The rows of a log.jsonl. Each `read` parses only what was written since the last one."""
 
-    def newest(path):
-        with contextlib.suppress(OSError):
-            found = path.stat()
-            return cached(path, (found.st_ino, found.st_size, found.st_mtime_ns))
-        return read(path)
+    def __init__(self, path):
+        self.path, self.lock = path, threading.Lock()
+        self.inode, self.end, self.rows = None, 0, []  # end: bytes that are parsed
 
-    return newest
+    def read(self):
+        """All rows so far, [{name: number}]; no half-written one, and none that is damaged."""
+        with self.lock, contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
+            found = os.fstat(file.fileno())
+            if found.st_ino != self.inode or found.st_size < self.end:  # of another run, or cut off by a resumed one
+                self.inode, self.end, self.rows = found.st_ino, 0, []
+            file.seek(self.end)
+            for line in iter(file.readline, b""):
+                if not line.endswith(b"\n"):
+                    break
+                self.end += len(line)
+                with contextlib.suppress(ValueError, AttributeError, RecursionError):
+                    row = {name: value for name, value in json.loads(line).items() if type(value) in (int, float)}
+                    self.rows += [row] * ("step" in row and "loss" in row)
+        return list(self.rows)
 
 
-read_log = cached_by_file(lambda path: curves.read_log(path.parent))
-
-
-@cached_by_file
 def newest_sample(path):
     """The last section of a samples.md as {"heading", "text"}; None if there is none."""
     text = path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
@@ -258,7 +265,7 @@ def run_state(server, since):
             record = read_json(server.folder / "run.json")
             state |= {"run": record["starts"][0]["id"], "max_iters": record["settings"].get("max_iters"),
                       "learning": "ended" not in record["starts"][-1]}
-        log = read_log(server.folder / "log.jsonl")
+        log = server.log.read()
         state["rows"] = thinned([row for row in log if row["step"] > since])
         state["step"] = log[-1]["step"] if log else 0
         state["sample"] = newest_sample(server.folder / "samples.md")
@@ -356,7 +363,7 @@ class Handler(BaseHTTPRequestHandler):
     def line(self, value):
         """Sends a line of JSON. Raises Gone if the browser has closed the connection."""
         self.check_there()
-        self.wfile.write(to_json(value).encode())
+        self.wfile.write(json.dumps(value).encode() + b"\n")
 
     def check_there(self):
         """Raises Gone if the browser has closed the connection or the server ends."""
@@ -474,8 +481,7 @@ def asked(body, loaded, settings):
     """The task's request that a body makes: {"text", "image"}, or {"messages"} for a model that chats."""
     if not isinstance(text := body.get("prompt", ""), str):
         raise UserError("prompt: must be a text")
-    if re.search("[\ud800-\udfff]", text):
-        raise UserError("prompt: has half a character, which no tokenizer can encode")
+    check_characters(text, "prompt")
     if chats(loaded.task, settings):
         return {"messages": dialogue(body, text, loaded, settings)}
     if "messages" in body:
@@ -490,12 +496,20 @@ def dialogue(body, text, loaded, settings):
     """
     task, messages = loaded.task, body.get("messages", [{"role": "user", "content": text}])
     check_messages(messages, "messages", answered=False)
+    for each in messages:
+        check_characters(each["content"], "messages")
     if messages[-1]["role"] != "user":
         raise UserError("messages: the last one must be the user's, which the model answers")
     if messages[0]["role"] != "system":
         messages = [*task.opening(settings), *messages]
     return task.recent([{name: each[name] for name in ("role", "content")} for each in messages],
                        loaded.model.config.block_size)[0]
+
+
+def check_characters(text, name):
+    """Raises UserError for half a character, and for one that would steer the terminal in which a task names words."""
+    if found := re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]", text):
+        raise UserError(f"{name}: has {found[0]!r}, which is no character of a text")
 
 
 class Picture(io.BytesIO):

@@ -156,7 +156,8 @@ def until(true, seconds=10):
     ("/write", {"out_dir": "/etc"}, {}, 400, "unknown name 'out_dir'"),
     ("/write", {"image": "/etc/passwd"}, {}, 400, "unknown name 'image'"),
     ("/write", {"prompt": 7}, {}, 400, "prompt: must be a text"),
-    ("/write", {"prompt": "the \ud800"}, {}, 400, "half a character"),
+    ("/write", {"prompt": "the \ud800"}, {}, 400, "has '\\ud800', which is no character"),
+    ("/write", {"prompt": "\x1b[2J"}, {}, 400, "has '\\x1b', which is no character"),
     ("/write", {"prompt": "the<script>"}, {}, 400, "prompt: "),
     ("/write", {"messages": []}, {}, 400, "does not chat"),
     ("/write", {"temperature": "hot"}, {}, 400, "temperature must be a number"),
@@ -202,7 +203,7 @@ def test_other_methods_and_what_is_no_http_get_a_line_too(server, capfd):
 def test_who_listens_to_others_is_known_by_numbers_and_by_its_own_names_only():
     assert all(live.is_ours(name, "127.0.0.1") for name in ("127.0.0.1:80", "localhost", "[::1]:9", "LOCALHOST"))
     assert not any(live.is_ours(name, "127.0.0.1") for name in (
-        "evil.example", "192.168.1.7:8000", "localhost.evil.example", "localhost@evil.example", "127.0.0.1/@evil.example",
+        "evil.example", "192.168.1.7:80", "localhost.evil.example", "localhost@evil.example", "127.0.0.1/@evil.example",
         "", "a b", socket.gethostname() + ".", "[::1", "evil.example#localhost"))
     assert all(live.is_ours(name, "0.0.0.0") for name in ("192.168.1.7:8000", "localhost:8000", socket.gethostname()))
     assert not live.is_ours("evil.example", "0.0.0.0") and live.is_ours("quill.example:80", "quill.example")
@@ -240,7 +241,8 @@ def test_what_a_request_leaves_out_has_its_default_whatever_the_page_began_with(
     with served(trained, seed=7, top_k=5, max_new_tokens=9) as server:
         assert state(server)["model"]["inputs"] == {"temperature": 0.8, "top_p": 1.0, "top_k": 5, "max_new_tokens": 9,
                                                     "seed": 7}
-        assert written(server, prompt="the", temperature=0)[0] == by_sample(trained, capsys, prompt="the", temperature=0)
+        greedy = {"prompt": "the", "temperature": 0}
+        assert written(server, **greedy)[0] == by_sample(trained, capsys, **greedy)
 
 
 def test_a_closed_tab_ends_its_text_and_the_next_one_writes(server, capfd):
@@ -287,7 +289,8 @@ def test_it_chats_and_forgets_the_oldest_turns_and_looks_inside(chat_run, capsys
         record = json.loads(ask(server, "/inside", {"messages": talk, "temperature": 0})[1])
         assert record["kind"] == "chat" and record["tokens"][0] == "<|user|>"
         for bad, line in ((talk[:-1], "the last one must be the user's"), (talk[1:], "must take turns"),
-                          ([{"role": "root", "content": ""}], "role 'root' is unknown"), ("x", "must be a list")):
+                          ([{"role": "root", "content": ""}], "role 'root' is unknown"), ("x", "must be a list"),
+                          ([{"role": "user", "content": "\x1b"}], "no character of a text")):
             status, answer = ask(server, "/write", {"messages": bad})
             assert status == 400 and line in json.loads(answer)["error"]
 
