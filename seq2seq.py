@@ -14,7 +14,7 @@ of after them; it trains without a long warm-up (Xiong et al. 2020). What belong
 tokens, padding and smoothing of the loss are in tasks/translation.py, beam search in beam.py.
 
 Axes: B batch, S source positions, T target positions, C channels (n_embd), H heads, K key-value heads, D head_dim,
-V target vocabulary, A predicted positions, L decoder blocks.
+V target vocabulary, A predicted positions.
 """
 
 import math
@@ -134,33 +134,3 @@ class Seq2Seq(nn.Module):
         return self.decoder.make_caches(batch_size, size or self.config.block_size)
 
     positions_and_mask, logits = GPT.positions_and_mask, GPT.logits  # the decoder is a GPT with a memory
-
-
-@torch.no_grad()
-def cross_attention(model, source, lengths, tokens):
-    """Where each target position looks in the source: weights (L, B, H, T, S), whose last axis sums to 1.
-
-    source, lengths, tokens: see `Seq2Seq.forward`. The weights of position t belong to the prediction of the token
-    after tokens[:, t]. This is a pass of its own, because the fast kernels of attention don't return their weights.
-    """
-    looks = []
-
-    def look(attention, inputs, named):
-        looks.append(attention_weights(attention, *inputs, **named))
-
-    hooks = [block.cross_attn.register_forward_pre_hook(look, with_kwargs=True) for block in model.decoder.blocks]
-    try:
-        model.hidden(tokens, **model.encode(source, lengths))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return torch.stack(looks)
-
-
-def attention_weights(attention, x, mask, memory):
-    """softmax(q k^T / sqrt(D)) of a cross-attention layer: (B, H, T, S). x: (B, T, C). memory: keys and values."""
-    q = attention.q_proj(x).unflatten(-1, (attention.n_head, attention.head_dim))
-    q = attention.q_norm(q).transpose(1, 2)  # (B, H, T, D)
-    k = memory[0].repeat_interleave(attention.n_head // attention.n_kv_head, dim=1)  # (B, K, S, D) -> (B, H, S, D)
-    scores = q @ k.mT / math.sqrt(attention.head_dim)
-    return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1)

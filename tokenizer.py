@@ -519,6 +519,17 @@ def same_vocabulary(a, b):
     return a.vocab_size == b.vocab_size and all(a.decode([i]) == b.decode([i]) for i in range(a.vocab_size))
 
 
+def prompt_tokens(tokenizer, prompt):
+    """The ids that begin every text, then the prompt's, (T,). If there are none: end of text, newline, or id 0."""
+    begin = tokenizer.start or ([] if prompt or tokenizer.eos is None else [tokenizer.eos])
+    try:
+        return np.array([*begin, *tokenizer.encode(prompt if prompt or begin else "\n")], dtype=np.int64)
+    except UserError as error:
+        if not prompt:
+            return np.zeros(1, dtype=np.int64)
+        raise UserError(f"prompt: {error}") from None
+
+
 class Transcript:
     """The text of a sample while it is generated. `append` adds one token id, and `news` returns the new text.
 

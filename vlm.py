@@ -24,7 +24,6 @@ from torch.utils.checkpoint import checkpoint
 
 from configurator import check_choices, check_ranges
 from model import GPT, GPTConfig, Transformer, TransformerConfig, causal_mask, init_weights, predict
-from positions import rotate
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configurations
@@ -266,49 +265,6 @@ def sincos_2d(config):
     angles = torch.arange(side)[:, None] * rates  # (side, n)
     x, y = angles.repeat(side, 1), angles.repeat_interleave(side, dim=0)  # (N, n)
     return torch.cat((x.sin(), x.cos(), y.sin(), y.cos()), dim=1)[:, :config.n_embd]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What a PaliGemma attends to
-
-@torch.inference_mode()
-def image_attention(model, image, prompt, answer):
-    """The decoder's attention to the N patches for each of the answer's A tokens: (A, N), on the CPU.
-
-    image: (1, 3, H, W). prompt, answer: token ids. The weights are those of the position that predicts the token, which
-    is the one before it, averaged over layers and heads. A row sums to less than 1: the rest is attention to the text.
-    This takes another pass over the whole sequence: the fused attention of generation does not return its weights.
-    """
-    N, looks = model.config.vision.n_patches, []
-    first = N + len(prompt) - 1  # predicts the answer's first token
-
-    def look(attention, inputs):
-        x, mask, rope, *_ = inputs
-        looks.append(attention_weights(attention, x, mask, rope, first)[0, :, :, :N].mean(0))  # (A, N)
-
-    hooks = [block.attn.register_forward_pre_hook(look) for block in model.decoder.transformer.blocks]
-    try:
-        tokens = torch.tensor([[*prompt, *answer[:-1]]], device=image.device)
-        prefix = torch.tensor([len(prompt)], device=image.device)
-        model.hidden(tokens, image=model.encode(image), prefix=prefix)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return torch.stack(looks).mean(0).cpu()
-
-
-def attention_weights(attention, x, mask, rope, first=0):
-    """softmax(q k^T / sqrt(D)) of an `Attention`, in float32: (B, H, T - first, T) for the queries from `first` on.
-
-    x: (B, T, C); mask: a boolean tensor that ends in (T, T); rope: see `Attention`.
-    """
-    q = attention.q_proj(x[:, first:]).unflatten(-1, (attention.n_head, attention.head_dim))
-    q = attention.q_norm(q).transpose(1, 2)  # (B, H, T - first, D)
-    k, _ = attention.keys_values(x)  # (B, K, T, D)
-    q, k = rotate(q, *(table[..., first:, :] for table in rope)), rotate(k, *rope)
-    k = k.repeat_interleave(attention.n_head // attention.n_kv_head, dim=1)  # (B, H, T, D)
-    scores = q.float() @ k.float().transpose(-1, -2) / attention.head_dim ** 0.5
-    return scores.masked_fill(~mask[..., first:, :], -torch.inf).softmax(-1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -3,8 +3,10 @@
 Axes: B batch, H and W height and width in pixels, N patches of the image, A tokens of an answer.
 """
 
+import base64
 import contextlib
 import functools
+import io
 import math
 import re
 import warnings
@@ -17,6 +19,8 @@ from run.files import reason
 LOCATIONS = [f"<loc{i:04}>" for i in range(1024)]  # box corners, in 1024ths of the image's height or width
 SEGMENTS = [f"<seg{i:03}>" for i in range(128)]  # codes of the mask inside a box
 FONTS = ("DejaVuSans.ttf", "Arial.ttf", "arial.ttf", "LiberationSans-Regular.ttf", "NotoSans-Regular.ttf")
+MOST_SIDE = 2400  # pixels of a map's longer side
+SMALL = 9  # pixels: the smallest letters
 
 
 def read_image(path):
@@ -156,18 +160,13 @@ def draw_attention(image, weights, prompt, tokens, panel=224):
     weights: (A, N) from `image_attention`, A tokens and N patches; each map is scaled to its own maximum. The number
     beside a token is the share of its attention on the image. Each picture fits panel x 2 panel pixels, plus a margin.
     """
-    from PIL import Image
     image = to_rgb(image)
     scale = min(panel / image.width, 2 * panel / image.height)
     image = image.resize([max(1, round(side * scale)) for side in image.size])
     panels = [caption(image, prompt, panel)]
     for row, token in zip(weights, tokens):
         panels.append(caption(heat_map(image, row), f"{token.strip() or repr(token)}  {row.sum():.0%}", panel))
-    columns, (width, height) = max(min(5, len(panels)), math.isqrt(len(panels))), panels[0].size
-    grid = Image.new("RGB", (columns * width, math.ceil(len(panels) / columns) * height), "white")
-    for i, picture in enumerate(panels):
-        grid.paste(picture, (i % columns * width, i // columns * height))
-    return grid
+    return in_grid(panels, max(min(5, len(panels)), math.isqrt(len(panels))))
 
 
 def heat_map(image, weights):
@@ -181,33 +180,59 @@ def heat_map(image, weights):
     return Image.composite(ImageOps.colorize(heat, "red", "yellow"), gray, heat)
 
 
-def draw_map(weights, rows, columns, cell=30, marks=()):
+def draw_map(weights, rows, columns, cell=0, marks=()):
     """Returns a PIL image of weights (T, S), white for 0 to blue for the largest, with names of its rows and columns.
 
-    A row's name is on its left; a column's name is above it, written upwards. cell: the side of a square, in pixels.
-    marks: the (row, column) of squares with a red frame.
+    A row's name is on its left; a column's name is above it, written upwards. cell: the side of a square, in pixels; 0:
+    30, or less for many. Where the squares are smaller than text, only every so many have a name. marks: the (row,
+    column) of squares with a red frame.
     """
     from PIL import Image, ImageDraw, ImageOps
-    size, gap = cell // 2, cell // 4
+    cell = cell or max(6, min(30, MOST_SIDE // max(len(rows), len(columns))))
+    size, gap = max(SMALL, cell // 2), max(3, cell // 4)
+    high = max(cell, size + 2)  # of a name
+    step = -(-high // cell)  # of the names
     ruler = ImageDraw.Draw(Image.new("L", (1, 1)))
-    left, top = (2 * gap + max(int(ruler.textlength(name, font=font(size))) for name in names)
+    left, top = (2 * gap + max(int(ruler.textlength(name, font=font(size))) for name in names[::step])
                  for names in (rows, columns))
     shades = (weights / weights.max() * 255).round().byte()
     shades = ImageOps.colorize(Image.fromarray(shades.numpy()), "white", "midnightblue")
     picture = Image.new("RGB", (left + cell * len(columns) + gap, top + cell * len(rows) + gap), "white")
     picture.paste(shades.resize((cell * len(columns), cell * len(rows)), Image.Resampling.NEAREST), (left, top))
     draw = ImageDraw.Draw(picture)
-    for i, name in enumerate(rows):
+    for i, name in list(enumerate(rows))[::step]:
         draw.text((left - gap, top + cell * i + cell // 2), name, fill="black", font=font(size), anchor="rm")
-    for i, name in enumerate(columns):
-        label = Image.new("RGB", (top, cell), "white")
-        ImageDraw.Draw(label).text((gap, cell // 2), name, fill="black", font=font(size), anchor="lm")
-        picture.paste(label.rotate(90, expand=True), (left + cell * i, 0))
+    for i, name in list(enumerate(columns))[::step]:
+        label = Image.new("RGB", (top, high), "white")
+        ImageDraw.Draw(label).text((gap, high // 2), name, fill="black", font=font(size), anchor="lm")
+        picture.paste(label.rotate(90, expand=True), (left + cell * i + cell // 2 - high // 2, 0))
     draw.rectangle((left, top, left + cell * len(columns), top + cell * len(rows)), outline="gray")
     for row, column in marks:
         corner = left + cell * column, top + cell * row
         draw.rectangle((*corner, corner[0] + cell, corner[1] + cell), outline="red", width=cell // 10)
     return picture
+
+
+def draw_maps(maps, rows, columns, across=0):
+    """Returns a grid of small maps, each under its title. maps: {title: weights (T, S)}. rows, columns: see `draw_map`.
+
+    across: how many stand side by side; 0: about as many as below one another. Each map is scaled to its own maximum.
+    """
+    across = across or math.ceil(len(maps)**0.5)
+    small = max(1, min(12, MOST_SIDE // across // max(len(rows), len(columns))))
+    pictures = [draw_map(weights, rows, columns, small) for weights in maps.values()]
+    panels = [caption(picture, title, max(picture.width, 120)) for title, picture in zip(maps, pictures)]
+    return in_grid(panels, across)
+
+
+def in_grid(panels, across):
+    """Returns a PIL image of panels of one size, line by line, `across` of them in each."""
+    from PIL import Image
+    width, height = panels[0].size
+    grid = Image.new("RGB", (across * width, math.ceil(len(panels) / across) * height), "white")
+    for i, picture in enumerate(panels):
+        grid.paste(picture, (i % across * width, i // across * height))
+    return grid
 
 
 def caption(image, text, width, margin=4, line=22):
@@ -217,6 +242,14 @@ def caption(image, text, width, margin=4, line=22):
     framed.paste(image, (margin, margin + line))
     ImageDraw.Draw(framed).text((margin, margin), text, fill="black", font=font(14))
     return framed
+
+
+def data_url(picture, most):
+    """Returns a PIL image, made at most `most` pixels wide and high, as a text that a page shows as an image."""
+    small, file = picture.copy(), io.BytesIO()
+    small.thumbnail((most, most))
+    small.save(file, "png")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def save_picture(picture, path):

@@ -41,7 +41,7 @@ TASKS = {
     "reward": Row("tasks.reward", "RewardTask", settings.Reward, settings.Scoring, settings.Problems, ()),
     "dpo": Row("tasks.dpo", "DPOTask", settings.DPO, settings.Chatting, settings.Answers, ()),
     "rl": Row("tasks.rl", "RLTask", settings.RL, settings.Chatting, settings.Answers, ()),
-    "tagging": Row("tasks.tagging", "TaggingTask", settings.Tagging, settings.Nothing, settings.Labels, ()),
+    "tagging": Row("tasks.tagging", "TaggingTask", settings.Tagging, settings.Labelling, settings.Labels, ()),
 }
 
 

@@ -23,8 +23,10 @@ import torch.nn.functional as F
 from batches import fixed_rows, read_meta, shuffled_rows, to_device
 from configurator import UserError
 from generate import generate, pick_tokens
+from inside import record
 from machine.device import autocast
 from run.cost import count_parameters
+from tasks.settings import Writing
 from tasks.text import TextTask
 from tokenizer import CharTokenizer, same_vocabulary
 
@@ -155,14 +157,23 @@ class ArithmeticTask(TextTask):
     def sample(self, model, requests, sampling):
         """Yields (index of a request, text): its problem, such as "123+45=", with the model's answer."""
         for index, request in enumerate(requests):
-            number = f"(\\d{{1,{self.digits}}})"
-            asked = re.fullmatch(f"{number} *([{re.escape(self.operations)}]) *{number} *=?", request["text"].strip())
-            if not asked:
-                raise UserError(f"prompt = {request['text']!r}: must be a problem such as 7{self.operations[0]}5=, with"
-                                f" one of {self.operations} and operands of at most {self.digits}"
-                                f" digit{'s' * (self.digits > 1)}")
-            a, sign, b = asked.groups()
+            a, sign, b = self.asked_in(request)
             yield index, f"{a}{sign}{b}={self.answers(model, [self.problem(int(a), sign, int(b))])[0]}"
+
+    def inside(self, model, request, sampling):
+        """The record of a problem and its answer, as the model reads and writes them."""
+        a, sign, b = self.asked_in(request)
+        ids = self.tokenizer.encode(self.problem(int(a), sign, int(b)))
+        return record.of_text("text", self, model, ids, Writing(temperature=0, max_new_tokens=self.written))
+
+    def asked_in(self, request):
+        """(a, sign, b), texts, of a request such as {"text": "123+45="}. Raises UserError for another text."""
+        number, text = f"(\\d{{1,{self.digits}}})", request["text"]
+        asked = re.fullmatch(f"{number} *([{re.escape(self.operations)}]) *{number} *=?", text.strip())
+        if not asked:
+            raise UserError(f"prompt = {text!r}: must be a problem such as 7{self.operations[0]}5=, with one of"
+                            f" {self.operations} and operands of at most {self.digits} digit{'s' * (self.digits > 1)}")
+        return asked.groups()
 
     def show(self, model, short=False):
         """Held-out problems with the model's answers, as text: ten, or if short three."""

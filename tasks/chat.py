@@ -28,6 +28,8 @@ from chat import Chat, chat_tokenizer, check_messages
 from configurator import UserError, check_idle
 from critic import Critic, as_kind
 from generate import generate, pick_tokens, picker
+from inside import record
+from inside.picture import check_chosen, draw_text
 from machine.device import autocast
 from machine.terminal import watched
 from model import GPT
@@ -231,25 +233,44 @@ class ChatTask(TextTask):
         if sampling.chat:
             yield from ((0, piece) for piece in self.converse(model, requests[0]["text"], pick, sampling))
             return
+        check_chosen(model, sampling)
         for index, request in enumerate(requests):
-            messages = request.get("messages") or self.opening(sampling) + [said("user", request["text"])]
-            check_messages(messages, "prompt", answered=False)
-            yield from ((index, piece) for piece in self.reply(model, messages, pick, sampling))
+            messages = self.asked_in(request, sampling)
+            transcript = tokenizers.Transcript(self.tokenizer, sampling.stop)
+            yield from ((index, piece) for piece in self.reply(model, messages, pick, sampling, transcript))
+            if sampling.attention:
+                yield index, "\n" + draw_text(self, model, [*self.chat.prompt(messages), *transcript.ids], sampling)
+
+    def inside(self, model, request, sampling):
+        """The record of a dialogue and the answer to it. request: as for `sample`."""
+        ids, room = self.prompt_and_room(model, self.asked_in(request, sampling))
+        return record.of_text("chat", self, model, ids, sampling, room)
+
+    def asked_in(self, request, sampling):
+        """The messages of a request: its own, or its text after the system message."""
+        messages = request.get("messages") or self.opening(sampling) + [said("user", request["text"])]
+        check_messages(messages, "prompt", answered=False)
+        return messages
 
     def opening(self, sampling):
         return [said("system", sampling.system)] if sampling.system else []
 
-    def reply(self, model, messages, pick, sampling):
-        """Yields the pieces of an answer to messages. Raises UserError if they leave no room for one."""
+    def prompt_and_room(self, model, messages):
+        """(ids (T,) of messages, the most tokens of an answer). Raises UserError if there is no room for one."""
         ids = self.chat.prompt(messages)
         room = model.config.block_size - len(ids)
         if room < 1:
             raise UserError(f"prompt: has {len(ids)} tokens, and the model reads {model.config.block_size}, its answer"
                             " included: shorten it")
+        return ids, room
+
+    def reply(self, model, messages, pick, sampling, transcript=None):
+        """Yields the pieces of an answer to messages, and fills the transcript."""
+        ids, room = self.prompt_and_room(model, messages)
         tokens = torch.from_numpy(ids)[None].to(next(model.parameters()).device)
         steps = generate(model, tokens, min(room, sampling.max_new_tokens), pick, self.tokenizer.eos)
         yield from (piece for _, piece in tokenizers.transcribe(
-            steps, [tokenizers.Transcript(self.tokenizer, sampling.stop)]))
+            steps, [transcript or tokenizers.Transcript(self.tokenizer, sampling.stop)]))
 
     def converse(self, model, text, pick, sampling):
         """Yields pieces of the answers to `text`, if it is not empty, and to each line of standard input.

@@ -20,6 +20,8 @@ import torch
 from batches import length_batches, padded, to_device
 from configurator import UserError, say
 from encoder import Classifier, ClassifierConfig
+from inside.picture import check_chosen
+from inside.record import answers
 from machine.device import autocast
 from machine.terminal import watched
 from run.files import to_json, write_text
@@ -169,13 +171,30 @@ class ClassificationTask(LabelledTask):
                 raise UserError("this model classifies texts: add --prompt with a text, or --prompt=FILE:path with one"
                                 " on each line")
             texts = [self.framed(line) for line in ids]
+            check_chosen(model, sampling)
+            if sampling.attention and len(lines) > 1:
+                raise UserError("attention: needs a --prompt of one text")
             cut = sum(len(line) > self.room for line in ids)
             if cut:
                 say(f"texts longer than the model's {self.room} tokens, which lose their end: {cut} of {len(ids)}")
             if hasattr(self.tokenizer, "unknown") and (unknown := self.tokenizer.unknown(" ".join(lines))):
                 say(f"words that the model does not know, {len(unknown)}: {', '.join(unknown):.200}")
-            answers = (described(model.config, p, sampling.top) for p in self.probabilities(model, texts))
-            yield index, "\n".join(f"{beginning(line)}\n  {next(answers)}" if line else "" for line in lines)
+            shown = (described(model.config, p, sampling.top) for p in self.probabilities(model, texts))
+            yield index, "\n".join(f"{beginning(line)}\n  {next(shown)}" if line else "" for line in lines)
+            if sampling.attention:
+                yield index, "\n" + self.draw(model, texts[0], sampling)
+
+    def inside(self, model, request, sampling):
+        """The record of a text, with its labels' distribution at [CLS]."""
+        self.block_size, config = model.config.block_size, model.config
+        ids = self.framed(self.tokenizer.encode(" ".join(request["text"].split())))
+        notes, mean = self.notes(model, ids), config.pool == "mean"
+        there = [None] if config.several else "likeliest"
+        found = answers(notes, lambda x: x.mean(0, keepdim=True) if mean else x[:1], model.head, [0], there,
+                        config.labels.__getitem__, config.several)
+        top = found[0][0]["top"]
+        labels = [name for name, p in top if p > 0.5] if config.several else [top[0][0]]
+        return self.record("classification", model, ids, notes, labels, found)
 
     def show(self, model, short=False):
         """Texts of the validation part with their likeliest labels: ten, or if short three."""

@@ -15,6 +15,8 @@ import tokenizer as tokenizers
 from batches import LabelledDataset, length_batches, padded, shuffled_rows, to_device
 from configurator import UserError, say
 from encoder import Encoder, EncoderConfig
+from inside.picture import draw_own
+from inside.record import embedding, make, namer, notes_of, packed
 from machine.device import autocast
 from model import init_weights
 from run.cost import size_in_words
@@ -68,6 +70,34 @@ class EncoderTask(Task):
 
     def shape(self, model):
         return {name: getattr(model.config, name) for name in SHAPE}
+
+    def namer(self):
+        """A function from an id to its text, the marks' ids among them."""
+        marks = self.marks
+        return namer(self.tokenizer, {marks.cls: "[CLS]", marks.sep: "[SEP]", marks.mask: "[MASK]"})
+
+    def notes(self, model, ids):
+        """The Notes of an encoder that reads a text. ids: framed."""
+        with notes_of(model.encoder.transformer, len(ids), both_ways=True) as notes:
+            model.encoder(torch.tensor([ids], device=next(model.parameters()).device))
+        return notes
+
+    def record(self, kind, model, ids, notes, labels, *answers):
+        """A record (inside/record.py) of a text. answers: pairs of predictions and their lens, see `record.answers`."""
+        name, shown = self.namer(), ids[:notes.count]
+        tokens, cut = list(map(name, shown)), len(ids) - len(shown)
+        tops = [tops for _, lens in answers for tops in lens["top"]]
+        return make(kind, self, model, tokens, len(tokens), labels=labels,
+                    notes=[f"only the first {len(tokens)} of {len(ids)} tokens are shown"] * (cut > 0),
+                    predictions=[each for predictions, _ in answers for each in predictions],
+                    lens={"layers": notes.layers, "top": tops} if tops else None,
+                    attention=[packed("self", notes.own, tokens, tokens)],
+                    embedding=embedding(model.encoder.wte, ids, name))
+
+    def draw(self, model, ids, sampling):
+        """Writes the picture sampling.attention of a text. Returns a line about it. ids: framed."""
+        tokens = torch.tensor([ids], device=next(model.parameters()).device)
+        return draw_own(model, list(map(self.namer(), ids)), lambda: model.encoder(tokens), sampling)
 
     def framed(self, ids):
         """A text's ids with what stands around them, at most block_size: a list. A longer text loses its end."""

@@ -8,6 +8,7 @@ Axes: B batch, n rows of a split, T tokens of a row, A tokens of the longest ans
 
 import dataclasses
 import functools
+import math
 import shlex
 from typing import NamedTuple
 
@@ -17,6 +18,8 @@ import torch
 from batches import ImageTextDataset, fixed_rows, read_images, shuffled_rows, to_device
 from configurator import UserError
 from generate import generate, pick_tokens, picker
+from inside import record
+from inside.attention import image_attention
 from machine.device import autocast
 from machine.terminal import watched
 from run import checkpoint, pictures
@@ -26,8 +29,9 @@ from sources.images import CONTROLS
 from tasks.loading import load
 from tasks.task import Task
 from tokenizer import Transcript, transcribe
-from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig, image_attention, init_parts
+from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig, init_parts
 
+SHOWN = 224  # pixels of the image in a record
 VISION_SHAPE = ("n_layer", "n_head", "n_embd", "patch_size")  # the settings that shape the vision tower
 
 
@@ -239,10 +243,8 @@ class ImageTextTask(WithImages):
         answer looks. Each of the two that is set then yields (0, newline) and (0, text that says what was written).
         Raises UserError if a request has no image, or if its image or prompt can't be used.
         """
-        if not all(request.get("image") for request in requests):
-            raise UserError("this model answers prompts about an image: add --image=FILE")
-        device, paths = next(model.parameters()).device, list(dict.fromkeys(r["image"] for r in requests))
-        found = [pictures.read_image(path) for path in paths]
+        device, paths = next(model.parameters()).device, list(dict.fromkeys(r.get("image") for r in requests))
+        found = [self.seen({"image": path}) for path in paths]
         images = torch.stack([pictures.pixels(picture, model.config.vision.image_size) for picture in found]).to(device)
         prompts = [encode_prompt(self.tokenizer, r["text"].rstrip("\r\n")) for r in requests]  # files end in newlines
         with torch.inference_mode():
@@ -262,6 +264,34 @@ class ImageTextTask(WithImages):
             yield 0, "\n"
             yield 0, save_picture(pictures.draw_attention(found[0], weights, requests[0]["text"], names),
                                   sampling.attention)
+
+    def seen(self, request):
+        """The PIL image of a request. Raises UserError if it has none."""
+        if not request.get("image"):
+            raise UserError("this model answers prompts about an image: add --image=FILE")
+        return pictures.read_image(request["image"])
+
+    def inside(self, model, request, sampling):
+        """The record of an image, a prompt and the answer. Its attention "image" is that of each token to the patches.
+
+        The model reads a prompt in both directions, so only what comes after it was predicted.
+        """
+        picture, prompt = self.seen(request), encode_prompt(self.tokenizer, request["text"].rstrip("\r\n"))
+        device, N = next(model.parameters()).device, model.config.vision.n_patches
+        image = pictures.pixels(picture, model.config.vision.image_size)[None].to(device)
+        with torch.inference_mode():
+            image = model.encode(image)  # (1, N, C)
+        steps = self.steps(model, image, [prompt], sampling.max_new_tokens, picker(sampling, device))
+        ids = [*prompt.tolist(), *record.written_ids(self.tokenizer, steps, sampling.stop)]
+        with record.notes_of(record.trunk_of(model), len(ids), before=N) as notes:
+            prefix = torch.tensor([len(prompt)], device=device)
+            model.hidden(torch.tensor([ids], device=device), image=image, prefix=prefix)
+        tokens, written, parts = record.next_tokens(self, notes, model.logits, ids, len(prompt), first=len(prompt))
+        side, own = math.isqrt(N), torch.stack(notes.own)
+        return record.make("image-text", self, model, tokens, written, **parts, image=pictures.data_url(picture, SHOWN),
+                           embedding=record.embedding(model.decoder.wte, ids, record.namer(self.tokenizer)),
+                           attention=[record.packed("image", own[..., :N], tokens, grid=[side, side]),
+                                      record.packed("self", own[..., N:], tokens, tokens)])
 
     def show(self, model, short=False):
         """Ten prompts of the validation split with the model's answers, as text. short: three of them."""

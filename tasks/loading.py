@@ -42,6 +42,7 @@ def load(name, device="cpu", dtype=torch.float32, which="best", settings=None, d
     if config.get("model_type") not in cls.models:
         raise UserError(f"{folder}: no {cls.__name__} has the model_type {config.get('model_type')!r}")
     task = cls(settings or SimpleNamespace(**config["settings"]), saved.tokenizers, folder)
+    task.step = config.get("step")
     model_cls, config_cls = cls.models[config["model_type"]]
     shape = {key: dropout if key == "dropout" else value for key, value in config["model"].items()}
     model = checkpoint.unfilled(model_cls, config_cls(**shape), device, dtype)

@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from batches import fixed_windows, length_batches, padded, random_offsets, to_device
 from configurator import UserError, say
 from encoder import EncoderConfig, MaskedLM, SentenceConfig, SentenceEncoder, vectors
+from inside.picture import check_chosen
+from inside.record import answers
 from machine.device import autocast
 from run.cost import size_in_words
 from sources.texts import read_file
@@ -133,7 +135,28 @@ class MaskedTask(EncoderTask):
         for index, request in enumerate(requests):
             if not request["text"]:
                 raise UserError(f"the prompt is empty: add --prompt with a text that has a {MASK}, or with --rank")
+            check_chosen(model, sampling)
             yield index, (self.rank if sampling.rank else self.fill)(model, request["text"], sampling)
+            if sampling.attention:
+                yield index, "\n" + self.draw(model, self.read_prompt(request["text"]), sampling)
+
+    def inside(self, model, request, sampling):
+        """The record of a text, with what the model says of each of its tokens, hidden or not."""
+        self.block_size = model.config.block_size
+        ids = self.read_prompt(request["text"])
+        notes, marks, found = self.notes(model, ids), self.marks, []
+        at = [i for i, token in enumerate(ids[:notes.count]) if token not in (marks.cls, marks.sep)]
+        if isinstance(model, MaskedLM) and at:
+            there = [None if ids[i] == marks.mask else ids[i] for i in at]
+            found.append(answers(notes, lambda x: x[at], model.logits, at, there, self.namer()))
+        return self.record("masked", model, ids, notes, [], *found)
+
+    def read_prompt(self, text):
+        """The ids of a text, framed, in which [MASK] may stand for tokens. Raises UserError for too long a one."""
+        ids, most = self.ids_of(text), self.block_size - len(self.framed([]))
+        if len(ids) > most:
+            raise UserError(f"the prompt has {len(ids)} tokens, and the model reads at most {most}: shorten it")
+        return self.framed(ids)
 
     def fill(self, model, text, sampling):
         """The text with the likeliest token at each [MASK]; then, for each [MASK], a line for each likely token."""
@@ -141,10 +164,7 @@ class MaskedTask(EncoderTask):
             raise UserError("this model has no head that predicts tokens: use --rank=FILE:path, which compares texts")
         if MASK not in text:
             raise UserError(f"the prompt has no {MASK}: write {MASK} for each token that the model shall find")
-        ids, most = self.ids_of(text), self.block_size - len(self.framed([]))
-        if len(ids) > most:
-            raise UserError(f"the prompt has {len(ids)} tokens, and the model reads at most {most}: shorten it")
-        ids = self.framed(ids)
+        ids = self.read_prompt(text)
         places = [place for place, i in enumerate(ids) if i == self.marks.mask]
         p = self.probabilities(model, ids, places)  # (A, V)
         ids = np.array(ids)

@@ -28,6 +28,7 @@ from model import GPT, GPTConfig
 from run.cost import flops_per_token, size_in_words
 from tasks.chat import ChatTask, said, widen
 from tasks.scores import answer_ids, scores
+from tasks.task import Task
 from tasks.text import EVAL_TOKENS, SHAPE, TextTask
 
 SIDES = ("chosen", "rejected")
@@ -198,6 +199,8 @@ class RewardTask(PairsTask):
         for index, request in enumerate(requests):
             score = scores(model, self.chat, [[said("user", request["text"])]], [sampling.answer])
             yield index, f"{score.item():.4f}"
+
+    inside = Task.inside  # it only scores: raises UserError
 
     def show(self, model, short=False):
         """Some held-out pairs with their scores, the better answer first."""

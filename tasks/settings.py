@@ -373,15 +373,36 @@ class Writing:
 
 
 @dataclass(frozen=True)
-class Chatting(Writing):
+class Looking:
+    # where it looks
+    attention: str = ""  # a .png or .jpg to write: where each token looks, in the text or in a translator's source
+    attention_layer: int = 0  # draw one block, counted from 1; 0: the mean of all
+    attention_head: int = 0  # draw one head, counted from 1; 0: the mean of all
+    attention_each: bool = False  # draw each of these blocks and heads by itself, in small maps, instead of the mean
+
+
+def check_looking(settings):
+    """Raises UserError if the fields of Looking can't be drawn, or are set for no picture."""
+    check_ranges(settings, attention_layer=0, attention_head=0)
+    if settings.attention:
+        check_picture(settings, "attention")
+    else:
+        check_idle(settings, "is for --attention=FILE", "attention_layer", "attention_head", "attention_each")
+
+
+@dataclass(frozen=True)
+class Chatting(Looking, Writing):
     # the dialogue
     chat: bool = False  # hold a conversation: answer each line of standard input; /reset forgets, Ctrl-D ends
     system: str = ""  # a system message before the dialogue
 
     def __post_init__(self):
         super().__post_init__()
+        check_looking(self)
         if self.chat and self.num_samples > 1:
             raise UserError(f"num_samples = {self.num_samples}: a conversation has one answer at a time; leave it out")
+        if self.attention and (self.chat or self.num_samples > 1):
+            raise UserError(f"attention = {self.attention}: shows one text: leave out --chat and --num_samples")
 
 
 def image_files(image):
@@ -436,7 +457,7 @@ class Scoring:
 
 
 @dataclass(frozen=True)
-class Translating:
+class Translating(Looking):
     # the translations
     beam: int = 1  # translations kept at each step; 1: no search, but the likeliest token, or a drawn one
     length_penalty: float = 0.6  # with a beam: 0 ranks by the sum of log-probabilities; above 0 favours long ones
@@ -447,14 +468,11 @@ class Translating:
     seed: int = 1337  # same seed, same drawn tokens
     max_new_tokens: int = 500  # most tokens of a translation, which also ends at the model's block_size
     show_steps: bool = False  # first show each token as it comes, with its probability and the likeliest tokens
-    attention: str = ""  # a .png or .jpg to write: for each token of the translation, where in the source it looked
-    attention_layer: int = 0  # draw one block of the decoder, counted from 1; 0: the mean of all
-    attention_head: int = 0  # draw one head, counted from 1; 0: the mean of all
 
     def __post_init__(self):
         check_model(self)
-        check_ranges(self, n_best=1, max_new_tokens=1, temperature=0.0, top_k=0, top_p=0.0, seed=0, attention_layer=0,
-                     attention_head=0)
+        check_ranges(self, n_best=1, max_new_tokens=1, temperature=0.0, top_k=0, top_p=0.0, seed=0)
+        check_looking(self)
         check_beam(self, "n_best")
         if self.n_best > self.beam:
             raise UserError(f"n_best = {self.n_best}: is above beam = {self.beam}; add --beam={self.n_best}")
@@ -464,14 +482,10 @@ class Translating:
             check_idle(self, "temperature = 0 always takes the likeliest token", "top_k", "top_p", "seed")
         if self.beam > 1:
             check_idle(self, "a beam search draws nothing, and has no single steps", "temperature", "show_steps")
-        if self.attention:
-            check_picture(self, "attention")
-        else:
-            check_idle(self, "is for --attention=FILE", "attention_layer", "attention_head")
 
 
 @dataclass(frozen=True)
-class Filling:
+class Filling(Looking):
     # the answers
     top: int = 5  # how many of the likeliest tokens to show for each [MASK]; with --rank, how many texts; 0: all
     rank: str = ""  # FILE:path, a file of texts, one per line: show those whose vectors are most like the prompt's
@@ -479,16 +493,27 @@ class Filling:
     def __post_init__(self):
         check_model(self)
         check_ranges(self, top=0)
+        check_looking(self)
+        if self.attention and self.rank:
+            raise UserError(f"attention = {self.attention}: shows one text, and --rank compares many; leave one out")
 
 
 @dataclass(frozen=True)
-class Classifying:
+class Classifying(Looking):
     # the answers
     top: int = 3  # how many of the likeliest labels to show; 0: all
 
     def __post_init__(self):
         check_model(self)
         check_ranges(self, top=0)
+        check_looking(self)
+
+
+@dataclass(frozen=True)
+class Labelling(Looking):
+    def __post_init__(self):
+        check_model(self)
+        check_looking(self)
 
 
 def check_beam(settings, *names):

@@ -24,6 +24,8 @@ import torch
 from batches import length_batches, padded, to_device
 from configurator import UserError, say
 from encoder import Tagger, TaggerConfig
+from inside.picture import check_chosen
+from inside.record import answers
 from machine.device import autocast
 from machine.terminal import watched
 from run.files import to_json, write_text
@@ -241,11 +243,33 @@ class TaggingTask(LabelledTask):
                 raise UserError("this model labels sentences: add --prompt with one, or --prompt=FILE:path")
             lines = request["text"].removesuffix("\n").split("\n")
             sentences = [WORD.findall(line) for line in lines]
+            check_chosen(model, sampling)
+            if sampling.attention and len(lines) > 1:
+                raise UserError("attention: needs a --prompt of one sentence")
             self.check_words(model, sentences)
             found = iter(self.label(model, list(filter(None, sentences))))
             for number, words in enumerate(sentences):
                 text = in_columns(words, next(found)) if words else ""
                 yield index, "\n" * (number > 0) + text + "\n" * (len(lines) > 1 and bool(words))
+            if sampling.attention:
+                yield index, "\n" + self.draw(model, self.ids_of(sentences[0]), sampling)
+
+    def inside(self, model, request, sampling):
+        """The record of a sentence, with the likeliest label of each word at its first token, and the intent at [CLS].
+        """
+        words, config = WORD.findall(request["text"]), model.config
+        if not words:
+            raise UserError("this model labels sentences: add --prompt with one")
+        self.check_words(model, [words])
+        ids = self.ids_of(words)
+        notes, labels, found = self.notes(model, ids), [""] * len(ids), []
+        places = [place for place in self.places(words) if place < notes.count]
+        for head, names, at in ((model.intents, config.intents, [0]), (model.tags, config.tags, places)):
+            if head is not None:
+                found.append(answers(notes, lambda x, at=at: x[at], head, at, "likeliest", names.__getitem__))
+                for each in found[-1][0]:
+                    labels[each["at"]] = each["top"][0][0]
+        return self.record("tagging", model, ids, notes, labels[:notes.count], *found)
 
     def check_words(self, model, sentences):
         """Names unknown words on stderr. Raises UserError for a sentence of which the model can't see every word."""

@@ -23,6 +23,7 @@ class Task:
     def __init__(self, settings, tokenizers=None, source=""):
         """tokenizers: {name: tokenizer} of the model loaded from `source`; None: `open` takes the data set's own."""
         self.settings, self.tokenizers, self.source = settings, tokenizers, source
+        self.step = None  # the updates that a loaded checkpoint had made
 
     def __repr__(self):
         return f"<{type(self).__name__} of {self.source or 'a new model'}>"
@@ -84,6 +85,10 @@ class Task:
 
         requests: [{"text": prompt, "image": path}]. sampling: the task's settings for sampling.
         """
+
+    def inside(self, model, request, sampling):
+        """The record (inside/record.py) of one pass over a request and what the model writes after it."""
+        raise UserError(f"a {type(model).__name__} can't be looked into yet")
 
     def write(self, model, text="", image="", **sampling):
         """Returns one sample. text: the prompt. image: a file, if the task has images. sampling: temperature=0, ..."""

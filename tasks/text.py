@@ -13,13 +13,14 @@ import itertools
 import math
 from shlex import quote
 
-import numpy as np
 import torch
 
 import tokenizer as tokenizers
 from batches import Dataset, fixed_windows, random_offsets, read_windows
 from configurator import UserError, check_choices, check_idle
 from generate import generate, picker
+from inside import record
+from inside.picture import check_chosen, draw_text
 from lecture import RUNGS
 from machine.device import autocast
 from machine.terminal import watched
@@ -126,16 +127,22 @@ class TextTask(Task):
         """Yields (index of a request, text): its prompt, then its continuation in pieces. Equal prompts are a batch."""
         device = next(model.parameters()).device
         pick, batches = picker(sampling, device), {}
+        check_chosen(model, sampling)
         for index, request in enumerate(requests):
             batches.setdefault(request["text"], []).append(index)
         for text, rows in batches.items():
-            tokens = torch.from_numpy(prompt_tokens(self.tokenizer, text)).to(device).expand(len(rows), -1)  # (B, T)
+            tokens = torch.from_numpy(tokenizers.prompt_tokens(self.tokenizer, text)).to(device).expand(len(rows), -1)
             steps = generate(model, tokens, sampling.max_new_tokens, pick, self.tokenizer.eos)
             first = next(steps)  # prints its notices before the prompt is shown
             yield from ((row, text) for row in rows)
             texts = [tokenizers.Transcript(self.tokenizer, sampling.stop) for _ in rows]
-            for i, piece in tokenizers.transcribe(itertools.chain([first], steps), texts):
-                yield rows[i], piece
+            yield from ((rows[i], piece) for i, piece in tokenizers.transcribe(itertools.chain([first], steps), texts))
+            if sampling.attention:
+                yield rows[0], "\n" + draw_text(self, model, [*tokens[0].tolist(), *texts[0].ids], sampling)
+
+    def inside(self, model, request, sampling):
+        """The record of a prompt and its continuation."""
+        return record.of_text("text", self, model, tokenizers.prompt_tokens(self.tokenizer, request["text"]), sampling)
 
     def summary(self, model):
         s, n, (tokens, _) = self.settings, len(self.dataset.splits["train"]), self.cost(model)
@@ -146,14 +153,3 @@ class TextTask(Task):
     def cost(self, model):
         tokens = self.settings.batch_size * self.block_size
         return tokens, tokens * flops_per_token(model, self.block_size)
-
-
-def prompt_tokens(tokenizer, prompt):
-    """The ids that begin every text, then the prompt's, (T,). If there are none: end of text, newline, or id 0."""
-    begin = tokenizer.start or ([] if prompt or tokenizer.eos is None else [tokenizer.eos])
-    try:
-        return np.array([*begin, *tokenizer.encode(prompt if prompt or begin else "\n")], dtype=np.int64)
-    except UserError as error:
-        if not prompt:
-            return np.zeros(1, dtype=np.int64)
-        raise UserError(f"prompt: {error}") from None

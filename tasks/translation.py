@@ -27,13 +27,15 @@ from batches import PairsDataset, batches_per_epoch, length_batches, padded, to_
 from beam import beam_search
 from configurator import UserError, say
 from generate import generate, picker
+from inside import record
+from inside.attention import cross_attention
+from inside.picture import check_chosen, draw
 from machine.device import autocast
 from machine.terminal import watched
 from model import init_weights
 from run.cost import size_in_words
 from run.files import to_json, write_text
-from run.pictures import draw_map, save_picture
-from seq2seq import Seq2Seq, Seq2SeqConfig, cross_attention
+from seq2seq import Seq2Seq, Seq2SeqConfig
 from tasks.settings import Translating
 from tasks.task import Task
 from tokenizer import same_vocabulary
@@ -283,12 +285,11 @@ class TranslationTask(Task):
         """
         most = model.config.block_size
         for index, request in enumerate(requests):
-            if not request["text"]:
-                raise UserError("this model translates: add --prompt with a sentence, or --prompt=FILE:path")
-            lines = [" ".join(line.split()) for line in request["text"].removesuffix("\n").split("\n")]
-            if (sampling.show_steps or sampling.attention) and (len(lines) > 1 or not lines[0]):
-                name = "show_steps" if sampling.show_steps else "attention"
-                raise UserError(f"{name}: needs a --prompt of one sentence")
+            lines = sentences_of(request["text"])
+            for name in ("show_steps", "attention"):
+                if getattr(sampling, name) and (len(lines) > 1 or not lines[0]):
+                    raise UserError(f"{name}: needs a --prompt of one sentence")
+            check_chosen(model, sampling)
             tokens = iter(self.tokens_of(filter(None, lines), most))  # all of them, so that errors come first
             for start in range(0, len(lines), CHUNK):
                 chunk = lines[start:start + CHUNK]
@@ -324,25 +325,51 @@ class TranslationTask(Task):
         special = {getattr(tokenizer, name): f"<{name}>" for name in ("pad", "bos", "eos")}
         return special.get(i) or tokenizer.decode([i]).replace(" ", "\u00b7") or repr(i)
 
+    def best_ids(self, model, source, sampling):
+        """The ids of the best translation, with its eos unless it was cut off. source: ids."""
+        ids = self.translate(model, [source], sampling)[0][0].ids
+        cut = len(ids) == min(sampling.max_new_tokens, model.config.block_size)
+        return ids if cut else [*ids, self.tokenizer.eos]
+
+    def inside(self, model, request, sampling):
+        """The record of a sentence and its best translation, with three kinds of attention: cross, self and encoder."""
+        lines, most = sentences_of(request["text"]), model.config.block_size
+        if len(lines) > 1 or not lines[0]:
+            raise UserError("the prompt has more or less than one line: a look inside needs one sentence")
+        source, = self.tokens_of(lines, most)
+        ids, device = [self.tokenizer.bos, *self.best_ids(model, source, sampling)], next(model.parameters()).device
+        with record.notes_of(model.encoder, len(source), both_ways=True) as reading:
+            context = model.encode(*(torch.tensor(row, device=device) for row in ([source], [len(source)])))
+        with record.notes_of(model.decoder, len(ids[:most])) as notes:
+            model.hidden(torch.tensor([ids[:most]], device=device), **context)
+        unread = ids[most] if len(ids) > most else None
+        tokens, written, parts = record.next_tokens(self, notes, model.logits, ids[:most], 1, unread)
+        sources = list(map(record.namer(self.source_tokenizer), source))
+        read = sources[:reading.count]
+        return record.make("translation", self, model, tokens, written, **parts, source=sources,
+                           embedding=record.embedding(model.wte, ids, record.namer(self.tokenizer)),
+                           attention=[record.packed("cross", notes.cross, tokens, sources[:notes.cross[0].size(-1)]),
+                                      record.packed("self", notes.own, tokens, tokens),
+                                      record.packed("encoder", reading.own, read, read)])
+
     def draw(self, model, source, sampling):
         """Writes a picture of where each token of the best translation looks in the source. Returns a line about it.
 
-        source: ids. The mean over all blocks and heads, or over those that attention_layer and attention_head name.
+        source: ids. For the blocks and heads that are drawn, see `inside.attention.draw`.
         """
-        config, layer, head = model.config, sampling.attention_layer, sampling.attention_head
-        for name, value, most in (("layer", layer, config.n_layer), ("head", head, config.n_head)):
-            if value > most:
-                raise UserError(f"attention_{name} = {value}: the decoder has {most}; 0 takes the mean of all")
-        target = self.translate(model, [source], sampling)[0][0].ids
-        if len(target) < min(sampling.max_new_tokens, config.block_size):  # it was not cut off
-            target = [*target, self.tokenizer.eos]
+        target = self.best_ids(model, source, sampling)
         rows = ([source], [len(source)], [[self.tokenizer.bos, *target[:-1]]])
         rows = (torch.tensor(row, device=next(model.parameters()).device) for row in rows)
         weights = cross_attention(model, *rows)[:, 0]  # (L, H, T, S)
-        weights = weights[layer - 1 if layer else slice(None)].reshape(-1, config.n_head, len(target), len(source))
-        weights = weights[:, head - 1 if head else slice(None)].reshape(-1, len(target), len(source)).mean(0)
         names = [self.name(i) for i in target], [self.name(i, self.source_tokenizer) for i in source]
-        return save_picture(draw_map(weights.cpu(), *names), sampling.attention)
+        return draw(weights.cpu(), *names, sampling)
+
+
+def sentences_of(text):
+    """The lines of a prompt, their spaces single. Raises UserError for no text."""
+    if not text:
+        raise UserError("this model translates: add --prompt with a sentence, or --prompt=FILE:path")
+    return [" ".join(line.split()) for line in text.removesuffix("\n").split("\n")]
 
 
 def shown_best(hypotheses, n_best):

@@ -16,9 +16,10 @@ FLOORS = [
     {"optimizer", "tokenizer", "batches", "generate", "beam", "worlds"},
     {"chat"},
     {"run"},
+    {"inside"},
     {"published", "sources"},
     {"tasks"},
-    {"train", "sample", "evaluate", "prepare"},
+    {"train", "sample", "evaluate", "prepare", "look"},
     {"tools"},
 ]
 APART = {"published", "sources"}  # of one floor, and yet neither knows the other
@@ -89,8 +90,9 @@ def test_the_whole_is_small():
     in_c = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.glob("machine/*.c"))
     total = in_c + lines(*CORE)
     # The aim was 5,300. Llama and publishing came with 700 lines, translation 1,700, encoders 2,700, a GPU 350,
-    # dialogues 850, rewards and preferences 1,150.
-    most = 15700
+    # dialogues 850, rewards and preferences 1,150, records and pictures of what is inside a model 550,
+    # the page of look.py 150, the live page 600.
+    most = 17000
     assert total <= most, f"{total} lines: delete as many as you add, or raise the limit here and say why"
 
 

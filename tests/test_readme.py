@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import evaluate
+import look
 import prepare
 import sample
 import train
@@ -33,8 +34,8 @@ TEXTS = [README, *PAGES, *(path.read_text(encoding="utf-8") for path in OTHERS),
            .replace("&&", "\n") for entry in FIGURES for row in entry["rows"].values())]
 TOOLS = ("bench", "scaling", "compare", "versus", "figures", "ladder", "publish", "alignments", "transfer", "answers",
          "stages")
-COMMAND = (r"(?:python|torchrun(?: --\S+)+) ((?:(?:train|sample|evaluate|prepare)\.py|-m tools\.(?:" + "|".join(TOOLS) +
-           r"))\b"
+COMMAND = (r"(?:python|torchrun(?: --\S+)+) ((?:(?:train|sample|evaluate|prepare|look)\.py|-m tools\.(?:" +
+           "|".join(TOOLS) + r"))\b"
            r"(?:\"[^\"\n]*\"|[^|`\"\n])*)")  # a | between quotes belongs to it
 COMMANDS = sorted({re.split("  +", line)[0].strip() for text in TEXTS
                    for line in re.findall(COMMAND, re.sub(r"\\\n\s*", "", text))})
@@ -53,7 +54,7 @@ def read(files, on_gpu):
 
 
 def task_of(arguments):
-    """The task of the model that a command for sample.py or evaluate.py names: its recipe has the same out_dir."""
+    """The task of the model that a command for sample, evaluate or look names: its recipe has the same out_dir."""
     named = dict(argument.lstrip("-").partition("=")[::2] for argument in arguments)
     if "init_from" in named:
         is_bert = "rank" in named or "bert" in named["init_from"]
@@ -86,11 +87,11 @@ def test_commands_parse(line, monkeypatch):
         assert all(name in known for name in arguments if not name.startswith("-") and name != "NAME")
     if script in ("tools.compare", "tools.figures"):
         arguments = [argument for argument in arguments if argument.startswith("-")]
-    command = {"train.py": train, "sample.py": sample, "evaluate.py": evaluate, "prepare.py": prepare,
+    command = {"train.py": train, "sample.py": sample, "evaluate.py": evaluate, "prepare.py": prepare, "look.py": look,
                "tools.bench": bench, "tools.compare": compare, "tools.figures": figures, "tools.ladder": ladder,
                "tools.publish": publish, "tools.alignments": alignments, "tools.transfer": transfer,
                "tools.answers": answers, "tools.stages": stages}[script]
-    if command in (sample, evaluate):  # the run or the model isn't there
+    if command in (sample, evaluate, look):  # the run or the model isn't there
         monkeypatch.setattr(command, "find_task", lambda name: task_of(arguments))
     for module in (command, task_settings):
         if hasattr(module, "check_run"):
@@ -106,11 +107,11 @@ def test_commands_parse(line, monkeypatch):
 def test_the_commands_were_found():
     assert len(COMMANDS) > 40
     scripts = {re.match(r"-m [\w.]+|\w+", line)[0] for line in COMMANDS}
-    assert scripts == {"train", "sample", "evaluate", "prepare", *(f"-m tools.{name}" for name in TOOLS)}
+    assert scripts == {"train", "sample", "evaluate", "prepare", "look", *(f"-m tools.{name}" for name in TOOLS)}
 
 
 def test_the_readme_is_a_newcomers_page():
-    assert len(README.splitlines()) <= 364  # 300, and sections about a GPU, about dialogues, and about rewards
+    assert len(README.splitlines()) <= 379  # 300, and sections about a GPU, dialogues, rewards, and the page of look.py
 
 
 def test_the_file_tree_is_complete():

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from configurator import UserError
 from generate import generate, pick_tokens
-from seq2seq import Seq2Seq, Seq2SeqConfig, cross_attention
+from inside.attention import cross_attention
+from seq2seq import Seq2Seq, Seq2SeqConfig
 
 B, S, T, V = 3, 7, 6, 19
 LENGTHS = torch.tensor([7, 4, 1])

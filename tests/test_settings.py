@@ -139,7 +139,7 @@ def train_run(settings, out):
 
 
 def sample_run(settings, out):
-    """What sample.py prints, the precision of its weights, and which pictures it writes."""
+    """What sample.py prints, the precision of its weights, and the pictures it writes."""
     said = []
     settings, _ = parse(sample.Settings, arguments(settings), **sample.HOW)
     cls = task_class(find_task(settings.out_dir))
@@ -152,8 +152,8 @@ def sample_run(settings, out):
     with mock.patch("builtins.print", lambda *args, **kwargs: said.extend(args)), \
             mock.patch.object(cls, "sample", spied), mock.patch.object(sys, "stdin", io.StringIO("1+1\n")):
         sample.main(settings)
-    drawn = [getattr(settings, name, "") for name in ("draw", "attention")]
-    return "".join(said).replace(str(settings.out_dir), ""), [os.path.exists(path or "nowhere") for path in drawn]
+    drawn = [Path(getattr(settings, name, "") or "nowhere") for name in ("draw", "attention")]
+    return "".join(said).replace(str(settings.out_dir), ""), [path.is_file() and path.read_bytes() for path in drawn]
 
 
 def evaluate_run(settings, out):
@@ -387,7 +387,7 @@ SAMPLING = {
     "beam": Change(3), "length_penalty": Change(0.0, beam=4, n_best=4), "n_best": Change(2, beam=3),
     "answer": Change("7"),
     "show_steps": Change(True), "attention_layer": refused(2, attention="map.png"),
-    "attention_head": refused(3, attention="map.png"),
+    "attention_head": refused(3, attention="map.png"), "attention_each": Change(True, attention="map.png"),
 }
 SAMPLING_OF_TASK = {
     "text": {"chat": refused(True), "system": refused("x")},

@@ -205,7 +205,7 @@ def test_the_map_shows_where_each_token_looks(opened, trained, capsys, tmp_path,
         drawn.append((weights, rows, columns))
         return draw_map(weights, rows, columns)
 
-    monkeypatch.setattr("tasks.translation.draw_map", spied)
+    monkeypatch.setattr("inside.picture.draw_map", spied)
     text = task.dataset.rows["val"][0]["source"]
     for name, more in (("all", ()), ("one", ("--attention_layer=1", "--attention_head=2")),
                        ("cut", ("--max_new_tokens=2",))):

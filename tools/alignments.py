@@ -44,12 +44,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from inside.attention import cross_attention
 from machine.device import pick_device
 from machine.distributed import World
 from machine.terminal import watched
 from run.files import write_json
 from run.pictures import draw_map, save_picture
-from seq2seq import cross_attention
 from sources.known import locate
 from tasks.loading import load
 from tasks.translation import TranslationTask, length_batches
