@@ -49,9 +49,8 @@ def generate(model, tokens, count, pick, eos=None, **context):
 
     pick(logits): returns tokens (B,) chosen from logits (B, V). Or it returns (tokens, rows), both (B,), where token i
     continues row rows[i], as in beam search. eos: the end token. A row that has chosen eos repeats it, and generation
-    stops once all rows have. context: further arguments for every call of model.hidden, such as an image.
-
-    On a GPU, if pick is `pick_tokens`, the steps are a CUDA graph, and the tokens are yielded on the CPU.
+    stops once all rows have. context: further arguments for every call of model.hidden, such as an image. On a GPU, if
+    pick is `pick_tokens`, the steps are a CUDA graph, and the tokens are yielded on the CPU.
     """
     capturing = getattr(pick, "func", pick) is pick_tokens and can_capture(model, tokens.device)
     with contextlib.closing(written(model, tokens, count, pick, eos, context, capturing)) as steps:
@@ -76,8 +75,7 @@ def written(model, tokens, count, pick, eos, context, capturing):
 
     def step(tokens, start):
         """What pick chooses after tokens (B, T) at the positions from `start` on, an int or a tensor."""
-        hidden = model.hidden if isinstance(start, int) else getattr(model, "compiled_hidden", model.hidden)
-        return pick(model.logits(hidden(tokens, caches, start, **context)[:, -1]))  # (B, C) -> (B, V) -> (B,)
+        return pick(model.logits(model.hidden(tokens, caches, start, **context)[:, -1]))  # (B, C) -> (B, V) -> (B,)
 
     if capturing and caches is not None:
         step = CapturedStep(step, caches, getattr(pick, "keywords", {}).get("generator"), count)

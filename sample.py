@@ -96,8 +96,7 @@ def main(settings):
     texts = [""] * len(requests)
     for row, piece in pieces:
         texts[row] += piece
-    for text in texts:
-        print(f"{printable(text)}\n{'-' * 80}")
+    print("\n".join(f"{printable(text)}\n{'-' * 80}" for text in texts))
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def tensors_of(optimizers):
 # Generation
 
 def compile_steps(model, device):
-    """Makes `generate` compile the steps that it records. That takes up to a minute, once for each shape.
+    """Compiles model.hidden for the steps that `generate` records. That takes up to a minute, once for each shape.
 
     Raises UserError without CUDA and Triton, or if the model has no such steps.
     """
@@ -186,7 +186,12 @@ def compile_steps(model, device):
         raise UserError("compile = True: only steps on CUDA, with Triton installed, are compiled; drop it")
     if not hasattr(model, "make_caches"):
         raise UserError(f"compile = True: a {type(model).__name__} has no steps to compile; drop it")
-    model.compiled_hidden = torch.compile(model.hidden, dynamic=False)
+    plain, compiled = model.hidden, torch.compile(model.hidden, dynamic=False)
+
+    def hidden(tokens, caches=None, start=0, **context):
+        return (plain if isinstance(start, int) else compiled)(tokens, caches, start, **context)
+
+    model.hidden = hidden
 
 
 class CapturedStep:

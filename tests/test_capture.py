@@ -13,6 +13,7 @@ from conftest import settings_for
 
 import generate
 import train
+from configurator import UserError
 from machine import capture
 from machine.attention import bias_of
 from machine.capture import can_capture
@@ -139,9 +140,10 @@ def test_a_run_says_what_keeps_it_from_capturing():
         assert name in capture.obstacle_to_capture(task, gpu, torch.bfloat16)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("changes", [{}, dict(positions="rotary", mlp="relu2", bigrams=True, tied=False, n_kv_head=1)])
 @pytest.mark.parametrize("eos", [None, 3])
-def test_captured_steps_write_the_same_tokens(graphs, monkeypatch, changes, eos):
+def test_captured_steps_write_the_same_tokens(graphs, monkeypatch, changes, eos, compiled):
     """Beyond the end of the window too; what the warm-up drew and wrote does not count."""
     model = GPT(GPTConfig(**SHAPE, **changes)).eval()
     init_weights(model, torch.Generator().manual_seed(0), std=0.3)
@@ -151,7 +153,11 @@ def test_captured_steps_write_the_same_tokens(graphs, monkeypatch, changes, eos)
         pick = functools.partial(generate.pick_tokens, top_k=9, generator=torch.Generator().manual_seed(2))
         return [chosen.clone() for chosen in generate.generate(model, prompt, 40, pick, eos)]
 
-    expected = tokens()
+    expected, compiles = tokens(), []
+    if compiled:
+        monkeypatch.setattr(capture, "has_triton", lambda: True)
+        monkeypatch.setattr(torch, "compile", lambda hidden, dynamic: lambda *args: compiles.append(0) or hidden(*args))
+        capture.compile_steps(model, torch.device("cuda"))
     calls, real = [], capture.CapturedStep.record
 
     def record(self, *args):
@@ -163,6 +169,7 @@ def test_captured_steps_write_the_same_tokens(graphs, monkeypatch, changes, eos)
     monkeypatch.setattr(generate, "can_capture", lambda model, device: True)
     monkeypatch.setattr(generate, "read_ahead", lambda steps: steps)
     assert torch.equal(torch.stack(tokens()), torch.stack(expected)) and len(calls) == 1
+    assert bool(compiles) == compiled
 
     def fail(*_):
         raise RuntimeError("no room")
@@ -171,6 +178,14 @@ def test_captured_steps_write_the_same_tokens(graphs, monkeypatch, changes, eos)
     monkeypatch.setattr(capture, "say", calls.append)
     assert torch.equal(torch.stack(tokens()), torch.stack(expected))  # without a graph, after the warm-up
     assert calls[2:] == ["the steps can't be captured as a CUDA graph (no room), so they are slower"]
+
+
+def test_steps_that_cannot_be_compiled_are_refused(monkeypatch):
+    with pytest.raises(UserError, match="compile = True: only steps on CUDA"):
+        capture.compile_steps(GPT(GPTConfig(**SHAPE)), torch.device("cpu"))
+    monkeypatch.setattr(capture, "has_triton", lambda: True)
+    with pytest.raises(UserError, match="compile = True: a Linear has no steps"):
+        capture.compile_steps(torch.nn.Linear(1, 1), torch.device("cuda"))
 
 
 def test_a_picker_that_is_not_known_and_a_hook_are_never_recorded(monkeypatch):
