@@ -10,7 +10,7 @@ as with sample.py and its settings. Click a token, or press the arrow keys.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from configurator import UserError, check_idle, check_ranges, check_run, from_command_line, joined, one_line_errors
@@ -39,7 +39,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Short:
-    max_new_tokens: int = 200  # fewer than sample.py's: the attention on the page grows with their square
+    max_new_tokens: int = 200  # most tokens to write; if not set, at most as many as fit into the model's window
 
 
 def own_settings(values):
@@ -76,7 +76,7 @@ def check(settings, given):
 
 HOW = dict(more=own_settings, check=check, elsewhere=elsewhere(lambda row: row.sampling, trained=True))
 if __name__ == "__main__":  # --help and typos answer before torch is imported
-    SETTINGS, _ = from_command_line(Settings, __doc__, usual=joined(TASKS["text"].sampling, Short), **HOW)
+    SETTINGS, GIVEN = from_command_line(Settings, __doc__, usual=joined(TASKS["text"].sampling, Short), **HOW)
 
 import sample
 from inside.live import serve
@@ -85,6 +85,7 @@ from machine.device import pick_device, weights_dtype
 from run.files import write_text
 from tasks.chat import talker
 from tasks.loading import load
+from tokenizer import prompt_tokens
 
 
 def open_model(settings, which):
@@ -97,12 +98,22 @@ def open_model(settings, which):
     return talker(task, settings), model, config
 
 
-def main(settings):
+def fitting(task, model, prompt, settings):
+    """The settings, with fewer max_new_tokens if a text that goes on from the prompt would leave the model's window."""
+    if task.settings.task != "text":
+        return settings
+    room = model.config.block_size - len(prompt_tokens(task.tokenizer, prompt))
+    return replace(settings, max_new_tokens=min(settings.max_new_tokens, room)) if room > 0 else settings
+
+
+def main(settings, given=()):
     if settings.live:
         return serve(settings, lambda which: open_model(settings, which))
     sample.check(settings, {})
     request = {"text": sample.read_prompt(settings.prompt), "image": getattr(settings, "image", "")}
     task, model, _ = open_model(settings, settings.checkpoint)
+    if "max_new_tokens" not in given:
+        settings = fitting(task, model, request["text"], settings)
     text = page(task.inside(model, request, settings))
     write_text(settings.out, text)
     print(f"{settings.out}: {len(text) / 1000:,.0f} kB; open it in a browser")
@@ -110,4 +121,4 @@ def main(settings):
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(SETTINGS)
+        main(SETTINGS, GIVEN)

@@ -96,6 +96,17 @@ def settings(out_dir, **values):
     return parse(look.Settings, arguments, **look.HOW)[0]
 
 
+def test_the_prompt_stays_on_the_page_unless_more_tokens_are_asked_for(trained, tmp_path):
+    def written(*given, **values):
+        look.main(settings(trained, out=str(tmp_path / "look.html"), prompt="the king", **values), given)
+        text = (tmp_path / "look.html").read_text(encoding="utf-8")
+        return json.loads(re.search('id="record">(.*?)</script>', text)[1])
+
+    found, longer = written(), written("max_new_tokens", max_new_tokens=200)
+    assert "".join(found["tokens"]).startswith("the king") and found["written"] == len("the king")
+    assert longer["written"] == 0 and longer["notes"]
+
+
 def numbers(text):
     return [float(number) for number in re.findall(r"\d+(?:\.\d+)?", text)]
 
