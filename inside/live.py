@@ -121,7 +121,7 @@ class Server(ThreadingHTTPServer):
             self.address_family = socket.getaddrinfo(host, None)[0][0]
             super().__init__((host, port), Handler)
         except (OSError, OverflowError) as error:
-            why = getattr(error, "strerror", None) or error
+            why = str(getattr(error, "strerror", None) or error).rstrip(".")
             if isinstance(error, socket.gaierror) or getattr(error, "errno", 0) == errno.EADDRNOTAVAIL:
                 raise UserError(f"host = {host}: {why}; leave it out for this machine alone, or --host=0.0.0.0 for all"
                                 " that can reach it") from None
