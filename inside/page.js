@@ -20,6 +20,7 @@ const INVISIBLE = /[\s\u0000-\u001f\u007f-\u009f\u00ad\u200b-\u200f\u2028-\u202e
 const MOST_BITS = 8;  // of surprise: the darkest tint
 const HEAD_PIXELS = 96;  // most rows and columns of a head's small picture; larger ones keep the largest of neighbours
 const [BLUE, BLACK] = [0xf6823b, 0];  // colours of canvas pixels: blue, green, red from the highest byte down
+const AT_ONCE = 15;  // milliseconds of drawing heads before clicks are answered
 const LEAST_LINK = 0.04;  // of the attention: less is not drawn as a line
 const MAP_NAMES = {self: "Within the text", cross: "From the translation to the source",
                    encoder: "Within the source", image: "From the text to the picture, which each square shows"};
@@ -351,10 +352,19 @@ function mapNamed(name) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Attention: heads as small pictures
 
-function drawHeads() {
-  byId("maps").replaceChildren(...state.record.attention.map(mapOf));
-  for (const button of headButtons()) drawHead(button);
+// Draws all heads, a few at a time: in between, the browser answers clicks.
+async function drawHeads() {
+  const {record} = state;
+  byId("maps").replaceChildren(...record.attention.map(mapOf));
   markRows();
+  let until = performance.now() + AT_ONCE;
+  for (const button of byId("maps").querySelectorAll("button.head")) {
+    drawHead(button);
+    if (performance.now() < until) continue;
+    await new Promise((done) => setTimeout(done));
+    if (record !== state.record) return;  // another was shown meanwhile
+    until = performance.now() + AT_ONCE;
+  }
 }
 
 function mapOf(attention, map) {
@@ -372,8 +382,6 @@ function headButton(attention, map, layer, head) {
                          "data-layer": layer, "data-head": head, title: `block ${layer + 1}, head ${head + 1}`,
                          "aria-label": `block ${layer + 1}, head ${head + 1}`}, make("canvas"));
 }
-
-const headButtons = () => [...byId("maps").querySelectorAll("button.head")];
 
 function headOfButton({dataset}) {
   return {map: Number(dataset.map), layer: Number(dataset.layer), head: Number(dataset.head)};

@@ -139,6 +139,8 @@ def next_tokens(task, notes, logits, ids, written, unread=None, first=1):
     predictions, lens = answers(notes, lambda x: x[at.start - 1 - start:at.stop - 1 - start], logits,
                                 [i - cut for i in at], [there[i] for i in at], name)
     tokens, said = [name(i) for i in ids[cut:]], [f"only the last {notes.count} of {T} tokens are shown"] * (cut > 0)
+    if start > 0:
+        said.append(f"the model reads the last {T - start} of them here; when it wrote, its windows began elsewhere")
     return tokens, max(0, written - cut), {"notes": said, "predictions": predictions, "lens": lens}
 
 

@@ -367,7 +367,8 @@ def test_the_record_of_an_answer_about_an_image(tmp_path):
 def test_beyond_the_context_the_last_window_is_shown(monkeypatch):
     task, model = task_of(TextTask, LETTERS), gpt(block_size=16)
     found = task.inside(model, {"text": "abcdefgh"}, Chatting(**{**GREEDY, "max_new_tokens": 20}))
-    assert found["notes"] == ["only the last 16 of 27 tokens are shown"] and found["written"] == 0
+    assert found["notes"] == ["only the last 16 of 27 tokens are shown", "the model reads the last 16 of them here;"
+                              " when it wrote, its windows began elsewhere"] and found["written"] == 0
     assert len(found["tokens"]) == 16 and found["predictions"][-1]["at"] == 16  # of the token that it didn't read
     logits = model(torch.tensor(LETTERS.encode("".join(found["tokens"])))[None])[0]
     assert found["predictions"][-1]["top"][0][1] == pytest.approx(logits[-1].softmax(-1).max().item(), rel=1e-3)
