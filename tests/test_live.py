@@ -251,7 +251,7 @@ def test_a_closed_tab_ends_its_text_and_the_next_one_writes(server, capfd):
         assert server.turn.locked()
     began = time.monotonic()
     assert written(server, prompt="the", max_new_tokens=5)[0].startswith("the")
-    assert time.monotonic() - began < 2 and not capfd.readouterr().err  # 100,000 tokens take a minute
+    assert time.monotonic() - began < 5 and not capfd.readouterr().err  # 100,000 tokens take a minute
 
 
 def test_a_tab_that_does_not_wait_for_its_turn_is_forgotten(server):
@@ -355,8 +355,8 @@ def test_a_run_is_followed_from_before_its_first_save_to_its_end(tiny, tmp_path,
         until(lambda: not state(server)["learning"] and server.newest()[1] == server.mark)
         over.set()
         looking.join()
-        shown = [each["model"]["step"] for each in seen if each["model"]]
-        assert len(set(shown)) >= 3 and shown[:-1] == sorted(shown[:-1])  # it was loaded anew as the run saved
+        shown = [each["model"]["step"] for each in seen if each["model"] and each["learning"]]
+        assert len(set(shown)) >= 3 and shown == sorted(shown)  # it was loaded anew as the run saved
         log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         rows = [row for each in seen for row in each["rows"]]
         assert [row["step"] for row in rows] == [row["step"] for row in log]  # each row once
