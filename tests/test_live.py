@@ -181,6 +181,7 @@ def until(true, seconds=10):
     ("/", None, {"Host": "127.0.0.1.evil.example"}, 403, "is not a name"),
     ("/run?since=-1", None, {}, 400, "since = '-1': must be a step"),
     ("/../run.json", None, {}, 404, "there is nothing at"),
+    ("http://[", None, {}, 404, "there is nothing at"),
     ("/live.py", None, {}, 404, "there is nothing at"),
     ("/%2e%2e/etc/passwd", None, {}, 404, "there is nothing at"),
     ("/write", None, {}, 404, "there is nothing at GET /write"),

