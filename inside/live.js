@@ -6,7 +6,7 @@
 (() => {
   const INPUTS = {  // setting: its label, attributes, and what it does
     temperature: ["Temperature", {type: "range", min: 0, max: 2, step: 0.01}, "0 always takes the likeliest token"],
-    top_p: ["Top-p", {type: "range", min: 0.01, max: 1, step: 0.01}, "the likeliest tokens up to this probability; 1: all"],
+    top_p: ["Top-p", {type: "range", min: 0.01, max: 1, step: 0.01}, "likeliest tokens up to this probability; 1: all"],
     top_k: ["Top-k", {type: "number", min: 0, step: 1}, "so many of the likeliest tokens; 0: all"],
     beam: ["Beam", {type: "number", min: 1, max: 64, step: 1}, "translations kept at each step; 1: no search"],
     max_new_tokens: ["Length", {type: "number", min: 1, max: 100000, step: 1}, "most tokens to write"],
@@ -19,6 +19,7 @@
     classification: ["Text to classify", "Classify"], "image-text": ["What to ask about the picture", "Ask"],
     contrastive: ["Captions to compare, with | between them", "Compare"],
     arithmetic: ["Problem, such as 7+5=", "Compute"], chat: ["Your message", "Send"],
+    reward: ["Question that the set answer answers", "Score"],
   };
   const MOST_BYTES = 9e6;  // of a picture
   const QUICK = 1000, SLOW = 5000;  // milliseconds between two questions to the server, in a run that learns or not
@@ -128,12 +129,12 @@
 
   function input(name, value) {
     const [title, attributes, hint] = INPUTS[name];
-    const field = el("input", {id: name, ...attributes, value, title: hint, oninput: () => {
-      output.textContent = attributes.type === "range" ? field.value : "";
+    const shows = attributes.type === "range", output = el("output", {for: name}, shows ? String(value) : "");
+    const made = el("input", {id: name, ...attributes, value, oninput: () => {
+      if (shows) output.textContent = made.value;
       idle();
     }});
-    const output = el("output", {for: name}, attributes.type === "range" ? String(value) : "");
-    return el("label", {title: hint}, el("span", {}, title, output), field);
+    return el("label", {title: hint}, el("span", {}, title, output), made);
   }
 
   const field = name => document.getElementById(name);
@@ -150,7 +151,7 @@
     fresh.disabled = field("seed")?.disabled;
   }
 
-  /* {setting: number} of the inputs that do something. An empty or odd input goes out as text: the server refuses it. */
+  /* {setting: number} of the inputs that do something. An empty one goes out as text, which the server refuses. */
   function settings() {
     const fields = Object.keys(model.inputs).map(field).filter(each => !each.disabled);
     return Object.fromEntries(fields.map(each => [each.id, Number.isNaN(each.valueAsNumber) ? each.value
@@ -163,21 +164,23 @@
     if (model.chats && !text.trim()) return;
     if (fresh.checked && !fresh.disabled) field("seed").value = Math.floor(Math.random() * 1e6);
     const request = {...settings(), ...(model.sees ? {image} : {})};
-    const turn = model.chats ? talk(text) : {node: print(), done() {}, failed() {}};
+    let pieces = 0, number = null, began = performance.now(), all = "";
+    const turn = model.chats ? talk(text) : print();
     if (model.chats) request.messages = [...messages]; else request.prompt = text;
     running = new AbortController();
     busy(true);
-    let pieces = 0, number = null, began = performance.now(), all = "";
     try {
       for await (const line of lines(await post("/write", request, running.signal))) {
         if (line.error) throw new Error(line.error);
-        if (line.model) [number, began] = [line.model, performance.now()];
+        if (line.model) {
+          [number, began] = [line.model, performance.now()];
+          state.textContent = "writing …";
+        }
         if (line.text !== undefined) {
           const given = !model.chats && !pieces && line.text === text;
           if (given) shown.prepend(el("span", {class: "given"}, text)); else turn.node.appendData(line.text);
           pieces += !given;
           all += given ? "" : line.text;
-          state.textContent = "writing …";
           scrollDown(model.chats ? bubbles : shown);
         }
         if (line.done) {
@@ -220,27 +223,25 @@
   });
 
   function busy(is) {
-    go.disabled = is;
+    go.disabled = reset.disabled = is;
     stop.disabled = !is;
-    form.classList.toggle("busy", is);
-    look.hidden = is || !written;
     if (is) {
       atEnd = true;
       error.textContent = "";
       state.textContent = "waiting for the model …";
       written = null;
-      look.hidden = true;
     }
+    look.hidden = !written;
   }
 
-  /* An empty place for the next text: a text node. */
+  /* Makes room for the next text. Returns its text node, and what to do at the end. */
   function print() {
     const node = document.createTextNode("");
     shown.replaceChildren(el("span", {}, node));
-    return node;
+    return {node, done() {}, failed() { if (!node.data) shown.replaceChildren(); }};
   }
 
-  /* Adds a message and the bubble of its answer. Returns the answer's text node, and what to do at the end. */
+  /* Adds a message and the bubble of its answer. Returns the same as `print`. */
   function talk(text) {
     const node = document.createTextNode("");
     const mine = el("div", {class: "bubble user"}, text), its = el("div", {class: "bubble"}, node);
@@ -264,7 +265,6 @@
   }
 
   function forget() {
-    running?.abort();
     messages = [];
     written = null;
     look.hidden = true;

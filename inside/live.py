@@ -121,7 +121,7 @@ class Server(ThreadingHTTPServer):
             self.address_family = socket.getaddrinfo(host, None)[0][0]
             super().__init__((host, port), Handler)
         except (OSError, OverflowError) as error:
-            why = getattr(error, "strerror", None) or error
+            why = str(getattr(error, "strerror", None) or error).rstrip(".")
             if isinstance(error, socket.gaierror) or getattr(error, "errno", 0) == errno.EADDRNOTAVAIL:
                 raise UserError(f"host = {host}: {why}; leave it out for this machine alone, or --host=0.0.0.0 for all"
                                 " that can reach it") from None
@@ -301,7 +301,7 @@ class Handler(BaseHTTPRequestHandler):
         self.begun = False
         try:
             self.check_sender()
-            path = urlsplit(self.path).path
+            path = self.path.partition("?")[0]
             if path not in table:
                 raise Refusal(404, f"there is nothing at {self.command} {path[:80]}")
             table[path]()
@@ -320,12 +320,12 @@ class Handler(BaseHTTPRequestHandler):
         if len(host) != 1:
             raise Refusal(400, "a request needs one Host header")
         if not is_ours(host[0], self.server.settings.host):
-            raise Refusal(403, f"Host: {host[0][:80]} is not a name of this server; if it is, add --host")
+            raise Refusal(403, f"Host: {host[0][:80]} is not a name of this server; if it is, name it with --host")
         if origin is not None and origin != f"http://{host[0]}":
             raise Refusal(403, f"Origin: {origin[:80]} is another page: only this server's own may ask")
 
     def refuse(self, status, line):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Gone, OSError):
             if self.begun:
                 self.line({"error": line})
             else:
@@ -378,7 +378,7 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200, page(None, [part("live.js")], [part("live.css")]), "text/html; charset=utf-8")
 
     def run(self):
-        since = parse_qs(urlsplit(self.path).query).get("since", ["0"])[-1]
+        since = parse_qs(self.path.partition("?")[2]).get("since", ["0"])[-1]
         if not re.fullmatch(r"\d{1,15}", since, re.ASCII):
             raise UserError(f"since = {since[:80]!r}: must be a step, such as 100")
         self.reply(200, run_state(self.server, int(since)))

@@ -194,9 +194,14 @@ def test_what_can_not_be_answered_gets_a_status_and_a_line(server, path, body, h
 
 def test_other_methods_and_what_is_no_http_get_a_line_too(server, capfd):
     assert "Unsupported method" in json.loads(ask(server, "/write", method="OPTIONS")[1])["error"]
-    with socket.create_connection(("127.0.0.1", server.server_port), 5) as raw:
-        raw.sendall(b"\x16\x03\x01 hello\r\n\r\n")
-        assert b"error" in raw.recv(2000)
+    for sent, line in ((b"\x16\x03\x01 hello\r\n\r\n", b"error"),
+                       (b"GET http://[ HTTP/1.1\r\n\r\n", b"one Host"),
+                       (b"GET http://[ HTTP/1.1\r\nHost: localhost\r\n\r\n", b"nothing at GET http://["),
+                       (b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n", b"one Host")):
+        with socket.create_connection(("127.0.0.1", server.server_port), 5) as raw:
+            raw.sendall(sent)
+            raw.shutdown(socket.SHUT_WR)
+            assert line in b"".join(iter(lambda: raw.recv(2000), b""))
     assert not capfd.readouterr().err
 
 
@@ -251,7 +256,7 @@ def test_a_closed_tab_ends_its_text_and_the_next_one_writes(server, capfd):
         assert server.turn.locked()
     began = time.monotonic()
     assert written(server, prompt="the", max_new_tokens=5)[0].startswith("the")
-    assert time.monotonic() - began < 2 and not capfd.readouterr().err  # 100,000 tokens take a minute
+    assert time.monotonic() - began < 5 and not capfd.readouterr().err  # 100,000 tokens take a minute
 
 
 def test_a_tab_that_does_not_wait_for_its_turn_is_forgotten(server):
@@ -355,8 +360,8 @@ def test_a_run_is_followed_from_before_its_first_save_to_its_end(tiny, tmp_path,
         until(lambda: not state(server)["learning"] and server.newest()[1] == server.mark)
         over.set()
         looking.join()
-        shown = [each["model"]["step"] for each in seen if each["model"]]
-        assert len(set(shown)) >= 3 and shown[:-1] == sorted(shown[:-1])  # it was loaded anew as the run saved
+        shown = [each["model"]["step"] for each in seen if each["model"] and each["learning"]]
+        assert len(set(shown)) >= 3 and shown == sorted(shown)  # it was loaded anew as the run saved
         log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         rows = [row for each in seen for row in each["rows"]]
         assert [row["step"] for row in rows] == [row["step"] for row in log]  # each row once
