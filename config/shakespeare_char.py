@@ -4,9 +4,10 @@
 
 The 1.1 MB text is downloaded once. Without a GPU the same command trains the smaller model under on_cpu.
 
-On one H200 an update takes 7.6 ms. The validation loss stops falling after 1,750 updates, 13 s, at 1.469; from there on
-the model learns the training text by heart, and `best` keeps what was best. --max_iters=1750 ends there, and since the
-learning rate then falls sooner, that is another run, which was not measured.
+On one H200 an update takes 7.8 ms, and the whole command 51 s. The validation loss stops falling after 1,750 updates,
+14 s, at 1.466; from there on the model learns the training text by heart, to 1.70 at the end, and `best` keeps what was
+best. --max_iters=1750 ends there, and since the learning rate then falls sooner, that is another run, which was not
+measured.
 """
 
 dataset = "shakespeare_char"
