@@ -154,8 +154,8 @@ class ViT(nn.Module):
 class ConvStem(nn.Sequential):
     """Embeds patches by convolutions of 3 x 3 that halve the sides (Xiao et al. 2021): (B, 3, H, W) -> (B, C, ., .).
 
-    The result has a vector for each patch, but it also sees a little of the neighbours. The norms are of one image,
-    not of the paper's whole batch, so that no row depends on another.
+    A patch of P pixels also sees P - 1 pixels above it and on its left. The norms are of one image, not of the paper's
+    whole batch, so that no row depends on another.
     """
 
     def __init__(self, config):

@@ -72,7 +72,8 @@ def prepare(rows, folder, how, source, revision=""):
 def write_images(rows, path, how):
     """Writes the pictures, resized, to the file `path`: uint8 (n, size, size, 3).
 
-    Returns (the rows of those that it wrote, {reason: how many it left out}). Each row then has image, its index, and digest, of its pixels, instead of read.
+    Returns (the rows of those that it wrote, {reason: how many it left out}). Each row then also has image, its index,
+    and digest, of its pixels.
     """
     from PIL import Image
     kept, left_out, seen, size = [], Counter(), set(), how.image_size
