@@ -25,7 +25,7 @@ warmup_iters = 50
 beta2 = 0.98
 weight_decay = 0.05
 
-batch_size = 128
-max_iters = 2500
-eval_interval = 500
+batch_size = 64
+max_iters = 2600  # three epochs
+eval_interval = 520
 log_interval = 50

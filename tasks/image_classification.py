@@ -32,7 +32,7 @@ from vlm import ImageClassifier, ImageClassifierConfig, ViT, ViTConfig, init_par
 
 SHAPE = ("n_layer", "n_head", "n_embd", "patch_size", "stem")
 AT_ONCE = 256  # pictures per batch of an evaluation: it limits memory and changes no result
-MOST_NUMBERS = 100_000_000  # in the pictures from which the logistic regression learns: 400 MB
+MOST_NUMBERS = 200_000_000  # in the pictures from which the floors learn: 800 MB
 
 
 class ImageClassificationTask(Task):
@@ -157,17 +157,41 @@ class ImageClassificationTask(Task):
 
     def floors(self, part):
         """{name: decisions (n, N)} for the pictures of a part, learned from the pixels of the training pictures."""
-        known = ~self.labels["train"][:, -1]
-        images, classes = self.images["train"][known], self.labels["train"][known, :-1].argmax(1)
-        step = -(-len(images) * self.dataset.images[0].size // MOST_NUMBERS)  # of so many pictures only one is used
-        classes = classes[::step]
-        x, others = (self.dataset.images[at].reshape(len(at), -1).astype(np.float32) / 255
-                     for at in (images[::step], self.images[part]))
-        n_labels = self.labels["train"].shape[1] - 1
-        counts = np.bincount(classes, minlength=n_labels)
-        decided = {"most frequent": np.full(len(others), counts.argmax()), "nearest mean": nearest(x, classes, others)}
-        decided |= {"logistic regression": regression(x, classes, others)}
+        x, classes = self.training_pixels
+        others, n_labels = self.pixels(self.images[part]), self.labels["train"].shape[1] - 1
+        decided = {"most frequent": np.full(len(others), np.bincount(classes).argmax()),
+                   "nearest mean": nearest(x, classes, others), "logistic regression": self.regression.predict(others)}
         return {name: found[:, None] == np.arange(n_labels) for name, found in decided.items()}
+
+    def pixels(self, images):
+        """Pixels of the images with some indices (n,): float32 (n, P), 0 to 1. P: 3 * S * S; S * S if all are grey."""
+        found = self.dataset.images[images]
+        if self.is_grey:
+            found = found[..., :1]
+        return found.reshape(len(found), -1).astype(np.float32) / 255
+
+    @functools.cached_property
+    def is_grey(self):
+        images = self.dataset.images
+        return all((part[..., :1] == part).all() for part in np.array_split(images, -(-len(images) // AT_ONCE)))
+
+    @functools.cached_property
+    def training_pixels(self):
+        """(pixels (n, P), classes (n,)) of the training pictures, or of some of them: at most MOST_NUMBERS."""
+        rows = np.flatnonzero(~self.labels["train"][:, -1])
+        rows = rows[::-(-len(rows) * self.dataset.images[0].size // MOST_NUMBERS)]
+        return self.pixels(self.images["train"][rows]), self.labels["train"][rows, :-1].argmax(1)
+
+    @functools.cached_property
+    def regression(self):
+        """scikit-learn's logistic regression on `training_pixels`. Raises UserError without scikit-learn."""
+        try:
+            from sklearn.linear_model import LogisticRegression
+        except ImportError:
+            raise UserError("the logistic regression needs scikit-learn: pip install scikit-learn") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that 100 steps did not reach the very optimum
+            return LogisticRegression(C=0.1, max_iter=100).fit(*self.training_pixels)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Answers
@@ -245,17 +269,3 @@ def nearest(x, classes, others):
     names = np.unique(classes)
     means = np.stack([x[classes == name].mean(0) for name in names])
     return names[((means ** 2).sum(1) - 2 * others @ means.T).argmin(1)]
-
-
-def regression(x, classes, others):
-    """For each row of others (n, P), the class by logistic regression on x (m, P) and its classes (m,).
-
-    Raises UserError without scikit-learn.
-    """
-    try:
-        from sklearn.linear_model import LogisticRegression
-    except ImportError:
-        raise UserError("the logistic regression needs scikit-learn: pip install scikit-learn") from None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that 100 steps did not reach the very optimum
-        return LogisticRegression(C=0.1, max_iter=100).fit(x, classes).predict(others)
