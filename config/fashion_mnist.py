@@ -3,6 +3,11 @@
     python train.py config/fashion_mnist.py
     python train.py config/fashion_mnist.py --stem=True --out_dir=out/fashion_mnist_stem
     python evaluate.py --out_dir=out/fashion_mnist --test=True
+    python sample.py --out_dir=out/fashion_mnist --image=shirt.png
+
+The data come from a Debian package, by apt-get, or else from GitHub. Three epochs take five minutes of one CPU core
+with AMX, six with --stem=True. Seed 1337 named 88.4 % of the test pictures rightly, and 88.8 % with the stem (89.3 and
+90.2 % of the validation pictures); a logistic regression on the pixels 84.4 %.
 """
 
 task = "image-classification"
