@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import shlex
+import shutil
 import struct
 from pathlib import Path
 
@@ -12,10 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import settings_for
-from safetensors.torch import load_file
 from test_train import resume
 
-import encoder
 import evaluate
 import prepare
 import sample
@@ -99,40 +98,65 @@ def opened(folder, data):
 # ----------------------------------------------------------------------------------------------------------------------
 # The model
 
-NAMES = (("vit.embeddings.cls_token", "vision.cls.weight"), ("vit.embeddings.position_embeddings", "vision.wpe.weight"),
-         ("vit.embeddings.patch_embeddings.projection.", "vision.patches."),
-         ("vit.layernorm.", "vision.transformer.ln_f."), ("classifier.", "head."),
-         ("vit.encoder.layer.", "vision.transformer.blocks."), (".layernorm_before.", ".ln_1."),
-         (".layernorm_after.", ".ln_2."), (".attention.attention.query.", ".attn.q_proj."),
-         (".attention.attention.key.", ".attn.k_proj."), (".attention.attention.value.", ".attn.v_proj."),
-         (".attention.output.dense.", ".attn.o_proj."), (".intermediate.dense.", ".mlp.up_proj."),
-         (".output.dense.", ".mlp.down_proj."))  # in a published file, and here
-
-
-def test_a_classifier_with_a_class_token_equals_transformers(tmp_path):
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """(folder, transformers' model) of a tiny random ViT."""
     transformers = pytest.importorskip("transformers")
+    names = dict(enumerate(["red", "mauve", "blue", "green", "pink"]))
     theirs = transformers.ViTForImageClassification(transformers.ViTConfig(
-        hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40, image_size=12, patch_size=4,
-        num_labels=5)).eval()
-    generator, state = torch.Generator().manual_seed(0), {}
-    for value in theirs.state_dict().values():
-        value.copy_(torch.randn(value.shape, generator=generator) * 0.3)
-    theirs.save_pretrained(tmp_path)
-    for name, value in load_file(tmp_path / "model.safetensors").items():
-        for their_part, our_part in NAMES:
-            name = name.replace(their_part, our_part)
-        state[name] = value.squeeze(0) if name.endswith(("cls.weight", "wpe.weight")) else value
-    assert "gelu_erf" in encoder.MLPS  # encoder.py adds it: the exact GELU, as theirs
-    ours = ImageClassifier(ImageClassifierConfig(
-        ViTConfig(n_layer=2, n_head=3, n_embd=24, n_hidden=40, image_size=12, patch_size=4, mlp="gelu_erf",
-                  norm_eps=1e-12, cls=True), tuple("abcde")))
-    ours.load_state_dict(state)  # strict
-    images = torch.randn(3, 3, 12, 12, generator=generator)
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40, image_size=8, patch_size=4,
+        id2label=names)).eval()
+    for i, value in enumerate(theirs.state_dict().values()):
+        value.copy_(torch.randn(value.shape, generator=torch.Generator().manual_seed(i)) * 0.3)
+    folder = tmp_path_factory.mktemp("hub") / "vit"
+    theirs.save_pretrained(folder)
+    return folder, theirs
+
+
+def test_a_classifier_with_a_class_token_equals_transformers(published):
+    folder, theirs = published
+    task, ours, _ = load(folder)
+    assert type(task) is ImageClassificationTask and ours.config.labels == ("red", "mauve", "blue", "green", "pink")
+    images = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected, found = theirs(images).logits, ours(images)
     assert expected.std() > 0.1 and (found - expected).abs().max() < 1e-5
     targets = torch.tensor([0, 3, 4])
     torch.testing.assert_close(ours(images, targets), -found.log_softmax(-1)[range(3), targets])
+
+
+def test_a_published_model_names_images_and_is_fine_tuned_with_a_new_head(published, data, tiny, tmp_path, capsys):
+    folder, theirs = published
+    Image.new("RGB", (30, 20), COLOURS["red"]).save(tmp_path / "red.png")
+    sample.main(parse(sample.Settings, [f"--init_from={folder}", "--device=cpu", f"--image={tmp_path}/red.png"],
+                      **sample.HOW)[0])
+    picture = (torch.tensor(COLOURS["red"])[:, None, None] / 127.5 - 1).expand(1, 3, 8, 8)
+    p = theirs(picture).logits.softmax(-1)[0]
+    assert f"{theirs.config.id2label[int(p.argmax())]} {p.max():.3f}" in capsys.readouterr().out
+    own = {name: value for name, value in tiny.items() if name not in ("n_layer", "n_head", "n_embd", "patch_size")}
+    train.main(settings_for("image-classification", **own, init_from=str(folder), rates={"vision": 0.0},
+                            out_dir=str(tmp_path / "out")), {})
+    _, tuned, _ = load(tmp_path / "out")
+    torch.testing.assert_close(tuned.vision.state_dict(), load(folder)[1].vision.state_dict(), atol=0, rtol=0)
+    assert tuned.config.labels == ("blue", "green", "red")
+
+
+def test_a_published_model_that_differs_is_refused_by_name(published, tmp_path):
+    for changes, message in ((dict(hidden_act="swish"), "hidden_act = 'swish', but only 'gelu'"),
+                             (dict(architectures=["ViTModel"]), "architectures = .'ViTModel'., but only"),
+                             (dict(id2label={"1": "a", "2": "b"}), "id2label = .*must name the classes from 0 on"),
+                             (dict(num_hidden_layers=3), "vision.transformer.blocks.2"),
+                             (dict(id2label={"0": "a", "1": "b"}), "head.weight")):
+        changed_folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        shutil.copytree(published[0], changed_folder)
+        config = json.loads((changed_folder / "config.json").read_text())
+        (changed_folder / "config.json").write_text(json.dumps({**config, **changes}))
+        with pytest.raises(UserError, match=message):
+            load(changed_folder)
+    (published[0] / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.485, 0.456, 0.406]}))
+    with pytest.raises(UserError, match="image_mean = .0.485.*, but only .0.5, 0.5, 0.5. can be loaded"):
+        load(published[0])
+    (published[0] / "preprocessor_config.json").unlink()
 
 
 def test_patches_come_row_by_row_from_the_top():

@@ -110,7 +110,7 @@ def test_the_commands_were_found():
 
 
 def test_the_readme_is_a_newcomers_page():
-    assert len(README.splitlines()) <= 372  # 300, and sections about a GPU, dialogues, rewards, and pictures by class
+    assert len(README.splitlines()) <= 368  # 300, and sections about a GPU, dialogues, rewards, and pictures by class
 
 
 def test_the_file_tree_is_complete():
