@@ -355,18 +355,43 @@ def image_attention(model, image, prompt, answer):
     return torch.stack(looks).mean(0).cpu()
 
 
+@torch.inference_mode()
+def rollout(model, image):
+    """How much of each patch reaches the head of an `ImageClassifier`, as far as attention tells: (N,), on the CPU.
+
+    Attention rollout (Abnar and Zuidema 2020): the weights' mean over heads, half and half with the identity for the
+    residual stream, multiplied from block to block. It sums to 1, less the class token's own share. image: (1, 3, H, W).
+    """
+    looks, vision = [], model.vision
+
+    def look(attention, inputs):
+        looks.append(attention_weights(attention, inputs[0], None, None)[0].mean(0).cpu())  # (T, T)
+
+    hooks = [block.attn.register_forward_pre_hook(look) for block in vision.transformer.blocks]
+    try:
+        vision(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    own = flow = torch.eye(len(looks[0]))
+    for weights in looks:
+        flow = (weights + own) / 2 @ flow
+    return (flow[0] if vision.config.cls else flow.mean(0))[-vision.config.n_patches:]
+
+
 def attention_weights(attention, x, mask, rope, first=0):
     """softmax(q k^T / sqrt(D)) of an `Attention`, in float32: (B, H, T - first, T) for the queries from `first` on.
 
-    x: (B, T, C); mask: a boolean tensor that ends in (T, T); rope: see `Attention`.
+    x: (B, T, C); mask: a boolean tensor that ends in (T, T), or None; rope: see `Attention`.
     """
     q = attention.q_proj(x[:, first:]).unflatten(-1, (attention.n_head, attention.head_dim))
     q = attention.q_norm(q).transpose(1, 2)  # (B, H, T - first, D)
     k, _ = attention.keys_values(x)  # (B, K, T, D)
-    q, k = rotate(q, *(table[..., first:, :] for table in rope)), rotate(k, *rope)
+    if rope is not None:
+        q, k = rotate(q, *(table[..., first:, :] for table in rope)), rotate(k, *rope)
     k = k.repeat_interleave(attention.n_head // attention.n_kv_head, dim=1)  # (B, H, T, D)
     scores = q.float() @ k.float().transpose(-1, -2) / attention.head_dim ** 0.5
-    return scores.masked_fill(~mask[..., first:, :], -torch.inf).softmax(-1)
+    return (scores if mask is None else scores.masked_fill(~mask[..., first:, :], -torch.inf)).softmax(-1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The image classification task: a vision transformer names the class of a picture.
 
     python train.py config/fashion_mnist.py
-    python sample.py --out_dir=out/fashion_mnist --image=shirt.png
+    python sample.py --out_dir=out/fashion_mnist --image=shirt.png --attention=map.png
     python evaluate.py --out_dir=out/fashion_mnist --picture=confusion.png
 
 It starts from random weights or, by --init_from, from the vision tower of a SigLIP or a PaliGemma. An image of another
@@ -24,11 +24,12 @@ from machine.terminal import watched
 from run import pictures
 from run.cost import flops_per_token, size_in_words
 from run.files import to_json, write_text
+from run.pictures import save_picture
 from tasks.classification import answer, averages, decide, described, draw_confusion, f1
 from tasks.image_text import check_patch, check_size
 from tasks.settings import Recognising
 from tasks.task import Task
-from vlm import ImageClassifier, ImageClassifierConfig, ViT, ViTConfig, init_parts
+from vlm import ImageClassifier, ImageClassifierConfig, ViT, ViTConfig, init_parts, rollout
 
 SHAPE = ("n_layer", "n_head", "n_embd", "patch_size", "stem")
 AT_ONCE = 256  # pictures per batch of an evaluation: it limits memory and changes no result
@@ -203,15 +204,23 @@ class ImageClassificationTask(Task):
             return model(images).softmax(-1).cpu().numpy()
 
     def sample(self, model, requests, sampling):
-        """Yields (index of a request, its likeliest labels); if there are several, after the path of its image."""
+        """Yields (index of a request, its likeliest labels); if there are several, after the path of its image.
+
+        sampling.attention, if set, names a picture to write: `rollout` as a heat map. Then (0, text) also says so.
+        """
         if not all(request.get("image") for request in requests):
             raise UserError("this model names the class of an image: add --image=FILE")
         device, size = next(model.parameters()).device, model.config.vision.image_size
         for index, request in enumerate(requests):
-            image = pictures.pixels(pictures.read_image(request["image"]), size).to(device)
-            shares, = self.probabilities(model, image[None])
+            found = pictures.read_image(request["image"])
+            image = pictures.pixels(found, size).to(device)[None]
+            shares, = self.probabilities(model, image)
             path = f"{request['image']}: " * (len(requests) > 1)
             yield index, path + described(OneLabel(model.config.labels), shares, sampling.top)
+        if sampling.attention:
+            name = model.config.labels[shares.argmax()]
+            drawn = pictures.draw_attention(found, rollout(model, image)[None], "", [name])
+            yield 0, "\n" + save_picture(drawn, sampling.attention)
 
     def show(self, model, short=False):
         """Pictures of the validation part with their likeliest labels: ten, or if short three."""

@@ -449,10 +449,14 @@ class Recognising:
     image: str = ""  # an image file, or several separated by commas
     # the answers
     top: int = 3  # how many of the likeliest classes to show; 0: all
+    attention: str = ""  # a .png or .jpg to write: how much of each part of the image reached the answer by attention
 
     def __post_init__(self):
         check_model(self)
         check_ranges(self, top=0)
+        check_picture(self, "attention")
+        if self.attention and len(image_files(self.image)) > 1:
+            raise UserError(f"attention = {self.attention}: needs one --image")
         if hasattr(self, "prompt"):  # from a command line
             check_idle(self, "this model reads images alone", "prompt")
 

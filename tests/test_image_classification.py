@@ -37,6 +37,7 @@ from vlm import (
     ViT,
     ViTConfig,
     init_parts,
+    rollout,
 )
 
 Image = pytest.importorskip("PIL.Image")
@@ -139,6 +140,20 @@ def test_a_published_model_names_images_and_is_fine_tuned_with_a_new_head(publis
     _, tuned, _ = load(tmp_path / "out")
     torch.testing.assert_close(tuned.vision.state_dict(), load(folder)[1].vision.state_dict(), atol=0, rtol=0)
     assert tuned.config.labels == ("blue", "green", "red")
+
+
+def test_attention_rolled_out_is_the_product_of_transformers_weights(published):
+    _, model, _ = load(published[0])
+    published[1].set_attn_implementation("eager")
+    image = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        weights = published[1](image, output_attentions=True).attentions
+    expected = torch.linalg.multi_dot([0.5 * each[0].mean(0) + 0.5 * torch.eye(5) for each in reversed(weights)])
+    torch.testing.assert_close(rollout(model, image), expected[0, 1:])
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    mean = ImageClassifier(ImageClassifierConfig(ViTConfig(n_layer=3, n_head=2, n_embd=8, image_size=8, patch_size=4),
+                                                 ("a", "b")))
+    assert rollout(mean, image).sum().item() == pytest.approx(1) and rollout(mean, image).shape == (4,)
 
 
 def test_a_published_model_that_differs_is_refused_by_name(published, tmp_path):
@@ -432,6 +447,10 @@ def test_the_likeliest_classes_of_an_image_are_printed(trained, data, capsys, tm
     both = sampled(trained, capsys, f"--image={tmp_path}/red.png,{tmp_path}/blue.png", "--top=1")
     assert f"{tmp_path}/red.png: red " in both and f"{tmp_path}/blue.png: blue " in both
     assert task.write(model, image=tmp_path / "red.png", top=1).startswith("red ")
+    said = sampled(trained, capsys, f"--image={tmp_path}/red.png", f"--attention={tmp_path}/map.png")
+    assert said.endswith(f"wrote {tmp_path}/map.png\n") and Image.open(tmp_path / "map.png").width > 400
+    with pytest.raises(UserError, match="attention = x.png: needs one --image"):
+        sampled(trained, capsys, f"--image={tmp_path}/red.png,{tmp_path}/blue.png", "--attention=x.png")
     _, script, _, image = shlex.split(task.command(trained))
     assert script == "sample.py" and sampled(trained, capsys, image.replace("FILE", f"{tmp_path}/red.png"))
     assert task.show(model).count("\n") > task.show(model, short=True).count("\n") == 2
