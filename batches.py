@@ -75,9 +75,11 @@ class Joined:
 META_KEYS = {"text": ("dtype", "train_tokens", "val_tokens"),
              "image-text": ("image_size", "images", "train_rows", "val_rows"),
              "pairs": ("dtype", "shared", "train_rows", "val_rows", "test_rows"),
+             "image-labels": ("image_size", "images", "labels", "train_rows", "val_rows", "test_rows"),
              "labels": ("labels", "several", "train_rows", "val_rows", "test_rows"),
              "tags": ("tags", "intents", "train_rows", "val_rows", "test_rows"),
              **dict.fromkeys(("chat", "preferences"), ("world", "train_rows", "val_rows", "test_rows"))}
+SPLITS = ("train", "val", "test")
 
 
 def read_meta(folder, kind):
@@ -135,23 +137,24 @@ def fixed_windows(n_tokens, block_size, batch_size, limit=0):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Images with text
+# Images with text, or with labels
 
 class ImageTextDataset:
     """A prepared folder of images with text. images: uint8 (n, S, S, 3), memory-mapped. meta: from meta.json.
 
     rows: {"train": [...], "val": [...]} of dicts with image (an index), prompt, answer, kind, and the original width
-    and height in pixels. Raises UserError if the files don't fit meta.json.
+    and height in pixels. kind "image-labels": with image, label and file; also for "test". Raises UserError if the
+    files don't fit meta.json.
     """
 
-    def __init__(self, folder):
-        self.folder, self.meta = folder, read_meta(folder, "image-text")
+    def __init__(self, folder, kind="image-text"):
+        self.folder, self.meta = folder, read_meta(folder, kind)
         self.image_size = self.meta["image_size"]
         path, shape = folder / "images.bin", (self.meta["images"], self.image_size, self.image_size, 3)
         if not path.exists() or path.stat().st_size != np.prod(shape):
             raise UserError(f"{path} does not hold the {shape[0]:,} images that meta.json promises: prepare it again")
         self.images = np.memmap(path, dtype=np.uint8, mode="r", shape=shape)
-        self.rows = {split: self.read_rows(split) for split in ("train", "val")}
+        self.rows = {split: self.read_rows(split) for split in SPLITS if f"{split}_rows" in self.meta}
 
     def __repr__(self):
         counts = " and ".join(f"{len(rows):,} {split} rows" for split, rows in self.rows.items())
@@ -168,9 +171,13 @@ class ImageTextDataset:
 
 
 def read_images(images, indices, device):
-    """The images (n, S, S, 3), uint8, at B indices, as float32 (B, 3, S, S) in [-1, 1]."""
-    pixels = to_device(images[indices], device)
-    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, S, S, 3) -> (B, 3, S, S)
+    """The images (n, S, S, 3), uint8, at B indices, as `scaled` gives them."""
+    return scaled(images[indices], device)
+
+
+def scaled(images, device):
+    """Images (B, S, S, 3), uint8, as float32 (B, 3, S, S) in [-1, 1]."""
+    return to_device(images, device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def shuffled_rows(n_rows, count, seed, step):

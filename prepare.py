@@ -7,6 +7,7 @@
     python prepare.py my.txt --tokenizer=HuggingFaceTB/SmolLM2-135M      of a model on the hub
     python prepare.py shakespeare_char                  a known data set (train.py does this by itself)
     python prepare.py my_folder/ --image_size=48        images with a captions.jsonl: see sources/images.py
+    python prepare.py my_folder/ --image_size=32        pictures, in a folder for each class: sources/labelled_images.py
     python prepare.py my_folder/ --tokenizer=gpt2       documents in .parquet, .jsonl, .csv or .tsv files, and
     python prepare.py fineweb                           documents of the Hugging Face Hub: see sources/documents.py
     python prepare.py talks.jsonl                       dialogues, "messages" in each line; or preferences between two
@@ -46,6 +47,7 @@ class Settings:
     processes: int = 0  # processes that tokenize documents in parallel; 0: one per CPU core
     max_files: int = 0  # use only so many files of documents, from the first on; 0: all
     languages: str = ""  # two, such as en,it: the sources are parallel texts; of a known set with labels: its languages
+    unreadable: Literal["refuse", "skip"] = "refuse"  # a picture of a class that can't be read: stop, or leave it out
     columns: str = ""  # of a table of pairs, the two columns; default: named as the languages; 1,2: if none are named
     shared: bool = True  # pairs: one vocabulary for both languages
     min_words: int = 1  # pairs: leave out those with a shorter source
@@ -64,7 +66,7 @@ if __name__ == "__main__":  # --help and typos are answered before the slow impo
 
 from machine.terminal import printable
 from published import download as download_model
-from sources import dialogues, documents, images, known, labelled, pairs, texts
+from sources import dialogues, documents, images, known, labelled, labelled_images, pairs, texts
 from sources.download import download
 from sources.known import CORPORA, GENERATED, PAIRS, TOKENIZERS, claim, locate, prepare_known, prepare_pairs
 from tasks import find_task
@@ -72,7 +74,8 @@ from tasks import find_task
 GPT2_TOKENS = 100_000_000  # training tokens above which a GPT-2 from scratch is worthwhile
 SETTINGS_OF = {  # for each kind of source, its settings that some other kinds lack
     "texts": ("newlines", "files"), "documents": ("column", "processes", "max_files", "files"),
-    "captions": ("image_size",), "metadata": ("image_size", "column"),
+    "captions": ("image_size",), "pictures by class": ("image_size", "files", "unreadable"),
+    "known pictures by class": ("image_size",), "metadata": ("image_size", "column"),
     "pairs": ("languages", "columns", "shared", "min_words", "max_words"),
     "known pairs": ("languages", "shared", "min_words", "max_words"),
     "texts with labels": ("labels", "column", "files"), "words with tags": ("tags", "files"),
@@ -81,6 +84,7 @@ SETTINGS_OF = {  # for each kind of source, its settings that some other kinds l
     "a known corpus": ("column", "processes", "max_files"), "known images": ("image_size",)}
 CHAT_RECIPES = {"chat": "config/chat/dialogues.py", "preferences": "config/chat/dpo.py"}
 PAIRS_RECIPE = "config/translate_en_it.py"
+PICTURES_RECIPE = "config/fashion_mnist.py"
 TASKS = {"vlm": "image-text", "translate": "translation", "classify": "classification", "tag": "tagging",
          "dpo": "dpo"}
 # by the start of a recipe's name; others are of texts
@@ -125,6 +129,11 @@ def prepare_known_source(settings, source, named):
         _, recipe, usual = known.LABELLED[source]
         name, how = known_settings(settings, source, named, labelled.How(**usual))
         return known.prepare_labelled(source, name, how), recipe
+    if source in known.IMAGE_LABELS:
+        check_kind(settings, "known pictures by class")
+        usual = labelled_images.How(**known.IMAGE_LABELS[source])
+        name, how = known_settings(settings, source, named, usual)
+        return known.prepare_image_labels(source, name, how), PICTURES_RECIPE
     name, is_corpus, has_images = settings.name or source, source in CORPORA, source in GENERATED
     kind = "known dialogues" if source in known.DIALOGUES else "a known text"
     check_kind(settings, "a known corpus" if is_corpus else "known images" if has_images else kind)
@@ -156,7 +165,8 @@ def known_settings(settings, source, named, usual):
     chosen = {key: getattr(settings, key) for key in usual._fields
               if key in named or getattr(settings, key) != getattr(Settings, key)}
     how = usual._replace(**chosen)
-    name = source if how.languages == usual.languages else "_".join([source, *re.split(" *, *", how.languages)])
+    languages = getattr(how, "languages", "")
+    name = source if languages == getattr(usual, "languages", "") else "_".join([source, *re.split(" *, *", languages)])
     name = settings.name or name
     for key in usual._fields:
         if name == source and getattr(how, key) != getattr(usual, key):
@@ -177,11 +187,14 @@ def prepare_own(settings, sources, named):
     if dialogues.are_dialogues(paths):
         return prepare_own_dialogues(settings, paths)
     tables = images.find_tables(paths[0]) if len(paths) == 1 else []
+    if classes := [] if is_url or tables or len(paths) > 1 or not paths[0].is_dir() else \
+            labelled_images.find(paths[0], settings.files):
+        return prepare_own_pictures(settings, paths[0], classes), PICTURES_RECIPE
     text_files, row_files = ([], []) if is_url or tables else texts.find(paths, documents.READERS, settings.files)
     if not (is_url or tables or text_files or row_files):
         which = f" that match --files={settings.files}" if settings.files else ""
         raise UserError(f"{', '.join(sources)}: there are no texts or documents{which}; images need a captions.jsonl,"
-                        " see sources/images.py")
+                        " see sources/images.py, or a folder for each of several classes")
     check_kind(settings, tables[0].stem.lower() if tables else "documents" if row_files else "texts")
     name = own_name(settings, urlsplit(sources[0]).path if is_url else sources[0])
     source = sources[0] if is_url else ", ".join(map(os.path.abspath, sources))
@@ -214,6 +227,16 @@ def prepare_own_pairs(settings, sources, named):
     if settings.tokenizer == Settings.tokenizer and "tokenizer" not in named:
         how = how._replace(tokenizer=pairs.How().tokenizer)
     pairs.prepare(rows, claim(name, source), how, source)
+    return name
+
+
+def prepare_own_pictures(settings, path, rows):
+    """Prepares a folder of pictures by class. Returns the data set's name. rows: from labelled_images.find."""
+    check_kind(settings, "pictures by class")
+    check_idle(settings, "pictures by class have no text", "tokenizer")
+    name, source = own_name(settings, path), os.path.abspath(path)
+    how = labelled_images.How(settings.image_size, settings.val_fraction, settings.unreadable)
+    labelled_images.prepare(rows, claim(name, source), how, source)
     return name
 
 

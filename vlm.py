@@ -1,4 +1,4 @@
-"""Models of images and text, built from model.py's blocks: SigLIP, Gemma and PaliGemma.
+"""Models of images and text, built from model.py's blocks: a classifier of images, SigLIP, Gemma and PaliGemma.
 
     python sample.py --init_from=google/paligemma-3b-pt-224 --image=photo.jpg --prompt="caption en"
     python sample.py --init_from=FOLDER --image=photo.jpg --prompt="detect cat" --device=cpu --dtype=bfloat16
@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from configurator import check_choices, check_ranges
+from configurator import UserError, check_choices, check_ranges
 from model import GPT, GPTConfig, Transformer, TransformerConfig, causal_mask, init_weights, predict
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -34,10 +34,15 @@ class ViTConfig(TransformerConfig):
     bias: bool = True
     image_size: int = 224  # side of the square image, in pixels
     patch_size: int = 14  # side of a square patch, in pixels
+    stem: bool = False  # embed the patches by a `ConvStem`, instead of one linear layer
+    cls: bool = False  # a class token before the patches
 
     def __post_init__(self):
         super().__post_init__()
         check_ranges(self, patch_size=1, image_size=self.patch_size)
+        if self.stem and (self.patch_size == 1 or self.patch_size & self.patch_size - 1):
+            raise UserError(f"stem = True, patch_size = {self.patch_size}: a convolutional stem halves the image's"
+                            " sides; use a patch_size of 2, 4, 8, 16 or 32")
 
     @property
     def n_patches(self):
@@ -93,6 +98,19 @@ class SigLIPConfig:
         check_choices(self, loss=("sigmoid", "softmax"))
 
 
+@dataclass(frozen=True)
+class ImageClassifierConfig:
+    vision: ViTConfig = ViTConfig()
+    labels: tuple = ()  # the names of the classes
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        set_parts(self, vision=ViTConfig)
+        object.__setattr__(self, "labels", tuple(self.labels))  # JSON makes a list of it
+        if len(self.labels) < 2:
+            raise UserError(f"labels = {list(self.labels)}: a classifier needs at least two")
+
+
 def set_parts(config, **parts):
     """Changes a frozen config in place: its field NAME becomes an instance of CLASS, with the dropout of `config`.
 
@@ -109,19 +127,59 @@ def set_parts(config, **parts):
 # Models
 
 class ViT(nn.Module):
-    """SigLIP's vision transformer (Zhai et al. 2023): one vector per patch, no class token, no pooling head."""
+    """The vision transformer of Dosovitskiy et al. 2021, without a head; by default SigLIP's, without a class token."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.patches = nn.Conv2d(3, config.n_embd, config.patch_size, stride=config.patch_size)
-        self.wpe = nn.Embedding(config.n_patches, config.n_embd)
+        plain = not config.stem
+        self.patches = (nn.Conv2d(3, config.n_embd, config.patch_size, stride=config.patch_size) if plain else
+                        ConvStem(config))
+        self.cls = nn.Embedding(1, config.n_embd) if config.cls else None
+        self.wpe = nn.Embedding(config.n_patches + config.cls, config.n_embd)
         self.transformer = Transformer(config)
 
     def forward(self, images):
-        """images: (B, 3, image_size, image_size) in [-1, 1]. Returns (B, N, C), the patches row by row from the top."""
-        x = self.patches(images.to(self.patches.weight.dtype)).flatten(2).transpose(1, 2)  # (B, N, C)
+        """images: (B, 3, image_size, image_size) in [-1, 1]. Returns (B, N, C), the patches row by row from the top.
+
+        With a class token (B, 1 + N, C): its vector comes first.
+        """
+        x = self.patches(images.to(self.wpe.weight.dtype)).flatten(2).transpose(1, 2)  # (B, N, C)
+        if self.cls is not None:
+            x = torch.cat((self.cls.weight.expand(len(x), 1, -1), x), dim=1)
         return self.transformer(x + self.wpe.weight)
+
+
+class ConvStem(nn.Sequential):
+    """Embeds patches by convolutions of 3 x 3 that halve the sides (Xiao et al. 2021): (B, 3, H, W) -> (B, C, ., .).
+
+    A patch of P pixels also sees P - 1 pixels above it and on its left. The norms are of one image, not of the paper's
+    whole batch, so that no row depends on another.
+    """
+
+    def __init__(self, config):
+        halvings, layers, before = config.patch_size.bit_length() - 1, [], 3
+        for i in range(halvings):
+            width = max(1, config.n_embd >> halvings - 1 - i)  # it doubles up to C
+            layers += [nn.Conv2d(before, width, 3, stride=2, padding=1), nn.GroupNorm(1, width), nn.ReLU()]
+            before = width
+        super().__init__(*layers, nn.Conv2d(before, config.n_embd, 1))
+
+
+class ImageClassifier(nn.Module):
+    """A ViT, and a linear layer on its class token or, if it has none, on the mean over its patches."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.vision = ViT(config.vision)
+        self.head = nn.Linear(config.vision.n_embd, len(config.labels))
+
+    def forward(self, images, targets=None):
+        """The logits of the classes, (B, number of labels), in float32; or, given targets (B,), the nats of each."""
+        x = self.vision(images)
+        logits = self.head(x[:, 0] if self.config.vision.cls else x.mean(1)).float()
+        return logits if targets is None else F.cross_entropy(logits, targets, reduction="none")
 
 
 class Gemma(GPT):
@@ -248,13 +306,13 @@ class SigLIP(nn.Module):
 
 @torch.no_grad()
 def init_parts(model, generator=None):
-    """Initialises a PaliGemma or SigLIP in place: each part by `init_weights`, with std 1 / sqrt(the ViT's width).
+    """Initialises a model with a ViT in place: each part by `init_weights`, with std 1 / sqrt(the ViT's width).
 
-    The ViT's position embeddings start as sines and cosines, so that it can tell patches apart from the first step.
+    The patches' position embeddings start as sines and cosines, so that the ViT tells them apart from the first step.
     """
     for part in model.children():
         init_weights(part, generator, std=model.config.vision.n_embd**-0.5)
-    model.vision.wpe.weight.copy_(sincos_2d(model.config.vision))
+    model.vision.wpe.weight[-model.config.vision.n_patches:] = sincos_2d(model.config.vision)
 
 
 def sincos_2d(config):

@@ -80,3 +80,20 @@ def image_attention(model, image, prompt, answer):
                lambda weights: weights[0, :, first:, :N].mean(0)) as looks:  # (A, N)
         model.hidden(tokens, image=model.encode(image), prefix=prefix)
     return torch.stack(looks).mean(0).cpu()
+
+
+@torch.inference_mode()
+def rollout(model, image):
+    """How much of each patch reaches the head of an `ImageClassifier`, as far as attention tells: (N,), on the CPU.
+
+    Attention rollout (Abnar and Zuidema 2020): the weights' mean over heads, half and half with the identity for the
+    residual stream, multiplied from block to block. It sums to 1 less the class token's share. image: (1, 3, H, W).
+    """
+    vision = model.vision
+    with noted((block.attn for block in vision.transformer.blocks),
+               lambda weights: weights[0].mean(0).cpu()) as looks:  # (S, S), S = N or 1 + N
+        vision(image)
+    own = flow = torch.eye(len(looks[0]))
+    for weights in looks:
+        flow = (weights + own) / 2 @ flow
+    return (flow[0] if vision.config.cls else flow.mean(0))[-vision.config.n_patches:]

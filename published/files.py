@@ -3,10 +3,10 @@
     python sample.py --init_from=gpt2 --prompt="Once upon"
 
 A published folder holds config.json, tokenizer.json, and model.safetensors (or pytorch_model.bin) or its shards, with
-their index. gpt2.py, llama.py, paligemma.py and bert.py each have MODEL (from our config to the model), to_config and
-load_tokenizer.
+their index. gpt2.py, llama.py, paligemma.py, bert.py and vit.py each have MODEL (from our config to the model),
+to_config and, for models that read text, load_tokenizer.
 Published files differ in how they name tensors. first_name gives the name in the layout that came first (None: unused);
-source finds our parameter in it. bert.py has choose, too: the tensors tell which model they make.
+source finds our parameter in it. bert.py and vit.py have choose, too: the tensors tell which model they make.
 """
 
 import importlib
@@ -35,8 +35,9 @@ from vlm import Gemma, PaliGemma
 
 # {file of the weights: pattern of it, its shards and their index}. The first that exists; loading either runs no code.
 WEIGHTS = {"model.safetensors": "model*.safetensors*", "pytorch_model.bin": "pytorch_model*.bin*"}
-FAMILIES = {"gpt2": "published.gpt2", **dict.fromkeys(("llama", "mistral", "qwen2", "gemma"), "published.llama"),
-            "paligemma": "published.paligemma", "bert": "published.bert"}  # by the model_type in config.json
+FAMILIES = {  # by the model_type in config.json
+    "gpt2": "published.gpt2", **dict.fromkeys(("llama", "mistral", "qwen2", "gemma"), "published.llama"),
+    "paligemma": "published.paligemma", "bert": "published.bert", "vit": "published.vit"}
 HEAD = "lm_head.weight"  # the output head in every first layout; a tied model has none
 LAYOUTS = {GPT: ("gpt2", "llama"), Gemma: ("llama",), PaliGemma: ("paligemma",), MaskedLM: ("bert",),
            SentenceEncoder: ("bert",), Critic: ("gpt2", "llama")}  # that may hold a class of ours
@@ -58,7 +59,7 @@ class Source(NamedTuple):
 
 
 def load(name, device="cpu", dtype=torch.float32, block_size=0, dropout=0.0):
-    """(model in eval mode, {"tokenizer": its tokenizer}) of a published model.
+    """(model in eval mode, {"tokenizer": its tokenizer}) of a published model; {} for one of images alone.
 
     name: gpt2, gpt2-medium, -large, -xl, a hub id, or a folder. block_size: how many positions a model of text keeps;
     0: all; None: as many as a window of training should have. Raises UserError for a model that Quill can't compute,
@@ -69,25 +70,26 @@ def load(name, device="cpu", dtype=torch.float32, block_size=0, dropout=0.0):
     kind = theirs.get("model_type") if isinstance(theirs, dict) else None
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(f"{name}: model_type = {kind!r}, but only {', '.join(FAMILIES)} can be loaded")
-    tokenizer_file = find(folder)
-    if tokenizer_file is None:
+    family, tokenizer_file = importlib.import_module(FAMILIES[kind]), find(folder)
+    reads_text = hasattr(family, "load_tokenizer")
+    if reads_text and tokenizer_file is None:
         raise UserError(f"{name} has no tokenizer.json: transformers writes it, in Python:"
                         f" AutoTokenizer.from_pretrained({str(name)!r}).save_pretrained({str(folder)!r})")
-    family = importlib.import_module(FAMILIES[kind])
     try:
         config = family.to_config(theirs, name, block_size, dropout)
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{folder / 'config.json'} can't be used: {type(error).__name__}: {error}") from None
-    tokenizer = family.load_tokenizer(tokenizer_file)
-    vocab_size = getattr(config, "text", config).vocab_size
-    if tokenizer.vocab_size > vocab_size:
-        raise UserError(f"the tokenizer of {name} has {tokenizer.vocab_size} tokens, the model only {vocab_size}")
+    tokenizers = {"tokenizer": family.load_tokenizer(tokenizer_file)} if reads_text else {}
+    for tokenizer in tokenizers.values():
+        vocab_size = getattr(config, "text", config).vocab_size
+        if tokenizer.vocab_size > vocab_size:
+            raise UserError(f"the tokenizer of {name} has {tokenizer.vocab_size} tokens, the model only {vocab_size}")
     stored = read_tensors(folder, family)
     if hasattr(family, "choose"):
         config = family.choose(config, theirs, stored, name)
     model = unfilled(family.MODEL, config, device, dtype)
     fill(model, arrange(stored, model, family, theirs, folder), name)
-    return model, {"tokenizer": tokenizer}
+    return model, tokenizers
 
 
 def require(values, kinds, name):
@@ -107,7 +109,7 @@ def locate(name):
                         f" one, both complete; rename one of them to {name}")
     for weights in WEIGHTS.values():
         files = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt",
-                 "chat_template.jinja"]
+                 "chat_template.jinja", "preprocessor_config.json"]
         folder = Path(download(name, [*files, weights], "init_from"))
         if any(folder.glob(weights)):
             break

@@ -43,12 +43,15 @@ LABELLED = {  # texts with labels, from sources/labelled_sets.py: kind, recipe, 
     "flights": ("tags", "config/tag_flights.py", dict(tokenizer="word:1")),
     **dict.fromkeys(("atis", "snips"), ("tags", "config/tag_home.py", {})),
     **dict.fromkeys(("sst2", "imdb"), ("labels", "config/classify_topics.py", {}))}
+IMAGE_LABELS = {  # pictures by class: settings for sources.labelled_images.How
+    "fashion_mnist": dict(image_size=28), "digit_scans": dict(image_size=16)}
+BUILT_IN_PICTURES = "digit_scans"  # needs no network, but scikit-learn
 DIALOGUES = ("countdown", "calculator")  # of worlds.py, which need no network
 EQUATIONS = {f"{world}_text": world for world in DIALOGUES}  # texts of those worlds, to pre-train on
 BUILT_IN_TAGS = "flights"  # needs no network
 TOKENIZERS = {  # all known data sets: tokenizer
     **{name: row[0] for name, row in KNOWN.items()}, BUILT_IN: "char", **GENERATED, **dict.fromkeys(CORPORA, "gpt2"),
-    **{name: row["tokenizer"] for name, row in PAIRS.items()}, **dict.fromkeys(LABELLED, ""),
+    **{name: row["tokenizer"] for name, row in PAIRS.items()}, **dict.fromkeys((*LABELLED, *IMAGE_LABELS), ""),
     **dict.fromkeys((*DIALOGUES, *EQUATIONS), "char")}
 
 
@@ -112,6 +115,7 @@ def prepare_known(name, target, tokenizer, val_fraction=0.1, image_size=48):
     target: a data set's name or path, as for `locate`. Returns the data set to train on: `target`. If a download fails
     for want of a network, returns the built-in one where target is name, and else raises Offline. Pairs and texts with
     labels: with the settings in PAIRS and LABELLED; `prepare_pairs` and `prepare_labelled` take others.
+    Pictures by class: likewise, with those in IMAGE_LABELS.
     """
     if name in GENERATED:
         from sources import images  # imports numpy, which is slow
@@ -132,6 +136,8 @@ def prepare_known(name, target, tokenizer, val_fraction=0.1, image_size=48):
         return prepare_pairs(name, target, PAIRS[name])
     if name in LABELLED:
         return prepare_labelled(name, target, LABELLED[name][2])
+    if name in IMAGE_LABELS:
+        return prepare_image_labels(name, target, IMAGE_LABELS[name])
     from sources import texts  # imports numpy, which is slow
     try:
         path, origin = known_text(name)
@@ -178,6 +184,23 @@ def prepare_labelled(name, target, how):
         return built_in(BUILT_IN_TAGS, name, error)
     folder = locate(target) if target == name else claim(target, source)
     labelled.prepare(rows, folder, LABELLED[name][0], how, source, revision)
+    return target
+
+
+def prepare_image_labels(name, target, how):
+    """Prepares the pictures by class `name` as the data set `target`; returns and raises as prepare_known does.
+
+    how: a dict of settings, for sources.labelled_images.How.
+    """
+    from sources import labelled_images  # imports numpy, which is slow
+    try:
+        rows, source, revision = labelled_images.fetch(name, DATA / name)
+    except Offline as error:
+        if target != name:
+            raise
+        return built_in(BUILT_IN_PICTURES, name, error)
+    folder = locate(target) if target == name else claim(target, source)
+    labelled_images.prepare(rows, folder, labelled_images.How(**how), source, revision)
     return target
 
 

@@ -37,6 +37,8 @@ TASKS = {
                   ("bert",)),
     "classification": Row("tasks.classification", "ClassificationTask", settings.Classification, settings.Classifying,
                           settings.Labels, ()),
+    "image-classification": Row("tasks.image_classification", "ImageClassificationTask", settings.ImageClassification,
+                                settings.Recognising, settings.Labels, ("vit",)),
     "chat": Row("tasks.chat", "ChatTask", settings.Chat, settings.Chatting, settings.Answers, ()),
     "reward": Row("tasks.reward", "RewardTask", settings.Reward, settings.Scoring, settings.Problems, ()),
     "dpo": Row("tasks.dpo", "DPOTask", settings.DPO, settings.Chatting, settings.Answers, ()),

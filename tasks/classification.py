@@ -125,11 +125,7 @@ class ClassificationTask(LabelledTask):
             path = Path(settings.out_dir) / ("predictions_test.jsonl" if part == "test" else "predictions.jsonl")
             write_text(path, "".join(to_json({**row, **answer(config, p)}) for row, p in zip(rows, shares)))
         if settings.picture:
-            confusion = wanted[:, :-1].T.astype(np.float32) @ decided
-            confusion /= np.maximum(confusion.sum(1, keepdims=True), 1)  # shares of each right label
-            picture = draw_map(torch.from_numpy(confusion), config.labels, config.labels)
-            say(f"{save_picture(picture, settings.picture)}: the {part} part, a row for each right label, a column for"
-                " each predicted one")
+            draw_confusion(wanted, decided, config.labels, settings.picture, part)
         return result
 
     def floors(self, part):
@@ -262,6 +258,14 @@ def averages(found, wanted):
     """{"accuracy": share of texts whose labels are all right, "macro_f1": mean F1 of the labels}. Arguments: see f1."""
     right = (found == wanted[:, :-1]).all(1) & ~wanted[:, -1]
     return {"accuracy": float(right.mean()), "macro_f1": float(np.nanmean(f1(found, wanted)))}
+
+
+def draw_confusion(wanted, found, labels, path, part):
+    """Writes a picture to the file `path`: how often each label was taken for which. wanted, found: see f1."""
+    confusion = wanted[:, :-1].T.astype(np.float32) @ found
+    confusion /= np.maximum(confusion.sum(1, keepdims=True), 1)  # shares of each right label
+    picture = draw_map(torch.from_numpy(confusion), labels, labels)
+    say(f"{save_picture(picture, path)}: the {part} part, a row for each right label, a column for each predicted one")
 
 
 def bag_of(unit, texts, labels, others):

@@ -49,17 +49,12 @@ class WithImages(Task):
 
     def vision_config(self):
         patch, size = self.settings.vision.patch_size, self.dataset.image_size
-        if size % patch:
-            fitting = ", ".join(str(n) for n in range(2, size + 1) if size % n == 0)
-            raise UserError(f"vision.patch_size = {patch}: does not divide the images' {size} pixels; {fitting} do")
+        check_patch("vision.patch_size", patch, size)
         return ViTConfig(**dataclasses.asdict(self.settings.vision), image_size=size)
 
     def fit(self, model):
-        self.n_patches, size = model.config.vision.n_patches, model.config.vision.image_size
-        if size != self.dataset.image_size:
-            raise UserError(f"the images of {self.dataset.folder} have {self.dataset.image_size} pixels, but the model"
-                            f" reads {size}: prepare them in that size, python prepare.py FOLDER --image_size={size}"
-                            " --name=NEW")
+        self.n_patches = model.config.vision.n_patches
+        check_size(model, self.dataset)
 
     def shape(self, model):
         text = {name: getattr(model.config.text, name) for name in self.TEXT_SHAPE}
@@ -72,6 +67,21 @@ class WithImages(Task):
         n, s = len(self.data["train"].images), self.settings
         return (f"model: {size_in_words(model)}, {self.n_patches} image tokens; data:"
                 f" {n:,} rows of {s.dataset}; {s.max_iters} updates = {s.batch_size * s.max_iters / n:.1f} epochs")
+
+
+def check_patch(name, patch, size):
+    """Raises UserError if the setting `name`, the side of a patch, does not divide that of the images."""
+    if size % patch:
+        fitting = ", ".join(str(n) for n in range(2, size + 1) if size % n == 0)
+        raise UserError(f"{name} = {patch}: does not divide the images' {size} pixels; {fitting} do")
+
+
+def check_size(model, dataset):
+    """Raises UserError if the model reads images of another size than the data set has."""
+    size = model.config.vision.image_size
+    if size != dataset.image_size:
+        raise UserError(f"the images of {dataset.folder} have {dataset.image_size} pixels, but the model reads {size}:"
+                        f" prepare them in that size, python prepare.py FOLDER --image_size={size} --name=NEW")
 
 
 class Rows(NamedTuple):

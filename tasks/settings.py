@@ -305,6 +305,25 @@ class Classification(Encoding):
 
 
 @dataclass(frozen=True)
+class ImageClassification:
+    # the model: a vision transformer and a linear layer
+    n_layer: int = 4  # blocks
+    n_head: int = 4  # attention heads
+    n_embd: int = 128  # width: channels of a patch's vector
+    patch_size: int = 4  # side of a square patch, in pixels
+    stem: bool = False  # embed patches by convolutions that halve the sides, instead of one linear layer
+    pool: Literal["mean", "first"] = "mean"  # what the last layer reads: the mean of all patches, or a class token
+    # the training pictures, which are changed anew each time
+    shift: int = 0  # move each by so many pixels at most, in either direction; its edge is repeated
+    flip: bool = False  # mirror each second one, left to right
+
+    def __post_init__(self):
+        check_ranges(self, n_layer=1, n_head=1, n_embd=1, patch_size=1, shift=0)
+        check_shape(self.n_embd, self.n_head, 0, self.dropout)
+        check_sample_tokens(self)
+
+
+@dataclass(frozen=True)
 class Tagging(Encoding):
     learn: Literal["both", "tags", "intents"] = "both"  # labels of words, of sentences, or what the data have
     hide_rate: float = 0.0  # the share of tagged words (but "O") that training makes unknown: new ones will be
@@ -443,6 +462,24 @@ class Matching:
 
     def __post_init__(self):
         check_model(self)
+
+
+@dataclass(frozen=True)
+class Recognising:
+    # the image
+    image: str = ""  # an image file, or several separated by commas
+    # the answers
+    top: int = 3  # how many of the likeliest classes to show; 0: all
+    attention: str = ""  # a .png or .jpg to write: how much of each part of the image reached the answer by attention
+
+    def __post_init__(self):
+        check_model(self)
+        check_ranges(self, top=0)
+        check_picture(self, "attention")
+        if self.attention and len(image_files(self.image)) > 1:
+            raise UserError(f"attention = {self.attention}: needs one --image")
+        if hasattr(self, "prompt"):  # from a command line
+            check_idle(self, "this model reads images alone", "prompt")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from unittest import mock
 
 import pytest
 import test_classification
+import test_image_classification
 import torch
 from conftest import make_text
 from test_tagging import make_rows
@@ -29,7 +30,7 @@ import train
 from configurator import UserError, flat_fields, joined, parse
 from machine import distributed
 from run import checkpoint
-from sources import dialogues, documents, images, labelled, pairs, texts
+from sources import dialogues, documents, images, labelled, labelled_images, pairs, texts
 from tasks import TASKS, find_task, task_class
 
 ROOT = Path(train.__file__).parent
@@ -181,6 +182,9 @@ BASES["arithmetic"] = {**BASES["text"], "operations": "+-*", "digits": 1, "sampl
 BASES["translation"] = {**BASES["text"], "batch_size": 200, "learning_rate": 0.003, "sample_tokens": 300}
 BASES["masked"] = {**BASES["text"], "learning_rate": 0.003, "block": "post", "mlp": "gelu_erf", "sample_tokens": 300}
 BASES["classification"] = {**BASES["text"], "block_size": 64, "learning_rate": 0.003, "sample_tokens": 300}
+BASES["image-classification"] = {
+    **{name: value for name, value in BASES["text"].items() if name != "block_size"}, "patch_size": 8,
+    "learning_rate": 0.003, "sample_tokens": 300}
 BASES["chat"] = {**BASES["text"], "block_size": 64, "learning_rate": 0.003, "pack": False}
 BASES["reward"] = {name: value for name, value in BASES["chat"].items() if name != "pack"}
 BASES["dpo"] = {**{name: value for name, value in BASES["reward"].items() if name not in ("n_layer", "n_head", "n_embd",
@@ -192,12 +196,13 @@ BASES["tagging"] = {**BASES["text"], "block_size": 64, "learning_rate": 0.003, "
 DATA = {  # of other tasks: data/shapes
     "chat": "data/calculator", "reward": "data/preferences", "dpo": "data/preferences",
     "rl": "data/calculator", "tagging": "data/tags", "classification": "data/labels",
+    "image-classification": "data/classes",
     "text": "data/words", "masked": "data/words", "arithmetic": "arithmetic", "translation": "data/pairs"}
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """A Lab with two data sets each of text, pairs, tags and labels, in its folder, which is the current one."""
+    """A Lab with two data sets each of most kinds in its folder, which is the current one."""
     folder = tmp_path_factory.mktemp("lab")
     for name, seed in (("words", 0), ("others", 1)):
         (folder / f"{name}.txt").write_text(make_text(600, seed), encoding="utf-8")
@@ -211,6 +216,9 @@ def lab(tmp_path_factory):
     for name, seed in (("labels", 0), ("more_labels", 1)):
         rows = test_classification.make_rows(100, seed=seed)
         labelled.prepare(rows, folder / "data" / name, "labels", labelled.How(tokenizer="byte"), "made up")
+    for name, seed in (("classes", 0), ("more_classes", 1)):
+        rows = labelled_images.find(test_image_classification.make_pictures(folder / f"{name}_source", seed=seed))
+        labelled_images.prepare(rows, folder / "data" / name, labelled_images.How(image_size=16), "made up")
     for name, tokenizer in (("countdown", "char"), ("calculator", str(folder / "data" / "countdown"))):
         rows = [row for i, row in enumerate(dialogues.of_world(name)) if i % 40 == 0]
         dialogues.prepare(rows, folder / "data" / name, tokenizer, 0.1, "made up", name)
@@ -295,6 +303,7 @@ TRAINING = {
     "pair_loss": Change("softmax"), "init_vision": Change("one_contrastive"), "init_decoder": Change("one_gemma"),
     "publish": Change("published"), "vision.n_layer": Change(2), "vision.n_head": Change(1),
     "vision.n_embd": Change(32), "vision.patch_size": Change(8),
+    "patch_size": Change(4), "stem": Change(True), "shift": Change(2), "flip": Change(True),
     # of arithmetic
     "operations": Change("+*"), "digits": Change(2),
     "working": Change(True),
@@ -340,12 +349,15 @@ OF_TASK = {  # entries that differ for one task
     "classification": {"dataset": Change("data/more_labels"), "block_size": Change(12), "eval_tokens": Change(40),
                        "sample_tokens": Change(0), "init_from": Change("one_classification"),
                        "lora_rank": Change(2, init_from="one_classification")},
+    "image-classification": {"dataset": Change("data/more_classes"), "eval_tokens": Change(8),
+                             "sample_tokens": Change(0), "init_from": Change("one_image-classification"),
+                             "lora_rank": Change(2, init_from="one_image-classification")},
 }
 # The part of the model that --rates names.
 PART = {"text": "wte", "chat": "wte", "reward": "wte", "dpo": "wte", "rl": "wte",
         "contrastive": "text", "image-text": "decoder", "arithmetic": "wte",
         "translation": "encoder", "masked": "encoder", "tagging": "encoder",
-        "classification": "encoder"}
+        "classification": "encoder", "image-classification": "vision"}
 
 
 # Settings of every task that the task's own code reads.
@@ -407,7 +419,9 @@ SAMPLING_OF_TASK = {
     "masked": {"prompt": Change("the ma[MASK] king"), "init_from": refused("one_masked"), "top": Change(2),
                "rank": Change("FILE:words.txt")},
     "tagging": {"prompt": Change("send alma to dorex"), "init_from": refused("one_tagging")},
-    "classification": {"prompt": Change("a night"), "init_from": refused("one_classification"), "top": Change(1)}}
+    "classification": {"prompt": Change("a night"), "init_from": refused("one_classification"), "top": Change(1)},
+    "image-classification": {"prompt": refused("a night"), "init_from": refused("one_image-classification"),
+                             "top": Change(1)}}
 EVALUATING = {
     "init_from": refused("one_text"), "out_dir": Change("one_{task}"), "checkpoint": Change("last"),
     "dataset": Change("data/others"),
@@ -423,6 +437,7 @@ EVALUATING_OF_TASK = {"text": {}, "masked": {},
                       "translation": {"dataset": Change("data/more_pairs")},
                       "tagging": {"dataset": Change("data/more_tags")},
                       "classification": {"dataset": Change("data/more_labels")},
+                      "image-classification": {"dataset": Change("data/more_classes")},
                       **dict.fromkeys(("contrastive", "image-text"), {"dataset": Change("data/more")})}
 
 
@@ -435,7 +450,8 @@ def at(task, change):
 @pytest.mark.parametrize("task, name", settings_of(sample, "sampling"))
 def test_each_setting_of_sampling_changes_the_sample_or_is_refused(lab, run, task, name):
     asked = dict(CPU, out_dir=run)
-    if task not in ("contrastive", "arithmetic", "masked", "tagging", "classification", "reward"):
+    if task not in ("contrastive", "arithmetic", "masked", "tagging", "classification", "reward",
+                    "image-classification"):
         asked |= {"max_new_tokens": 40}
     if task == "arithmetic":
         asked["prompt"] = "7*8="
@@ -445,6 +461,10 @@ def test_each_setting_of_sampling_changes_the_sample_or_is_refused(lab, run, tas
         asked["prompt"] = "who is in alma ?"
     elif task == "classification":
         asked["prompt"] = "the mad king"
+    elif task == "image-classification":
+        for letter, colour in (("a", "red"), ("b", "blue")):
+            shutil.copy(f"classes_source/{colour}/0.png", f"{letter}.png")
+        asked["image"] = "a.png"
     elif task == "reward":
         asked |= {"prompt": "8-3", "answer": "5"}
     elif task in ("chat", "dpo", "rl"):
@@ -473,15 +493,20 @@ PREPARING = {
     "val_fraction": Change(0.3), "newlines": Change("keep"), "image_size": Change(24),
     "column": Change("other"), "processes": Change(1), "max_files": Change(1), "languages": Change("it,en"),
     "columns": Change("other,it"), "shared": Change(False, tokenizer="word:1"), "min_words": Change(4),
-    "max_words": Change(5), "labels": Change("topic"), "tags": Change(False)}
+    "max_words": Change(5), "labels": Change("topic"), "tags": Change(False),
+    "unreadable": Change("skip")}
+PREPARING_KIND = {("images", "tokenizer"): Change("bpe:1500"),
+                  ("classes", "unreadable"): refused("refuse", source="damaged", unreadable="skip")}
 FOR_PAIRS = ("languages", "columns", "shared", "min_words", "max_words")
 IDLE = {  # settings that do nothing for a kind of source
-    "texts": ("image_size", "column", "processes", "max_files", "labels", "tags", *FOR_PAIRS),
-    "documents": ("newlines", "image_size", "labels", "tags", *FOR_PAIRS),
-    "images": ("files", "newlines", "column", "processes", "max_files", "labels", "tags", *FOR_PAIRS),
-    "pairs.tsv": ("files", "newlines", "image_size", "column", "processes", "max_files", "labels", "tags"),
-    "labels": ("newlines", "image_size", "processes", "max_files", "tags", *FOR_PAIRS),
-    "tags": ("newlines", "image_size", "column", "processes", "max_files", "labels", *FOR_PAIRS)}
+    "texts": ("image_size", "column", "processes", "max_files", "labels", "tags", "unreadable", *FOR_PAIRS),
+    "documents": ("newlines", "image_size", "labels", "tags", "unreadable", *FOR_PAIRS),
+    "images": ("files", "newlines", "column", "processes", "max_files", "labels", "tags", "unreadable", *FOR_PAIRS),
+    "classes": ("tokenizer", "newlines", "column", "processes", "max_files", "labels", "tags", *FOR_PAIRS),
+    "pairs.tsv": ("files", "newlines", "image_size", "column", "processes", "max_files", "labels", "tags",
+                  "unreadable"),
+    "labels": ("newlines", "image_size", "processes", "max_files", "tags", "unreadable", *FOR_PAIRS),
+    "tags": ("newlines", "image_size", "column", "processes", "max_files", "labels", "unreadable", *FOR_PAIRS)}
 
 
 def make_sources(folder):
@@ -499,6 +524,10 @@ def make_sources(folder):
     (folder / "pairs.tsv").write_text("en\tit\tother\n" + "".join(table))
     generate = runpy.run_path(str(ROOT / "data" / "shapes" / "generate.py"))["generate"]
     generate(folder / "images", images=20)
+    for path in test_image_classification.make_pictures(folder / "classes").rglob("*[02468].png"):
+        path.rename(path.with_name(f"a{path.name}"))
+    shutil.copytree(folder / "classes", folder / "damaged")
+    (folder / "damaged" / "red" / "1.png").write_bytes(b"no picture")
     captions = folder / "images" / "captions.jsonl"
     rows = [json.loads(line) for line in captions.read_text().splitlines()]
     captions.write_text("".join(json.dumps({**row, "split": ""}) + "\n" for row in rows))
@@ -536,8 +565,8 @@ def prepare_run(settings, out):
 def test_each_setting_of_prepare_changes_the_data_or_is_refused(lab, kind, name):
     if not os.path.exists(kind):
         make_sources(lab.folder)
-    change = Change("bpe:1500") if (kind, name) == ("images", "tokenizer") else PREPARING[name]
-    base = {"source": kind, "tokenizer": "char" if kind in ("texts", "images") else "byte"}
+    change = PREPARING_KIND.get((kind, name), PREPARING[name])
+    base = {"source": kind, "tokenizer": "char" if kind in ("texts", "images", "classes") else "byte"}
     base |= {"pairs.tsv": {"languages": "en,it"}, "labels": {"labels": "label"}, "tags": {"tags": True}}.get(kind, {})
     idle = refused(True if name == "tags" else change.value)
     lab.compare(prepare_run, base, name, idle if name in IDLE[kind] else at(kind, change))

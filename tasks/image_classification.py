@@ -1,0 +1,281 @@
+"""The image classification task: a vision transformer names the class of a picture.
+
+    python train.py config/fashion_mnist.py
+    python sample.py --out_dir=out/fashion_mnist --image=shirt.png --attention=map.png
+    python evaluate.py --out_dir=out/fashion_mnist --picture=confusion.png
+
+It starts from random weights or, by --init_from, from the vision tower of a SigLIP or a PaliGemma. An image of another
+shape than a square is stretched to one, in prepare.py and in sample.py.
+
+Axes: B batch, n rows of a split, N labels of the model, S side of an image in pixels.
+"""
+
+import functools
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from batches import ImageTextDataset, fixed_rows, read_images, scaled, shuffled_rows, to_device
+from configurator import UserError, say
+from inside.attention import rollout
+from machine.device import autocast
+from machine.terminal import watched
+from run import pictures
+from run.cost import flops_per_token, size_in_words
+from run.files import to_json, write_text
+from run.pictures import save_picture
+from tasks.classification import answer, averages, decide, described, draw_confusion, f1
+from tasks.image_text import check_patch, check_size
+from tasks.settings import Recognising
+from tasks.task import Task
+from vlm import ImageClassifier, ImageClassifierConfig, ViT, ViTConfig, init_parts
+
+SHAPE = ("n_layer", "n_head", "n_embd", "patch_size", "stem")
+AT_ONCE = 256  # pictures per batch of an evaluation: it limits memory and changes no result
+MOST_NUMBERS = 200_000_000  # in the pictures from which the floors learn: 800 MB
+
+
+class ImageClassificationTask(Task):
+    best = ("accuracy", max)
+    models = {"image_classifier": (ImageClassifier, ImageClassifierConfig)}
+    fixed_shapes = True
+    rows_label = "the training pictures"
+
+    def open(self, folder, world):
+        self.dataset, self.world = ImageTextDataset(folder, "image-labels"), world
+        self.tokenizers = {}  # those of a SigLIP are not needed
+        self.images = {split: np.array([row["image"] for row in rows]) for split, rows in self.dataset.rows.items()}
+
+    def build(self, generator):
+        s, size = self.settings, self.dataset.image_size
+        check_patch("patch_size", s.patch_size, size)
+        shape = {name: getattr(s, name) for name in SHAPE}
+        return self.new(ViTConfig(**shape, cls=s.pool == "first", image_size=size), generator)
+
+    def new(self, vision, generator):
+        """A new model for the labels of the data set. vision: a ViTConfig."""
+        model = ImageClassifier(ImageClassifierConfig(vision, self.dataset.meta["labels"], self.settings.dropout))
+        init_parts(model, generator)
+        return model
+
+    def adopt(self, model, generator):
+        """The model of init_from, if it names the same labels; else its vision tower under a new head."""
+        if type(model) is ImageClassifier and model.config.labels == tuple(self.dataset.meta["labels"]):
+            return model
+        if not isinstance(tower := getattr(model, "vision", None), ViT):
+            raise UserError(f"init_from = {self.source}: is a {type(model).__name__}, and --task={self.settings.task}"
+                            " starts from a vision tower: name a run of --task=image-classification, contrastive or"
+                            " image-text, or a PaliGemma; or leave it out")
+        say(f"{self.source}: its vision tower gets a new head, which starts from random weights")
+        new = self.new(tower.config, generator).to(next(model.parameters()).device)
+        new.vision.load_state_dict(tower.state_dict())
+        return new
+
+    def shape(self, model):
+        vision = model.config.vision
+        return {name: getattr(vision, name) for name in SHAPE} | {"pool": "first" if vision.cls else "mean"}
+
+    def fit(self, model):
+        """Also finds the labels of all rows: labels[split] is bool (n, N + 1), the last column for unknown labels."""
+        check_size(model, self.dataset)
+        if not set(model.config.labels) & set(self.dataset.meta["labels"]):
+            raise UserError(f"the data set {self.dataset.folder} has none of the model's classes, such as"
+                            f" {model.config.labels[0]}: name another --dataset")
+        index = {name: i for i, name in enumerate(model.config.labels)}
+        self.labels = {split: np.eye(len(index) + 1, dtype=bool)[[index.get(row["label"], -1) for row in rows]]
+                       for split, rows in self.dataset.rows.items()}
+
+    def pick(self, step):
+        s = self.settings
+        return shuffled_rows(len(self.images["train"]), s.batch_size, s.seed, step)
+
+    def batch(self, rows, generator):
+        images = self.dataset.images[self.images["train"][rows]]
+        images = changed(images, self.settings.shift, self.settings.flip, generator)
+        targets, weights = self.targets("train", rows)
+        return {"images": scaled(images, self.world.device), "targets": targets}, weights
+
+    def targets(self, split, rows):
+        """(targets (B,), weights (B,)). A picture of a class that the model lacks has weight 0: it teaches nothing."""
+        labels, device = self.labels[split][rows], self.world.device
+        return to_device(labels[:, :-1].argmax(1), device), to_device((~labels[:, -1]).astype(np.float32), device)
+
+    @torch.no_grad()
+    def evaluate(self, model, split, world, dtype, limit=0):
+        """{"loss": mean nats, "accuracy": share of right answers}. A class that the model lacks is an error."""
+        total = known = right = count = 0
+        most = max(1, limit // len(model.vision.wpe.weight)) if limit else 0
+        for rows, weight in world.share(fixed_rows(len(self.images[split]), AT_ONCE, most)):
+            targets, weights = self.targets(split, rows)
+            images = read_images(self.dataset.images, self.images[split][rows], world.device)
+            with autocast(world.device, dtype):
+                logits = model(images)
+            nats = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+            total += weight * (nats * weights).sum().item()
+            right += weight * (logits.argmax(-1).eq(targets) * weights).sum().item()
+            known, count = known + weight * weights.sum().item(), count + weight * len(rows)
+        total, known, right, count = world.sum(total, known, right, count)
+        return {"loss": total / max(known, 1), "accuracy": right / count}
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Measures
+
+    def details(self, model, split, world, dtype, settings, found):
+        """{name: value}: `report` of the split; with settings.test also of the part "test".
+
+        Writes the model's answers to predictions.jsonl (predictions_test.jsonl) in settings.out_dir, and the picture,
+        which is of the last part.
+        """
+        result = {}
+        for part in [split, *["test"] * settings.test]:
+            start = "" if part == split else "test "
+            measured = self.evaluate(model, part, world, dtype) if start else {}
+            measured |= world.from_main(functools.partial(self.report, model, part, dtype, settings))
+            result |= {start + name: value for name, value in measured.items()}
+        return result
+
+    def report(self, model, part, dtype, settings):
+        """{name: value}: accuracy and F1 of a part, beside those of methods that need no model."""
+        rows, wanted, names = self.dataset.rows[part], self.labels[part], model.config.labels
+        shares = np.concatenate([
+            self.probabilities(model, read_images(self.dataset.images, self.images[part][at], self.world.device), dtype)
+            for at in watched(fixed_rows(len(rows), AT_ONCE), "recognising")])
+        decided = decide(shares, False)
+        result = {"pictures": len(rows), **averages(decided, wanted)}
+        for name, floor in self.floors(part).items():
+            result[f"accuracy, {name}"] = averages(floor, wanted)["accuracy"]
+        for name, value, count in zip(names, f1(decided, wanted), wanted.sum(0)):
+            if count:
+                result[f"f1, {name} ({count})"] = float(value)
+        if not settings.init_from:  # else there is no folder of a run
+            path = Path(settings.out_dir) / ("predictions_test.jsonl" if part == "test" else "predictions.jsonl")
+            config = OneLabel(names)
+            write_text(path, "".join(to_json({**row, **answer(config, p)}) for row, p in zip(rows, shares)))
+        if settings.picture:
+            draw_confusion(wanted, decided, names, settings.picture, part)
+        return result
+
+    def floors(self, part):
+        """{name: decisions (n, N)} for the pictures of a part, learned from the pixels of the training pictures."""
+        x, classes = self.training_pixels
+        others, n_labels = self.pixels(self.images[part]), self.labels["train"].shape[1] - 1
+        decided = {"most frequent": np.full(len(others), np.bincount(classes).argmax()),
+                   "nearest mean": nearest(x, classes, others), "logistic regression": self.regression.predict(others)}
+        return {name: found[:, None] == np.arange(n_labels) for name, found in decided.items()}
+
+    def pixels(self, images):
+        """Pixels of the images with some indices (n,): float32 (n, P), 0 to 1. P: 3 * S * S; S * S if all are grey."""
+        found = self.dataset.images[images]
+        if self.is_grey:
+            found = found[..., :1]
+        return found.reshape(len(found), -1).astype(np.float32) / 255
+
+    @functools.cached_property
+    def is_grey(self):
+        images = self.dataset.images
+        return all((part[..., :1] == part).all() for part in np.array_split(images, -(-len(images) // AT_ONCE)))
+
+    @functools.cached_property
+    def training_pixels(self):
+        """(pixels (n, P), classes (n,)) of the training pictures, or of some of them: at most MOST_NUMBERS."""
+        rows = np.flatnonzero(~self.labels["train"][:, -1])
+        rows = rows[::-(-len(rows) * self.dataset.images[0].size // MOST_NUMBERS)]
+        return self.pixels(self.images["train"][rows]), self.labels["train"][rows, :-1].argmax(1)
+
+    @functools.cached_property
+    def regression(self):
+        """scikit-learn's logistic regression on `training_pixels`. Raises UserError without scikit-learn."""
+        try:
+            from sklearn.linear_model import LogisticRegression
+        except ImportError:
+            raise UserError("the logistic regression needs scikit-learn: pip install scikit-learn") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that 100 steps did not reach the very optimum
+            return LogisticRegression(C=0.1, max_iter=100).fit(*self.training_pixels)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Answers
+
+    @torch.inference_mode()
+    def probabilities(self, model, images, dtype=torch.float32):
+        """(B, N), float32: the probability of each label for each image. images: (B, 3, S, S), on the device."""
+        with autocast(images.device, dtype):
+            return model(images).softmax(-1).cpu().numpy()
+
+    def sample(self, model, requests, sampling):
+        """Yields (index of a request, its likeliest labels); if there are several, after the path of its image.
+
+        sampling.attention, if set, names a picture to write: `rollout` as a heat map. Then (0, text) also says so.
+        """
+        if not all(request.get("image") for request in requests):
+            raise UserError("this model names the class of an image: add --image=FILE")
+        device, size = next(model.parameters()).device, model.config.vision.image_size
+        for index, request in enumerate(requests):
+            found = pictures.read_image(request["image"])
+            image = pictures.pixels(found, size).to(device)[None]
+            shares, = self.probabilities(model, image)
+            path = f"{request['image']}: " * (len(requests) > 1)
+            yield index, path + described(OneLabel(model.config.labels), shares, sampling.top)
+        if sampling.attention:
+            name = model.config.labels[shares.argmax()]
+            drawn = pictures.draw_attention(found, rollout(model, image)[None], "", [name])
+            yield 0, "\n" + save_picture(drawn, sampling.attention)
+
+    def show(self, model, short=False):
+        """Pictures of the validation part with their likeliest labels: ten, or if short three."""
+        rows, count = self.dataset.rows["val"], 3 if short else 10
+        places = np.arange(min(count, len(rows))) * len(rows) // min(count, len(rows))
+        images = read_images(self.dataset.images, self.images["val"][places], self.world.device)
+        shown = []
+        for place, shares in zip(places, self.probabilities(model, images)):
+            found, label = described(OneLabel(model.config.labels), shares, Recognising.top), rows[place]["label"]
+            is_right = model.config.labels[shares.argmax()] == label
+            shown.append(f"{rows[place]['file']}: {found}" + f"  (right: {label})" * (not is_right))
+        return "\n".join(shown)
+
+    def command(self, out_dir):
+        return f"{super().command(out_dir)} --image=FILE"
+
+    def summary(self, model):
+        s, n = self.settings, len(self.images["train"])
+        return (f"model: {size_in_words(model)}, {len(model.vision.wpe.weight)} tokens for a picture; data: {n:,}"
+                f" pictures of {len(model.config.labels)} classes of {s.dataset}; {s.max_iters} updates ="
+                f" {s.batch_size * s.max_iters / n:.1f} epochs")
+
+    def cost(self, model):
+        """(tokens, FLOPs) of an update with all parameters trained; frozen ones are not deducted."""
+        tokens = self.settings.batch_size * len(model.vision.wpe.weight)
+        return tokens, tokens * flops_per_token(model.vision, len(model.vision.wpe.weight))
+
+
+class OneLabel:
+    """What `described` and `answer` ask of a configuration."""
+    several = False
+
+    def __init__(self, labels):
+        self.labels = labels
+
+
+def changed(images, shift, flip, generator):
+    """A copy of images (B, S, S, 3), each moved by up to `shift` pixels, and half of them mirrored if flip."""
+    B, S = images.shape[:2]
+    if not shift and not flip:
+        return images
+    down, right = torch.randint(-shift, shift + 1, (2, B, 1), generator=generator).numpy()
+    rows, columns = (np.clip(np.arange(S) - by, 0, S - 1) for by in (down, right))  # (B, S): where each comes from
+    if flip:
+        mirrored = torch.rand(B, 1, generator=generator).numpy() < 0.5
+        columns = np.where(mirrored, columns[:, ::-1], columns)
+    return images[np.arange(B)[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Floors
+
+def nearest(x, classes, others):
+    """For each row of others (n, P), the class whose mean is nearest. x: (m, P), of the classes (m,)."""
+    names = np.unique(classes)
+    means = np.stack([x[classes == name].mean(0) for name in names])
+    return names[((means ** 2).sum(1) - 2 * others @ means.T).argmin(1)]
