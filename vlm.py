@@ -360,7 +360,7 @@ def rollout(model, image):
     """How much of each patch reaches the head of an `ImageClassifier`, as far as attention tells: (N,), on the CPU.
 
     Attention rollout (Abnar and Zuidema 2020): the weights' mean over heads, half and half with the identity for the
-    residual stream, multiplied from block to block. It sums to 1, less the class token's own share. image: (1, 3, H, W).
+    residual stream, multiplied from block to block. Sums to 1, less the class token's own share. image: (1, 3, H, W).
     """
     looks, vision = [], model.vision
 
