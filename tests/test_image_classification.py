@@ -106,7 +106,7 @@ def published(tmp_path_factory):
     names = dict(enumerate(["red", "mauve", "blue", "green", "pink"]))
     theirs = transformers.ViTForImageClassification(transformers.ViTConfig(
         hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40, image_size=8, patch_size=4,
-        id2label=names)).eval()
+        layer_norm_eps=0.05, id2label=names)).eval()
     for i, value in enumerate(theirs.state_dict().values()):
         value.copy_(torch.randn(value.shape, generator=torch.Generator().manual_seed(i)) * 0.3)
     folder = tmp_path_factory.mktemp("hub") / "vit"
