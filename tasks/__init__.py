@@ -42,6 +42,8 @@ TASKS = {
     "dpo": Row("tasks.dpo", "DPOTask", settings.DPO, settings.Chatting, settings.Answers, ()),
     "rl": Row("tasks.rl", "RLTask", settings.RL, settings.Chatting, settings.Answers, ()),
     "tagging": Row("tasks.tagging", "TaggingTask", settings.Tagging, settings.Nothing, settings.Labels, ()),
+    "question-answering": Row("tasks.question_answering", "QuestionAnsweringTask", settings.QuestionAnswering,
+                              settings.Asking, settings.Problems, ()),
 }
 
 

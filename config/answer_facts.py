@@ -1,0 +1,33 @@
+"""An encoder that finds the answer to a question in a text, or sees that there is none. It learns on a laptop.
+
+    python train.py config/answer_facts.py
+    python sample.py --out_dir=out/answer_facts --prompt="Who wrote it?" --context=FILE:page.txt
+    python evaluate.py --out_dir=out/answer_facts
+"""
+
+task = "question-answering"
+dataset = "facts"
+out_dir = "out/answer_facts"
+
+n_layer = 3
+n_head = 4
+n_embd = 128
+positions = "rotary"
+block_size = 192
+answer_words = 10
+
+optimizer = "muon"
+learning_rate = 5e-3  # of AdamW, for the embeddings, the biases, the norms and the head
+muon_lr = 0.02
+lr_schedule = "linear"
+min_lr = 0.0
+warmup_iters = 50
+beta1 = 0.8
+beta2 = 0.95
+weight_decay = 0.05
+grad_clip = 0.0  # no clipping: Muon ignores the length of a gradient
+
+batch_size = 32
+max_iters = 1100  # seven epochs
+eval_interval = 100
+log_interval = 25
