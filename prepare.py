@@ -172,14 +172,14 @@ def prepare_own(settings, sources, named):
     check_sources(settings, sources, is_url)
     if settings.labels or settings.tags:
         return prepare_own_labelled(settings, sources, named)
-    if settings.languages or settings.columns or sources[0].lower().endswith(".tmx"):
-        return prepare_own_pairs(settings, sources, named), PAIRS_RECIPE
     paths = list(map(Path, sources))
-    if dialogues.are_dialogues(paths):
-        return prepare_own_dialogues(settings, paths)
     if questions.are_questions(paths):
         check_kind(settings, "questions")
         return prepare_labelled(settings, named, paths, "answers", questions.read(paths)), "config/answer_facts.py"
+    if settings.languages or settings.columns or sources[0].lower().endswith(".tmx"):
+        return prepare_own_pairs(settings, sources, named), PAIRS_RECIPE
+    if dialogues.are_dialogues(paths):
+        return prepare_own_dialogues(settings, paths)
     tables = images.find_tables(paths[0]) if len(paths) == 1 else []
     text_files, row_files = ([], []) if is_url or tables else texts.find(paths, documents.READERS, settings.files)
     if not (is_url or tables or text_files or row_files):

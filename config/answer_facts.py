@@ -28,6 +28,6 @@ weight_decay = 0.05
 grad_clip = 0.0  # no clipping: Muon ignores the length of a gradient
 
 batch_size = 32
-max_iters = 1100  # seven epochs
-eval_interval = 100
+max_iters = 675  # three epochs
+eval_interval = 75
 log_interval = 25

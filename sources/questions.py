@@ -1,8 +1,8 @@
 """Makes a data set of questions on texts, whose answers are spans of the text: see labelled.py for its files.
 
-    python prepare.py mine.jsonl                 {"question", "context", "answers": {"text": [...], "answer_start": [...]}}
-    python prepare.py train-v2.0.json            in each line, as SQuAD's rows are; or SQuAD as it is published
-    python prepare.py facts                      a known set, made by data/facts/generate.py; or squad
+    python prepare.py mine.jsonl            {"question", "context", "answers": {"text": [...], "answer_start": [...]}}
+    python prepare.py train-v2.0.json       in each line, as SQuAD's rows are; or SQuAD as it is published
+    python prepare.py facts                 a known set, made by data/facts/generate.py; or squad
 
 answer_start counts characters, from 0. A question without an answer has empty lists, or no answers. A row may name its
 split; else the hash of its title, or if there is none of its text, decides, so that a text has all its questions in one
@@ -68,7 +68,7 @@ def checked(row, where):
     question, context, answers = row.get("question"), row.get("context"), row.get("answers") or {}
     for name, text in (("question", question), ("context", context)):
         check_text(text, where)
-        if not WORD.search(text):
+        if not re.search(r"\w", text):
             raise UserError(f"{where}: the {name} {text!r:.60} is empty: write one, or remove the row")
     texts, starts = (answers.get(name) for name in ("text", "answer_start")) if isinstance(answers, dict) else (0, 0)
     if answers == {}:
@@ -79,8 +79,9 @@ def checked(row, where):
     for text, start in zip(texts, starts):
         check_text(text, where)
         if type(start) is not int or start < 0 or context[start:start + len(text)] != text or not WORD.search(text):
-            at = f"; it stands at {context.find(text)}" if text.strip() and text in context else ""
-            raise UserError(f"{where}: the answer {text!r:.60} is not in its context at answer_start = {start!r:.20}{at}")
+            place = f"; it stands at {context.find(text)}" if text.strip() and text in context else ""
+            raise UserError(f"{where}: the answer {text!r:.60} is not in its context at answer_start = {start!r:.20}"
+                            + place)
     page = row.get("title") or row.get("page") or hashlib.sha256(context.encode("utf-8")).hexdigest()[:16]
     return {"question": question, "context": context, "answers": {"text": texts, "answer_start": starts},
             **own_parts({**row, "page": page}, where)}

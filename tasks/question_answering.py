@@ -4,9 +4,12 @@
     python sample.py --out_dir=out/answer_facts --prompt="Who built the Orvik Bridge?" --context=FILE:page.txt
     python evaluate.py --out_dir=out/answer_facts
 
-The model reads [CLS], the question, [SEP], the text and [SEP]; where a tokenizer has no [SEP], [MASK] stands for it. Two
-logits for each word say whether an answer begins and ends there (Devlin et al. 2019). Those of [CLS] stand for "no
+The model reads [CLS], the question, [SEP], the text and [SEP]; where a tokenizer has no [SEP], [MASK] stands for it.
+Two logits for each word say whether an answer begins and ends there (Devlin et al. 2019). Those of [CLS] stand for "no
 answer". A text that is too long is cut into windows, each of which begins in the middle of the one before.
+
+Question and text have a token type each, as in BERT. An encoder from scratch has a third one, which marks the words of
+the text that are in the question (Chen et al. 2017): to learn which they are takes an encoder long.
 
 Axes: B windows, W words of a window, [CLS] in front of them.
 """
@@ -22,6 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from batches import length_batches, padded, to_device
 from configurator import UserError, say
@@ -41,7 +45,7 @@ NAME = re.compile(r"(?:[^\W\d_]*[A-Z]\w*|\d+)(?: [A-Z]\w*)*")  # a number, or wo
 class Window(NamedTuple):
     """What the model reads at once: a question and words of a text."""
     ids: list
-    first: int  # the position of the first token of the text
+    types: list  # of each id: 0 for the question, 1 for the text, and 2 for words of the text that the question has
     places: list  # (first token, last token) of [CLS] and of each word
     start: int  # the number of the first word in the text
 
@@ -61,10 +65,11 @@ class QuestionAnsweringTask(LabelledTask):
 
     def __init__(self, settings, tokenizers=None, source=""):
         super().__init__(settings, tokenizers, source)
+        self.n_types = 0  # of the model
         self.known = {}  # the ids of each word that was read, with the space before it
 
     def new(self, generator, shape):
-        return super().new(generator, {"n_types": 2} | shape)  # the encoder of another model keeps what it has
+        return super().new(generator, {"n_types": 3} | shape)  # the encoder of another model keeps what it has
 
     # ------------------------------------------------------------------------------------------------------------------
     # From texts to tensors
@@ -82,6 +87,8 @@ class QuestionAnsweringTask(LabelledTask):
     def windows(self, question, context):
         """The Windows of a text, at least one. A question that fills more than half of a window loses its end."""
         marks, (_, asked), (_, words) = self.marks, self.pieces(question), self.pieces(context)
+        shared = {word.lower() for word in WORD.findall(question)} if self.n_types > 2 else ()
+        types = [1 + (word.lower() in shared) for word in WORD.findall(context)]
         sep = marks.mask if marks.sep is None else marks.sep
         head = [marks.cls, *itertools.chain(*asked)][:max(1, self.block_size // 2)] + [sep]
         room = self.block_size - len(head) - 1
@@ -91,7 +98,9 @@ class QuestionAnsweringTask(LabelledTask):
             stop = int(np.searchsorted(ends, ends[start] + room, side="right")) - 1
             at = len(head) + ends[start:stop + 1] - ends[start]
             places = [(0, 0), *zip(at[:-1].tolist(), (at[1:] - 1).tolist())]
-            found.append(Window([*head, *itertools.chain(*words[start:stop]), sep], len(head), places, start))
+            own = [each for ids, each in zip(words[start:stop], types[start:stop]) for _ in ids]
+            found.append(Window([*head, *itertools.chain(*words[start:stop]), sep], [0] * len(head) + own + [1], places,
+                                start))
             if stop >= len(words):
                 return found
             start = max(start + 1, int(np.searchsorted(ends, ends[start] + room // 2, side="right")) - 1)
@@ -105,6 +114,7 @@ class QuestionAnsweringTask(LabelledTask):
             raise UserError(f"block_size = {model.config.block_size}: a question and a text need at least 8")
         rows, self.windows_of, self.asked, self.labels = self.dataset.rows, {}, {}, {}
         super().fit(model)
+        self.n_types = model.config.n_types
         self.chosen = {*self.rows.tolist()}
         for split in self.texts:
             cut = [self.windows(row["question"], row["context"]) for row in rows[split]]
@@ -135,7 +145,7 @@ class QuestionAnsweringTask(LabelledTask):
 
     def arrays(self, windows):
         """{"types": (B, S), "places": (B, W, 2), "counts": (B,)} for the model: see `Answerer`."""
-        types, _ = padded([[0] * window.first + [1] * (len(window.ids) - window.first) for window in windows], 0)
+        types, _ = padded([window.types for window in windows], 0)
         counts = np.array([len(window.places) for window in windows])
         places = np.zeros((len(windows), counts.max(), 2), np.int64)
         for line, window in zip(places, windows):
@@ -172,7 +182,7 @@ class QuestionAnsweringTask(LabelledTask):
             targets = arguments.pop("targets")
             with autocast(world.device, dtype):
                 logits = model(**arguments)
-            nats += weight * torch.nn.functional.cross_entropy(logits, targets, reduction="none").mean(1).sum().item()
+            nats += weight * F.cross_entropy(logits, targets, reduction="none").mean(1).sum().item()
             windows += weight * len(part)
             rows = self.asked[split][part]
             for row, group in itertools.groupby(zip(rows, part, self.spans(logits)), key=lambda each: each[0]):
@@ -245,7 +255,8 @@ class QuestionAnsweringTask(LabelledTask):
     @torch.inference_mode()
     def answer(self, model, pairs):
         """The Found for each (question, text)."""
-        self.block_size, device = model.config.block_size, next(model.parameters()).device
+        self.block_size, self.n_types = model.config.block_size, model.config.n_types
+        device = next(model.parameters()).device
         cut = [self.windows(*pair) for pair in pairs]
         windows = [*itertools.chain(*cut)]
         spans = [None] * len(windows)
@@ -263,20 +274,24 @@ class QuestionAnsweringTask(LabelledTask):
         text = sampling.context
         if text.startswith("FILE:"):
             text = "".join(read_file(Path(text.removeprefix("FILE:")), keep=True))
-        if not WORD.search(text):
+        if not re.search(r"\w", text):
             raise UserError(f"context = {sampling.context:.60}: there is no word in this text")
         for index, request in enumerate(requests):
             questions = [line.strip() for line in request["text"].split("\n") if line.strip()]
-            if not all(map(WORD.search, questions)) or not questions:
+            if not questions or not all(re.search(r"\w", question) for question in questions):
                 raise UserError(f"prompt = {request['text'].strip()!r:.60}: is no question: add --prompt with one, or"
                                 " --prompt=FILE:path with one on each line")
+            self.block_size = model.config.block_size
             self.check_words(questions, text)
-            for number, (question, found) in enumerate(zip(questions, self.answer(model, [(line, text)
-                                                                                           for line in questions]))):
+            answers = self.answer(model, [(question, text) for question in questions])
+            for number, (question, found) in enumerate(zip(questions, answers)):
                 yield index, "\n" * (number > 0) + f"{question}\n" * (len(questions) > 1) + shown(text, found)
 
     def check_words(self, questions, text):
-        """Names words that the model does not know on stderr."""
+        """Names words that the model does not know, and counts questions that are cut, on stderr."""
+        if cut := sum(sum(map(len, self.pieces(question)[1])) >= self.block_size // 2 for question in questions):
+            say(f"questions that fill half of the model's {self.block_size} tokens, and lose their end: {cut} of"
+                f" {len(questions)}")
         if hasattr(self.tokenizer, "unknown") and (unknown := self.tokenizer.unknown(" ".join([*questions, text]))):
             say(f"words that the model does not know, {len(unknown)}: {', '.join(unknown):.200}")
 

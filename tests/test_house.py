@@ -89,8 +89,8 @@ def test_the_whole_is_small():
     in_c = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.glob("machine/*.c"))
     total = in_c + lines(*CORE)
     # The aim was 5,300. Llama and publishing came with 700 lines, translation 1,700, encoders 2,700, a GPU 350,
-    # dialogues 850, rewards and preferences 1,150.
-    most = 15700
+    # dialogues 850, rewards and preferences 1,150, answers marked in a text 560.
+    most = 16260
     assert total <= most, f"{total} lines: delete as many as you add, or raise the limit here and say why"
 
 

@@ -28,7 +28,7 @@ from tasks.question_answering import FLOORS, QuestionAnsweringTask, normal, scor
 
 ROOT = Path(train.__file__).parent
 ALONE = World(0, 1, torch.device("cpu"))
-PEOPLE = ("Alma", "Berno", "Cilda", "Dorex", "Elun")
+PEOPLE = ("Alma Tor", "Berno Tor", "Alma Ulk", "Berno Ulk")
 
 
 def make_rows(count=800, seed=0):
@@ -40,8 +40,8 @@ def make_rows(count=800, seed=0):
         for value in filter(None, values.values()):
             words.insert(int(rng.integers(len(words))), value)
         asked = str(rng.choice([*values]))
-        text, value = " ".join(words) + ".", values[asked]
-        rows.append({"question": f"{asked} was it?", "context": text, "split": ("train", "train", "val", "test")[number % 4],
+        text, value, part = " ".join(words) + ".", values[asked], ("train", "train", "val", "test")[number % 4]
+        rows.append({"question": f"{asked} was it?", "context": text, "split": part,
                      "answers": {"text": [value] * bool(value), "answer_start": [text.index(value)] * bool(value)}})
     return rows
 
@@ -98,7 +98,7 @@ def by_hand(task, model, row):
     words, best, nats = [match.span() for match in questions.WORD.finditer(row["context"])], (0.0, 0, 0), []
     wanted = [(start, start + len(text)) for text, start in zip(*row["answers"].values())]
     for window in task.windows(row["question"], row["context"]):
-        types = torch.tensor([[0] * window.first + [1] * (len(window.ids) - window.first)])
+        types = torch.tensor([window.types])
         logits = model.head(model.encoder(torch.tensor([window.ids]), None, types))[0]
         begins, ends = ([logits[place[side], side] for place in window.places] for side in range(2))
         own = [(0, 0), *words[window.start:window.start + len(window.places) - 1]]
@@ -134,9 +134,11 @@ def test_a_long_text_is_cut_into_windows_that_overlap_by_half(opened):
     task, model = opened
     text = make_text(100)
     cut = task.windows("who was it?", text)
-    room = task.block_size - cut[0].first - 1
+    room = task.block_size - cut[0].types.count(0) - 1
     assert [window.start for window in cut] == [room // 2 * i for i in range(len(cut))]
     assert cut[-1].start + len(cut[-1].places) - 1 == 100 and max(len(window.ids) for window in cut) == task.block_size
+    (own,) = task.windows("who was the KING?", "the king was.")
+    assert own.types == [0] * 7 + [2, 2, 2, 1, 1]  # a third type for words of the question
     assert len(task.windows("who " * 100, text)[0].ids) == task.block_size  # the question loses its end
     long = "x" * 200
     assert [task.windows(long, long), task.answer(model, [(long, long)])]
@@ -212,7 +214,8 @@ def test_measures_are_those_of_torchmetrics():
 
 
 def test_the_floors_guess_from_words_alone():
-    question, text = "Who built the Kel Bridge?", "It is old. In 1700 Ada Tor built the Kel Bridge. The Kel Bridge is long."
+    question = "Who built the Kel Bridge?"
+    text = "It is old. In 1700 Ada Tor built the Kel Bridge. The Kel Bridge is long."
     assert {name: guess(question, text) for name, guess in FLOORS.items()} == {
         "no answer": "", "first capital": "In", "likest sentence": "In 1700 Ada Tor built the Kel Bridge.",
         "new name in it": "1700 Ada Tor"}
@@ -240,10 +243,11 @@ def test_evaluate_writes_the_answers_and_scores_beside_the_floors(trained, folde
 
 def test_an_answer_is_marked_in_its_sentence(trained, capsys, tmp_path):
     page = tmp_path / "page.txt"
-    page.write_bytes("so the fool takes a sword.\r\nAlma keeps the crown here. the king\nsees a ghost.".encode())
+    page.write_bytes(b"so the fool takes a sword.\r\nAlma Ulk keeps the crown here. the king\nsees a ghost.")
     found = sampled(trained, capsys, "--prompt=who was it?", f"--context=FILE:{page}")
     first, second = found.rstrip("\n").split("\n")
-    assert first.startswith("Alma  (characters 28 to 32, probability ") and second == "  [Alma] keeps the crown here."
+    assert first.startswith("Alma Ulk  (characters 28 to 36, probability ")
+    assert second == "  [Alma Ulk] keeps the crown here."
     assert sampled(trained, capsys, "--prompt=why was it?", f"--context=FILE:{page}").startswith("no answer  (prob")
     (tmp_path / "in.txt").write_text("who was it?\n\nwhy was it?\n")
     both = sampled(trained, capsys, f"--prompt=FILE:{tmp_path / 'in.txt'}", f"--context=FILE:{page}").split("\n")
@@ -260,7 +264,8 @@ def test_the_command_that_a_run_suggests_works(trained, opened, capsys):
 def test_a_published_bert_reads_what_transformers_reads(folder, tiny, tmp_path, capsys):
     """Ids and token types are those of its tokenizer; its encoder keeps its weights, and learns under a new head."""
     transformers = pytest.importorskip("transformers")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "?", ".", "'", "##s", "al", "##ma", *WORDS, "who", "was", "it"]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "?", ".", "'", "##s", "al", "##ma", "who", "was", "it",
+             *WORDS]
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     shape = dict(vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
@@ -272,13 +277,13 @@ def test_a_published_bert_reads_what_transformers_reads(folder, tiny, tmp_path, 
         positions="learned")
     assert "its encoder gets a new head" in capsys.readouterr().err
     task, model, _ = load(tmp_path / "new")
-    task.block_size = 24
+    task.block_size, task.n_types = 24, model.config.n_types
     question, text = "who's it?", "Alma's sword was here."
     (window,) = task.windows(question, text)
     tokenizer = transformers.BertTokenizerFast(str(tmp_path / "bert" / "vocab.txt"))
     expected = tokenizer(question, text, return_tensors="pt")
     assert expected["input_ids"][0].tolist() == window.ids
-    assert expected["token_type_ids"][0].tolist() == [0] * window.first + [1] * (len(window.ids) - window.first)
+    assert expected["token_type_ids"][0].tolist() == window.types
     with torch.no_grad():
         hidden = theirs(**expected).last_hidden_state
         ours = model.encoder(expected["input_ids"], None, expected["token_type_ids"])
@@ -288,13 +293,17 @@ def test_a_published_bert_reads_what_transformers_reads(folder, tiny, tmp_path, 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data sets
 
-def test_squads_own_layout_and_its_rows_give_the_same_data_set(data, tmp_path):  # noqa: F811
-    rows = make_rows(60)
-    articles = [{"title": f"T{i % 10}", "paragraphs": [{"context": row["context"], "qas": [{
+def as_articles(rows, count):
+    """The rows in SQuAD's own layout, in articles with `count` titles."""
+    return [{"title": f"T{i % count}", "paragraphs": [{"context": row["context"], "qas": [{
         "id": str(i), "question": row["question"], "is_impossible": not row["answers"]["text"],
         "answers": [{"text": text, "answer_start": start} for text, start in zip(*row["answers"].values())]}]}]}
         for i, row in enumerate(rows)]
-    (tmp_path / "a.json").write_text(json.dumps({"version": "v2.0", "data": articles}))
+
+
+def test_squads_own_layout_and_its_rows_give_the_same_data_set(data, tmp_path):  # noqa: F811
+    rows = make_rows(60)
+    (tmp_path / "a.json").write_text(json.dumps({"version": "v2.0", "data": as_articles(rows, 10)}))
     lines = [{**row, "title": f"T{i % 10}"} for i, row in enumerate(rows)]
     for row in lines:
         del row["split"]
@@ -315,6 +324,22 @@ def test_files_named_train_and_dev_keep_their_part(data, tmp_path):  # noqa: F81
     prepare.main(prepare.Settings(tokenizer="byte", name="mine", val_fraction=0.1), [
         str(tmp_path / f"{name}-v2.jsonl") for name in ("train", "dev")])
     assert LabelledDataset(data / "mine", "answers").meta["val_rows"] == 20
+
+
+def test_squad_is_split_by_its_articles(data, monkeypatch):  # noqa: F811
+    def fetched(url, path):
+        is_train, found = "train" in url, make_rows(80, seed="train" in url)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"data": as_articles(found, 40 if is_train else 4)}))
+
+    monkeypatch.setattr(labelled_sets, "fetch_file", fetched)
+    with pytest.raises(UserError, match="train-v2.0.json"):
+        prepare.main(prepare.Settings(), ["squad"])
+    monkeypatch.setattr(labelled_sets, "check", lambda paths, checksum: None)
+    prepare.main(prepare.Settings(tokenizer="byte", name="small"), ["squad"])
+    dataset = LabelledDataset(data / "small", "answers")
+    pages = [{row["page"] for row in dataset.rows[split]} for split in ("train", "val")]
+    assert all(pages) and not pages[0] & pages[1] and len(dataset.rows["test"]) == 80
 
 
 def test_the_made_up_facts_hold_out_names_and_templates():
@@ -339,15 +364,16 @@ def test_the_made_up_facts_hold_out_names_and_templates():
     assert found == rows and source == "data/facts/generate.py"
 
 
-BAD = [({"answers": {"text": ["king"], "answer_start": [3]}}, "the answer 'king' is not in its context at answer_start ="
-        " 3; it stands at 4"),
-       ({"answers": {"text": ["queen"], "answer_start": [4]}}, "the answer 'queen' is not in its context at answer_start ="
-        " 4$"),
+BAD = [({"answers": {"text": ["king"], "answer_start": [3]}}, "the answer 'king' is not in its context at"
+        " answer_start = 3; it stands at 4"),
+       ({"answers": {"text": ["queen"], "answer_start": [4]}}, "the answer 'queen' is not in its context at"
+        " answer_start = 4$"),
        ({"answers": {"text": [""], "answer_start": [0]}}, "the answer '' is not in its context"),
        ({"answers": {"text": ["king"], "answer_start": [-8]}}, "the answer 'king' is not in its context"),
        ({"answers": {"text": ["king"]}}, "must have the lists text and answer_start, of one length"),
        ({"answers": "king"}, "must have the lists text and answer_start"),
-       ({"question": " ?! ", "context": " "}, "the context ' ' is empty"), ({"question": " "}, "the question ' ' is empty"),
+       ({"question": " ?! ", "context": " "}, "the question ' .! ' is empty"),
+       ({"context": " "}, "the context ' ' is empty"),
        ({"context": None}, "None is not valid text")]
 
 

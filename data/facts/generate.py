@@ -20,7 +20,7 @@ if __name__ == "__main__":
 from sources.pairs import place_of, split_of
 
 SEED = 0
-TEXTS = {"train": 1600, "val": 150, "test": 150}
+TEXTS = {"train": 2400, "val": 150, "test": 150}
 QUESTIONS = 3  # for each text
 UNANSWERED = 0.25  # the share of questions without an answer
 HELD_OUT = 0.15  # the share of templates and of names for validation, and again for test
@@ -177,7 +177,7 @@ class Maker:
         return self.named("town" if kind == "place" else kind)
 
     def text(self):
-        """(text, {(subject, kind of fact): (value, its place)}, kind of the subjects, kinds of facts, an absent subject)."""
+        """(text, {(subject, kind of fact): (value, its place)}, kind of subjects, kinds of facts, absent subject)."""
         rng, kind = self.rng, one_of([*FACTS], self.rng)
         facts = sorted(FACTS[kind], key=lambda fact: rng.random())[:3]
         subjects = list(dict.fromkeys(self.named(kind) for _ in range(4)))
