@@ -54,8 +54,7 @@ def published(path):
         for article in read_json(path)["data"]:
             for paragraph in article["paragraphs"]:
                 for asked in paragraph["qas"]:
-                    answers = [] if asked.get("is_impossible") else asked["answers"]
-                    found = {name: [answer[name] for answer in answers] for name in ("text", "answer_start")}
+                    found = {name: [answer[name] for answer in asked["answers"]] for name in ("text", "answer_start")}
                     yield f"{path}, question {asked.get('id', '')}", {
                         "question": asked["question"], "context": paragraph["context"], "answers": found,
                         "title": article.get("title")}

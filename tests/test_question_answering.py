@@ -137,7 +137,7 @@ def test_a_long_text_is_cut_into_windows_that_overlap_by_half(opened):
     room = task.block_size - cut[0].types.count(0) - 1
     assert [window.start for window in cut] == [room // 2 * i for i in range(len(cut))]
     assert cut[-1].start + len(cut[-1].places) - 1 == 100 and max(len(window.ids) for window in cut) == task.block_size
-    (own,) = task.windows("who was the KING?", "the king was.")
+    (own,) = task.windows("who was the KING?", "The king was.")
     assert own.types == [0] * 7 + [2, 2, 2, 1, 1]  # a third type for words of the question
     assert len(task.windows("who " * 100, text)[0].ids) == task.block_size  # the question loses its end
     long = "x" * 200
@@ -157,8 +157,11 @@ def test_what_cannot_be_an_answer_is_never_one(opened):
     advantage, first, last, *_ = task.spans(logits)[0]
     assert last - first < 3
     logits[0, 0] = 9.0
-    advantage, _, _, p, none = task.spans(logits)[0]
-    assert advantage < 0 and none > 0.99
+    (span,) = task.spans(logits)
+    assert span[0] < 0 and span[-1] > 0.99
+    window, likelier = task.windows("who?", "the king")[0], (-0.5, 0, 1, 0.3, 0.4)  # none is likelier, in both windows
+    assert task.best_of("the king", [(window, span), (window, likelier)]) == (0, 0, 0.4)
+    assert task.best_of("the king", [(window, span), (window, (0.5, *likelier[1:]))]) == (0, 8, 0.3)
 
 
 def test_padding_and_other_questions_change_nothing(opened):
@@ -296,7 +299,7 @@ def test_a_published_bert_reads_what_transformers_reads(folder, tiny, tmp_path, 
 def as_articles(rows, count):
     """The rows in SQuAD's own layout, in articles with `count` titles."""
     return [{"title": f"T{i % count}", "paragraphs": [{"context": row["context"], "qas": [{
-        "id": str(i), "question": row["question"], "is_impossible": not row["answers"]["text"],
+        "id": str(i), "question": row["question"],
         "answers": [{"text": text, "answer_start": start} for text, start in zip(*row["answers"].values())]}]}]}
         for i, row in enumerate(rows)]
 
