@@ -4,8 +4,8 @@
     python sample.py --out_dir=out/answer_facts --prompt="Who built the Orvik Bridge?" --context=FILE:page.txt
     python evaluate.py --out_dir=out/answer_facts
 
-The texts and questions are made up by data/facts/generate.py; templates and names are held out. On the test part, 95.3 %
-of the answers are exactly right (seed 1337), where a quarter of the questions have none; the first new name in the
+The texts and questions are made up by data/facts/generate.py; templates and names are held out. On the test part, 95.3
+% of the answers are exactly right (seed 1337), where a quarter of the questions have none; the first new name in the
 sentence that is most like the question is right for 36.5 %. It takes 3 1/4 minutes of one core with AMX.
 """
 

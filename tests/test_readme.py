@@ -111,7 +111,7 @@ def test_the_commands_were_found():
 
 
 def test_the_readme_is_a_newcomers_page():
-    assert len(README.splitlines()) <= 369  # 300, and sections about a GPU, about dialogues, about rewards; 5 for answers
+    assert len(README.splitlines()) <= 369  # 300; sections about a GPU, about dialogues, about rewards; 5 for answers
 
 
 def test_the_file_tree_is_complete():
