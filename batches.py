@@ -78,6 +78,7 @@ META_KEYS = {"text": ("dtype", "train_tokens", "val_tokens"),
              "image-labels": ("image_size", "images", "labels", "train_rows", "val_rows", "test_rows"),
              "labels": ("labels", "several", "train_rows", "val_rows", "test_rows"),
              "tags": ("tags", "intents", "train_rows", "val_rows", "test_rows"),
+             "answers": ("train_rows", "val_rows", "test_rows"),
              **dict.fromkeys(("chat", "preferences"), ("world", "train_rows", "val_rows", "test_rows"))}
 SPLITS = ("train", "val", "test")
 
@@ -330,15 +331,17 @@ def by_length(lengths):
 # ----------------------------------------------------------------------------------------------------------------------
 # Labelled texts
 
-LABELLED = {"labels": {"text": str, "labels": list}, "tags": {"words": list, "tags": list, "intent": str}}
+LABELLED = {"labels": {"text": str, "labels": list}, "tags": {"words": list, "tags": list, "intent": str},
+            "answers": {"question": str, "context": str, "answers": dict}}
 
 
 class LabelledDataset:
     """A prepared folder of texts with labels. meta: from meta.json. Each split is "train", "val" or "test".
 
     rows: {split: list of dicts}. kind "labels": each has text and labels, a list of names. kind "tags": words, tags (a
-    name for each word, or []), and intent (a name, or ""). The tokenizer of the model makes token ids of them later, so
-    a data set serves every model. Raises UserError if the files don't fit meta.json.
+    name for each word, or []), and intent (a name, or ""). kind "answers": question, context, and answers, with the
+    lists text and answer_start. The tokenizer of the model makes token ids of them later, so a data set serves every
+    model. Raises UserError if the files don't fit meta.json.
     """
 
     def __init__(self, folder, kind):

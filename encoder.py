@@ -2,11 +2,12 @@
 
     python train.py config/tag_flights.py           trains one that labels words, also on a laptop's CPU
 
-The same encoder serves four models, which differ in what stands on top of it:
+The same encoder serves five models, which differ in what stands on top of it:
 
     MaskedLM           the hidden tokens of a text, as BERT is pre-trained (Devlin et al. 2019)
     Classifier         one class of a text, or several
     Tagger             a label for each word, and one for the sentence
+    Answerer           where in a text the answer to a question begins and ends
     SentenceEncoder    one vector for a text (Reimers and Gurevych 2019)
 
 With block = "post" and embed_norm it is BERT; the default, block = "pre", has the norms before attention and MLP, and
@@ -225,6 +226,27 @@ class Tagger(nn.Module):
         if of_intents is not None:
             nats[1, :, 0] = F.cross_entropy(of_intents, intents.clamp(min=0), reduction="none")
         return nats
+
+
+class Answerer(nn.Module):
+    """An encoder, and a head with two logits for each token: an answer begins here, an answer ends here."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.head = Head(config, 2)
+
+    def forward(self, tokens, lengths, types, places, counts, targets=None):
+        """The logits of W words, at which an answer may begin and end, (B, W, 2); -inf for padding. Or, given targets,
+        the nats of each text, (B,): the mean of those of its answer's first and last word.
+
+        tokens, lengths, types: see `Encoder`. places: (B, W, 2), each word's first and last token. counts: (B,), the
+        words of each text without padding. targets: (B, 2), numbers of words. "No answer" is a word too: [CLS].
+        """
+        logits = self.head(self.encoder(tokens, lengths, types)).gather(1, places)  # (B, S, 2) -> (B, W, 2)
+        logits = logits.masked_fill(~is_real(places.size(1), counts)[..., None], -torch.inf)
+        return logits if targets is None else F.cross_entropy(logits, targets, reduction="none").mean(1)
 
 
 class SentenceEncoder(nn.Module):

@@ -17,6 +17,7 @@
     python prepare.py libreoffice_help --languages=en,it --tokenizer=bpe:4000     one: see sources/pairs.py
     python prepare.py reviews.csv --labels=stars        texts with labels, to classify them; or words with labels, as
     python prepare.py queries.jsonl --tags=True         spans of a text or in CoNLL files: see sources/labelled.py
+    python prepare.py questions.jsonl                   questions on texts, with answers: see sources/questions.py
 
 Text must be UTF-8 and may be larger than memory. The first 90 % of each file is for training, the rest for validation.
 """
@@ -66,7 +67,7 @@ if __name__ == "__main__":  # --help and typos are answered before the slow impo
 
 from machine.terminal import printable
 from published import download as download_model
-from sources import dialogues, documents, images, known, labelled, labelled_images, pairs, texts
+from sources import dialogues, documents, images, known, labelled, labelled_images, pairs, questions, texts
 from sources.download import download
 from sources.known import CORPORA, GENERATED, PAIRS, TOKENIZERS, claim, locate, prepare_known, prepare_pairs
 from tasks import find_task
@@ -80,13 +81,13 @@ SETTINGS_OF = {  # for each kind of source, its settings that some other kinds l
     "known pairs": ("languages", "shared", "min_words", "max_words"),
     "texts with labels": ("labels", "column", "files"), "words with tags": ("tags", "files"),
     "a known set with labels": ("languages",),
-    "dialogues": (), "known dialogues": (), "a known text": (),
+    "questions": (), "dialogues": (), "known dialogues": (), "a known text": (),
     "a known corpus": ("column", "processes", "max_files"), "known images": ("image_size",)}
 CHAT_RECIPES = {"chat": "config/chat/dialogues.py", "preferences": "config/chat/dpo.py"}
 PAIRS_RECIPE = "config/translate_en_it.py"
 PICTURES_RECIPE = "config/fashion_mnist.py"
 TASKS = {"vlm": "image-text", "translate": "translation", "classify": "classification", "tag": "tagging",
-         "dpo": "dpo"}
+         "dpo": "dpo", "answer": "question-answering"}
 # by the start of a recipe's name; others are of texts
 
 
@@ -181,9 +182,12 @@ def prepare_own(settings, sources, named):
     check_sources(settings, sources, is_url)
     if settings.labels or settings.tags:
         return prepare_own_labelled(settings, sources, named)
+    paths = list(map(Path, sources))
+    if questions.are_questions(paths):
+        check_kind(settings, "questions")
+        return prepare_labelled(settings, named, paths, "answers", questions.read(paths)), "config/answer_facts.py"
     if settings.languages or settings.columns or sources[0].lower().endswith(".tmx"):
         return prepare_own_pairs(settings, sources, named), PAIRS_RECIPE
-    paths = list(map(Path, sources))
     if dialogues.are_dialogues(paths):
         return prepare_own_dialogues(settings, paths)
     tables = images.find_tables(paths[0]) if len(paths) == 1 else []
@@ -253,11 +257,16 @@ def prepare_own_labelled(settings, sources, named):
     else:
         kind, recipe = "labels", "config/classify_topics.py"
         rows = labelled.read_labels(paths, settings.column, settings.labels, settings.files)
-    name, source = own_name(settings, paths[0]), ", ".join(map(os.path.abspath, sources))
+    return prepare_labelled(settings, named, paths, kind, rows), recipe
+
+
+def prepare_labelled(settings, named, paths, kind, rows):
+    """Prepares the rows of some paths, as labelled.prepare takes them. Returns the data set's name."""
+    name, source = own_name(settings, paths[0]), ", ".join(map(os.path.abspath, paths))
     has_usual = settings.tokenizer == Settings.tokenizer and "tokenizer" not in named
     how = labelled.How(tokenizer="" if has_usual else settings.tokenizer, val_fraction=settings.val_fraction)
     labelled.prepare(rows, claim(name, source), kind, how, source)
-    return name, recipe
+    return name
 
 
 def prepare_own_dialogues(settings, paths):

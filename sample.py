@@ -49,7 +49,7 @@ def check(settings, given):
             raise UserError(f"image = {settings.image!r}: names no file, and this model needs one: add --image=FILE")
         if not Path(path).is_file():
             raise UserError(f"image = {path}: there is no such file")
-    for name, text in (("prompt", settings.prompt), ("rank", getattr(settings, "rank", ""))):
+    for name, text in ((name, getattr(settings, name, "")) for name in ("prompt", "rank", "context")):
         if text.startswith("FILE:") and (not (path := Path(text.removeprefix("FILE:"))).exists() or path.is_dir()):
             raise UserError(f"{name} = {text}: {'is a folder: name a file' * path.is_dir() or 'there is no such file'}")
     if getattr(settings, "rank", "FILE:")[:5] not in ("", "FILE:"):

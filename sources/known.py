@@ -41,6 +41,8 @@ LABELLED = {  # texts with labels, from sources/labelled_sets.py: kind, recipe, 
     "help_languages": ("labels", "config/classify_languages.py", dict(languages="")),
     "home_assistant_intents": ("tags", "config/tag_home.py", dict(languages="en", tokenizer="word:1")),
     "flights": ("tags", "config/tag_flights.py", dict(tokenizer="word:1")),
+    "facts": ("answers", "config/answer_facts.py", dict(tokenizer="bpe:800")),
+    "squad": ("answers", "config/answer_facts.py", dict(tokenizer="bpe:8000")),
     **dict.fromkeys(("atis", "snips"), ("tags", "config/tag_home.py", {})),
     **dict.fromkeys(("sst2", "imdb"), ("labels", "config/classify_topics.py", {}))}
 IMAGE_LABELS = {  # pictures by class: settings for sources.labelled_images.How

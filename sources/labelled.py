@@ -29,7 +29,8 @@ from sources.documents import READERS
 from sources.pairs import SPLITS, USUAL_SIZE, lines, normal, read_parquet, split_of
 from sources.texts import files_in, finish, print_choice, sample, writing
 
-COLUMNS = {"labels": ("text", "labels"), "tags": ("words", "tags", "intent")}  # of each kind's rows
+COLUMNS = {"labels": ("text", "labels"), "tags": ("words", "tags", "intent"),
+           "answers": ("question", "context", "answers")}  # of each kind's rows
 PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
          "test": "test"}  # what files and rows call a split
 TAGGED = (".jsonl", ".conll", ".bio", ".iob", ".txt", ".tsv", ".in")  # files with words and tags
@@ -48,8 +49,8 @@ def prepare(rows, folder, kind, how, source, revision=""):
     """Writes the data set of an iterable of rows into the folder, and returns the dict of meta.json.
 
     kind "labels": rows are dicts with text and labels, a list of names. kind "tags": words, tags (a BIO label for each
-    word, or []), and intent (a name, or ""). Both may have page or split. A row with split "val" or "test" is taken as
-    it is. Raises UserError if a split would be empty, or a label has one row.
+    word, or []), and intent (a name, or ""). kind "answers": see questions.py. All may have page or split. A row with
+    split "val" or "test" is taken as it is. Raises UserError if a split would be empty, or a label has one row.
     """
     with writing(folder):
         chosen, left_out = choose(rows, kind, how, source)
@@ -85,6 +86,8 @@ def write_rows(path, rows, columns, digest):
 
 
 def text_of(row):
+    if "question" in row:
+        return f"{row['question']}\n{row['context']}"
     return row["text"] if "text" in row else " ".join(row["words"])
 
 
@@ -183,11 +186,14 @@ def check_counts(rows, kind, source, left_out):
 
 
 def classes_of(row, kind):
-    return row["labels"] if kind == "labels" else [row["intent"]] if row["intent"] else []
+    return row["labels"] if kind == "labels" else [row["intent"]] if row.get("intent") else []
 
 
 def names_of(splits, kind):
     """The names of the labels in training, as meta.json has them. Says how many other rows have labels beyond these."""
+    if kind == "answers":
+        return {}
+
     def distinct(split, names_in):
         return sorted({name for row in splits[split] for name in names_in(row)})
 

@@ -8,6 +8,8 @@
     python prepare.py sst2                              phrases of film reviews: positive or negative? from GLUE
     python prepare.py imdb                              film reviews: positive or negative? from Stanford
     python prepare.py flights                           questions of air travellers, made by data/flights/generate.py
+    python prepare.py facts                             questions on texts, made by data/facts/generate.py
+    python prepare.py squad                             questions on Wikipedia's articles, SQuAD 2.0
 
 data/<name>/README.md says what each holds.
 """
@@ -25,10 +27,11 @@ from pathlib import Path
 
 from configurator import UserError
 from machine.terminal import watched
+from sources import questions
 from sources.corpora import HELP, apt_get, help_codes, help_in, help_package, paragraphs, unpack
 from sources.download import Offline, download
 from sources.labelled import read_tags
-from sources.pairs import WORD, place_of
+from sources.pairs import WORD, place_of, split_of
 
 ROOT = Path(__file__).resolve().parents[1]
 TOPICS = {"sbasic": "basic", "scalc": "calc", "schart": "chart", "sdatabase": "database", "sdraw": "draw",
@@ -37,9 +40,12 @@ PAGES, SENTENCES = 0.2, 600  # help_languages: the share of the pages that it re
 PARALLEL = "https://raw.githubusercontent.com/monologg/JointBERT/00324f60dda4a491b2913bc3065ae93966caea3f/data"
 SST2 = "https://dl.fbaipublicfiles.com/glue/data/SST-2.zip"
 IMDB = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
+SQUAD = "https://rajpurkar.github.io/SQuAD-explorer/dataset"
 CHECKSUMS = {  # of all that is downloaded: SHA-256, or the MD5 that is published
     "atis": "0eb296184a86edd4d61fc00aed9dc2c62760ec2e0d533c61e4f5d28b3896bd5b",
     "snips": "f8378c640a65544090f4bf2902a6f6d9045f72abc0cdb03d8ca5dfd66bbdba44",
+    "train-v2.0.json": "68dcfbb971bd3e96d5b46c7177b16c1a4e7d4bdef19fb204502738552dede002",
+    "dev-v2.0.json": "80a5225e94905956a6446d296ca1093975c4d3b3260f1d6c8f68bc2ab77182d8",
     "sst2": "9f81648d4199384278b86e315dac217c", "imdb": "7c2ac02c03563afcf9b574c7e56c153a"}
 INTENTS = ("home-assistant-intents", "2026.10.27", "256eb1e4fc6e6f4943d0ba4e089c9639d74d0e9d62ccddeb7148bc168de55e40")
 
@@ -56,7 +62,8 @@ def fetch(name, languages, folder):
         return of_languages[name](languages, folder)
     if languages:
         raise UserError(f"languages = {','.join(languages)}: {name} is in English alone; leave it out")
-    loaders = {"atis": parallel, "snips": parallel, "sst2": sst2, "imdb": imdb, "flights": flights}
+    loaders = {"atis": parallel, "snips": parallel, "sst2": sst2, "imdb": imdb,
+               "flights": made, "facts": made, "squad": squad}
     return loaders[name](name, folder / "download")
 
 
@@ -215,6 +222,17 @@ def imdb(name, folder):
 # ----------------------------------------------------------------------------------------------------------------------
 # Questions of air travellers
 
-def flights(name, folder):
-    script = "data/flights/generate.py"
+def squad(name, folder):
+    """The dev part is the test here: the published test part is secret. Validation: some of the training articles."""
+    paths = [folder / f"{part}-v2.0.json" for part in ("train", "dev")]
+    for path in paths:
+        fetch_file(f"{SQUAD}/{path.name}", path)
+        check([path], CHECKSUMS[path.name])
+    (train, dev) = ([*questions.read([path])] for path in paths)
+    rows = [{**row, "split": "train" if split_of(row["page"], 0.05) == "train" else "val"} for row in train]
+    return rows + [{**row, "split": "test"} for row in dev], SQUAD, ""
+
+
+def made(name, folder):
+    script = f"data/{name}/generate.py"
     return runpy.run_path(str(ROOT / script))["generate"](), script, ""

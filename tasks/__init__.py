@@ -44,6 +44,8 @@ TASKS = {
     "dpo": Row("tasks.dpo", "DPOTask", settings.DPO, settings.Chatting, settings.Answers, ()),
     "rl": Row("tasks.rl", "RLTask", settings.RL, settings.Chatting, settings.Answers, ()),
     "tagging": Row("tasks.tagging", "TaggingTask", settings.Tagging, settings.Labelling, settings.Labels, ()),
+    "question-answering": Row("tasks.question_answering", "QuestionAnsweringTask", settings.QuestionAnswering,
+                              settings.Asking, settings.Problems, ()),
 }
 
 

@@ -336,6 +336,16 @@ class Tagging(Encoding):
             raise UserError(f"hide_rate = {self.hide_rate}: must be below 1")
 
 
+@dataclass(frozen=True)
+class QuestionAnswering(Encoding):
+    answer_words: int = 30  # most words of an answer that is found
+    train_rows: int = 0  # learn from so many questions only, drawn with the seed; 0: all
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_ranges(self, answer_words=1, train_rows=0)
+
+
 def check_sizes(settings):
     """Raises UserError for sizes that no model can have."""
     check_ranges(settings, n_layer=1, n_head=1, n_embd=1, block_size=1)
@@ -551,6 +561,18 @@ class Labelling(Looking):
     def __post_init__(self):
         check_model(self)
         check_looking(self)
+
+
+@dataclass(frozen=True)
+class Asking:
+    # the text
+    context: str = ""  # the text with the answer; FILE:path reads a file
+
+    def __post_init__(self):
+        check_model(self)
+        if not self.context.strip():
+            raise UserError("context = '': this model finds answers in a text: add --context=FILE:page.txt, or"
+                            " --context=TEXT")
 
 
 def check_beam(settings, *names):

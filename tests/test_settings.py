@@ -18,6 +18,7 @@ from unittest import mock
 import pytest
 import test_classification
 import test_image_classification
+import test_question_answering
 import torch
 from conftest import make_text
 from test_tagging import make_rows
@@ -193,8 +194,10 @@ BASES["dpo"] = {**{name: value for name, value in BASES["reward"].items() if nam
 BASES["rl"] = {**BASES["dpo"], "reward": "one_reward", "pack": False, "kl": 0.1,
                "samples": 2, "round": 2, "eval_interval": 2, "log_interval": 1, "answer_tokens": 24, "eval_tokens": 400}
 BASES["tagging"] = {**BASES["text"], "block_size": 64, "learning_rate": 0.003, "sample_tokens": 300}
+BASES["question-answering"] = {**BASES["classification"], "block_size": 24}
 DATA = {  # of other tasks: data/shapes
     "chat": "data/calculator", "reward": "data/preferences", "dpo": "data/preferences",
+    "question-answering": "data/answers",
     "rl": "data/calculator", "tagging": "data/tags", "classification": "data/labels",
     "image-classification": "data/classes",
     "text": "data/words", "masked": "data/words", "arithmetic": "arithmetic", "translation": "data/pairs"}
@@ -219,6 +222,9 @@ def lab(tmp_path_factory):
     for name, seed in (("classes", 0), ("more_classes", 1)):
         rows = labelled_images.find(test_image_classification.make_pictures(folder / f"{name}_source", seed=seed))
         labelled_images.prepare(rows, folder / "data" / name, labelled_images.How(image_size=16), "made up")
+    for name, seed in (("answers", 0), ("more_answers", 1)):
+        rows = test_question_answering.make_rows(100, seed)
+        labelled.prepare(rows, folder / "data" / name, "answers", labelled.How(tokenizer="word:1"), "made up")
     for name, tokenizer in (("countdown", "char"), ("calculator", str(folder / "data" / "countdown"))):
         rows = [row for i, row in enumerate(dialogues.of_world(name)) if i % 40 == 0]
         dialogues.prepare(rows, folder / "data" / name, tokenizer, 0.1, "made up", name)
@@ -320,6 +326,7 @@ TRAINING = {
     # of the encoders
     "mask_rate": Change(0.5),
     "learn": Change("tags"), "train_rows": Change(30), "pool": Change("first"), "hide_rate": Change(0.5),
+    "answer_words": Change(1, max_iters=60, batch_size=16),
 }
 WITH_IMAGES = {
     "dataset": Change("data/more"), "block_size": Change(120), "eval_tokens": Change(200), "sample_tokens": Change(0)}
@@ -352,12 +359,16 @@ OF_TASK = {  # entries that differ for one task
     "image-classification": {"dataset": Change("data/more_classes"), "eval_tokens": Change(8),
                              "sample_tokens": Change(0), "init_from": Change("one_image-classification"),
                              "lora_rank": Change(2, init_from="one_image-classification")},
+    "question-answering": {"dataset": Change("data/more_answers"), "block_size": Change(12), "eval_tokens": Change(40),
+                           "sample_tokens": Change(0), "init_from": Change("one_question-answering"),
+                           "lora_rank": Change(2, init_from="one_question-answering")},
 }
 # The part of the model that --rates names.
 PART = {"text": "wte", "chat": "wte", "reward": "wte", "dpo": "wte", "rl": "wte",
         "contrastive": "text", "image-text": "decoder", "arithmetic": "wte",
         "translation": "encoder", "masked": "encoder", "tagging": "encoder",
-        "classification": "encoder", "image-classification": "vision"}
+        "classification": "encoder", "image-classification": "vision",
+        "question-answering": "encoder"}
 
 
 # Settings of every task that the task's own code reads.
@@ -398,6 +409,7 @@ SAMPLING = {
     "chat": Change(True), "system": Change("4"),
     "beam": Change(3), "length_penalty": Change(0.0, beam=4, n_best=4), "n_best": Change(2, beam=3),
     "answer": Change("7"),
+    "context": Change("a king sees Berno ."),
     "show_steps": Change(True), "attention_layer": refused(2, attention="map.png"),
     "attention_head": refused(3, attention="map.png"), "attention_each": Change(True, attention="map.png"),
 }
@@ -421,7 +433,8 @@ SAMPLING_OF_TASK = {
     "tagging": {"prompt": Change("send alma to dorex"), "init_from": refused("one_tagging")},
     "classification": {"prompt": Change("a night"), "init_from": refused("one_classification"), "top": Change(1)},
     "image-classification": {"prompt": refused("a night"), "init_from": refused("one_image-classification"),
-                             "top": Change(1)}}
+                             "top": Change(1)},
+    "question-answering": {"prompt": Change("when was it?\nwho?"), "init_from": refused("one_question-answering")}}
 EVALUATING = {
     "init_from": refused("one_text"), "out_dir": Change("one_{task}"), "checkpoint": Change("last"),
     "dataset": Change("data/others"),
@@ -438,6 +451,7 @@ EVALUATING_OF_TASK = {"text": {}, "masked": {},
                       "tagging": {"dataset": Change("data/more_tags")},
                       "classification": {"dataset": Change("data/more_labels")},
                       "image-classification": {"dataset": Change("data/more_classes")},
+                      "question-answering": {"dataset": Change("data/more_answers")},
                       **dict.fromkeys(("contrastive", "image-text"), {"dataset": Change("data/more")})}
 
 
@@ -451,7 +465,7 @@ def at(task, change):
 def test_each_setting_of_sampling_changes_the_sample_or_is_refused(lab, run, task, name):
     asked = dict(CPU, out_dir=run)
     if task not in ("contrastive", "arithmetic", "masked", "tagging", "classification", "reward",
-                    "image-classification"):
+                    "image-classification", "question-answering"):
         asked |= {"max_new_tokens": 40}
     if task == "arithmetic":
         asked["prompt"] = "7*8="
@@ -465,6 +479,8 @@ def test_each_setting_of_sampling_changes_the_sample_or_is_refused(lab, run, tas
         for letter, colour in (("a", "red"), ("b", "blue")):
             shutil.copy(f"classes_source/{colour}/0.png", f"{letter}.png")
         asked["image"] = "a.png"
+    elif task == "question-answering":
+        asked |= {"prompt": "who was it?", "context": "the mad king sees Alma ."}
     elif task == "reward":
         asked |= {"prompt": "8-3", "answer": "5"}
     elif task in ("chat", "dpo", "rl"):
@@ -506,6 +522,8 @@ IDLE = {  # settings that do nothing for a kind of source
     "pairs.tsv": ("files", "newlines", "image_size", "column", "processes", "max_files", "labels", "tags",
                   "unreadable"),
     "labels": ("newlines", "image_size", "processes", "max_files", "tags", "unreadable", *FOR_PAIRS),
+    "questions.jsonl": ("files", "newlines", "image_size", "column", "processes", "max_files", "labels", "tags",
+                        "unreadable", *FOR_PAIRS),
     "tags": ("newlines", "image_size", "column", "processes", "max_files", "labels", "unreadable", *FOR_PAIRS)}
 
 
@@ -522,6 +540,8 @@ def make_sources(folder):
     words = [row.split()[:2 + number % 6] for number, row in enumerate(rows)]
     table = [f"{' '.join(row)}\t{' '.join(row[::-1]).upper()}\t{'-'.join(row)}\n" for row in words]
     (folder / "pairs.tsv").write_text("en\tit\tother\n" + "".join(table))
+    asked = [{**row, "split": None} for row in test_question_answering.make_rows(60)]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
     generate = runpy.run_path(str(ROOT / "data" / "shapes" / "generate.py"))["generate"]
     generate(folder / "images", images=20)
     for path in test_image_classification.make_pictures(folder / "classes").rglob("*[02468].png"):

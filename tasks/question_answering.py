@@ -1,0 +1,377 @@
+"""The question-answering task: an encoder reads a question and a text, and marks the answer in the text.
+
+    python train.py config/answer_facts.py
+    python sample.py --out_dir=out/answer_facts --prompt="Who built the Orvik Bridge?" --context=FILE:page.txt
+    python evaluate.py --out_dir=out/answer_facts
+
+The model reads [CLS], the question, [SEP], the text and [SEP]; where a tokenizer has no [SEP], [MASK] stands for it.
+Two logits for each word say whether an answer begins and ends there (Devlin et al. 2019). Those of [CLS] stand for "no
+answer". A text that is too long is cut into windows, each of which begins in the middle of the one before.
+
+Question and text have a token type each, as in BERT. An encoder from scratch has a third one, which marks the words of
+the text that are in the question (Chen et al. 2017): to learn which they are takes an encoder long.
+
+Axes: B windows, W words of a window, [CLS] in front of them.
+"""
+
+import collections
+import functools
+import itertools
+import re
+import shlex
+import string
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from batches import length_batches, padded, to_device
+from configurator import UserError, say
+from encoder import Answerer, EncoderConfig
+from machine.device import autocast
+from machine.terminal import watched
+from run.cost import size_in_words
+from run.files import to_json, write_text
+from sources.questions import WORD
+from sources.texts import read_file
+from tasks.encoding import AT_ONCE, LabelledTask
+
+END_OF_SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
+NAME = re.compile(r"(?:[^\W\d_]*[A-Z]\w*|\d+)(?: [A-Z]\w*)*")  # a number, or words with a capital
+
+
+class Window(NamedTuple):
+    """What the model reads at once: a question and words of a text."""
+    ids: list
+    types: list  # of each id: 0 for the question, 1 for the text, and 2 for words of the text that the question has
+    places: list  # (first token, last token) of [CLS] and of each word
+    start: int  # the number of the first word in the text
+
+
+class Found(NamedTuple):
+    """An answer, text[start:end], and its probability; if start = end, there is none."""
+    start: int
+    end: int
+    p: float
+
+
+class QuestionAnsweringTask(LabelledTask):
+    best = ("f1", max)
+    models = {"answerer": (Answerer, EncoderConfig)}
+    kind = "answers"
+    rows_label = "the windows"
+
+    def __init__(self, settings, tokenizers=None, source=""):
+        super().__init__(settings, tokenizers, source)
+        self.n_types = 0  # of the model
+        self.known = {}  # the ids of each word that was read, with the space before it
+
+    def new(self, generator, shape):
+        return super().new(generator, {"n_types": 3} | shape)  # the encoder of another model keeps what it has
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # From texts to tensors
+
+    def pieces(self, text):
+        """([(start, end)] of each word, the ids of each word) of a text. What has no ids is read as [MASK]."""
+        spans, found = [match.span() for match in WORD.finditer(text)], []
+        for start, end in spans:
+            word = " " * (start == 0 or text[start - 1].isspace()) + text[start:end]
+            if word not in self.known:
+                self.known[word] = self.tokenizer.encode(word).tolist() or [self.marks.mask]
+            found.append(self.known[word])
+        return spans, found
+
+    def windows(self, question, context):
+        """The Windows of a text, at least one. A question that fills more than half of a window loses its end."""
+        marks, (_, asked), (_, words) = self.marks, self.pieces(question), self.pieces(context)
+        shared = {word.lower() for word in WORD.findall(question)} if self.n_types > 2 else ()
+        types = [1 + (word.lower() in shared) for word in WORD.findall(context)]
+        sep = marks.mask if marks.sep is None else marks.sep
+        head = [marks.cls, *itertools.chain(*asked)][:max(1, self.block_size // 2)] + [sep]
+        room = self.block_size - len(head) - 1
+        words = [ids[:room] for ids in words]
+        ends, found, start = np.cumsum([0, *map(len, words)]), [], 0
+        while True:
+            stop = int(np.searchsorted(ends, ends[start] + room, side="right")) - 1
+            at = len(head) + ends[start:stop + 1] - ends[start]
+            places = [(0, 0), *zip(at[:-1].tolist(), (at[1:] - 1).tolist())]
+            own = [each for ids, each in zip(words[start:stop], types[start:stop]) for _ in ids]
+            found.append(Window([*head, *itertools.chain(*words[start:stop]), sep], [0] * len(head) + own + [1], places,
+                                start))
+            if stop >= len(words):
+                return found
+            start = max(start + 1, int(np.searchsorted(ends, ends[start] + room // 2, side="right")) - 1)
+
+    def fit(self, model):
+        """Cuts the texts of all rows into windows, and chooses the rows to learn from.
+
+        windows[split]: a list of Windows; asked[split]: the row of each; rows: the windows to learn from.
+        """
+        if model.config.block_size < 8:
+            raise UserError(f"block_size = {model.config.block_size}: a question and a text need at least 8")
+        rows, self.windows_of, self.asked, self.labels = self.dataset.rows, {}, {}, {}
+        super().fit(model)
+        self.n_types = model.config.n_types
+        self.chosen = {*self.rows.tolist()}
+        for split in self.texts:
+            cut = [self.windows(row["question"], row["context"]) for row in rows[split]]
+            self.windows_of[split] = [*itertools.chain(*cut)]
+            self.asked[split] = np.repeat(np.arange(len(cut)), [len(found) for found in cut])
+            self.texts[split] = [window.ids for window in self.windows_of[split]]
+            self.labels[split] = [self.label(rows[split][row], window)
+                                  for row, window in zip(self.asked[split], self.windows_of[split])]
+        self.rows = np.flatnonzero(np.isin(self.asked["train"], [*self.chosen]))
+
+    def read(self, row):
+        return []  # `fit` reads it
+
+    def label(self, row, window):
+        """The numbers of the first and last word of the row's first answer in a window; (0, 0) if it is not there."""
+        if not row["answers"]["text"]:
+            return 0, 0
+        start = row["answers"]["answer_start"][0]
+        end = start + len(row["answers"]["text"][0])
+        spans = [match.span() for match in WORD.finditer(row["context"])]
+        inside = [i for i, (one, other) in enumerate(spans) if one < end and start < other]
+        first, last = inside[0] - window.start + 1, inside[-1] - window.start + 1
+        return (first, last) if 0 < first and last < len(window.places) else (0, 0)
+
+    def targets(self, split, rows):
+        found = self.arrays([self.windows_of[split][row] for row in rows])
+        return {**found, "targets": np.array([self.labels[split][row] for row in rows])}, np.ones(len(rows), np.float32)
+
+    def arrays(self, windows):
+        """{"types": (B, S), "places": (B, W, 2), "counts": (B,)} for the model: see `Answerer`."""
+        types, _ = padded([window.types for window in windows], 0)
+        counts = np.array([len(window.places) for window in windows])
+        places = np.zeros((len(windows), counts.max(), 2), np.int64)
+        for line, window in zip(places, windows):
+            line[:len(window.places)] = window.places
+        return {"types": types, "places": places, "counts": counts}
+
+    def summary(self, model):
+        s, n, questions = self.settings, len(self.rows), len(self.chosen)
+        without = sum(not self.dataset.rows["train"][row]["answers"]["text"] for row in self.chosen)
+        return (f"model: {size_in_words(model)}; data: {questions:,} questions of {s.dataset}, {without:,} without an"
+                f" answer, in {n:,} windows; {s.max_iters} updates = {s.max_iters * s.batch_size / n:.1f} epochs")
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Measures
+
+    def parts(self, split, limit=0):
+        """Windows in batches of like length, those of a row in one. limit: see `LabelledTask`."""
+        lengths = np.array([len(ids) for ids in self.texts[split]])
+        starts = np.flatnonzero(np.diff(self.asked[split], prepend=-1))
+        counts = np.diff([*starts, len(lengths)])
+        longest, rows = np.maximum.reduceat(lengths, starts), np.arange(len(starts))
+        wanted = limit and max(1, int(limit / (longest * counts).mean()))
+        if limit and wanted < len(rows):
+            rows = rows[np.arange(wanted) * len(rows) // wanted]
+        batches = length_batches((longest * counts)[rows], AT_ONCE)
+        return [np.concatenate([starts[row] + np.arange(counts[row]) for row in rows[batch]]) for batch in batches]
+
+    @torch.no_grad()
+    def evaluate(self, model, split, world, dtype, limit=0):
+        """{"loss": nats of a window, "exact_match", "f1": means over the questions}."""
+        nats = windows = exact = overlap = questions = 0
+        for part, weight in world.share(self.parts(split, limit)):  # weight: 1, or 0 for what another rank counts
+            arguments, _ = self.gather(split, part)
+            targets = arguments.pop("targets")
+            with autocast(world.device, dtype):
+                logits = model(**arguments)
+            nats += weight * F.cross_entropy(logits, targets, reduction="none").mean(1).sum().item()
+            windows += weight * len(part)
+            rows = self.asked[split][part]
+            for row, group in itertools.groupby(zip(rows, part, self.spans(logits)), key=lambda each: each[0]):
+                wanted = self.dataset.rows[split][row]
+                group = [(self.windows_of[split][place], span) for _, place, span in group]
+                scores = score(answer_in(wanted["context"], self.best_of(wanted["context"], group)), wanted)
+                exact, overlap = exact + weight * scores[0], overlap + weight * scores[1]
+                questions += weight
+        nats, windows, exact, overlap, questions = world.sum(nats, windows, exact, overlap, questions)
+        return {"loss": nats / windows, "exact_match": exact / questions, "f1": overlap / questions}
+
+    def details(self, model, split, world, dtype, settings, found):
+        """{name: value}: `report` of the split; with settings.test also measures and `report` of the part "test"."""
+        result = world.from_main(functools.partial(self.report, model, split, dtype, settings))
+        if settings.test:
+            scored = self.evaluate(model, "test", world, dtype)
+            scored |= world.from_main(functools.partial(self.report, model, "test", dtype, settings))
+            result |= {f"test {name}": value for name, value in scored.items()}
+        return result
+
+    def report(self, model, part, dtype, settings):
+        """{name: value} of a part: scores of the questions with and without an answer, beside what needs no model.
+
+        Writes the answers to answers.jsonl (answers_test.jsonl for the part "test") in settings.out_dir.
+        """
+        rows = self.dataset.rows[part]
+        with autocast(self.world.device, dtype):
+            found = self.answer(model, [(row["question"], row["context"]) for row in rows])
+        texts = [answer_in(row["context"], one) for row, one in zip(rows, found)]
+        has = np.array([bool(row["answers"]["text"]) for row in rows])
+        scores, result = scores_of(texts, rows), {"questions": len(rows), "without an answer": int((~has).sum())}
+        for name, chosen in (("with an answer", has), ("without one", ~has)):
+            if chosen.any():
+                result |= {f"exact_match, {name}": scores[chosen, 0].mean(), f"f1, {name}": scores[chosen, 1].mean()}
+        for name, guess in FLOORS.items():
+            exact, overlap = scores_of([guess(row["question"], row["context"]) for row in rows], rows).mean(0)
+            result |= {f"exact_match, {name}": exact, f"f1, {name}": overlap}
+        if not settings.init_from:  # else there is no folder of a run
+            path = Path(settings.out_dir) / ("answers_test.jsonl" if part == "test" else "answers.jsonl")
+            lines = [{**row, "found": text, "start": one.start, "p": round(one.p, 4)}
+                     for row, text, one in zip(rows, texts, found)]
+            write_text(path, "".join(map(to_json, lines)))
+        return {name: value if isinstance(value, int) else float(value) for name, value in result.items()}
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Answers
+
+    def spans(self, logits):
+        """(advantage, first word, last word, its probability, that of no answer) of each window, from logits (B, W, 2).
+
+        The likeliest span of at most answer_words; its advantage is its log-probability beyond that of no answer.
+        """
+        starts, ends = logits.float().log_softmax(1).unbind(-1)
+        none, count = starts[:, 0] + ends[:, 0], logits.size(1) - 1
+        legal = torch.ones(count, count, dtype=torch.bool, device=logits.device).triu()
+        legal = legal.tril(self.settings.answer_words - 1)
+        both = (starts[:, 1:, None] + ends[:, None, 1:]).masked_fill(~legal, -torch.inf)
+        best, place = both.flatten(1).max(1)
+        columns = (best - none, place // count, place % count, best.exp(), none.exp())
+        return [*zip(*(column.tolist() for column in columns))]
+
+    def best_of(self, text, found):
+        """The Found of a text, from the (Window, span) of all its windows: the one with the greatest advantage."""
+        window, (advantage, first, last, p, _) = max(found, key=lambda pair: pair[1][0])
+        if advantage <= 0:
+            return Found(0, 0, min(span[-1] for _, span in found))
+        words = [match.span() for match in WORD.finditer(text)]
+        return Found(words[window.start + first][0], words[window.start + last][1], p)
+
+    @torch.inference_mode()
+    def answer(self, model, pairs):
+        """The Found for each (question, text)."""
+        self.block_size, self.n_types = model.config.block_size, model.config.n_types
+        device = next(model.parameters()).device
+        cut = [self.windows(*pair) for pair in pairs]
+        windows = [*itertools.chain(*cut)]
+        spans = [None] * len(windows)
+        for part in watched(length_batches(np.array([len(each.ids) for each in windows]), AT_ONCE), "answering"):
+            tokens, lengths = padded([windows[i].ids for i in part], self.marks.pad)
+            arrays = {"tokens": tokens, "lengths": lengths, **self.arrays([windows[i] for i in part])}
+            logits = model(**{name: to_device(array, device) for name, array in arrays.items()})
+            for i, span in zip(part, self.spans(logits)):
+                spans[i] = span
+        every = iter(zip(windows, spans))
+        return [self.best_of(text, [*itertools.islice(every, len(own))]) for (_, text), own in zip(pairs, cut)]
+
+    def sample(self, model, requests, sampling):
+        """Yields (index of a request, piece): for each line, a question, its answer with its place in the text."""
+        text = sampling.context
+        if text.startswith("FILE:"):
+            text = "".join(read_file(Path(text.removeprefix("FILE:")), keep=True))
+        if not re.search(r"\w", text):
+            raise UserError(f"context = {sampling.context:.60}: there is no word in this text")
+        for index, request in enumerate(requests):
+            questions = [line.strip() for line in request["text"].split("\n") if line.strip()]
+            if not questions or not all(re.search(r"\w", question) for question in questions):
+                raise UserError(f"prompt = {request['text'].strip()!r:.60}: is no question: add --prompt with one, or"
+                                " --prompt=FILE:path with one on each line")
+            self.block_size = model.config.block_size
+            self.check_words(questions, text)
+            answers = self.answer(model, [(question, text) for question in questions])
+            for number, (question, found) in enumerate(zip(questions, answers)):
+                yield index, "\n" * (number > 0) + f"{question}\n" * (len(questions) > 1) + shown(text, found)
+
+    def check_words(self, questions, text):
+        """Names words that the model does not know, and counts questions that are cut, on stderr."""
+        if cut := sum(sum(map(len, self.pieces(question)[1])) >= self.block_size // 2 for question in questions):
+            say(f"questions that fill half of the model's {self.block_size} tokens, and lose their end: {cut} of"
+                f" {len(questions)}")
+        if hasattr(self.tokenizer, "unknown") and (unknown := self.tokenizer.unknown(" ".join([*questions, text]))):
+            say(f"words that the model does not know, {len(unknown)}: {', '.join(unknown):.200}")
+
+    def show(self, model, short=False):
+        """Questions of the validation part with the answers found: ten, or if short three."""
+        rows, count = self.dataset.rows["val"], 3 if short else 10
+        rows = rows[::max(1, len(rows) // count)][:count]
+        found, lines = self.answer(model, [(row["question"], row["context"]) for row in rows]), []
+        for row, one in zip(rows, found):
+            text, right = answer_in(row["context"], one), row["answers"]["text"] or [""]
+            wrong = f"  (right: {right[0] or 'no answer'})" * (normal(text) not in map(normal, right))
+            lines.append(f"{row['question']} -> {text or 'no answer'}{wrong}")
+        return "\n".join(lines)
+
+    def command(self, out_dir):
+        row = min(self.dataset.rows["val"], key=lambda row: len(row["context"]))
+        own = [f"--prompt={row['question']}", f"--context={row['context']}"]
+        return f"{super().command(out_dir)} {shlex.join(own)}"
+
+
+def answer_in(text, found):
+    return text[found.start:found.end]
+
+
+def shown(text, found):
+    """An answer with its place and probability, and below it its sentence, in which it is marked."""
+    if found.start == found.end:
+        return f"no answer  (probability {found.p:.2f})"
+    before = [match.end() for match in END_OF_SENTENCE.finditer(text, 0, found.start)]
+    after = END_OF_SENTENCE.search(text, found.end)
+    start, end = before[-1] if before else 0, after.start() if after else len(text)
+    answer = answer_in(text, found)
+    return (f"{answer}  (characters {found.start} to {found.end}, probability {found.p:.2f})\n"
+            f"  {' '.join(f'{text[start:found.start]}[{answer}]{text[found.end:end]}'.split())}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measures and floors
+
+def normal(text):
+    """The text as SQuAD compares it: lower case, without punctuation and articles, with single spaces."""
+    text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def f1(found, right):
+    """The harmonic mean of precision and recall of the words of an answer; if one has no words: are they equal?"""
+    found, right = normal(found).split(), normal(right).split()
+    same = sum((collections.Counter(found) & collections.Counter(right)).values())
+    return 2 * same / (len(found) + len(right)) if found and right else float(found == right)
+
+
+def score(text, row):
+    """(exact match, F1) of an answer, "" for none: the best over the row's right answers."""
+    right = [each for each in row["answers"]["text"] if normal(each)] or [""]
+    return max(float(normal(text) == normal(each)) for each in right), max(f1(text, each) for each in right)
+
+
+def scores_of(texts, rows):
+    """(n, 2): exact match and F1 of each answer."""
+    return np.array([score(text, row) for text, row in zip(texts, rows)])
+
+
+def first_name(question, text):
+    """The first word of the text with a capital, but the one at its start; "" if there is none."""
+    return next((match[0] for match in re.finditer(r"\b[A-Z]\w*", text) if match.start()), "")
+
+
+def likest_sentence(question, text):
+    """The sentence of the text that shares most words with the question; of equals, the first."""
+    asked = {*normal(question).split()}
+    return max(END_OF_SENTENCE.split(text), key=lambda sentence: len(asked & {*normal(sentence).split()}))
+
+
+def new_name(question, text):
+    """The first name or number in the likest sentence, after its first word, that is not in the question; or ""."""
+    sentence = likest_sentence(question, text)
+    names = (match[0] for match in NAME.finditer(sentence) if match.start() or " " in match[0])
+    return next((name for name in names if name not in question), "")
+
+
+FLOORS = {"no answer": lambda question, text: "", "first capital": first_name, "likest sentence": likest_sentence,
+          "new name in it": new_name}

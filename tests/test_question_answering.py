@@ -1,0 +1,424 @@
+"""Question answering on made-up texts: windows, spans, measures, floors, samples, data sets, other starts, errors."""
+
+import json
+import runpy
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import WORDS, make_text, settings_for
+from test_pairs import data, write  # noqa: F401, data is a fixture
+from test_train import resume
+
+import evaluate
+import prepare
+import sample
+import train
+from batches import LabelledDataset
+from configurator import UserError, parse
+from encoder import Answerer, EncoderConfig
+from machine.distributed import World
+from run import checkpoint
+from sources import labelled, labelled_sets, questions, texts
+from tasks.loading import load
+from tasks.question_answering import FLOORS, QuestionAnsweringTask, normal, score, scores_of
+
+ROOT = Path(train.__file__).parent
+ALONE = World(0, 1, torch.device("cpu"))
+PEOPLE = ("Alma Tor", "Berno Tor", "Alma Ulk", "Berno Ulk")
+
+
+def make_rows(count=800, seed=0):
+    """Texts of 6 to 30 words with a name and a year: who asks for the one, when for the other, why for nothing."""
+    rng, rows = np.random.default_rng(seed), []
+    for number in range(count):
+        words = [*map(str, rng.choice(WORDS, rng.integers(6, 30)))]
+        values = {"who": str(rng.choice(PEOPLE)), "when": str(rng.integers(1700, 1720)), "why": ""}
+        for value in filter(None, values.values()):
+            words.insert(int(rng.integers(len(words))), value)
+        asked = str(rng.choice([*values]))
+        text, value, part = " ".join(words) + ".", values[asked], ("train", "train", "val", "test")[number % 4]
+        rows.append({"question": f"{asked} was it?", "context": text, "split": part,
+                     "answers": {"text": [value] * bool(value), "answer_start": [text.index(value)] * bool(value)}})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The folder of a prepared data set."""
+    folder = tmp_path_factory.mktemp("answers") / "ready"
+    labelled.prepare(make_rows(), folder, "answers", labelled.How(tokenizer="word:1"), "made up")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(folder):
+    """Settings of a run in which most texts are cut into windows."""
+    return dict(dataset=str(folder), n_layer=1, n_head=2, n_embd=32, block_size=24, batch_size=16, max_iters=120,
+                answer_words=3, positions="rotary", warmup_iters=5, learning_rate=1e-2, min_lr=1e-3, eval_interval=60,
+                log_interval=10, device="cpu", dtype="float32")
+
+
+def run(out_dir, tiny, **changes):
+    train.main(settings_for("question-answering", **{**tiny, **changes}, out_dir=str(out_dir)), changes)
+    rows = [json.loads(line) for line in (Path(out_dir) / "log.jsonl").read_text().splitlines()]
+    return [{key: row[key] for key in ("step", "loss", "grad_norm", "val_loss") if key in row} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny):
+    out_dir = tmp_path_factory.mktemp("runs") / "answers"
+    run(out_dir, tiny)
+    return out_dir
+
+
+@pytest.fixture(scope="module")
+def opened(trained, folder):
+    """(task, model) of a finished run."""
+    task, model, _ = load(trained)
+    task.open(folder, ALONE)
+    task.fit(model)
+    return task, model
+
+
+def sampled(folder, capsys, *arguments):
+    capsys.readouterr()
+    sample.main(parse(sample.Settings, [f"--out_dir={folder}", "--device=cpu", *arguments], **sample.HOW)[0])
+    return capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Windows and spans
+
+def by_hand(task, model, row):
+    """(nats of each window, the answer, its place) of a row: one window at a time, one span after the other."""
+    words, best, nats = [match.span() for match in questions.WORD.finditer(row["context"])], (0.0, 0, 0), []
+    wanted = [(start, start + len(text)) for text, start in zip(*row["answers"].values())]
+    for window in task.windows(row["question"], row["context"]):
+        types = torch.tensor([window.types])
+        logits = model.head(model.encoder(torch.tensor([window.ids]), None, types))[0]
+        begins, ends = ([logits[place[side], side] for place in window.places] for side in range(2))
+        own = [(0, 0), *words[window.start:window.start + len(window.places) - 1]]
+        spans = [(i, j) for i in range(1, len(own)) for j in range(i, len(own)) if j - i < task.settings.answer_words]
+        i, j = max(spans, key=lambda span: (begins[span[0]] + ends[span[1]]).item())
+        advantage = (begins[i] + ends[j] - begins[0] - ends[0]).item()
+        best = max(best, (advantage, own[i][0], own[j][1]))
+        inside = [span for span in wanted if any(span[0] == s for s, _ in own[1:]) and
+                  any(span[1] == e for _, e in own[1:])]
+        right = [0, 0] if not inside else [[s for s, _ in own].index(inside[0][0], 1),
+                                           [e for _, e in own].index(inside[0][1], 1)]
+        nats.append(np.mean([F.cross_entropy(torch.stack(each)[None], torch.tensor([place])).item()
+                             for each, place in zip((begins, ends), right)]))
+    return nats, row["context"][best[1]:best[2]], best[1]
+
+
+def test_an_evaluation_is_the_mean_over_all_windows_and_questions(opened, trained):
+    task, model = opened
+    rows = task.dataset.rows["val"]
+    nats, found, places = zip(*(by_hand(task, model, row) for row in rows))
+    assert sum(map(len, nats)) > len(rows) * 1.2  # several windows
+    exact, f1 = scores_of(found, rows).mean(0)
+    measured = task.evaluate(model, "val", ALONE, torch.float32)
+    assert measured == pytest.approx({"loss": np.mean(np.concatenate(nats)), "exact_match": exact, "f1": f1}, abs=1e-5)
+    assert exact > 0.9 and measured["f1"] == pytest.approx(
+        checkpoint.read_config(trained / "best")["val_f1"], abs=1e-6)
+    answers = task.answer(model, [(row["question"], row["context"]) for row in rows])
+    assert [one.start for one in answers] == [*places] and {one.start == one.end for one in answers} == {True, False}
+    assert task.evaluate(model, "val", ALONE, torch.float32, limit=300) != measured
+
+
+def test_a_long_text_is_cut_into_windows_that_overlap_by_half(opened):
+    task, model = opened
+    text = make_text(100)
+    cut = task.windows("who was it?", text)
+    room = task.block_size - cut[0].types.count(0) - 1
+    assert [window.start for window in cut] == [room // 2 * i for i in range(len(cut))]
+    assert cut[-1].start + len(cut[-1].places) - 1 == 100 and max(len(window.ids) for window in cut) == task.block_size
+    (own,) = task.windows("who was the KING?", "The king was.")
+    assert own.types == [0] * 7 + [2, 2, 2, 1, 1]  # a third type for words of the question
+    assert len(task.windows("who " * 100, text)[0].ids) == task.block_size  # the question loses its end
+    long = "x" * 200
+    assert [task.windows(long, long), task.answer(model, [(long, long)])]
+
+
+def test_what_cannot_be_an_answer_is_never_one(opened):
+    """The greatest logits are in the question, in padding, of spans that end before they begin, or are too long."""
+    task, _ = opened
+    logits = torch.full((1, 8, 2), -9.0)
+    logits[0, 5, 0], logits[0, 2, 1], logits[0, 2, 0], logits[0, 6, 1] = 5.0, 5.0, 1.0, 3.0
+    (advantage, first, last, p, none), = task.spans(logits)
+    assert (first, last) == (4, 5) and advantage > 0  # words are counted without [CLS]
+    logits[0, 2, 1] = -9.0
+    assert task.spans(logits)[0][1:3] == (4, 5)
+    logits[0, 5, 0] = -9.0  # from 2 to 6 are five words, and answer_words is 3
+    advantage, first, last, *_ = task.spans(logits)[0]
+    assert last - first < 3
+    logits[0, 0] = 9.0
+    (span,) = task.spans(logits)
+    assert span[0] < 0 and span[-1] > 0.99
+    window, likelier = task.windows("who?", "the king")[0], (-0.5, 0, 1, 0.3, 0.4)  # none is likelier, in both windows
+    assert task.best_of("the king", [(window, span), (window, likelier)]) == (0, 0, 0.4)
+    assert task.best_of("the king", [(window, span), (window, (0.5, *likelier[1:]))]) == (0, 8, 0.3)
+
+
+def test_padding_and_other_questions_change_nothing(opened):
+    task, model = opened
+    windows = np.arange(20)
+    arguments, _ = task.gather("val", windows)
+    assert len({*arguments["counts"].tolist()}) > 1
+    nats = model(**arguments)
+    for i in windows:
+        alone, _ = task.gather("val", [i])
+        torch.testing.assert_close(model(**alone)[0], nats[i])
+    del arguments["targets"]
+    assert model(**arguments)[arguments["places"][..., 0] == 0][:, 0].isinf().any()  # places of padding
+
+
+@pytest.mark.slow
+def test_a_resumed_run_equals_an_undisturbed_one_and_pieces_do_not_change_the_loss(tiny, tmp_path):
+    changes = dict(max_iters=8, eval_interval=4, log_interval=2)
+    drawn = {**tiny, "dropout": 0.1, "micro_batch_size": 5}
+    run(tmp_path / "whole", drawn, **changes)
+    run(tmp_path / "parts", drawn, **{**changes, "max_iters": 4, "lr_decay_iters": 8})
+    resume(tmp_path / "parts", "--max_iters=8")
+    one, other = (checkpoint.load(tmp_path / name / "last").state for name in ("whole", "parts"))
+    torch.testing.assert_close(one, other, atol=0, rtol=0)
+    for a, b in zip(run(tmp_path / "a", tiny, **changes), run(tmp_path / "b", tiny, micro_batch_size=5, **changes)):
+        assert a == pytest.approx(b, abs=1e-4, rel=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measures
+
+CASES = [("The  Eiffel tower!", ["Eiffel Tower"], 1, 1), ("Paul Mertor", ["Mertor"], 0, 2 / 3), ("", ["a"], 1, 1),
+         ("1840", ["1841", "in 1840"], 0, 2 / 3), ("", [], 1, 1), ("salt", [], 0, 0), ("", ["salt"], 0, 0),
+         ("red red wool", ["red wool"], 0, 0.8), ("glass", ["wool", "Glass."], 1, 1)]
+
+
+@pytest.mark.parametrize("found, right, exact, f1", CASES)
+def test_exact_match_and_f1_are_squads(found, right, exact, f1):
+    assert score(found, {"answers": {"text": right}}) == pytest.approx((exact, f1))
+
+
+def test_measures_are_those_of_torchmetrics():
+    text = pytest.importorskip("torchmetrics.text")
+    rng, some = np.random.default_rng(0), ["The", "a", "cat", "Cat's", "old,", "dog", "an", "1,000", "ran"]
+    pairs = [[" ".join(rng.choice(some, rng.integers(1, 5))) for _ in range(3)] for _ in range(300)]
+    pairs = [pair for pair in pairs if all(map(normal, pair))]
+    theirs = text.SQuAD()(
+        [{"prediction_text": found, "id": str(i)} for i, (found, *_) in enumerate(pairs)],
+        [{"answers": {"answer_start": [0, 0], "text": right}, "id": str(i)} for i, (_, *right) in enumerate(pairs)])
+    ours = np.mean([score(found, {"answers": {"text": right}}) for found, *right in pairs], axis=0) * 100
+    assert (theirs["exact_match"].item(), theirs["f1"].item()) == pytest.approx(tuple(ours), abs=1e-3)
+    assert 5 < ours[0] < ours[1] < 95
+
+
+def test_the_floors_guess_from_words_alone():
+    question = "Who built the Kel Bridge?"
+    text = "It is old. In 1700 Ada Tor built the Kel Bridge. The Kel Bridge is long."
+    assert {name: guess(question, text) for name, guess in FLOORS.items()} == {
+        "no answer": "", "first capital": "In", "likest sentence": "In 1700 Ada Tor built the Kel Bridge.",
+        "new name in it": "1700 Ada Tor"}
+    assert FLOORS["new name in it"]("when?", "nothing here.") == FLOORS["first capital"]("when?", "nothing") == ""
+
+
+def test_evaluate_writes_the_answers_and_scores_beside_the_floors(trained, folder):
+    evaluate.main(settings_for("question-answering", "evaluating", out_dir=str(trained), device="cpu", test=True))
+    found = json.loads((trained / "evaluation.json").read_text())
+    for start, name, part in (("", "", "val"), ("test ", "_test", "test")):
+        rows = [json.loads(line) for line in (trained / f"answers{name}.jsonl").read_text().splitlines()]
+        assert [row["context"] for row in rows] == [
+            row["context"] for row in LabelledDataset(folder, "answers").rows[part]]
+        assert all(row["context"][row["start"]:].startswith(row["found"]) for row in rows)
+        exact, f1 = scores_of([row["found"] for row in rows], rows).mean(0)
+        assert (found[f"{start}exact_match"], found[f"{start}f1"]) == pytest.approx((exact, f1))
+        without = np.mean([not row["answers"]["text"] for row in rows])
+        assert found[f"{start}exact_match, no answer"] == pytest.approx(without) and 0.1 < without < 0.6
+        parts = found[f"{start}exact_match, with an answer"], found[f"{start}exact_match, without one"]
+        assert parts[0] * (1 - without) + parts[1] * without == pytest.approx(exact)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Samples and other starts
+
+def test_an_answer_is_marked_in_its_sentence(trained, capsys, tmp_path):
+    page = tmp_path / "page.txt"
+    page.write_bytes(b"so the fool takes a sword.\r\nAlma Ulk keeps the crown here. the king\nsees a ghost.")
+    found = sampled(trained, capsys, "--prompt=who was it?", f"--context=FILE:{page}")
+    first, second = found.rstrip("\n").split("\n")
+    assert first.startswith("Alma Ulk  (characters 28 to 36, probability ")
+    assert second == "  [Alma Ulk] keeps the crown here."
+    assert sampled(trained, capsys, "--prompt=why was it?", f"--context=FILE:{page}").startswith("no answer  (prob")
+    (tmp_path / "in.txt").write_text("who was it?\n\nwhy was it?\n")
+    both = sampled(trained, capsys, f"--prompt=FILE:{tmp_path / 'in.txt'}", f"--context=FILE:{page}").split("\n")
+    assert both[:3] == ["who was it?", first, second] and both[3] == "why was it?" and both[4].startswith("no answer")
+
+
+def test_the_command_that_a_run_suggests_works(trained, opened, capsys):
+    task, model = opened
+    _, script, out, *own = shlex.split(task.command(trained))
+    assert script == "sample.py" and sampled(trained, capsys, *own)
+    assert task.show(model).count("\n") > task.show(model, short=True).count("\n") > 1
+
+
+def test_a_published_bert_reads_what_transformers_reads(folder, tiny, tmp_path, capsys):
+    """Ids and token types are those of its tokenizer; its encoder keeps its weights, and learns under a new head."""
+    transformers = pytest.importorskip("transformers")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "?", ".", "'", "##s", "al", "##ma", "who", "was", "it",
+             *WORDS]
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    shape = dict(vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                 intermediate_size=32, max_position_embeddings=24)
+    theirs = transformers.BertModel(transformers.BertConfig(**shape)).eval()
+    theirs.save_pretrained(tmp_path / "bert")
+    run(tmp_path / "new", tiny, init_from=str(tmp_path / "bert"), max_iters=2, eval_interval=2,
+        rates={"encoder": 0.0}, n_layer=2, n_embd=16, n_hidden=32, norm="layernorm", mlp="gelu_erf", block="post",
+        positions="learned")
+    assert "its encoder gets a new head" in capsys.readouterr().err
+    task, model, _ = load(tmp_path / "new")
+    task.block_size, task.n_types = 24, model.config.n_types
+    question, text = "who's it?", "Alma's sword was here."
+    (window,) = task.windows(question, text)
+    tokenizer = transformers.BertTokenizerFast(str(tmp_path / "bert" / "vocab.txt"))
+    expected = tokenizer(question, text, return_tensors="pt")
+    assert expected["input_ids"][0].tolist() == window.ids
+    assert expected["token_type_ids"][0].tolist() == window.types
+    with torch.no_grad():
+        hidden = theirs(**expected).last_hidden_state
+        ours = model.encoder(expected["input_ids"], None, expected["token_type_ids"])
+    torch.testing.assert_close(ours, hidden, atol=1e-5, rtol=0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data sets
+
+def as_articles(rows, count):
+    """The rows in SQuAD's own layout, in articles with `count` titles."""
+    return [{"title": f"T{i % count}", "paragraphs": [{"context": row["context"], "qas": [{
+        "id": str(i), "question": row["question"],
+        "answers": [{"text": text, "answer_start": start} for text, start in zip(*row["answers"].values())]}]}]}
+        for i, row in enumerate(rows)]
+
+
+def test_squads_own_layout_and_its_rows_give_the_same_data_set(data, tmp_path):  # noqa: F811
+    rows = make_rows(60)
+    (tmp_path / "a.json").write_text(json.dumps({"version": "v2.0", "data": as_articles(rows, 10)}))
+    lines = [{**row, "title": f"T{i % 10}"} for i, row in enumerate(rows)]
+    for row in lines:
+        del row["split"]
+        if not row["answers"]["text"]:
+            row["answers"] = None
+    write(tmp_path / "b.jsonl", *map(json.dumps, lines))
+    for name in ("a.json", "b.jsonl"):
+        prepare.main(prepare.Settings(tokenizer="byte", val_fraction=0.3), [str(tmp_path / name)])
+    one, other = (LabelledDataset(data / name, "answers") for name in "ab")
+    assert one.meta["sha256"] == other.meta["sha256"]
+    pages = [{row["page"] for row in one.rows[split]} for split in ("train", "val", "test")]
+    assert all(pages) and sum(map(len, pages)) == 10  # an article is in one part
+
+
+def test_files_named_train_and_dev_keep_their_part(data, tmp_path):  # noqa: F811
+    for name, rows in (("train-v2", make_rows(60)), ("dev-v2", make_rows(20, seed=1))):
+        write(tmp_path / f"{name}.jsonl", *(json.dumps({**row, "split": None}) for row in rows))
+    prepare.main(prepare.Settings(tokenizer="byte", name="mine", val_fraction=0.1), [
+        str(tmp_path / f"{name}-v2.jsonl") for name in ("train", "dev")])
+    assert LabelledDataset(data / "mine", "answers").meta["val_rows"] == 20
+
+
+def test_squad_is_split_by_its_articles(data, monkeypatch):  # noqa: F811
+    def fetched(url, path):
+        is_train, found = "train" in url, make_rows(80, seed="train" in url)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"data": as_articles(found, 40 if is_train else 4)}))
+
+    monkeypatch.setattr(labelled_sets, "fetch_file", fetched)
+    with pytest.raises(UserError, match="train-v2.0.json"):
+        prepare.main(prepare.Settings(), ["squad"])
+    monkeypatch.setattr(labelled_sets, "check", lambda paths, checksum: None)
+    prepare.main(prepare.Settings(tokenizer="byte", name="small"), ["squad"])
+    dataset = LabelledDataset(data / "small", "answers")
+    pages = [{row["page"] for row in dataset.rows[split]} for split in ("train", "val")]
+    assert all(pages) and not pages[0] & pages[1] and len(dataset.rows["test"]) == 80
+
+
+def test_the_made_up_facts_hold_out_names_and_templates():
+    script = runpy.run_path(str(ROOT / "data/facts/generate.py"))
+    rows = script["generate"]()
+    parts = {split: [row for row in rows if row["split"] == split] for split in ("train", "val", "test")}
+    for row in rows:
+        for text, start in zip(row["answers"]["text"], row["answers"]["answer_start"]):
+            assert row["context"][start:start + len(text)] == text
+    makers = [script["Maker"](split) for split in parts]
+    for sets in ([{*maker.names} for maker in makers],
+                 *([{(key, each) for key, found in getattr(maker, some).items() for each in found} for maker in makers]
+                   for some in ("asked", "stated"))):
+        assert all(sets) and not any(a & b for i, a in enumerate(sets) for b in sets[:i])
+    runs = {split: [labelled.runs(labelled.text_of(row)) for row in found] for split, found in parts.items()}
+    known = set().union(*runs["train"])
+    worst = max(len(own & known) / len(own) for split in ("val", "test") for own in runs[split])
+    assert worst < 0.2
+    without = [np.mean([not row["answers"]["text"] for row in found]) for found in parts.values()]
+    assert all(0.2 < share < 0.3 for share in without)
+    found, source, _ = labelled_sets.fetch("facts", [], Path("nowhere"))
+    assert found == rows and source == "data/facts/generate.py"
+
+
+BAD = [({"answers": {"text": ["king"], "answer_start": [3]}}, "the answer 'king' is not in its context at"
+        " answer_start = 3; it stands at 4"),
+       ({"answers": {"text": ["queen"], "answer_start": [4]}}, "the answer 'queen' is not in its context at"
+        " answer_start = 4$"),
+       ({"answers": {"text": [""], "answer_start": [0]}}, "the answer '' is not in its context"),
+       ({"answers": {"text": ["king"], "answer_start": [-8]}}, "the answer 'king' is not in its context"),
+       ({"answers": {"text": ["king"]}}, "must have the lists text and answer_start, of one length"),
+       ({"answers": "king"}, "must have the lists text and answer_start"),
+       ({"question": " ?! ", "context": " "}, "the question ' .! ' is empty"),
+       ({"context": " "}, "the context ' ' is empty"),
+       ({"context": None}, "None is not valid text")]
+
+
+@pytest.mark.parametrize("change, message", BAD)
+def test_a_bad_row_is_named(change, message, tmp_path):
+    good = {"question": "who?", "context": "the king sees.", "answers": {"text": ["king"], "answer_start": [4]}}
+    path = write(tmp_path / "rows.jsonl", json.dumps(good), json.dumps({**good, **change}))
+    with pytest.raises(UserError, match=f"rows.jsonl, line 2: .*{message}"):
+        list(questions.read([path]))
+
+
+def test_a_bad_file_is_one_line(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"data": [{"title": "x"}]}')
+    with pytest.raises(UserError, match="a.json: is not in SQuAD's layout, data > paragraphs > qas .KeyError"):
+        list(questions.read([path]))
+
+
+def test_wrong_use_is_one_line(trained, folder, tiny, tmp_path, capsys):
+    (tmp_path / "words.txt").write_text(make_text(600), encoding="utf-8")
+    texts.prepare([tmp_path / "words.txt"], tmp_path / "text", "char")
+    with pytest.raises(UserError, match="is a data set of kind text, and this model needs one of kind answers"):
+        run(tmp_path / "run", tiny, dataset=str(tmp_path / "text"))
+    with pytest.raises(UserError, match="block_size = 6: a question and a text need at least 8"):
+        run(tmp_path / "run", tiny, block_size=6)
+    with pytest.raises(UserError, match="train_rows = 999: the data set .* has only 400"):
+        run(tmp_path / "run", tiny, train_rows=999)
+    for arguments, message in (
+            (["--prompt=who?"], "context = '': this model finds answers in a text: add --context=FILE:page.txt"),
+            (["--context=Alma sees."], "prompt = '': is no question: add --prompt with one"),
+            (["--prompt=?", "--context=Alma sees."], "prompt = '.': is no question"),
+            (["--prompt=who?", "--context=..."], "context = ...: there is no word in this text"),
+            (["--prompt=who?", "--context=FILE:nowhere.txt"], "context = FILE:nowhere.txt: there is no such file"),
+            (["--prompt=who?", f"--context=FILE:{tmp_path}"], "context = FILE:.*: is a folder: name a file")):
+        with pytest.raises(UserError, match=message):
+            sampled(trained, capsys, *arguments)
+
+
+def test_rows_to_learn_from_are_questions_with_all_their_windows(folder, tiny):
+    task = QuestionAnsweringTask(settings_for("question-answering", **{**tiny, "train_rows": 20, "batch_size": 5}))
+    task.open(folder, ALONE)
+    task.fit(Answerer(EncoderConfig(block_size=24)))
+    asked = task.asked["train"]
+    assert len({asked[row] for step in range(99) for row in task.pick(step)}) == 20 < len(task.rows)
+    assert len(task.rows) == np.isin(asked, [*task.chosen]).sum()
