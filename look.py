@@ -47,12 +47,18 @@ def own_settings(values):
     if not values["init_from"]:
         check_run(values["out_dir"])
     name = "" if values["init_from"] else read_settings(values["out_dir"]).get("task")  # a run may not have saved yet
-    sampling = TASKS[name if name in TASKS else find_task(values["init_from"] or values["out_dir"])].sampling
+    task = name if name in TASKS else find_task(values["init_from"] or values["out_dir"])
+    if task in CLOSED:
+        raise UserError(f"a model of --task={task} can't be looked into yet: use sample.py")
+    sampling = TASKS[task].sampling
     return joined(sampling, Short) if hasattr(sampling, "max_new_tokens") else sampling
 
 
+CLOSED = ("contrastive", "reward", "image-classification", "question-answering")  # tasks that make no record yet
+
 # Settings of sample.py for what the page does not show, or shows anyway.
-IDLE = ("num_samples", "n_best", "show_steps", "draw", "attention", "rank", "top")
+IDLE = ("num_samples", "n_best", "show_steps", "draw", "attention", "attention_layer", "attention_head",
+        "attention_each", "rank", "top")
 
 
 def check(settings, given):

@@ -26,36 +26,40 @@ def draw(weights, rows, columns, sampling):
     """Writes the picture sampling.attention of weights (L, H, T, S). Returns a line about it. rows, columns: names.
 
     It shows the mean over all layers and heads, or over those that sampling names; with attention_each, each by itself.
+    The shade is the root of the weight: a causal model's first token looks at itself alone, with a weight of 1, beside
+    which the others' would hardly be seen.
     """
     layer, head = sampling.attention_layer, sampling.attention_head
     layers = [layer - 1] if layer else list(range(len(weights)))
     heads = [head - 1] if head else list(range(weights.size(1)))
     if sampling.attention_each:
-        maps = {f"block {i + 1}, head {j + 1}": weights[i, j] for i in layers for j in heads}
+        maps = {f"block {i + 1}, head {j + 1}": weights[i, j].sqrt() for i in layers for j in heads}
         picture = draw_maps(maps, rows, columns, across=len(heads) if len(layers) > 1 else 0)
     else:
-        picture = draw_map(weights[layers][:, heads].mean((0, 1)), rows, columns)
+        picture = draw_map(weights[layers][:, heads].mean((0, 1)).sqrt(), rows, columns)
     return save_picture(picture, sampling.attention)
 
 
-def draw_own(model, names, read, sampling):
+def draw_own(model, names, read, sampling, unread=0):
     """Writes a picture of where each token of a text looks in that text. Returns a line about it.
 
-    names: the text of each of T tokens. read(): runs the model over them.
+    names: the text of each of T tokens. read(): runs the model over them. unread: how many more came before them.
     """
     both_ways = hasattr(model, "encoder")
     with notes_of(trunk_of(model), len(names), both_ways=both_ways) as notes:
         read()
     shown = [visible(name) for name in (names[:notes.count] if both_ways else names[-notes.count:])]
     said, which = draw(torch.stack(notes.own), shown, shown, sampling), "first" if both_ways else "last"
-    return said + f": the {which} {notes.count} of {len(names)} tokens" * (notes.count < len(names))
+    count = unread + len(names)
+    return said + f": the {which} {notes.count} of {count} tokens" * (notes.count < count)
 
 
 def draw_text(task, model, ids, sampling):
     """`draw_own` of a language model that reads ids, or their last window."""
     window = ids[-model.config.block_size:]
     tokens = torch.tensor([window], device=next(model.parameters()).device)
-    return draw_own(model, list(map(namer(task.tokenizer), window)), lambda: model.hidden(tokens), sampling)
+    names, unread = list(map(namer(task.tokenizer), window)), len(ids) - len(window)
+    return draw_own(model, names, lambda: model.hidden(tokens), sampling, unread)
 
 
 def visible(text):

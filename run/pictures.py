@@ -21,6 +21,7 @@ SEGMENTS = [f"<seg{i:03}>" for i in range(128)]  # codes of the mask inside a bo
 FONTS = ("DejaVuSans.ttf", "Arial.ttf", "arial.ttf", "LiberationSans-Regular.ttf", "NotoSans-Regular.ttf")
 MOST_SIDE = 2400  # pixels of a map's longer side
 SMALL = 9  # pixels: the smallest letters
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "ICO")  # not EPS, which Ghostscript would run
 
 
 def read_image(path):
@@ -32,7 +33,7 @@ def read_image(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about large or damaged files that Pillow can read
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 return to_rgb(image)
     except Exception as error:  # Pillow's decoders raise many different errors
         reason = next(iter(str(error).splitlines()), type(error).__name__)

@@ -148,7 +148,8 @@ class MaskedTask(EncoderTask):
         at = [i for i, token in enumerate(ids[:notes.count]) if token not in (marks.cls, marks.sep)]
         if isinstance(model, MaskedLM) and at:
             there = [None if ids[i] == marks.mask else ids[i] for i in at]
-            found.append(answers(notes, lambda x: x[at], model.logits, at, there, self.namer()))
+            found.append(answers(notes, lambda x: x[at], lambda x: self.of_texts(model.logits(x)), at, there,
+                                 self.namer()))
         return self.record("masked", model, ids, notes, [], *found)
 
     def read_prompt(self, text):
@@ -181,11 +182,15 @@ class MaskedTask(EncoderTask):
         """The probabilities of the tokens at some places of a text, (A, V). ids: framed, with [MASK] at the places."""
         device = next(model.parameters()).device
         logits = model(torch.tensor([ids], device=device), places=torch.tensor([places], device=device))[0]
+        return self.of_texts(logits).softmax(-1)
+
+    def of_texts(self, logits):
+        """The logits (A, V), in place, without the marks that no text holds."""
         marks = self.marks
         for mark in (marks.cls, marks.mask, marks.sep, marks.pad if marks.sep is not None else None):
             if mark is not None:
-                logits[:, mark] = -math.inf  # a text doesn't hold it
-        return logits.softmax(-1)
+                logits[:, mark] = -math.inf
+        return logits
 
     def ids_of(self, text):
         """The ids of a text in which [MASK] may stand for tokens: a list, without what `framed` adds."""

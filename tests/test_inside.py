@@ -199,7 +199,9 @@ def masked_record(**more):
     found = task.inside(model, {"text": "he[MASK]lo"}, Filling())
     ids = [marks_of(LETTERS).cls, *LETTERS.encode("he"), marks_of(LETTERS).mask, *LETTERS.encode("lo")]
     assert found["tokens"] == ["[CLS]", "h", "e", "[MASK]", "l", "o"] and found["written"] == 6
-    return found, model, model(torch.tensor([ids]))[0], ids, [found["tokens"]] * 2, model.encoder.transformer
+    logits = model(torch.tensor([ids]))[0]
+    logits[:, [marks_of(LETTERS).cls, marks_of(LETTERS).mask]] = -math.inf  # what sample.py leaves out too
+    return found, model, logits, ids, [found["tokens"]] * 2, model.encoder.transformer
 
 
 WRITERS = {"text": text_record, "chat": chat_record, "translation": translation_record, "masked": masked_record}
@@ -485,14 +487,17 @@ def test_each_head_has_a_small_map_under_its_name(monkeypatch, tmp_path):
     with noted(block.attn for block in model.transformer.blocks) as looks:
         model(torch.tensor(LETTERS.encode(text))[None])
     looks = torch.stack(looks)[:, 0]  # (L, H, T, T)
-    torch.testing.assert_close(mean, looks.mean((0, 1)))
-    torch.testing.assert_close(sampled(attention_layer=2, attention_head=3)[1], looks[1, 2])
-    torch.testing.assert_close(sampled(attention_layer=3)[1], looks[2].mean(0))
+    torch.testing.assert_close(mean, looks.mean((0, 1)).sqrt())
+    torch.testing.assert_close(sampled(attention_layer=2, attention_head=3)[1], looks[1, 2].sqrt())
+    torch.testing.assert_close(sampled(attention_layer=3)[1], looks[2].mean(0).sqrt())
     maps = sampled(attention_each=True)[1]
-    assert len(maps) == 12 and torch.equal(maps["block 3, head 4"], looks[2, 3])
+    assert len(maps) == 12 and torch.equal(maps["block 3, head 4"], looks[2, 3].sqrt())
     assert list(sampled(attention_each=True, attention_head=2)[1]) == [f"block {i}, head 2" for i in (1, 2, 3)]
     with pytest.raises(UserError, match="attention_head = 5: the model has 4; 0 takes the mean of all"):
         sampled(attention_head=5)
+    longer = list(task.sample(model, [{"text": "a b" * 16}], Chatting(**GREEDY, attention=path)))
+    window, count = model.config.block_size, len("".join(piece for _, piece in longer[:-1]))
+    assert longer[-1] == (0, f"\nwrote {path}: the last {window} of {count} tokens")
 
 
 def test_encoders_draw_their_texts(tmp_path):

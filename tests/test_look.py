@@ -107,6 +107,14 @@ def test_the_prompt_stays_on_the_page_unless_more_tokens_are_asked_for(trained, 
     assert longer["written"] == 0 and longer["notes"]
 
 
+@pytest.mark.parametrize("task", look.CLOSED)
+def test_a_task_without_records_is_refused_before_anything_else(tmp_path, task):
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "config.json").write_text(json.dumps({"settings": {"task": task}, "model_type": "any"}))
+    with pytest.raises(UserError, match=f"a model of --task={task} can't be looked into yet"):
+        settings(tmp_path)
+
+
 def numbers(text):
     return [float(number) for number in re.findall(r"\d+(?:\.\d+)?", text)]
 
