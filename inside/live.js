@@ -49,8 +49,8 @@
   /* Posts a request; returns the response. Throws an Error with the server's line if it refuses. */
   async function post(path, body, signal) {
     const response = await fetch(path, {method: "POST", headers: {"Content-Type": "application/json"},
-                                        body: JSON.stringify(body), signal});
-    if (!response.ok) throw new Error((await response.json()).error);
+                                        body: JSON.stringify(body), signal}).catch(lost);
+    if (!response.ok) throw new Error((await response.json().catch(lost)).error);
     return response;
   }
 
@@ -59,7 +59,7 @@
     const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
     let rest = "";
     for (;;) {
-      const {done, value} = await reader.read();
+      const {done, value} = await reader.read().catch(lost);
       if (done) return;
       const found = (rest + value).split("\n");
       rest = found.pop();
@@ -67,8 +67,12 @@
     }
   }
 
-  const words = problem => problem instanceof TypeError ? "the server does not answer: is look.py still running?"
-                                                        : problem.message;
+  /* Throws the error of a request that got no answer; one that the user stopped stays what it is. */
+  function lost(problem) {
+    throw problem.name === "AbortError" ? problem : new Error("the server does not answer: is look.py still running?");
+  }
+
+  const words = problem => problem.constructor === Error ? problem.message : `a bug of this page: ${problem}`;
 
   // ------------------------------------------------------------------------------------------------------------------
   // Writing
@@ -277,7 +281,7 @@
     look.disabled = true;
     error.textContent = "";
     try {
-      show(await (await post("/inside", written)).json());
+      show(await (await post("/inside", written)).json().catch(lost));
     } catch (problem) {
       error.textContent = words(problem);
     }
@@ -312,7 +316,7 @@
   function draw() {
     chart.setAttribute("aria-label", `Curves of the loss: ${caption(rows.at(-1))}`);
     const width = chart.clientWidth, curves = SERIES.map(([name, value]) => [
-      name, rows.map(row => [row.step, value(row)]).filter(([, y]) => y !== undefined)]);
+      name, rows.map(row => [row.step, value(row)]).filter(([, y]) => Number.isFinite(y))]);
     const all = curves.flatMap(([, points]) => points), longest = Math.max(...all.map(([x]) => x));
     if (!all.length || !width) return;
     const settled = all.filter(([x]) => x >= 0.1 * longest).map(([, y]) => y);
@@ -342,7 +346,8 @@
     const before = rows.filter(each => each.step <= row.step);
     const texts = SERIES.map(([name, value]) => {
       const found = before.findLast(each => value(each) !== undefined);
-      return found ? `${name} ${value(found).toFixed(4)}` : name;
+      const y = found && value(found);
+      return found ? `${name} ${Number.isFinite(y) ? y.toFixed(4) : "NaN or infinite"}` : name;
     });
     texts.forEach((text, i) => values[i].textContent = text);
     const most = run.max_iters ? ` of ${run.max_iters.toLocaleString("en")}` : "";
@@ -383,7 +388,7 @@
     let wait = SLOW;
     if (!document.hidden) {
       try {
-        const found = await (await fetch(`/run?since=${rows.at(-1)?.step ?? 0}`)).json();
+        const found = await (await fetch(`/run?since=${rows.at(-1)?.step ?? 0}`).catch(lost)).json().catch(lost);
         follow(found);
         wait = found.learning || !found.model ? QUICK : SLOW;
         if (error.dataset.lost) error.textContent = error.dataset.lost = "";

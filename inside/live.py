@@ -36,12 +36,13 @@ import traceback
 from dataclasses import fields, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import NoneType
 from typing import NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
 from chat import check_messages
 from configurator import Layer, UserError, convert, flat_fields, say, users_fault
-from inside.page import page, part
+from inside.page import escaped, page, part
 from run import checkpoint
 from run.cost import size_in_words
 from run.files import read_json, to_json
@@ -234,7 +235,7 @@ class Rows:
         self.inode, self.end, self.rows = None, 0, []  # end: bytes that are parsed
 
     def read(self):
-        """All rows so far, [{name: number}]; no half-written one, and none that is damaged."""
+        """All rows so far, [{name: number; None: NaN}]; no half-written one, and none that is damaged."""
         with self.lock, contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
             found = os.fstat(file.fileno())
             if found.st_ino != self.inode or found.st_size < self.end:  # of another run, or cut off by a resumed one
@@ -245,8 +246,8 @@ class Rows:
                     break
                 self.end += len(line)
                 with contextlib.suppress(ValueError, AttributeError, RecursionError):
-                    row = {name: value for name, value in json.loads(line).items() if type(value) in (int, float)}
-                    self.rows += [row] * ("step" in row and "loss" in row)
+                    row = {name: value for name, value in json.loads(line).items() if type(value) in (int, float, NoneType)}
+                    self.rows += [row] * (type(row.get("step")) is int and "loss" in row)
         return list(self.rows)
 
 
@@ -405,7 +406,7 @@ class Handler(BaseHTTPRequestHandler):
         loaded, request, sampling = self.wish(self.body())
         with self.turn():
             record = loaded.task.inside(loaded.model, request, sampling)
-        self.reply(200, record)
+        self.reply(200, escaped(record))
 
     @contextlib.contextmanager
     def turn(self):

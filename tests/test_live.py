@@ -448,6 +448,13 @@ def test_a_long_log_is_thinned_but_keeps_evaluations_and_its_end():
     assert sum("val_loss" in row for row in kept) == 60_000 // 997
 
 
+def test_rows_with_nan_or_infinity_stay_and_those_without_a_step_do_not(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": NaN, "loss": 1}\n{"step": 1.5, "loss": 1}\n{"loss": 1}\n[]\n'
+                                        '{"step": 1, "loss": NaN}\n{"step": 2, "loss": 1e400}\n'
+                                        '{"step": 3, "loss": null, "val_loss": 2}\n')
+    assert [row["step"] for row in live.Rows(tmp_path / "log.jsonl").read()] == [1, 2, 3]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # In a browser
 
@@ -470,6 +477,7 @@ def press_ctrl_enter(tab):
 
 
 READY = "!document.querySelector('#prompt').disabled"
+ERROR = "document.querySelector('#live .error').textContent"
 IDLE = "!document.querySelector('.main').disabled"
 
 
@@ -562,3 +570,26 @@ def test_the_curves_grow_with_the_run(chromium, trained, tmp_path):
             file.write(log[-1][20:])
         tab.until(f"{points} === {len(log)}")
         assert "step 40 of 40" in tab.text("summary") and not tab.problems
+
+
+@needs_browser
+def test_a_model_and_a_log_with_nan_are_told_as_such(chromium, trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    with open(run / "log.jsonl", "a") as file:
+        file.write('{"step": 41, "loss": NaN, "val_loss": 1e400}\n{"step": 42, "loss": null}\n')
+    with served(run, max_new_tokens=20) as server:
+        server.loaded.model.transformer.ln_f.weight.data.fill_(float("nan"))
+        tab = chromium.open(server.address)
+        tab.until(READY)
+        assert "step 42 of 40" in tab.text("summary") and "training NaN or infinite" in tab.text("summary")
+        fill(tab, "#prompt", "the")
+        press_ctrl_enter(tab)
+        tab.until(ERROR)
+        assert "the model computes NaN or infinity" in tab.run(ERROR)
+        status, text = ask(server, "/inside", {"prompt": "the"})
+        assert status == 400 and "the model computes NaN or infinity" in json.loads(text)["error"]
+        tab.run("window.show = () => null.x")
+        server.loaded.model.transformer.ln_f.weight.data.fill_(1)
+        press_ctrl_enter(tab)
+        tab.until(f"{ERROR}.includes('a bug of this page: TypeError')")
