@@ -90,7 +90,7 @@
   const go = el("button", {class: "main", type: "submit"}, "Write");
   const stop = el("button", {type: "button", disabled: true, onclick: () => running?.abort()}, "Stop");
   const look = el("button", {type: "button", hidden: true, onclick: inside}, "Look inside");
-  const reset = el("button", {type: "button", hidden: true, onclick: forget}, "Reset");
+  const reset = el("button", {type: "button", hidden: true, onclick: () => { forget(); box.focus(); }}, "Reset");
   const fresh = el("input", {type: "checkbox", id: "fresh"});
   const inputs = el("div", {class: "inputs"});
   const preview = el("img", {alt: "the chosen picture", hidden: true});
@@ -113,9 +113,9 @@
     reader.readAsDataURL(chosen);
   }
 
-  /* Makes the form fit the model. Values that were set stay. */
+  /* Makes the form fit the model. Values that were set stay, unless look.py was started again. */
   function fit(found) {
-    const first = !model;
+    const first = model?.start !== found.start;
     model = found;
     const [what, verb] = WORDS[model.chats ? "chat" : model.task] ?? WORDS.text;
     label.textContent = `${what} (${model.chats ? "Enter" : "Ctrl+Enter"}: ${verb.toLowerCase()}, Esc: stop)`;
@@ -125,6 +125,9 @@
     const at = model.step == null ? "" : `, step ${model.step.toLocaleString("en")}`;
     about.textContent = `${model.name}: ${model.size}${at}`;
     if (!first) return;
+    forget();
+    shown.replaceChildren();
+    inputs.replaceChildren();
     box.disabled = go.disabled = false;
     for (const [name, value] of Object.entries(model.inputs)) inputs.append(input(name, value));
     if ("seed" in model.inputs) inputs.append(el("label", {}, el("span", {}, "New seed each time"), fresh));
@@ -168,7 +171,7 @@
     if (model.chats && !text.trim()) return;
     if (fresh.checked && !fresh.disabled) field("seed").value = Math.floor(Math.random() * 1e6);
     const request = {...settings(), ...(model.sees ? {image} : {})};
-    let pieces = 0, number = null, began = performance.now(), all = "";
+    let pieces = 0, name = null, began = performance.now(), all = "";
     const turn = model.chats ? talk(text) : print();
     if (model.chats) request.messages = [...messages]; else request.prompt = text;
     running = new AbortController();
@@ -177,7 +180,7 @@
       for await (const line of lines(await post("/write", request, running.signal))) {
         if (line.error) throw new Error(line.error);
         if (line.model) {
-          [number, began] = [line.model, performance.now()];
+          [name, began] = [line.model, performance.now()];
           state.textContent = "writing …";
         }
         if (line.text !== undefined) {
@@ -189,14 +192,14 @@
         }
         if (line.done) {
           turn.done(line.answer ?? all, line.forgotten);
-          written = {...request, model: number};
+          written = {...request, model: name};
         }
       }
       if (!written) throw new Error("the server stopped");
     } catch (problem) {
       if (problem.name === "AbortError") {
-        if (number !== null && pieces) {  // the same text again, as far as it came
-          written = {...request, model: number};
+        if (name !== null && pieces) {  // the same text again, as far as it came
+          written = {...request, model: name};
           if ("max_new_tokens" in written) written.max_new_tokens = pieces;
           turn.done(all);
         } else turn.failed(text);
@@ -274,7 +277,6 @@
     look.hidden = true;
     bubbles.replaceChildren();
     error.textContent = state.textContent = "";
-    box.focus();
   }
 
   async function inside() {
@@ -380,7 +382,7 @@
       if (newest.textContent !== found.sample.text) newest.textContent = found.sample.text;
     }
     heading.parentElement.hidden = !found.sample;
-    if (found.model && found.model.number !== model?.number) fit(found.model);
+    if (found.model && (found.model.number !== model?.number || found.model.start !== model.start)) fit(found.model);
     if (!found.model) about.textContent = "Waiting for the run's first save …";
   }
 

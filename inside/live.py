@@ -27,6 +27,7 @@ import itertools
 import json
 import os
 import re
+import secrets
 import select
 import signal
 import socket
@@ -112,6 +113,7 @@ class Server(ThreadingHTTPServer):
         self.settings, self.open_model = settings, open_model
         self.turn = threading.Lock()  # held by the request that uses a model
         self.stopping = threading.Event()
+        self.start = secrets.token_hex(4)  # a tab may have been opened on an earlier server at this address
         self.loaded, self.wrote, self.mark = None, None, None  # wrote: the Loaded of the newest text
         self.folder = Path(settings.out_dir)
         self.log = Rows(self.folder / "log.jsonl")
@@ -201,9 +203,13 @@ class Server(ThreadingHTTPServer):
             except Exception as error:
                 say(f"{self.folder}: the new save can't be loaded: {users_fault(error) or repr(error)}")
 
-    def model(self, number=None):
-        """The Loaded of this number; None: the newest. Raises UserError if there is none."""
-        found = [each for each in (self.loaded, self.wrote) if each and number in (None, each.number)]
+    def name(self, loaded):
+        """How requests name a Loaded. No other start of the server gives the same name."""
+        return f"{self.start}-{loaded.number}"
+
+    def model(self, name=None):
+        """The Loaded of this name; None: the newest. Raises UserError if there is none."""
+        found = [each for each in (self.loaded, self.wrote) if each and name in (None, self.name(each))]
         if found:
             return found[0]
         if self.loaded:
@@ -215,7 +221,7 @@ class Server(ThreadingHTTPServer):
         if not (loaded := self.loaded):
             return None
         s, words = self.settings, size_in_words(loaded.model)
-        return {"number": loaded.number, "step": loaded.step, "name": loaded.name, "size": words,
+        return {"start": self.start, "number": loaded.number, "step": loaded.step, "name": loaded.name, "size": words,
                 "task": loaded.task.settings.task, "chats": chats(loaded.task, s), "sees": hasattr(s, "image"),
                 "inputs": {name: getattr(s, name) for name in NAMES if hasattr(s, name)}}
 
@@ -392,7 +398,7 @@ class Handler(BaseHTTPRequestHandler):
             first, written = next(pieces, (0, "")), []  # the first piece raises the errors of what was asked
             self.server.wrote = loaded
             self.begin(200, "application/x-ndjson; charset=utf-8")
-            self.line({"model": loaded.number, "step": loaded.step})
+            self.line({"model": self.server.name(loaded), "step": loaded.step})
             for _, piece in itertools.chain([first], pieces):
                 self.line({"text": piece})
                 written.append(piece)
@@ -455,10 +461,10 @@ class Handler(BaseHTTPRequestHandler):
         known = ["prompt", "messages", *["image"] * hasattr(base, "image"), "model", *inputs]
         if unknown := [name for name in body if name not in known]:
             raise UserError(f"unknown name {unknown[0]!r:.80}: this model takes {', '.join(known)}")
-        number = body.get("model")
-        if number is not None and type(number) is not int:
-            raise UserError("model: must be a number that /write told")
-        loaded = server.model(number)
+        name = body.get("model")
+        if name is not None and not isinstance(name, str):
+            raise UserError("model: must be a name that /write told")
+        loaded = server.model(name)
         values = {name: value for name, value in body.items() if name in inputs}
         return loaded, asked(body, loaded, base), sampling_of(base, values)
 

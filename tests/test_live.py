@@ -167,8 +167,9 @@ def until(true, seconds=10):
     ("/write", {"top_p": 1.5}, {}, 400, "top_p = 1.5: must be above 0"),
     ("/write", {"max_new_tokens": 10**6}, {}, 400, "must be at most 100,000"),
     ("/write", {"seed": 2**70}, {}, 400, "below 2^63"),
-    ("/write", {"model": 99}, {}, 400, "no longer loaded"),
-    ("/write", {"model": "x"}, {}, 400, "model: must be a number"),
+    ("/write", {"model": "1a2b3c4d-1"}, {}, 400, "no longer loaded"),  # of another start
+    ("/inside", {"model": "1a2b3c4d-1"}, {}, 400, "no longer loaded"),
+    ("/write", {"model": 1}, {}, 400, "model: must be a name"),
     ("/inside", {"prompt": "the<script>"}, {}, 400, "prompt: "),
     ("/write", b"x" * 300_000, {}, 400, "at most 262,144 are taken"),
     ("/write", b"x" * 5_000_000, {}, 400, "at most 262,144 are taken"),
@@ -413,11 +414,12 @@ def test_a_text_goes_on_with_the_model_that_began_it(trained, bytes_run, tmp_pat
             lines += [json.loads(line) for line in response.read().splitlines()]
         text = "".join(line.get("text", "") for line in lines)
         assert lines[-1] == {"done": True} and text == by_sample(trained, capsys, prompt="the", max_new_tokens=30)
-        record = json.loads(ask(server, "/inside", {"prompt": "the", "max_new_tokens": 30, "model": 1})[1])
+        record = json.loads(ask(server, "/inside", {"prompt": "the", "max_new_tokens": 30, "model": lines[0]["model"]})[1])
         assert "".join(record["tokens"]) == text[-33:-1] and "step 40" in record["title"]
+        first = lines[0]["model"]
         new, lines = written(server, prompt="the", max_new_tokens=30)
-        assert lines[0] == {"model": 2, "step": 2} and new == by_sample(run, capsys, prompt="the", max_new_tokens=30)
-        error = json.loads(ask(server, "/inside", {"prompt": "the", "model": 1})[1])["error"]
+        assert lines[0] == {"model": f"{server.start}-2", "step": 2} and new == by_sample(run, capsys, prompt="the", max_new_tokens=30)
+        error = json.loads(ask(server, "/inside", {"prompt": "the", "model": first})[1])["error"]
         assert "no longer loaded" in error
 
 
@@ -593,3 +595,18 @@ def test_a_model_and_a_log_with_nan_are_told_as_such(chromium, trained, tmp_path
         server.loaded.model.transformer.ln_f.weight.data.fill_(1)
         press_ctrl_enter(tab)
         tab.until(f"{ERROR}.includes('a bug of this page: TypeError')")
+
+
+@needs_browser
+def test_a_tab_fits_itself_to_another_model_at_the_same_address(chromium, trained, chat_run):
+    with served(trained, seed=7) as server:
+        tab = chromium.open(server.address)
+        tab.until(READY)
+        fill(tab, "#prompt", "the king")
+        port = server.server_port
+    with served(chat_run, "chat", port=port):
+        tab.until("document.querySelector('.main').textContent === 'Send'")
+        assert tab.run("seed.value") == "1337"
+        assert tab.run("document.querySelector('#prompt').value") == "the king"
+        assert tab.run("document.querySelectorAll('#live #seed').length") == 1
+        tab.until(f"!{ERROR}")
