@@ -40,8 +40,9 @@
   }
 
   const state = el("p", {class: "small state", role: "status"});
-  const error = el("p", {class: "error", role: "alert"});
+  const error = el("p", {class: "asked error", role: "alert"});
   const about = el("p", {class: "small"}, "…");
+  const trouble = el("p", {class: "error", role: "alert"});  // of the run, not of what was asked
 
   // ------------------------------------------------------------------------------------------------------------------
   // Requests
@@ -365,6 +366,9 @@
 
   /* Takes in an answer to GET /run. */
   function follow(found) {
+    if (found.model && (found.model.number !== model?.number || found.model.start !== model.start)) fit(found.model);
+    if (!found.model) about.textContent = "Waiting for the run's first save …";
+    if (trouble.textContent !== (found.error ?? "")) trouble.textContent = found.error ?? "";
     if (found.run !== run?.run || found.step < rows.at(-1)?.step) {  // another run, or an earlier save of it
       const other = rows.length > 0;
       rows = [];
@@ -382,8 +386,6 @@
       if (newest.textContent !== found.sample.text) newest.textContent = found.sample.text;
     }
     heading.parentElement.hidden = !found.sample;
-    if (found.model && (found.model.number !== model?.number || found.model.start !== model.start)) fit(found.model);
-    if (!found.model) about.textContent = "Waiting for the run's first save …";
   }
 
   async function poll() {
@@ -411,7 +413,7 @@
   });
   document.addEventListener("keydown", event => { if (event.key === "Escape") running?.abort(); });
   const section = document.getElementById("live");
-  section.append(about, learning, bubbles, form, error, shown);
+  section.append(about, trouble, learning, bubbles, form, error, shown);
   section.hidden = false;
   new ResizeObserver(() => rows.length && draw()).observe(chart);
   poll();

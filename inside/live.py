@@ -9,7 +9,8 @@ written goes on with the model that began it. The run's folder is only read.
 The requests, all answered to this machine alone unless --host says otherwise:
 
     GET  /                   the page
-    GET  /run?since=STEP     JSON: the model, its inputs, and of the run: rows of log.jsonl after STEP, newest sample
+    GET  /run?since=STEP     JSON: the model, its inputs, and of the run: rows of log.jsonl after STEP, newest sample,
+                             and the error if its newest save can't be loaded
     POST /write              JSON in; lines of JSON out: "model", "text" for each piece of the text, and "done"
     POST /inside             the same JSON in; the record of that text (inside/record.py)
 
@@ -115,6 +116,7 @@ class Server(ThreadingHTTPServer):
         self.stopping = threading.Event()
         self.start = secrets.token_hex(4)  # a tab may have been opened on an earlier server at this address
         self.loaded, self.wrote, self.mark = None, None, None  # wrote: the Loaded of the newest text
+        self.error = None  # why the newest save can't be loaded
         self.folder = Path(settings.out_dir)
         self.log = Rows(self.folder / "log.jsonl")
         self.follows = not (settings.init_from or (self.folder / "config.json").exists()
@@ -175,7 +177,7 @@ class Server(ThreadingHTTPServer):
                 raise
         else:
             if self.newest()[1] == mark:
-                self.loaded, self.mark = found, mark
+                self.loaded, self.mark, self.error = found, mark, None
 
     def newest(self):
         """(best or last, a mark that every save changes; None: there is no checkpoint).
@@ -201,7 +203,9 @@ class Server(ThreadingHTTPServer):
             try:
                 self.refresh()
             except Exception as error:
-                say(f"{self.folder}: the new save can't be loaded: {users_fault(error) or repr(error)}")
+                why = users_fault(error) or repr(error)
+                self.error = f"{self.folder}: the new save can't be loaded: {why}"
+                say(self.error)
 
     def name(self, loaded):
         """How requests name a Loaded. No other start of the server gives the same name."""
@@ -238,21 +242,22 @@ class Rows:
 
     def __init__(self, path):
         self.path, self.lock = path, threading.Lock()
-        self.inode, self.end, self.rows = None, 0, []  # end: bytes that are parsed
+        self.last, self.end, self.rows = b"", 0, []  # the last line that is parsed, the bytes up to its end
 
     def read(self):
         """All rows so far, [{name: number; None: NaN}]; no half-written one, and none that is damaged."""
         with self.lock, contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
-            found = os.fstat(file.fileno())
-            if found.st_ino != self.inode or found.st_size < self.end:  # of another run, or cut off by a resumed one
-                self.inode, self.end, self.rows = found.st_ino, 0, []
-            file.seek(self.end)
+            file.seek(self.end - len(self.last))
+            if file.read(len(self.last)) != self.last:  # of another run, or cut off by a resumed one
+                self.last, self.end, self.rows = b"", 0, []
+                file.seek(0)
             for line in iter(file.readline, b""):
                 if not line.endswith(b"\n"):
                     break
-                self.end += len(line)
+                self.last, self.end = line, self.end + len(line)
                 with contextlib.suppress(ValueError, AttributeError, RecursionError):
-                    row = {name: value for name, value in json.loads(line).items() if type(value) in (int, float, NoneType)}
+                    row = {name: value for name, value in json.loads(line).items()
+                           if type(value) in (int, float, NoneType)}
                     self.rows += [row] * (type(row.get("step")) is int and "loss" in row)
         return list(self.rows)
 
@@ -266,7 +271,8 @@ def newest_sample(path):
 
 def run_state(server, since):
     """The answer to GET /run: the model and its inputs, and the run's new rows. since: the last step that is known."""
-    state = {"model": server.about(), "follows": server.follows, "rows": [], "sample": None, "run": None}
+    state = {"model": server.about(), "follows": server.follows, "rows": [], "sample": None, "run": None,
+             "error": server.error}
     if server.follows:
         with contextlib.suppress(UserError, LookupError, TypeError, AttributeError):
             record = read_json(server.folder / "run.json")

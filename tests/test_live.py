@@ -431,8 +431,16 @@ def test_a_damaged_save_is_said_and_the_old_model_stays(trained, tmp_path, capsy
         os.utime(tmp_path / "run" / "best" / "config.json")
         said = []
         until(lambda: said.append(capsys.readouterr().err) or "the new save can't be loaded" in "".join(said))
-        assert "model.safetensors is damaged" in "".join(said)
+        assert "model.safetensors is damaged" in "".join(said) and "is damaged" in state(server)["error"]
         assert state(server)["model"]["number"] == 1 and written(server, prompt="the", max_new_tokens=3)[0]
+
+
+def test_a_log_that_another_run_wrote_over_does_not_mix_with_the_old_one(tmp_path):
+    log = live.Rows(tmp_path / "log.jsonl")
+    for loss in (1.5, 2.5):
+        for end in (3, 9):  # the second log is as long as the first one before it is read, in the same file
+            (tmp_path / "log.jsonl").write_text("".join(f'{{"step": {i}, "loss": {loss}}}\n' for i in range(end)))
+            assert [(row["step"], row["loss"]) for row in log.read()] == [(i, loss) for i in range(end)]
 
 
 def test_the_newest_sample_is_the_last_section_whatever_the_texts_are(tmp_path):
@@ -479,7 +487,7 @@ def press_ctrl_enter(tab):
 
 
 READY = "!document.querySelector('#prompt').disabled"
-ERROR = "document.querySelector('#live .error').textContent"
+ERROR = "document.querySelector('#live .asked.error').textContent"
 IDLE = "!document.querySelector('.main').disabled"
 
 
@@ -525,15 +533,15 @@ def test_an_error_is_shown_as_text_and_greedy_writing_disables_what_it_ignores(c
     tab.until(READY)
     fill(tab, "#prompt", HOSTILE)
     press_ctrl_enter(tab)
-    tab.until("document.querySelector('#live .error').textContent")
-    assert "prompt: " in tab.run("document.querySelector('#live .error').textContent")
+    tab.until("document.querySelector('#live .asked.error').textContent")
+    assert "prompt: " in tab.run("document.querySelector('#live .asked.error').textContent")
     assert tab.run("document.querySelector('img[src=x]') === null")
     tab.run("temperature.value = 0, temperature.dispatchEvent(new Event('input'))")
     assert tab.run("top_p.disabled && top_k.disabled && seed.disabled && !temperature.disabled")
     fill(tab, "#prompt", "the")
     press_ctrl_enter(tab)
     tab.until(f"{IDLE} && document.querySelector('#live .written').textContent.length > 50")
-    assert not tab.run("document.querySelector('#live .error').textContent")
+    assert not tab.run("document.querySelector('#live .asked.error').textContent")
 
 
 @needs_browser
@@ -610,3 +618,17 @@ def test_a_tab_fits_itself_to_another_model_at_the_same_address(chromium, traine
         assert tab.run("document.querySelector('#prompt').value") == "the king"
         assert tab.run("document.querySelectorAll('#live #seed').length") == 1
         tab.until(f"!{ERROR}")
+
+
+@needs_browser
+def test_a_save_that_can_not_be_loaded_is_told_on_the_page(chromium, trained, tmp_path):
+    config = tmp_path / "run" / "best" / "config.json"
+    shutil.copytree(Path(trained) / "best", config.parent)
+    right = config.read_bytes()
+    with served(tmp_path / "run") as server:
+        tab = chromium.open(server.address)
+        tab.until(READY)
+        config.write_bytes(b"<")
+        tab.until("document.querySelector('#live .error').textContent.includes(\"the new save can't be loaded\")")
+        config.write_bytes(right)
+        tab.until("!document.querySelector('#live .error').textContent")
