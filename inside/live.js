@@ -214,7 +214,7 @@
                                + (running.signal.aborted ? ", stopped" : "");
     running = null;
     busy(false);
-    if (written && seconds < SOON) inside();
+    if (written && model.looks && seconds < SOON) inside();
   }
 
   let scrolling = false, atEnd = true;
@@ -239,7 +239,7 @@
       state.textContent = "waiting for the model …";
       written = null;
     }
-    look.hidden = !written;
+    look.hidden = !written || !model.looks;
   }
 
   /* Makes room for the next text. Returns its text node, and what to do at the end. */

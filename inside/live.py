@@ -45,6 +45,7 @@ from urllib.parse import parse_qs, urlsplit
 from chat import check_messages
 from configurator import Layer, UserError, convert, flat_fields, say, users_fault
 from inside.page import escaped, page, part
+from model import all_blocks
 from run import checkpoint
 from run.cost import size_in_words
 from run.files import read_json, to_json
@@ -225,9 +226,22 @@ class Server(ThreadingHTTPServer):
         if not (loaded := self.loaded):
             return None
         s, words = self.settings, size_in_words(loaded.model)
+        inputs = {name: getattr(s, name) for name in NAMES if hasattr(s, name)}
         return {"start": self.start, "number": loaded.number, "step": loaded.step, "name": loaded.name, "size": words,
                 "task": loaded.task.settings.task, "chats": chats(loaded.task, s), "sees": hasattr(s, "image"),
-                "inputs": {name: getattr(s, name) for name in NAMES if hasattr(s, name)}}
+                "looks": can_be_looked_into(loaded), "inputs": inputs | fitting(loaded, s)}
+
+
+def can_be_looked_into(loaded):
+    return type(loaded.task).inside.__qualname__ != "Task.inside" and bool(all_blocks(loaded.model))
+
+
+def fitting(loaded, settings):
+    """{"max_new_tokens": as many as leave a quarter of a text model's window to the prompt}, unless that was set."""
+    default = {field.name: field.default for field in fields(settings)}.get("max_new_tokens")
+    if loaded.task.settings.task != "text" or settings.max_new_tokens != default:
+        return {}
+    return {"max_new_tokens": min(default, max(1, loaded.model.config.block_size * 3 // 4))}
 
 
 def chats(task, settings):

@@ -28,6 +28,7 @@ from configurator import UserError, joined, parse
 from inside import live
 from sources import texts
 from tasks import TASKS
+from tasks.task import Task
 
 ROOT = Path(look.__file__).parent
 HOSTILE = "</script><img src=x onerror=\"document.title='broken'\">&lt;b&gt;\u202e"
@@ -251,6 +252,22 @@ def test_what_a_request_leaves_out_has_its_default_whatever_the_page_began_with(
         assert written(server, **greedy)[0] == by_sample(trained, capsys, **greedy)
 
 
+def test_the_first_length_leaves_room_for_the_prompt_in_the_window(trained):
+    for values, length in (({}, 24), ({"max_new_tokens": 99}, 99)):  # block_size is 32; what was set stays
+        with served(trained, **values) as server:
+            assert state(server)["model"]["inputs"]["max_new_tokens"] == length
+
+
+@pytest.mark.parametrize("kind", ["text", "no inside", "no blocks"])
+def test_a_model_that_can_not_be_looked_into_is_told(trained, kind, monkeypatch):
+    with served(trained) as server:
+        if kind == "no inside":
+            monkeypatch.setattr(type(server.loaded.task), "inside", Task.inside)
+        elif kind == "no blocks":
+            monkeypatch.setattr(live, "all_blocks", lambda model: [])
+        assert state(server)["model"]["looks"] == (kind == "text")
+
+
 def test_a_closed_tab_ends_its_text_and_the_next_one_writes(server, capfd):
     with asking(server, "/write", {"prompt": "the", "max_new_tokens": 100_000}) as response:
         assert [json.loads(response.readline()) for _ in range(3)][1]["text"] == "the"
@@ -414,11 +431,12 @@ def test_a_text_goes_on_with_the_model_that_began_it(trained, bytes_run, tmp_pat
             lines += [json.loads(line) for line in response.read().splitlines()]
         text = "".join(line.get("text", "") for line in lines)
         assert lines[-1] == {"done": True} and text == by_sample(trained, capsys, prompt="the", max_new_tokens=30)
-        record = json.loads(ask(server, "/inside", {"prompt": "the", "max_new_tokens": 30, "model": lines[0]["model"]})[1])
-        assert "".join(record["tokens"]) == text[-33:-1] and "step 40" in record["title"]
         first = lines[0]["model"]
+        record = json.loads(ask(server, "/inside", {"prompt": "the", "max_new_tokens": 30, "model": first})[1])
+        assert "".join(record["tokens"]) == text[-33:-1] and "step 40" in record["title"]
         new, lines = written(server, prompt="the", max_new_tokens=30)
-        assert lines[0] == {"model": f"{server.start}-2", "step": 2} and new == by_sample(run, capsys, prompt="the", max_new_tokens=30)
+        assert lines[0] == {"model": f"{server.start}-2", "step": 2}
+        assert new == by_sample(run, capsys, prompt="the", max_new_tokens=30)
         error = json.loads(ask(server, "/inside", {"prompt": "the", "model": first})[1])["error"]
         assert "no longer loaded" in error
 
@@ -632,3 +650,17 @@ def test_a_save_that_can_not_be_loaded_is_told_on_the_page(chromium, trained, tm
         tab.until("document.querySelector('#live .error').textContent.includes(\"the new save can't be loaded\")")
         config.write_bytes(right)
         tab.until("!document.querySelector('#live .error').textContent")
+
+
+@needs_browser
+def test_a_model_that_can_not_be_looked_into_is_not_asked_to(chromium, trained, monkeypatch):
+    monkeypatch.setattr(live, "all_blocks", lambda model: [])
+    with served(trained, max_new_tokens=9) as server:
+        tab = chromium.open(server.address)
+        tab.until(READY)
+        fill(tab, "#prompt", "the")
+        press_ctrl_enter(tab)
+        tab.until(f"{IDLE} && document.querySelector('#live .written').textContent.length > 9")
+        button = "[...document.querySelectorAll('#live button')].find(each => each.textContent === 'Look inside')"
+        assert tab.run(f"{button}.hidden") and not tab.run(ERROR)
+        assert not any(url.endswith("/inside") for url in tab.requests)
