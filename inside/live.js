@@ -24,6 +24,8 @@
   const MOST_BYTES = 9e6;  // of a picture
   const QUICK = 1000, SLOW = 5000;  // milliseconds between two questions to the server, in a run that learns or not
 
+  const WAITS = "waiting for the model …";
+
   const SOON = 3;  // seconds: a text that took longer waits for the button Look inside, which writes it again
 
   /* An element with attributes (on...: listeners) and children; a text child becomes a text node. */
@@ -97,7 +99,7 @@
   const preview = el("img", {alt: "the chosen picture", hidden: true});
   const file = el("input", {type: "file", accept: "image/*", onchange: choose});
   const sees = el("div", {class: "bar", hidden: true}, el("label", {}, "Picture ", file), preview);
-  const form = el("form", {onsubmit: event => { event.preventDefault(); write(); }},
+  const form = el("form", {novalidate: true, onsubmit: event => { event.preventDefault(); write(); }},
     sees, el("label", {for: "prompt", class: "small"}, label), box, inputs,
     el("div", {class: "bar"}, go, stop, reset, look, state));
 
@@ -138,7 +140,7 @@
   function input(name, value) {
     const [title, attributes, hint] = INPUTS[name];
     const shows = attributes.type === "range", output = el("output", {for: name}, shows ? String(value) : "");
-    const made = el("input", {id: name, ...attributes, value, oninput: () => {
+    const made = el("input", {id: name, required: true, ...attributes, value, oninput: () => {
       if (shows) output.textContent = made.value;
       idle();
     }});
@@ -159,11 +161,15 @@
     fresh.disabled = field("seed")?.disabled;
   }
 
-  /* {setting: number} of the inputs that do something. An empty one goes out as text, which the server refuses. */
+  /* {setting: number} of the inputs that do something; null, and a line about the first one that is wrong. */
   function settings() {
     const fields = Object.keys(model.inputs).map(field).filter(each => !each.disabled);
-    return Object.fromEntries(fields.map(each => [each.id, Number.isNaN(each.valueAsNumber) ? each.value
-                                                                                           : each.valueAsNumber]));
+    const wrong = fields.find(each => !each.validity.valid);
+    if (!wrong) return Object.fromEntries(fields.map(each => [each.id, each.valueAsNumber]));
+    const most = wrong.max ? ` to ${wrong.max}` : " on";
+    error.textContent = `${INPUTS[wrong.id][0]}: must be a whole number from ${wrong.min}${most}`;
+    wrong.focus();
+    return null;
   }
 
   async function write() {
@@ -171,7 +177,9 @@
     const text = box.value;
     if (model.chats && !text.trim()) return;
     if (fresh.checked && !fresh.disabled) field("seed").value = Math.floor(Math.random() * 1e6);
-    const request = {...settings(), ...(model.sees ? {image} : {})};
+    const set = settings();
+    if (!set) return;
+    const request = {...set, ...(model.sees ? {image} : {})};
     let pieces = 0, name = null, began = performance.now(), all = "";
     const turn = model.chats ? talk(text) : print();
     if (model.chats) request.messages = [...messages]; else request.prompt = text;
@@ -236,7 +244,7 @@
     if (is) {
       atEnd = true;
       error.textContent = "";
-      state.textContent = "waiting for the model …";
+      state.textContent = WAITS;
       written = null;
     }
     look.hidden = !written || !model.looks;
@@ -368,6 +376,8 @@
   function follow(found) {
     if (found.model && (found.model.number !== model?.number || found.model.start !== model.start)) fit(found.model);
     if (!found.model) about.textContent = "Waiting for the run's first save …";
+    if (running && found.waits && state.textContent === WAITS)
+      state.textContent = "another tab is writing: yours is next …";
     if (trouble.textContent !== (found.error ?? "")) trouble.textContent = found.error ?? "";
     if (found.run !== run?.run || found.step < rows.at(-1)?.step) {  // another run, or an earlier save of it
       const other = rows.length > 0;
@@ -394,7 +404,7 @@
       try {
         const found = await (await fetch(`/run?since=${rows.at(-1)?.step ?? 0}`).catch(lost)).json().catch(lost);
         follow(found);
-        wait = found.learning || !found.model ? QUICK : SLOW;
+        wait = found.learning || !found.model || running ? QUICK : SLOW;
         if (error.dataset.lost) error.textContent = error.dataset.lost = "";
       } catch (problem) {
         error.textContent = error.dataset.lost = words(problem);

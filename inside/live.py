@@ -114,6 +114,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, settings, open_model):
         self.settings, self.open_model = settings, open_model
         self.turn = threading.Lock()  # held by the request that uses a model
+        self.waiting = set()  # the requests that wait for it
         self.stopping = threading.Event()
         self.start = secrets.token_hex(4)  # a tab may have been opened on an earlier server at this address
         self.loaded, self.wrote, self.mark = None, None, None  # wrote: the Loaded of the newest text
@@ -286,7 +287,7 @@ def newest_sample(path):
 def run_state(server, since):
     """The answer to GET /run: the model and its inputs, and the run's new rows. since: the last step that is known."""
     state = {"model": server.about(), "follows": server.follows, "rows": [], "sample": None, "run": None,
-             "error": server.error}
+             "error": server.error, "waits": bool(server.waiting)}
     if server.follows:
         with contextlib.suppress(UserError, LookupError, TypeError, AttributeError):
             record = read_json(server.folder / "run.json")
@@ -437,8 +438,12 @@ class Handler(BaseHTTPRequestHandler):
     @contextlib.contextmanager
     def turn(self):
         """Waits until no other request uses a model. Raises Gone if the browser does not wait as long."""
-        while not self.server.turn.acquire(timeout=0.2):
-            self.check_there()
+        try:
+            while not self.server.turn.acquire(timeout=0.2):
+                self.server.waiting.add(self)
+                self.check_there()
+        finally:
+            self.server.waiting.discard(self)
         try:
             self.check_there()
             yield
@@ -478,13 +483,14 @@ class Handler(BaseHTTPRequestHandler):
         """
         server, base = self.server, self.server.settings
         inputs = [name for name in NAMES if hasattr(base, name)]
-        known = ["prompt", "messages", *["image"] * hasattr(base, "image"), "model", *inputs]
-        if unknown := [name for name in body if name not in known]:
-            raise UserError(f"unknown name {unknown[0]!r:.80}: this model takes {', '.join(known)}")
         name = body.get("model")
         if name is not None and not isinstance(name, str):
             raise UserError("model: must be a name that /write told")
         loaded = server.model(name)
+        more = {"messages": chats(loaded.task, base), "image": hasattr(base, "image")}
+        known = ["prompt", *(each for each in more if more[each]), "model", *inputs]
+        if unknown := [name for name in body if name not in (*known, "messages")]:
+            raise UserError(f"unknown name {unknown[0]!r:.80}: this model takes {', '.join(known)}")
         values = {name: value for name, value in body.items() if name in inputs}
         return loaded, asked(body, loaded, base), sampling_of(base, values)
 

@@ -155,7 +155,7 @@ def until(true, seconds=10):
     ("/write", b'{"prompt": "the"}', {"Content-Type": None}, 400, "must be application/json"),
     ("/write", {"promt": "the"}, {}, 400, "unknown name 'promt'"),
     ("/write", {"out_dir": "/etc"}, {}, 400, "unknown name 'out_dir'"),
-    ("/write", {"image": "/etc/passwd"}, {}, 400, "unknown name 'image'"),
+    ("/write", {"image": "/etc/passwd"}, {}, 400, "unknown name 'image': this model takes prompt, model, temperature"),
     ("/write", {"prompt": 7}, {}, 400, "prompt: must be a text"),
     ("/write", {"prompt": "the \ud800"}, {}, 400, "has '\\ud800', which is no character"),
     ("/write", {"prompt": "\x1b[2J"}, {}, 400, "has '\\x1b', which is no character"),
@@ -520,6 +520,7 @@ def test_a_prompt_is_typed_and_its_text_is_looked_into_and_hostile_ones_stay_tex
         shown = tab.run("document.querySelector('#live .written').textContent")
         assert shown == by_sample(bytes_run, capsys, prompt=HOSTILE, max_new_tokens=20)
         assert tab.run("document.querySelector('#live .given').textContent") == HOSTILE
+        assert tab.run("getComputedStyle(document.querySelector('#live .given')).unicodeBidi") == "isolate"  # U+202E
         tab.click("#text .token:nth-child(2)")
         assert tab.run("document.querySelector('#text [aria-selected=true]').textContent")
         assert tab.run("document.title") != "broken" and tab.run("document.querySelector('img[src=x]') === null")
@@ -556,6 +557,12 @@ def test_an_error_is_shown_as_text_and_greedy_writing_disables_what_it_ignores(c
     assert tab.run("document.querySelector('img[src=x]') === null")
     tab.run("temperature.value = 0, temperature.dispatchEvent(new Event('input'))")
     assert tab.run("top_p.disabled && top_k.disabled && seed.disabled && !temperature.disabled")
+    for wrong in ("", "0", "1.5", "200000"):
+        tab.run(f"max_new_tokens.value = '{wrong}'")
+        fill(tab, "#prompt", "the")
+        press_ctrl_enter(tab)
+        assert tab.run(ERROR) == "Length: must be a whole number from 1 to 100000"
+    tab.run("max_new_tokens.value = 200")
     fill(tab, "#prompt", "the")
     press_ctrl_enter(tab)
     tab.until(f"{IDLE} && document.querySelector('#live .written').textContent.length > 50")
@@ -664,3 +671,15 @@ def test_a_model_that_can_not_be_looked_into_is_not_asked_to(chromium, trained, 
         button = "[...document.querySelectorAll('#live button')].find(each => each.textContent === 'Look inside')"
         assert tab.run(f"{button}.hidden") and not tab.run(ERROR)
         assert not any(url.endswith("/inside") for url in tab.requests)
+
+
+@needs_browser
+def test_a_tab_that_waits_for_another_one_says_so(chromium, trained):
+    with served(trained, max_new_tokens=9) as server:
+        tab = chromium.open(server.address)
+        tab.until(READY)
+        with server.turn:
+            fill(tab, "#prompt", "the")
+            press_ctrl_enter(tab)
+            tab.until("document.querySelector('#live .state').textContent.startsWith('another tab is writing')")
+        tab.until(f"{IDLE} && document.querySelector('#live .written').textContent.length > 9")
