@@ -24,6 +24,8 @@
   const MOST_BYTES = 9e6;  // of a picture
   const QUICK = 1000, SLOW = 5000;  // milliseconds between two questions to the server, in a run that learns or not
 
+  const WAITS = "waiting for the model …";
+
   const SOON = 3;  // seconds: a text that took longer waits for the button Look inside, which writes it again
 
   /* An element with attributes (on...: listeners) and children; a text child becomes a text node. */
@@ -40,8 +42,9 @@
   }
 
   const state = el("p", {class: "small state", role: "status"});
-  const error = el("p", {class: "error", role: "alert"});
+  const error = el("p", {class: "asked error", role: "alert"});
   const about = el("p", {class: "small"}, "…");
+  const trouble = el("p", {class: "error", role: "alert"});  // of the run, not of what was asked
 
   // ------------------------------------------------------------------------------------------------------------------
   // Requests
@@ -49,8 +52,8 @@
   /* Posts a request; returns the response. Throws an Error with the server's line if it refuses. */
   async function post(path, body, signal) {
     const response = await fetch(path, {method: "POST", headers: {"Content-Type": "application/json"},
-                                        body: JSON.stringify(body), signal});
-    if (!response.ok) throw new Error((await response.json()).error);
+                                        body: JSON.stringify(body), signal}).catch(lost);
+    if (!response.ok) throw new Error((await response.json().catch(lost)).error);
     return response;
   }
 
@@ -59,7 +62,7 @@
     const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
     let rest = "";
     for (;;) {
-      const {done, value} = await reader.read();
+      const {done, value} = await reader.read().catch(lost);
       if (done) return;
       const found = (rest + value).split("\n");
       rest = found.pop();
@@ -67,8 +70,12 @@
     }
   }
 
-  const words = problem => problem instanceof TypeError ? "the server does not answer: is look.py still running?"
-                                                        : problem.message;
+  /* Throws the error of a request that got no answer; one that the user stopped stays what it is. */
+  function lost(problem) {
+    throw problem.name === "AbortError" ? problem : new Error("the server does not answer: is look.py still running?");
+  }
+
+  const words = problem => problem.constructor === Error ? problem.message : `a bug of this page: ${problem}`;
 
   // ------------------------------------------------------------------------------------------------------------------
   // Writing
@@ -86,13 +93,13 @@
   const go = el("button", {class: "main", type: "submit"}, "Write");
   const stop = el("button", {type: "button", disabled: true, onclick: () => running?.abort()}, "Stop");
   const look = el("button", {type: "button", hidden: true, onclick: inside}, "Look inside");
-  const reset = el("button", {type: "button", hidden: true, onclick: forget}, "Reset");
+  const reset = el("button", {type: "button", hidden: true, onclick: () => { forget(); box.focus(); }}, "Reset");
   const fresh = el("input", {type: "checkbox", id: "fresh"});
   const inputs = el("div", {class: "inputs"});
   const preview = el("img", {alt: "the chosen picture", hidden: true});
   const file = el("input", {type: "file", accept: "image/*", onchange: choose});
   const sees = el("div", {class: "bar", hidden: true}, el("label", {}, "Picture ", file), preview);
-  const form = el("form", {onsubmit: event => { event.preventDefault(); write(); }},
+  const form = el("form", {novalidate: true, onsubmit: event => { event.preventDefault(); write(); }},
     sees, el("label", {for: "prompt", class: "small"}, label), box, inputs,
     el("div", {class: "bar"}, go, stop, reset, look, state));
 
@@ -109,9 +116,9 @@
     reader.readAsDataURL(chosen);
   }
 
-  /* Makes the form fit the model. Values that were set stay. */
+  /* Makes the form fit the model. Values that were set stay, unless look.py was started again. */
   function fit(found) {
-    const first = !model;
+    const first = model?.start !== found.start;
     model = found;
     const [what, verb] = WORDS[model.chats ? "chat" : model.task] ?? WORDS.text;
     label.textContent = `${what} (${model.chats ? "Enter" : "Ctrl+Enter"}: ${verb.toLowerCase()}, Esc: stop)`;
@@ -121,6 +128,9 @@
     const at = model.step == null ? "" : `, step ${model.step.toLocaleString("en")}`;
     about.textContent = `${model.name}: ${model.size}${at}`;
     if (!first) return;
+    forget();
+    shown.replaceChildren();
+    inputs.replaceChildren();
     box.disabled = go.disabled = false;
     for (const [name, value] of Object.entries(model.inputs)) inputs.append(input(name, value));
     if ("seed" in model.inputs) inputs.append(el("label", {}, el("span", {}, "New seed each time"), fresh));
@@ -130,7 +140,7 @@
   function input(name, value) {
     const [title, attributes, hint] = INPUTS[name];
     const shows = attributes.type === "range", output = el("output", {for: name}, shows ? String(value) : "");
-    const made = el("input", {id: name, ...attributes, value, oninput: () => {
+    const made = el("input", {id: name, required: true, ...attributes, value, oninput: () => {
       if (shows) output.textContent = made.value;
       idle();
     }});
@@ -151,11 +161,15 @@
     fresh.disabled = field("seed")?.disabled;
   }
 
-  /* {setting: number} of the inputs that do something. An empty one goes out as text, which the server refuses. */
+  /* {setting: number} of the inputs that do something; null, and a line about the first one that is wrong. */
   function settings() {
     const fields = Object.keys(model.inputs).map(field).filter(each => !each.disabled);
-    return Object.fromEntries(fields.map(each => [each.id, Number.isNaN(each.valueAsNumber) ? each.value
-                                                                                           : each.valueAsNumber]));
+    const wrong = fields.find(each => !each.validity.valid);
+    if (!wrong) return Object.fromEntries(fields.map(each => [each.id, each.valueAsNumber]));
+    const most = wrong.max ? ` to ${wrong.max}` : " on";
+    error.textContent = `${INPUTS[wrong.id][0]}: must be a whole number from ${wrong.min}${most}`;
+    wrong.focus();
+    return null;
   }
 
   async function write() {
@@ -163,8 +177,10 @@
     const text = box.value;
     if (model.chats && !text.trim()) return;
     if (fresh.checked && !fresh.disabled) field("seed").value = Math.floor(Math.random() * 1e6);
-    const request = {...settings(), ...(model.sees ? {image} : {})};
-    let pieces = 0, number = null, began = performance.now(), all = "";
+    const set = settings();
+    if (!set) return;
+    const request = {...set, ...(model.sees ? {image} : {})};
+    let pieces = 0, name = null, began = performance.now(), all = "";
     const turn = model.chats ? talk(text) : print();
     if (model.chats) request.messages = [...messages]; else request.prompt = text;
     running = new AbortController();
@@ -173,7 +189,7 @@
       for await (const line of lines(await post("/write", request, running.signal))) {
         if (line.error) throw new Error(line.error);
         if (line.model) {
-          [number, began] = [line.model, performance.now()];
+          [name, began] = [line.model, performance.now()];
           state.textContent = "writing …";
         }
         if (line.text !== undefined) {
@@ -185,14 +201,14 @@
         }
         if (line.done) {
           turn.done(line.answer ?? all, line.forgotten);
-          written = {...request, model: number};
+          written = {...request, model: name};
         }
       }
       if (!written) throw new Error("the server stopped");
     } catch (problem) {
       if (problem.name === "AbortError") {
-        if (number !== null && pieces) {  // the same text again, as far as it came
-          written = {...request, model: number};
+        if (name !== null && pieces) {  // the same text again, as far as it came
+          written = {...request, model: name};
           if ("max_new_tokens" in written) written.max_new_tokens = pieces;
           turn.done(all);
         } else turn.failed(text);
@@ -206,7 +222,7 @@
                                + (running.signal.aborted ? ", stopped" : "");
     running = null;
     busy(false);
-    if (written && seconds < SOON) inside();
+    if (written && model.looks && seconds < SOON) inside();
   }
 
   let scrolling = false, atEnd = true;
@@ -228,10 +244,10 @@
     if (is) {
       atEnd = true;
       error.textContent = "";
-      state.textContent = "waiting for the model …";
+      state.textContent = WAITS;
       written = null;
     }
-    look.hidden = !written;
+    look.hidden = !written || !model.looks;
   }
 
   /* Makes room for the next text. Returns its text node, and what to do at the end. */
@@ -270,14 +286,13 @@
     look.hidden = true;
     bubbles.replaceChildren();
     error.textContent = state.textContent = "";
-    box.focus();
   }
 
   async function inside() {
     look.disabled = true;
     error.textContent = "";
     try {
-      show(await (await post("/inside", written)).json());
+      show(await (await post("/inside", written)).json().catch(lost));
     } catch (problem) {
       error.textContent = words(problem);
     }
@@ -312,7 +327,7 @@
   function draw() {
     chart.setAttribute("aria-label", `Curves of the loss: ${caption(rows.at(-1))}`);
     const width = chart.clientWidth, curves = SERIES.map(([name, value]) => [
-      name, rows.map(row => [row.step, value(row)]).filter(([, y]) => y !== undefined)]);
+      name, rows.map(row => [row.step, value(row)]).filter(([, y]) => Number.isFinite(y))]);
     const all = curves.flatMap(([, points]) => points), longest = Math.max(...all.map(([x]) => x));
     if (!all.length || !width) return;
     const settled = all.filter(([x]) => x >= 0.1 * longest).map(([, y]) => y);
@@ -342,7 +357,8 @@
     const before = rows.filter(each => each.step <= row.step);
     const texts = SERIES.map(([name, value]) => {
       const found = before.findLast(each => value(each) !== undefined);
-      return found ? `${name} ${value(found).toFixed(4)}` : name;
+      const y = found && value(found);
+      return found ? `${name} ${Number.isFinite(y) ? y.toFixed(4) : "NaN or infinite"}` : name;
     });
     texts.forEach((text, i) => values[i].textContent = text);
     const most = run.max_iters ? ` of ${run.max_iters.toLocaleString("en")}` : "";
@@ -358,6 +374,11 @@
 
   /* Takes in an answer to GET /run. */
   function follow(found) {
+    if (found.model && (found.model.number !== model?.number || found.model.start !== model.start)) fit(found.model);
+    if (!found.model) about.textContent = "Waiting for the run's first save …";
+    if (running && found.waits && state.textContent === WAITS)
+      state.textContent = "another tab is writing: yours is next …";
+    if (trouble.textContent !== (found.error ?? "")) trouble.textContent = found.error ?? "";
     if (found.run !== run?.run || found.step < rows.at(-1)?.step) {  // another run, or an earlier save of it
       const other = rows.length > 0;
       rows = [];
@@ -375,17 +396,15 @@
       if (newest.textContent !== found.sample.text) newest.textContent = found.sample.text;
     }
     heading.parentElement.hidden = !found.sample;
-    if (found.model && found.model.number !== model?.number) fit(found.model);
-    if (!found.model) about.textContent = "Waiting for the run's first save …";
   }
 
   async function poll() {
     let wait = SLOW;
     if (!document.hidden) {
       try {
-        const found = await (await fetch(`/run?since=${rows.at(-1)?.step ?? 0}`)).json();
+        const found = await (await fetch(`/run?since=${rows.at(-1)?.step ?? 0}`).catch(lost)).json().catch(lost);
         follow(found);
-        wait = found.learning || !found.model ? QUICK : SLOW;
+        wait = found.learning || !found.model || running ? QUICK : SLOW;
         if (error.dataset.lost) error.textContent = error.dataset.lost = "";
       } catch (problem) {
         error.textContent = error.dataset.lost = words(problem);
@@ -404,7 +423,7 @@
   });
   document.addEventListener("keydown", event => { if (event.key === "Escape") running?.abort(); });
   const section = document.getElementById("live");
-  section.append(about, learning, bubbles, form, error, shown);
+  section.append(about, trouble, learning, bubbles, form, error, shown);
   section.hidden = false;
   new ResizeObserver(() => rows.length && draw()).observe(chart);
   poll();

@@ -9,7 +9,8 @@ written goes on with the model that began it. The run's folder is only read.
 The requests, all answered to this machine alone unless --host says otherwise:
 
     GET  /                   the page
-    GET  /run?since=STEP     JSON: the model, its inputs, and of the run: rows of log.jsonl after STEP, newest sample
+    GET  /run?since=STEP     JSON: the model, its inputs, and of the run: rows of log.jsonl after STEP, newest sample,
+                             and the error if its newest save can't be loaded
     POST /write              JSON in; lines of JSON out: "model", "text" for each piece of the text, and "done"
     POST /inside             the same JSON in; the record of that text (inside/record.py)
 
@@ -27,6 +28,7 @@ import itertools
 import json
 import os
 import re
+import secrets
 import select
 import signal
 import socket
@@ -36,12 +38,14 @@ import traceback
 from dataclasses import fields, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import NoneType
 from typing import NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
 from chat import check_messages
 from configurator import Layer, UserError, convert, flat_fields, say, users_fault
-from inside.page import page, part
+from inside.page import escaped, page, part
+from model import all_blocks
 from run import checkpoint
 from run.cost import size_in_words
 from run.files import read_json, to_json
@@ -110,8 +114,11 @@ class Server(ThreadingHTTPServer):
     def __init__(self, settings, open_model):
         self.settings, self.open_model = settings, open_model
         self.turn = threading.Lock()  # held by the request that uses a model
+        self.waiting = set()  # the requests that wait for it
         self.stopping = threading.Event()
+        self.start = secrets.token_hex(4)  # a tab may have been opened on an earlier server at this address
         self.loaded, self.wrote, self.mark = None, None, None  # wrote: the Loaded of the newest text
+        self.error = None  # why the newest save can't be loaded
         self.folder = Path(settings.out_dir)
         self.log = Rows(self.folder / "log.jsonl")
         self.follows = not (settings.init_from or (self.folder / "config.json").exists()
@@ -172,7 +179,7 @@ class Server(ThreadingHTTPServer):
                 raise
         else:
             if self.newest()[1] == mark:
-                self.loaded, self.mark = found, mark
+                self.loaded, self.mark, self.error = found, mark, None
 
     def newest(self):
         """(best or last, a mark that every save changes; None: there is no checkpoint).
@@ -198,11 +205,17 @@ class Server(ThreadingHTTPServer):
             try:
                 self.refresh()
             except Exception as error:
-                say(f"{self.folder}: the new save can't be loaded: {users_fault(error) or repr(error)}")
+                why = users_fault(error) or repr(error)
+                self.error = f"{self.folder}: the new save can't be loaded: {why}"
+                say(self.error)
 
-    def model(self, number=None):
-        """The Loaded of this number; None: the newest. Raises UserError if there is none."""
-        found = [each for each in (self.loaded, self.wrote) if each and number in (None, each.number)]
+    def name(self, loaded):
+        """How requests name a Loaded. No other start of the server gives the same name."""
+        return f"{self.start}-{loaded.number}"
+
+    def model(self, name=None):
+        """The Loaded of this name; None: the newest. Raises UserError if there is none."""
+        found = [each for each in (self.loaded, self.wrote) if each and name in (None, self.name(each))]
         if found:
             return found[0]
         if self.loaded:
@@ -214,9 +227,22 @@ class Server(ThreadingHTTPServer):
         if not (loaded := self.loaded):
             return None
         s, words = self.settings, size_in_words(loaded.model)
-        return {"number": loaded.number, "step": loaded.step, "name": loaded.name, "size": words,
+        inputs = {name: getattr(s, name) for name in NAMES if hasattr(s, name)}
+        return {"start": self.start, "number": loaded.number, "step": loaded.step, "name": loaded.name, "size": words,
                 "task": loaded.task.settings.task, "chats": chats(loaded.task, s), "sees": hasattr(s, "image"),
-                "inputs": {name: getattr(s, name) for name in NAMES if hasattr(s, name)}}
+                "looks": can_be_looked_into(loaded), "inputs": inputs | fitting(loaded, s)}
+
+
+def can_be_looked_into(loaded):
+    return type(loaded.task).inside.__qualname__ != "Task.inside" and bool(all_blocks(loaded.model))
+
+
+def fitting(loaded, settings):
+    """{"max_new_tokens": as many as leave a quarter of a text model's window to the prompt}, unless that was set."""
+    default = {field.name: field.default for field in fields(settings)}.get("max_new_tokens")
+    if loaded.task.settings.task != "text" or settings.max_new_tokens != default:
+        return {}
+    return {"max_new_tokens": min(default, max(1, loaded.model.config.block_size * 3 // 4))}
 
 
 def chats(task, settings):
@@ -231,22 +257,23 @@ class Rows:
 
     def __init__(self, path):
         self.path, self.lock = path, threading.Lock()
-        self.inode, self.end, self.rows = None, 0, []  # end: bytes that are parsed
+        self.last, self.end, self.rows = b"", 0, []  # the last line that is parsed, the bytes up to its end
 
     def read(self):
-        """All rows so far, [{name: number}]; no half-written one, and none that is damaged."""
+        """All rows so far, [{name: number; None: NaN}]; no half-written one, and none that is damaged."""
         with self.lock, contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
-            found = os.fstat(file.fileno())
-            if found.st_ino != self.inode or found.st_size < self.end:  # of another run, or cut off by a resumed one
-                self.inode, self.end, self.rows = found.st_ino, 0, []
-            file.seek(self.end)
+            file.seek(self.end - len(self.last))
+            if file.read(len(self.last)) != self.last:  # of another run, or cut off by a resumed one
+                self.last, self.end, self.rows = b"", 0, []
+                file.seek(0)
             for line in iter(file.readline, b""):
                 if not line.endswith(b"\n"):
                     break
-                self.end += len(line)
+                self.last, self.end = line, self.end + len(line)
                 with contextlib.suppress(ValueError, AttributeError, RecursionError):
-                    row = {name: value for name, value in json.loads(line).items() if type(value) in (int, float)}
-                    self.rows += [row] * ("step" in row and "loss" in row)
+                    row = {name: value for name, value in json.loads(line).items()
+                           if type(value) in (int, float, NoneType)}
+                    self.rows += [row] * (type(row.get("step")) is int and "loss" in row)
         return list(self.rows)
 
 
@@ -259,7 +286,8 @@ def newest_sample(path):
 
 def run_state(server, since):
     """The answer to GET /run: the model and its inputs, and the run's new rows. since: the last step that is known."""
-    state = {"model": server.about(), "follows": server.follows, "rows": [], "sample": None, "run": None}
+    state = {"model": server.about(), "follows": server.follows, "rows": [], "sample": None, "run": None,
+             "error": server.error, "waits": bool(server.waiting)}
     if server.follows:
         with contextlib.suppress(UserError, LookupError, TypeError, AttributeError):
             record = read_json(server.folder / "run.json")
@@ -391,7 +419,7 @@ class Handler(BaseHTTPRequestHandler):
             first, written = next(pieces, (0, "")), []  # the first piece raises the errors of what was asked
             self.server.wrote = loaded
             self.begin(200, "application/x-ndjson; charset=utf-8")
-            self.line({"model": loaded.number, "step": loaded.step})
+            self.line({"model": self.server.name(loaded), "step": loaded.step})
             for _, piece in itertools.chain([first], pieces):
                 self.line({"text": piece})
                 written.append(piece)
@@ -405,13 +433,17 @@ class Handler(BaseHTTPRequestHandler):
         loaded, request, sampling = self.wish(self.body())
         with self.turn():
             record = loaded.task.inside(loaded.model, request, sampling)
-        self.reply(200, record)
+        self.reply(200, escaped(record))
 
     @contextlib.contextmanager
     def turn(self):
         """Waits until no other request uses a model. Raises Gone if the browser does not wait as long."""
-        while not self.server.turn.acquire(timeout=0.2):
-            self.check_there()
+        try:
+            while not self.server.turn.acquire(timeout=0.2):
+                self.server.waiting.add(self)
+                self.check_there()
+        finally:
+            self.server.waiting.discard(self)
         try:
             self.check_there()
             yield
@@ -451,13 +483,14 @@ class Handler(BaseHTTPRequestHandler):
         """
         server, base = self.server, self.server.settings
         inputs = [name for name in NAMES if hasattr(base, name)]
-        known = ["prompt", "messages", *["image"] * hasattr(base, "image"), "model", *inputs]
-        if unknown := [name for name in body if name not in known]:
+        name = body.get("model")
+        if name is not None and not isinstance(name, str):
+            raise UserError("model: must be a name that /write told")
+        loaded = server.model(name)
+        more = {"messages": chats(loaded.task, base), "image": hasattr(base, "image")}
+        known = ["prompt", *(each for each in more if more[each]), "model", *inputs]
+        if unknown := [name for name in body if name not in (*known, "messages")]:
             raise UserError(f"unknown name {unknown[0]!r:.80}: this model takes {', '.join(known)}")
-        number = body.get("model")
-        if number is not None and type(number) is not int:
-            raise UserError("model: must be a number that /write told")
-        loaded = server.model(number)
         values = {name: value for name, value in body.items() if name in inputs}
         return loaded, asked(body, loaded, base), sampling_of(base, values)
 

@@ -28,6 +28,7 @@ from configurator import UserError, joined, parse
 from inside import live
 from sources import texts
 from tasks import TASKS
+from tasks.task import Task
 
 ROOT = Path(look.__file__).parent
 HOSTILE = "</script><img src=x onerror=\"document.title='broken'\">&lt;b&gt;\u202e"
@@ -154,7 +155,7 @@ def until(true, seconds=10):
     ("/write", b'{"prompt": "the"}', {"Content-Type": None}, 400, "must be application/json"),
     ("/write", {"promt": "the"}, {}, 400, "unknown name 'promt'"),
     ("/write", {"out_dir": "/etc"}, {}, 400, "unknown name 'out_dir'"),
-    ("/write", {"image": "/etc/passwd"}, {}, 400, "unknown name 'image'"),
+    ("/write", {"image": "/etc/passwd"}, {}, 400, "unknown name 'image': this model takes prompt, model, temperature"),
     ("/write", {"prompt": 7}, {}, 400, "prompt: must be a text"),
     ("/write", {"prompt": "the \ud800"}, {}, 400, "has '\\ud800', which is no character"),
     ("/write", {"prompt": "\x1b[2J"}, {}, 400, "has '\\x1b', which is no character"),
@@ -167,8 +168,9 @@ def until(true, seconds=10):
     ("/write", {"top_p": 1.5}, {}, 400, "top_p = 1.5: must be above 0"),
     ("/write", {"max_new_tokens": 10**6}, {}, 400, "must be at most 100,000"),
     ("/write", {"seed": 2**70}, {}, 400, "below 2^63"),
-    ("/write", {"model": 99}, {}, 400, "no longer loaded"),
-    ("/write", {"model": "x"}, {}, 400, "model: must be a number"),
+    ("/write", {"model": "1a2b3c4d-1"}, {}, 400, "no longer loaded"),  # of another start
+    ("/inside", {"model": "1a2b3c4d-1"}, {}, 400, "no longer loaded"),
+    ("/write", {"model": 1}, {}, 400, "model: must be a name"),
     ("/inside", {"prompt": "the<script>"}, {}, 400, "prompt: "),
     ("/write", b"x" * 300_000, {}, 400, "at most 262,144 are taken"),
     ("/write", b"x" * 5_000_000, {}, 400, "at most 262,144 are taken"),
@@ -248,6 +250,22 @@ def test_what_a_request_leaves_out_has_its_default_whatever_the_page_began_with(
                                                     "seed": 7}
         greedy = {"prompt": "the", "temperature": 0}
         assert written(server, **greedy)[0] == by_sample(trained, capsys, **greedy)
+
+
+def test_the_first_length_leaves_room_for_the_prompt_in_the_window(trained):
+    for values, length in (({}, 24), ({"max_new_tokens": 99}, 99)):  # block_size is 32; what was set stays
+        with served(trained, **values) as server:
+            assert state(server)["model"]["inputs"]["max_new_tokens"] == length
+
+
+@pytest.mark.parametrize("kind", ["text", "no inside", "no blocks"])
+def test_a_model_that_can_not_be_looked_into_is_told(trained, kind, monkeypatch):
+    with served(trained) as server:
+        if kind == "no inside":
+            monkeypatch.setattr(type(server.loaded.task), "inside", Task.inside)
+        elif kind == "no blocks":
+            monkeypatch.setattr(live, "all_blocks", lambda model: [])
+        assert state(server)["model"]["looks"] == (kind == "text")
 
 
 def test_a_closed_tab_ends_its_text_and_the_next_one_writes(server, capfd):
@@ -413,11 +431,13 @@ def test_a_text_goes_on_with_the_model_that_began_it(trained, bytes_run, tmp_pat
             lines += [json.loads(line) for line in response.read().splitlines()]
         text = "".join(line.get("text", "") for line in lines)
         assert lines[-1] == {"done": True} and text == by_sample(trained, capsys, prompt="the", max_new_tokens=30)
-        record = json.loads(ask(server, "/inside", {"prompt": "the", "max_new_tokens": 30, "model": 1})[1])
+        first = lines[0]["model"]
+        record = json.loads(ask(server, "/inside", {"prompt": "the", "max_new_tokens": 30, "model": first})[1])
         assert "".join(record["tokens"]) == text[-33:-1] and "step 40" in record["title"]
         new, lines = written(server, prompt="the", max_new_tokens=30)
-        assert lines[0] == {"model": 2, "step": 2} and new == by_sample(run, capsys, prompt="the", max_new_tokens=30)
-        error = json.loads(ask(server, "/inside", {"prompt": "the", "model": 1})[1])["error"]
+        assert lines[0] == {"model": f"{server.start}-2", "step": 2}
+        assert new == by_sample(run, capsys, prompt="the", max_new_tokens=30)
+        error = json.loads(ask(server, "/inside", {"prompt": "the", "model": first})[1])["error"]
         assert "no longer loaded" in error
 
 
@@ -429,8 +449,16 @@ def test_a_damaged_save_is_said_and_the_old_model_stays(trained, tmp_path, capsy
         os.utime(tmp_path / "run" / "best" / "config.json")
         said = []
         until(lambda: said.append(capsys.readouterr().err) or "the new save can't be loaded" in "".join(said))
-        assert "model.safetensors is damaged" in "".join(said)
+        assert "model.safetensors is damaged" in "".join(said) and "is damaged" in state(server)["error"]
         assert state(server)["model"]["number"] == 1 and written(server, prompt="the", max_new_tokens=3)[0]
+
+
+def test_a_log_that_another_run_wrote_over_does_not_mix_with_the_old_one(tmp_path):
+    log = live.Rows(tmp_path / "log.jsonl")
+    for loss in (1.5, 2.5):
+        for end in (3, 9):  # the second log is as long as the first one before it is read, in the same file
+            (tmp_path / "log.jsonl").write_text("".join(f'{{"step": {i}, "loss": {loss}}}\n' for i in range(end)))
+            assert [(row["step"], row["loss"]) for row in log.read()] == [(i, loss) for i in range(end)]
 
 
 def test_the_newest_sample_is_the_last_section_whatever_the_texts_are(tmp_path):
@@ -446,6 +474,13 @@ def test_a_long_log_is_thinned_but_keeps_evaluations_and_its_end():
     kept = live.thinned(rows)
     assert len(kept) < 2 * live.ROWS and kept[-1] is rows[-1]
     assert sum("val_loss" in row for row in kept) == 60_000 // 997
+
+
+def test_rows_with_nan_or_infinity_stay_and_those_without_a_step_do_not(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": NaN, "loss": 1}\n{"step": 1.5, "loss": 1}\n{"loss": 1}\n[]\n'
+                                        '{"step": 1, "loss": NaN}\n{"step": 2, "loss": 1e400}\n'
+                                        '{"step": 3, "loss": null, "val_loss": 2}\n')
+    assert [row["step"] for row in live.Rows(tmp_path / "log.jsonl").read()] == [1, 2, 3]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -470,6 +505,7 @@ def press_ctrl_enter(tab):
 
 
 READY = "!document.querySelector('#prompt').disabled"
+ERROR = "document.querySelector('#live .asked.error').textContent"
 IDLE = "!document.querySelector('.main').disabled"
 
 
@@ -484,6 +520,7 @@ def test_a_prompt_is_typed_and_its_text_is_looked_into_and_hostile_ones_stay_tex
         shown = tab.run("document.querySelector('#live .written').textContent")
         assert shown == by_sample(bytes_run, capsys, prompt=HOSTILE, max_new_tokens=20)
         assert tab.run("document.querySelector('#live .given').textContent") == HOSTILE
+        assert tab.run("getComputedStyle(document.querySelector('#live .given')).unicodeBidi") == "isolate"  # U+202E
         tab.click("#text .token:nth-child(2)")
         assert tab.run("document.querySelector('#text [aria-selected=true]').textContent")
         assert tab.run("document.title") != "broken" and tab.run("document.querySelector('img[src=x]') === null")
@@ -515,15 +552,21 @@ def test_an_error_is_shown_as_text_and_greedy_writing_disables_what_it_ignores(c
     tab.until(READY)
     fill(tab, "#prompt", HOSTILE)
     press_ctrl_enter(tab)
-    tab.until("document.querySelector('#live .error').textContent")
-    assert "prompt: " in tab.run("document.querySelector('#live .error').textContent")
+    tab.until("document.querySelector('#live .asked.error').textContent")
+    assert "prompt: " in tab.run("document.querySelector('#live .asked.error').textContent")
     assert tab.run("document.querySelector('img[src=x]') === null")
     tab.run("temperature.value = 0, temperature.dispatchEvent(new Event('input'))")
     assert tab.run("top_p.disabled && top_k.disabled && seed.disabled && !temperature.disabled")
+    for wrong in ("", "0", "1.5", "200000"):
+        tab.run(f"max_new_tokens.value = '{wrong}'")
+        fill(tab, "#prompt", "the")
+        press_ctrl_enter(tab)
+        assert tab.run(ERROR) == "Length: must be a whole number from 1 to 100000"
+    tab.run("max_new_tokens.value = 200")
     fill(tab, "#prompt", "the")
     press_ctrl_enter(tab)
     tab.until(f"{IDLE} && document.querySelector('#live .written').textContent.length > 50")
-    assert not tab.run("document.querySelector('#live .error').textContent")
+    assert not tab.run("document.querySelector('#live .asked.error').textContent")
 
 
 @needs_browser
@@ -562,3 +605,81 @@ def test_the_curves_grow_with_the_run(chromium, trained, tmp_path):
             file.write(log[-1][20:])
         tab.until(f"{points} === {len(log)}")
         assert "step 40 of 40" in tab.text("summary") and not tab.problems
+
+
+@needs_browser
+def test_a_model_and_a_log_with_nan_are_told_as_such(chromium, trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    with open(run / "log.jsonl", "a") as file:
+        file.write('{"step": 41, "loss": NaN, "val_loss": 1e400}\n{"step": 42, "loss": null}\n')
+    with served(run, max_new_tokens=20) as server:
+        server.loaded.model.transformer.ln_f.weight.data.fill_(float("nan"))
+        tab = chromium.open(server.address)
+        tab.until(READY)
+        assert "step 42 of 40" in tab.text("summary") and "training NaN or infinite" in tab.text("summary")
+        fill(tab, "#prompt", "the")
+        press_ctrl_enter(tab)
+        tab.until(ERROR)
+        assert "the model computes NaN or infinity" in tab.run(ERROR)
+        status, text = ask(server, "/inside", {"prompt": "the"})
+        assert status == 400 and "the model computes NaN or infinity" in json.loads(text)["error"]
+        tab.run("window.show = () => null.x")
+        server.loaded.model.transformer.ln_f.weight.data.fill_(1)
+        press_ctrl_enter(tab)
+        tab.until(f"{ERROR}.includes('a bug of this page: TypeError')")
+
+
+@needs_browser
+def test_a_tab_fits_itself_to_another_model_at_the_same_address(chromium, trained, chat_run):
+    with served(trained, seed=7) as server:
+        tab = chromium.open(server.address)
+        tab.until(READY)
+        fill(tab, "#prompt", "the king")
+        port = server.server_port
+    with served(chat_run, "chat", port=port):
+        tab.until("document.querySelector('.main').textContent === 'Send'")
+        assert tab.run("seed.value") == "1337"
+        assert tab.run("document.querySelector('#prompt').value") == "the king"
+        assert tab.run("document.querySelectorAll('#live #seed').length") == 1
+        tab.until(f"!{ERROR}")
+
+
+@needs_browser
+def test_a_save_that_can_not_be_loaded_is_told_on_the_page(chromium, trained, tmp_path):
+    config = tmp_path / "run" / "best" / "config.json"
+    shutil.copytree(Path(trained) / "best", config.parent)
+    right = config.read_bytes()
+    with served(tmp_path / "run") as server:
+        tab = chromium.open(server.address)
+        tab.until(READY)
+        config.write_bytes(b"<")
+        tab.until("document.querySelector('#live .error').textContent.includes(\"the new save can't be loaded\")")
+        config.write_bytes(right)
+        tab.until("!document.querySelector('#live .error').textContent")
+
+
+@needs_browser
+def test_a_model_that_can_not_be_looked_into_is_not_asked_to(chromium, trained, monkeypatch):
+    monkeypatch.setattr(live, "all_blocks", lambda model: [])
+    with served(trained, max_new_tokens=9) as server:
+        tab = chromium.open(server.address)
+        tab.until(READY)
+        fill(tab, "#prompt", "the")
+        press_ctrl_enter(tab)
+        tab.until(f"{IDLE} && document.querySelector('#live .written').textContent.length > 9")
+        button = "[...document.querySelectorAll('#live button')].find(each => each.textContent === 'Look inside')"
+        assert tab.run(f"{button}.hidden") and not tab.run(ERROR)
+        assert not any(url.endswith("/inside") for url in tab.requests)
+
+
+@needs_browser
+def test_a_tab_that_waits_for_another_one_says_so(chromium, trained):
+    with served(trained, max_new_tokens=9) as server:
+        tab = chromium.open(server.address)
+        tab.until(READY)
+        with server.turn:
+            fill(tab, "#prompt", "the")
+            press_ctrl_enter(tab)
+            tab.until("document.querySelector('#live .state').textContent.startsWith('another tab is writing')")
+        tab.until(f"{IDLE} && document.querySelector('#live .written').textContent.length > 9")
