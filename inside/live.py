@@ -49,6 +49,7 @@ from model import all_blocks
 from run import checkpoint
 from run.cost import size_in_words
 from run.files import read_json, to_json
+from run.pictures import FORMATS
 
 NAMES = ("temperature", "top_p", "top_k", "beam", "max_new_tokens", "top", "seed")  # settings that a request may have
 MOST = {"max_new_tokens": 100_000, "beam": 64, "top": 1000}  # the largest values that the page may ask for
@@ -562,7 +563,7 @@ def picture(text):
         raise UserError("image: is not base64") from None
     from PIL import Image
     try:
-        with Image.open(io.BytesIO(data)) as found:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as found:
             width, height = found.size
     except Exception:  # Pillow's decoders raise many different errors
         raise UserError("image: is no picture that Pillow can read") from None
