@@ -30,7 +30,6 @@ import os
 import re
 import secrets
 import select
-import signal
 import socket
 import socketserver
 import threading
@@ -83,17 +82,11 @@ def serve(settings, open_model):
     with Server(settings, open_model) as server:
         server.load_or_wait()
         print(f"{server.address}   (Ctrl-C ends it)", flush=True)
-        watching = threading.Thread(target=server.watch, daemon=True)
-        watching.start()
+        threading.Thread(target=server.watch, daemon=True).start()
         try:
             server.serve_forever(poll_interval=0.1)
         except KeyboardInterrupt:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C has nothing left to stop
-            server.stopping.set()
-            watching.join(timeout=1)
-            if watching.is_alive() or not server.turn.acquire(timeout=1):  # who writes stops at the next token
-                os._exit(130)  # Python's own end would crash a thread that still computes
-            raise
+            os._exit(130)  # Python's own end would crash threads that still compute
 
 
 # ----------------------------------------------------------------------------------------------------------------------
