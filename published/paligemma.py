@@ -12,7 +12,8 @@ from configurator import UserError
 from published.files import KINDS, NUMBER, SIZE, Source, require
 from run.files import write_json
 from run.pictures import LOCATIONS, SEGMENTS
-from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig
+from vit import ViTConfig
+from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig
 
 MODEL = PaliGemma
 

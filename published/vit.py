@@ -10,7 +10,7 @@ from configurator import UserError
 from published.bert import ACTIVATIONS
 from published.files import KINDS, SIZE, Source, locate, require
 from run.files import read_json
-from vlm import ImageClassifier, ImageClassifierConfig, ViTConfig
+from vit import ImageClassifier, ImageClassifierConfig, ViTConfig
 
 MODEL = ImageClassifier
 

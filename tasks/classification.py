@@ -9,10 +9,8 @@ Where a text has one label, the likeliest is chosen; where it may have several, 
 Axes: B texts, n texts of a split, N labels of the model.
 """
 
-import functools
 import shlex
 import warnings
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,9 +22,8 @@ from inside.picture import check_chosen
 from inside.record import answers
 from machine.device import autocast
 from machine.terminal import watched
-from run.files import to_json, write_text
-from run.pictures import draw_map, save_picture
 from tasks.encoding import AT_ONCE, LabelledTask
+from tasks.labels import decide, described, label_report, reports
 from tasks.settings import Classifying
 
 SHOWN = 100  # characters of a text that are shown with its labels
@@ -101,32 +98,15 @@ class ClassificationTask(LabelledTask):
             raise UserError(f"picture = {settings.picture}: shows which label was taken for which, and the texts of"
                             f" {self.dataset.folder} have several; leave it out")
         say(f"accuracy: {self.counted}")
-        result = {}
-        for part in [split, *["test"] * settings.test]:
-            start = "" if part == split else "test "
-            measured = self.evaluate(model, part, world, dtype) if start else {}
-            measured |= world.from_main(functools.partial(self.report, model, part, dtype, settings))
-            result |= {start + name: value for name, value in measured.items()}
-        return result
+        return reports(self, model, split, world, dtype, settings)
 
     def report(self, model, part, dtype, settings):
-        """{name: value}: accuracy and F1 of a part, beside those of methods that need no model."""
+        """{name: value}: see `label_report`."""
         rows, wanted, config = self.dataset.rows[part], self.labels[part], model.config
         with autocast(self.world.device, dtype):
             shares = self.probabilities(model, self.texts[part])
-        decided = decide(shares, config.several)
-        result = {"texts": len(rows), **averages(decided, wanted)}
-        for name, floor in self.floors(part).items():
-            result |= {f"{measure}, {name}": value for measure, value in averages(floor, wanted).items()}
-        for name, value, count in zip(config.labels, f1(decided, wanted), wanted.sum(0)):
-            if count:
-                result[f"f1, {name} ({count})"] = float(value)
-        if not settings.init_from:  # else there is no folder of a run
-            path = Path(settings.out_dir) / ("predictions_test.jsonl" if part == "test" else "predictions.jsonl")
-            write_text(path, "".join(to_json({**row, **answer(config, p)}) for row, p in zip(rows, shares)))
-        if settings.picture:
-            draw_confusion(wanted, decided, config.labels, settings.picture, part)
-        return result
+        return {"texts": len(rows), **label_report(rows, shares, config.labels, wanted, self.floors(part), part,
+                                                    settings, config.several)}
 
     def floors(self, part):
         """{name: decisions (n, N)} for the texts of a part, learned from the rows that the model learns from."""
@@ -159,7 +139,8 @@ class ClassificationTask(LabelledTask):
         An empty line stays empty. A line longer than the model loses its end. That, and unknown words, are said on
         stderr.
         """
-        self.block_size = model.config.block_size
+        config = model.config
+        self.block_size = config.block_size
         for index, request in enumerate(requests):
             lines = [" ".join(line.split()) for line in request["text"].removesuffix("\n").split("\n")]
             ids = [self.tokenizer.encode(line) for line in lines if line]
@@ -175,7 +156,8 @@ class ClassificationTask(LabelledTask):
                 say(f"texts longer than the model's {self.room} tokens, which lose their end: {cut} of {len(ids)}")
             if hasattr(self.tokenizer, "unknown") and (unknown := self.tokenizer.unknown(" ".join(lines))):
                 say(f"words that the model does not know, {len(unknown)}: {', '.join(unknown):.200}")
-            shown = (described(model.config, p, sampling.top) for p in self.probabilities(model, texts))
+            shown = (described(config.labels, p, sampling.top, config.several)
+                     for p in self.probabilities(model, texts))
             yield index, "\n".join(f"{beginning(line)}\n  {next(shown)}" if line else "" for line in lines)
             if sampling.attention:
                 yield index, "\n" + self.draw(model, texts[0], sampling)
@@ -200,7 +182,7 @@ class ClassificationTask(LabelledTask):
         decided, config, shown = decide(shares, model.config.several), model.config, []
         for place, p, chosen in zip(places, shares, decided):
             right = not (self.labels["val"][place, :-1] ^ chosen).any()
-            answer = described(config, p, Classifying.top)
+            answer = described(config.labels, p, Classifying.top, config.several)
             answer += f"  (right: {', '.join(rows[place]['labels']) or 'none'})" * (not right)
             shown.append(f"{beginning(rows[place]['text'])}\n  {answer}")
         return "\n".join(shown)
@@ -216,57 +198,8 @@ def beginning(text, end=" ..."):
     return found + end * (len(found) < len(text))
 
 
-def decide(shares, several):
-    """(n, N), bool: which labels texts get whose labels have the probabilities `shares`, (n, N)."""
-    return shares > 0.5 if several else shares.argmax(1)[:, None] == np.arange(shares.shape[1])
-
-
-def answer(config, shares):
-    """{"predicted": names, "likeliest": {name: probability} of three labels} for a text. shares: (N,)."""
-    chosen = np.flatnonzero(decide(shares[None], config.several))
-    order = np.argsort(-shares, kind="stable")[:3]
-    return {"predicted": [config.labels[i] for i in chosen],
-            "likeliest": {config.labels[i]: round(float(shares[i]), 4) for i in order}}
-
-
-def described(config, shares, top):
-    """The `top` likeliest labels of a text with their probabilities, as text; top = 0: all. shares: (N,).
-
-    Where a text may have several labels, all that it gets are shown, before a bar.
-    """
-    order = np.argsort(-shares, kind="stable")
-    parts = [f"{config.labels[i]} {shares[i]:.3f}" for i in order]
-    top = top or len(parts)
-    if not config.several:
-        return ", ".join(parts[:top])
-    count = int((shares > 0.5).sum())
-    others = ", ".join(parts[count:top])
-    return (", ".join(parts[:count]) or "none") + f" | {others}" * bool(others)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Measures and floors
-
-def f1(found, wanted):
-    """(N,): the F1 of each label, NaN for one that no text has or gets. found: (n, N); wanted: (n, N + 1); bool."""
-    wanted = wanted[:, :-1]
-    both, either = (found & wanted).sum(0), found.sum(0) + wanted.sum(0)
-    return np.divide(2 * both, either, out=np.full(len(both), np.nan), where=either > 0)
-
-
-def averages(found, wanted):
-    """{"accuracy": share of texts whose labels are all right, "macro_f1": mean F1 of the labels}. Arguments: see f1."""
-    right = (found == wanted[:, :-1]).all(1) & ~wanted[:, -1]
-    return {"accuracy": float(right.mean()), "macro_f1": float(np.nanmean(f1(found, wanted)))}
-
-
-def draw_confusion(wanted, found, labels, path, part):
-    """Writes a picture to the file `path`: how often each label was taken for which. wanted, found: see f1."""
-    confusion = wanted[:, :-1].T.astype(np.float32) @ found
-    confusion /= np.maximum(confusion.sum(1, keepdims=True), 1)  # shares of each right label
-    picture = draw_map(torch.from_numpy(confusion), labels, labels)
-    say(f"{save_picture(picture, path)}: the {part} part, a row for each right label, a column for each predicted one")
-
+# Floors
 
 def bag_of(unit, texts, labels, others):
     """(n, N): the probability of each label for each of the texts `others`, by logistic regression on tf-idf.

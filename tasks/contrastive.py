@@ -20,7 +20,8 @@ from machine.terminal import watched
 from run import pictures
 from run.cost import flops_per_token
 from tasks.image_text import WithImages, pad_left, with_eos
-from vlm import SigLIP, SigLIPConfig, TextEncoderConfig, init_parts
+from vit import init_parts
+from vlm import SigLIP, SigLIPConfig, TextEncoderConfig
 
 EVAL_ROWS = 64  # rows per batch of an evaluation; the loss depends on it: among more captions, finding one is harder
 

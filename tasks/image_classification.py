@@ -12,7 +12,6 @@ Axes: B batch, n rows of a split, N labels of the model, S side of an image in p
 
 import functools
 import warnings
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,13 +23,12 @@ from machine.device import autocast
 from machine.terminal import watched
 from run import pictures
 from run.cost import flops_per_token, size_in_words
-from run.files import to_json, write_text
 from run.pictures import save_picture
-from tasks.classification import answer, averages, decide, described, draw_confusion, f1
 from tasks.image_text import check_patch, check_size
+from tasks.labels import described, label_report, reports
 from tasks.settings import Recognising
 from tasks.task import Task
-from vlm import ImageClassifier, ImageClassifierConfig, ViT, ViTConfig, init_parts
+from vit import ImageClassifier, ImageClassifierConfig, ViT, ViTConfig, init_parts
 
 SHAPE = ("n_layer", "n_head", "n_embd", "patch_size", "stem")
 AT_ONCE = 256  # pictures per batch of an evaluation: it limits memory and changes no result
@@ -128,34 +126,16 @@ class ImageClassificationTask(Task):
         Writes the model's answers to predictions.jsonl (predictions_test.jsonl) in settings.out_dir, and the picture,
         which is of the last part.
         """
-        result = {}
-        for part in [split, *["test"] * settings.test]:
-            start = "" if part == split else "test "
-            measured = self.evaluate(model, part, world, dtype) if start else {}
-            measured |= world.from_main(functools.partial(self.report, model, part, dtype, settings))
-            result |= {start + name: value for name, value in measured.items()}
-        return result
+        return reports(self, model, split, world, dtype, settings)
 
     def report(self, model, part, dtype, settings):
-        """{name: value}: accuracy and F1 of a part, beside those of methods that need no model."""
-        rows, wanted, names = self.dataset.rows[part], self.labels[part], model.config.labels
+        """{name: value}: see `label_report`."""
+        rows, wanted = self.dataset.rows[part], self.labels[part]
         shares = np.concatenate([
             self.probabilities(model, read_images(self.dataset.images, self.images[part][at], self.world.device), dtype)
             for at in watched(fixed_rows(len(rows), AT_ONCE), "recognising")])
-        decided = decide(shares, False)
-        result = {"pictures": len(rows), **averages(decided, wanted)}
-        for name, floor in self.floors(part).items():
-            result[f"accuracy, {name}"] = averages(floor, wanted)["accuracy"]
-        for name, value, count in zip(names, f1(decided, wanted), wanted.sum(0)):
-            if count:
-                result[f"f1, {name} ({count})"] = float(value)
-        if not settings.init_from:  # else there is no folder of a run
-            path = Path(settings.out_dir) / ("predictions_test.jsonl" if part == "test" else "predictions.jsonl")
-            config = OneLabel(names)
-            write_text(path, "".join(to_json({**row, **answer(config, p)}) for row, p in zip(rows, shares)))
-        if settings.picture:
-            draw_confusion(wanted, decided, names, settings.picture, part)
-        return result
+        return {"pictures": len(rows), **label_report(rows, shares, model.config.labels, wanted, self.floors(part),
+                                                       part, settings)}
 
     def floors(self, part):
         """{name: decisions (n, N)} for the pictures of a part, learned from the pixels of the training pictures."""
@@ -217,7 +197,7 @@ class ImageClassificationTask(Task):
             image = pictures.pixels(found, size).to(device)[None]
             shares, = self.probabilities(model, image)
             path = f"{request['image']}: " * (len(requests) > 1)
-            yield index, path + described(OneLabel(model.config.labels), shares, sampling.top)
+            yield index, path + described(model.config.labels, shares, sampling.top)
         if sampling.attention:
             name = model.config.labels[shares.argmax()]
             drawn = pictures.draw_attention(found, rollout(model, image)[None], "", [name])
@@ -230,7 +210,7 @@ class ImageClassificationTask(Task):
         images = read_images(self.dataset.images, self.images["val"][places], self.world.device)
         shown = []
         for place, shares in zip(places, self.probabilities(model, images)):
-            found, label = described(OneLabel(model.config.labels), shares, Recognising.top), rows[place]["label"]
+            found, label = described(model.config.labels, shares, Recognising.top), rows[place]["label"]
             is_right = model.config.labels[shares.argmax()] == label
             shown.append(f"{rows[place]['file']}: {found}" + f"  (right: {label})" * (not is_right))
         return "\n".join(shown)
@@ -248,14 +228,6 @@ class ImageClassificationTask(Task):
         """(tokens, FLOPs) of an update with all parameters trained; frozen ones are not deducted."""
         tokens = self.settings.batch_size * len(model.vision.wpe.weight)
         return tokens, tokens * flops_per_token(model.vision, len(model.vision.wpe.weight))
-
-
-class OneLabel:
-    """What `described` and `answer` ask of a configuration."""
-    several = False
-
-    def __init__(self, labels):
-        self.labels = labels
 
 
 def changed(images, shift, flip, generator):

@@ -29,7 +29,8 @@ from sources.images import CONTROLS
 from tasks.loading import load
 from tasks.task import Task
 from tokenizer import Transcript, transcribe
-from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig, init_parts
+from vit import ViTConfig, init_parts
+from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig
 
 SHOWN = 224  # pixels of the image in a record
 VISION_SHAPE = ("n_layer", "n_head", "n_embd", "patch_size")  # the settings that shape the vision tower

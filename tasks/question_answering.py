@@ -15,7 +15,6 @@ Axes: B windows, W words of a window, [CLS] in front of them.
 """
 
 import collections
-import functools
 import itertools
 import re
 import shlex
@@ -37,6 +36,7 @@ from run.files import to_json, write_text
 from sources.questions import WORD
 from sources.texts import read_file
 from tasks.encoding import AT_ONCE, LabelledTask
+from tasks.labels import reports
 
 END_OF_SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 NAME = re.compile(r"(?:[^\W\d_]*[A-Z]\w*|\d+)(?: [A-Z]\w*)*")  # a number, or words with a capital
@@ -196,12 +196,7 @@ class QuestionAnsweringTask(LabelledTask):
 
     def details(self, model, split, world, dtype, settings, found):
         """{name: value}: `report` of the split; with settings.test also measures and `report` of the part "test"."""
-        result = world.from_main(functools.partial(self.report, model, split, dtype, settings))
-        if settings.test:
-            scored = self.evaluate(model, "test", world, dtype)
-            scored |= world.from_main(functools.partial(self.report, model, "test", dtype, settings))
-            result |= {f"test {name}": value for name, value in scored.items()}
-        return result
+        return reports(self, model, split, world, dtype, settings)
 
     def report(self, model, part, dtype, settings):
         """{name: value} of a part: scores of the questions with and without an answer, beside what needs no model.

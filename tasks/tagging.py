@@ -11,7 +11,6 @@ Axes: B sentences, W words of a sentence.
 """
 
 import collections
-import functools
 import itertools
 import re
 import shlex
@@ -31,8 +30,9 @@ from machine.terminal import watched
 from run.files import to_json, write_text
 from run.pictures import draw_map, save_picture
 from sources.labelled import WORD
-from tasks.classification import averages, bag_of, decide
+from tasks.classification import bag_of
 from tasks.encoding import AT_ONCE, LabelledTask
+from tasks.labels import averages, decide, reports
 
 NONE, UNKNOWN = -1, -2  # instead of a label's id: the word or sentence has no label, or one that the model lacks
 WORST = 10  # labels that an evaluation shows; it writes all of them to a file
@@ -176,12 +176,7 @@ class TaggingTask(LabelledTask):
             raise UserError(f"picture = {settings.picture}: shows intents, and this model labels words only: leave it"
                             " out")
         say(f"accuracy: {self.counted}")
-        result = world.from_main(functools.partial(self.report, model, split, dtype, settings))
-        if settings.test:
-            scored = self.evaluate(model, "test", world, dtype)
-            scored |= world.from_main(functools.partial(self.report, model, "test", dtype, settings))
-            result |= {f"test {name}": value for name, value in scored.items()}
-        return result
+        return reports(self, model, split, world, dtype, settings)
 
     def report(self, model, part, dtype, settings):
         """{name: value} of a part: sentences without an error, span F1, the worst labels, and what needs no model.

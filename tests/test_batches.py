@@ -29,7 +29,8 @@ from sources import images
 from tasks.contrastive import ContrastiveTask
 from tasks.image_text import ImageTextTask
 from tokenizer import ByteTokenizer
-from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig
+from vit import ViTConfig
+from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig
 
 CPU = torch.device("cpu")
 

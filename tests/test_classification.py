@@ -18,7 +18,8 @@ from configurator import UserError, parse
 from machine.distributed import World
 from run import checkpoint
 from sources import labelled, texts
-from tasks.classification import ClassificationTask, averages, bag_of, described, f1
+from tasks.classification import ClassificationTask, bag_of
+from tasks.labels import averages, described, f1
 from tasks.loading import load
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -143,12 +144,10 @@ def test_lines_are_answered_in_order_as_each_alone(runs, folders, capsys, tmp_pa
 
 
 def test_labels_above_a_half_stand_before_the_others():
-    class Config:
-        labels, several = ("a", "b", "c", "d"), True
     shares = np.array([0.2, 0.9, 0.51, 0.1])
-    assert described(Config, shares, 3) == "b 0.900, c 0.510 | a 0.200"
-    assert described(Config, shares, 1) == "b 0.900, c 0.510"
-    assert described(Config, shares / 2, 0) == "none | b 0.450, c 0.255, a 0.100, d 0.050"
+    assert described("abcd", shares, 3, True) == "b 0.900, c 0.510 | a 0.200"
+    assert described("abcd", shares, 1, True) == "b 0.900, c 0.510"
+    assert described("abcd", shares / 2, 0, True) == "none | b 0.450, c 0.255, a 0.100, d 0.050"
 
 
 @pytest.mark.parametrize("several", [False, True])

@@ -161,7 +161,8 @@ def test_a_step_that_waits_for_the_gpu_is_not_captured_and_still_right():
 def test_captured_steps_after_an_image_and_of_a_translator():
     check("""
         from seq2seq import Seq2Seq, Seq2SeqConfig
-        from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig, init_parts
+        from vit import ViTConfig, init_parts
+        from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig
         vision = ViTConfig(n_layer=1, n_head=2, n_embd=32, image_size=28, patch_size=14)
         text = GemmaConfig(n_layer=2, n_head=4, n_kv_head=1, n_embd=32, head_dim=16, n_hidden=64, vocab_size=65,
                            block_size=64)

@@ -10,7 +10,8 @@ from beam import beam_search
 from generate import generate, pick_tokens
 from model import GPT, GPTConfig, init_weights
 from seq2seq import Seq2Seq, Seq2SeqConfig
-from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig
+from vit import ViTConfig
+from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig
 
 FAST = dict(positions="rotary", mlp="relu2", tied=False, bigrams=True)
 GREEDY = functools.partial(pick_tokens, temperature=0)

@@ -29,16 +29,8 @@ from sources.download import Offline
 from tasks.image_classification import ImageClassificationTask, changed, nearest
 from tasks.loading import load
 from tokenizer import CharTokenizer
-from vlm import (
-    ImageClassifier,
-    ImageClassifierConfig,
-    SigLIP,
-    SigLIPConfig,
-    TextEncoderConfig,
-    ViT,
-    ViTConfig,
-    init_parts,
-)
+from vit import ImageClassifier, ImageClassifierConfig, ViT, ViTConfig, init_parts
+from vlm import SigLIP, SigLIPConfig, TextEncoderConfig
 
 Image = pytest.importorskip("PIL.Image")
 ALONE = World(0, 1, torch.device("cpu"))

@@ -42,7 +42,8 @@ from tasks.tagging import TaggingTask
 from tasks.text import TextTask
 from tasks.translation import TranslationTask
 from tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, ControlTokenizer, WordTokenizer
-from vlm import Gemma, GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig
+from vit import ViTConfig
+from vlm import Gemma, GemmaConfig, PaliGemma, PaliGemmaConfig
 
 LETTERS = CharTokenizer("\n abcdefghijklmnopqrstuvwxyz")
 WORDS = WordTokenizer("the a king queen fool sees hears loves il la re regina matto vede sente ama".split())

@@ -14,7 +14,8 @@ from machine.distributed import World, wrap
 from model import GPT, MLP, GPTConfig, TransformerConfig, all_blocks, init_weights
 from optimizer import freeze
 from published import files, paligemma
-from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig, init_parts
+from vit import ViTConfig, init_parts
+from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig
 
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 BATCH = dict(images=torch.rand(3, 3, 28, 28, generator=torch.Generator().manual_seed(1)) * 2 - 1,

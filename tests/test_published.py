@@ -17,7 +17,8 @@ from configurator import UserError
 from published import files, paligemma
 from run import pictures
 from run.cost import count_parameters
-from vlm import GemmaConfig, PaliGemma, ViTConfig
+from vit import ViTConfig
+from vlm import GemmaConfig, PaliGemma
 
 Image = pytest.importorskip("PIL.Image")
 transformers = pytest.importorskip("transformers")

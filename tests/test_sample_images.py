@@ -21,7 +21,8 @@ from tasks import image_text
 from tasks.image_text import encode_prompt
 from tasks.loading import load
 from tokenizer import BPETokenizer, Transcript
-from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig
+from vit import ViTConfig
+from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("transformers")  # test_published needs it

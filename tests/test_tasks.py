@@ -35,7 +35,8 @@ from tasks.image_text import ImageTextTask
 from tasks.loading import initial, load
 from tasks.settings import Vision
 from tokenizer import BPETokenizer
-from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig, init_parts
+from vit import ViTConfig, init_parts
+from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig
 
 ROOT = Path(train.__file__).parent
 CPU = torch.device("cpu")

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import vit
 import vlm
 from configurator import UserError
 from generate import generate, pick_tokens
@@ -21,7 +22,8 @@ from published import files, paligemma
 from run import checkpoint, pictures
 from tasks.image_text import encode_prompt, pad_left
 from tasks.loading import load
-from vlm import Gemma, GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig
+from vit import ViTConfig
+from vlm import Gemma, GemmaConfig, PaliGemma, PaliGemmaConfig
 
 Image = pytest.importorskip("PIL.Image")
 transformers = pytest.importorskip("transformers")
@@ -226,9 +228,9 @@ def test_a_paligemma_trains_from_its_initialisation():
     config = PaliGemmaConfig(ViTConfig(n_layer=1, n_head=2, n_embd=16, image_size=8, patch_size=4),
                              GemmaConfig(n_layer=1, n_head=2, n_kv_head=1, n_embd=16, vocab_size=30, block_size=32))
     model = PaliGemma(config)
-    vlm.init_parts(model, seeded())
+    vit.init_parts(model, seeded())
     again = PaliGemma(config)
-    vlm.init_parts(again, seeded())
+    vit.init_parts(again, seeded())
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
     tokens = torch.randint(30, (4, 6), generator=seeded())
     targets = tokens.roll(-1, 1)
@@ -345,7 +347,7 @@ def test_the_scale_of_the_softmax_loss_starts_and_is_clamped_as_in_clip():
     images, texts, _, _ = pairs()
     scales = (torch.tensor(value).log() for value in (100.0, 300.0))
     torch.testing.assert_close(*(vlm.softmax_nats(images, texts, scale) for scale in scales))
-    config = vlm.SigLIPConfig(vlm.ViTConfig(n_layer=1), vlm.TextEncoderConfig(n_layer=1), "softmax")
+    config = vlm.SigLIPConfig(ViTConfig(n_layer=1), vlm.TextEncoderConfig(n_layer=1), "softmax")
     assert vlm.SigLIP(config).log_scale.exp().item() == pytest.approx(1 / 0.07)
 
 
@@ -387,6 +389,6 @@ def test_two_ranks_compute_the_loss_and_gradients_of_one():
 
 
 def test_initialisation_covers_convolutions():
-    tower = vlm.ViT(ViTConfig(n_layer=1, n_head=2, n_embd=64, image_size=32, patch_size=8))
+    tower = vit.ViT(ViTConfig(n_layer=1, n_head=2, n_embd=64, image_size=32, patch_size=8))
     init_weights(tower, seeded())
     assert tower.patches.weight.std().item() == pytest.approx(0.02, rel=0.05) and tower.patches.bias.abs().max() == 0

@@ -131,7 +131,8 @@ from optimizer import make_optimizers, set_rates
 from run.cost import flops_per_token
 from seq2seq import Seq2Seq, Seq2SeqConfig
 from tasks.task import Task
-from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig, ViTConfig, init_parts
+from vit import ViTConfig, init_parts
+from vlm import GemmaConfig, PaliGemma, PaliGemmaConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
