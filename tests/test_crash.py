@@ -105,6 +105,7 @@ def steps(out_dir):
     return checkpoint.load_trainer(last)["step"], config["step"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("background", [False, True])
 def test_a_kill_at_any_instant_of_a_save_leaves_whole_checkpoints(tmp_path, background, capsys, no_fsync):
     for step in (1, 2):

@@ -630,6 +630,7 @@ def test_a_model_and_a_log_with_nan_are_told_as_such(chromium, trained, tmp_path
         tab.until(f"{ERROR}.includes('a bug of this page: TypeError')")
 
 
+@pytest.mark.slow
 @needs_browser
 def test_a_tab_fits_itself_to_another_model_at_the_same_address(chromium, trained, chat_run):
     with served(trained, seed=7) as server:
@@ -645,6 +646,7 @@ def test_a_tab_fits_itself_to_another_model_at_the_same_address(chromium, traine
         tab.until(f"!{ERROR}")
 
 
+@pytest.mark.slow
 @needs_browser
 def test_a_save_that_can_not_be_loaded_is_told_on_the_page(chromium, trained, tmp_path):
     config = tmp_path / "run" / "best" / "config.json"
@@ -673,6 +675,7 @@ def test_a_model_that_can_not_be_looked_into_is_not_asked_to(chromium, trained, 
         assert not any(url.endswith("/inside") for url in tab.requests)
 
 
+@pytest.mark.slow
 @needs_browser
 def test_a_tab_that_waits_for_another_one_says_so(chromium, trained):
     with served(trained, max_new_tokens=9) as server:

@@ -300,7 +300,7 @@ def test_the_reference_itself_has_learned_nothing(data, chat):
     assert some["exact"] == pytest.approx(right.count(1.0) / 40)
 
 
-@pytest.mark.parametrize("more", [{}, {"lora_rank": 2}], ids=["all", "lora"])
+@pytest.mark.parametrize("more", [{}, pytest.param({"lora_rank": 2}, marks=pytest.mark.slow)], ids=["all", "lora"])
 def test_a_resumed_run_has_the_same_reference_and_the_same_numbers(data, chat, tmp_path, more):
     more |= dict(dropout=0.1, sft=0.1)
     run_of("dpo", data, chat, tmp_path / "whole", **more)

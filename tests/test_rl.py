@@ -332,6 +332,7 @@ def judge(world, tuned, tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_a_reward_model_gives_the_rewards_and_its_copy_resumes_the_run(judge, world, tuned, tmp_path):
     how = dict(reward=str(judge), kl=0.01, max_iters=60, eval_interval=20, round=2, learning_rate=3e-3)
     train.main(small(world, tuned, out_dir=str(tmp_path / "whole"), **how), {})

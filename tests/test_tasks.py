@@ -277,6 +277,7 @@ def tuning(small, published, out_dir, **changes):
                                          "learning_rate": 1e-2, "out_dir": str(out_dir), **changes})
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_model_resumes_and_is_evaluated_with_its_own_tokenizer(small, published, tmp_path):
     train.main(tuning(small, published, tmp_path / "whole"), {})
     train.main(tuning(small, published, tmp_path / "parts", max_iters=6, lr_decay_iters=12), {})
