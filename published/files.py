@@ -183,11 +183,11 @@ def arrange(stored, model, family, theirs, folder):
 
 def layout(model, tokenizer):
     """The module of the first layout that can hold the model. Raises UserError that says why no layout can."""
-    if type(tokenizer).as_library is Tokenizer.as_library:
-        tokenizer.as_library()  # raises
     if type(model) not in LAYOUTS:
         known = ", ".join(cls.__name__ for cls in LAYOUTS)
         raise UserError(f"no published layout holds a {type(model).__name__}, only the models {known}")
+    if type(tokenizer).as_library is Tokenizer.as_library:
+        tokenizer.as_library()  # raises
     reasons = []
     for name in LAYOUTS[type(model)]:
         family = importlib.import_module(f"published.{name}")

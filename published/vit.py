@@ -6,6 +6,8 @@ Images are stretched to a square by bicubic interpolation, where transformers ma
 a little. A model whose images were normalised otherwise than to -1 .. 1 is refused.
 """
 
+import math
+
 from configurator import UserError
 from published.bert import ACTIVATIONS
 from published.files import KINDS, SIZE, Source, locate, require
@@ -59,6 +61,11 @@ def choose(config, theirs, stored, name):
     for key in ("image_mean", "image_std"):
         if found.get(key, [0.5] * 3) != [0.5] * 3:
             raise UserError(f"{name}: {key} = {found[key]}, but only [0.5, 0.5, 0.5] can be loaded")
+    for key in ("do_rescale", "do_normalize"):
+        if not found.get(key, True):
+            raise UserError(f"{name}: {key} = {found[key]}, but only True can be loaded")
+    if not math.isclose(found.get("rescale_factor", 1 / 255), 1 / 255):
+        raise UserError(f"{name}: rescale_factor = {found['rescale_factor']}, but only 1/255 can be loaded")
     for key in ROWS_IN_A_BATCH_OF_ONE:
         if key in stored:
             stored[key] = stored[key][0], stored[key][1].flatten(0, 1)

@@ -21,13 +21,13 @@ SEGMENTS = [f"<seg{i:03}>" for i in range(128)]  # codes of the mask inside a bo
 FONTS = ("DejaVuSans.ttf", "Arial.ttf", "arial.ttf", "LiberationSans-Regular.ttf", "NotoSans-Regular.ttf")
 MOST_SIDE = 2400  # pixels of a map's longer side
 SMALL = 9  # pixels: the smallest letters
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "ICO")  # not EPS, which Ghostscript would run
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO")  # not EPS, which Ghostscript would run
 
 
 def read_image(path):
     """Returns the PIL image in the file, upright and in RGB. Raises UserError if it can't be read."""
     try:
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
     except ImportError:
         raise UserError("images need Pillow: pip install pillow") from None
     try:
@@ -37,6 +37,8 @@ def read_image(path):
                 return to_rgb(image)
     except Exception as error:  # Pillow's decoders raise many different errors
         reason = next(iter(str(error).splitlines()), type(error).__name__)
+        if isinstance(error, UnidentifiedImageError):
+            reason = f"it is not a picture in one of the formats {', '.join(FORMATS)}"
         raise UserError(f"image = {path}: can't be read: {reason}") from None
 
 

@@ -203,6 +203,7 @@ def prepare_image_labels(name, target, how):
         return built_in(BUILT_IN_PICTURES, name, error)
     folder = locate(target) if target == name else claim(target, source)
     labelled_images.prepare(rows, folder, labelled_images.How(**how), source, revision)
+    labelled_images.write_examples(folder)
     return target
 
 

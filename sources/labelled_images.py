@@ -13,6 +13,8 @@ import functools
 import gzip
 import hashlib
 import json
+import os
+import re
 import runpy
 import tempfile
 from collections import Counter
@@ -22,7 +24,8 @@ from typing import NamedTuple
 import numpy as np
 
 from configurator import UserError
-from machine.terminal import printable, watched
+from machine.terminal import printable, symbol, watched
+from run.files import read_json
 from run.pictures import read_image
 from sources.corpora import apt_get, unpack
 from sources.download import Offline, download
@@ -132,7 +135,9 @@ def labels_of(rows, source):
     if len(labels) < 2:
         raise UserError(f"{source}: the pictures for training are of {len(labels)} class, {labels[0]}: there must be at"
                         " least two")
-    print(f"classes: {len(labels):,}", flush=True)
+    print(f"classes, {len(labels):,}: {', '.join(labels[:20])}{', ...' * (len(labels) > 20)}", flush=True)
+    if alike := len(labels) - len({name.lower() for name in labels}):
+        print(f"classes whose names differ from another one in capital letters alone: {alike:,}", flush=True)
     trained = {row["digest"] for row in rows if row["split"] == "train"}
     for split in ("val", "test"):
         found = [row for row in rows if row["split"] == split]
@@ -149,21 +154,37 @@ def labels_of(rows, source):
 # Folders
 
 def find(folder, pattern=""):
-    """The rows of a folder whose folders are classes; [] if it is none, or of one class. pattern: see texts.wanted.
+    """The rows of a folder whose folders are classes; [] if most of its files are no pictures in folders.
 
-    Most of its files must be pictures. The folders above the classes may be the parts, such as train/ and test/.
+    The folders above the classes may be the parts, such as train/ and test/. pattern: see texts.wanted. Raises
+    UserError if there is one class, or if some of the folders are parts and others are none.
     """
     files = list(files_in(folder, pattern))
     parts = {file: file.relative_to(folder).parts for file in files if file.suffix.lower() in PICTURES}
-    tops = {names[0].lower() for names in parts.values()}
-    depth = 1 if tops and tops <= SPLITS.keys() else 0
+    tops = {names[0] for names in parts.values() if len(names) > 1}
+    told = {name for name in tops if name.lower() in SPLITS}
+    depth = 1 if tops and tops == told else 0
     found = {file: names for file, names in parts.items() if len(names) > depth + 1}
-    if 2 * len(found) <= len(files) or len({names[depth] for names in found.values()}) < 2:
+    if 2 * len(found) <= len(files):
         return []
+    if tops != told and len({SPLITS[name.lower()] for name in told}) > 1:
+        raise UserError(f"{folder}: {', '.join(sorted(told))} are parts, and {min(tops - told)} is none: give each part"
+                        " a folder of classes, and remove the others")
+    classes = {names[depth] for names in found.values()}
+    if len(classes) < 2:
+        raise UserError(f"{folder}: its pictures lie in one folder, {shown(*classes)}: each of at least two classes"
+                        f" needs one; if the classes are below it, give {folder / min(classes)}")
     if others := len(files) - len(found):
         print(f"left out: {others:,} files that are no pictures in the folder of a class", flush=True)
-    return [{"label": names[depth], "split": SPLITS[names[0].lower()] if depth else "", "file": "/".join(names),
-             "read": functools.partial(read_image, file)} for file, names in found.items()]
+    return [{"label": shown(names[depth]), "split": SPLITS[names[0].lower()] if depth else "",
+             "file": shown("/".join(names)), "read": functools.partial(read_image, file)}
+            for file, names in found.items()]
+
+
+def shown(name):
+    """A file's name as one line of valid text: it may have line ends, control characters, or not be UTF-8."""
+    name = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return re.sub("[\x00-\x1f\x7f]", symbol, " ".join(name.split()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -175,6 +196,21 @@ def fetch(name, folder):
     Raises Offline if it can't be had.
     """
     return {"fashion_mnist": fashion_mnist, "digit_scans": digit_scans}[name](folder / "download")
+
+
+def write_examples(folder):
+    """Writes the first test picture of each class of a data set as FOLDER/pictures/<class>.png."""
+    from PIL import Image
+    meta = read_json(folder / "meta.json")
+    size = meta["image_size"]
+    images = np.memmap(folder / "images.bin", mode="r").reshape(-1, size, size, 3)
+    lines = (folder / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    (folder / "pictures").mkdir(exist_ok=True)
+    first = {row["label"]: row["image"] for row in reversed(list(map(json.loads, lines)))}
+    for label, image in first.items():
+        name = re.sub(r"\W+", "_", label).lower()
+        Image.fromarray(images[image]).save(folder / "pictures" / f"{name}.png")
+    print(f"to try a model on: {folder / 'pictures'} has a test picture of each class", flush=True)
 
 
 def row_of(pixels, label, split, file):

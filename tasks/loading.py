@@ -60,7 +60,7 @@ def publish(name, folder, which="best", dtype=torch.float32):
     task, model, _ = load(name, which=which)
     merge_lora(model)
     model.requires_grad_(True)
-    kind = files.save(model.to(dtype), task.tokenizer, folder)
+    kind = files.save(model.to(dtype), task.tokenizers.get("tokenizer"), folder)
     print(f"published in {folder} as a {kind}, {size_in_words(model)} in {str(dtype).removeprefix('torch.')}")
 
 

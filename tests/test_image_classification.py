@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import os
 import shlex
 import shutil
 import struct
@@ -160,9 +161,12 @@ def test_a_published_model_that_differs_is_refused_by_name(published, tmp_path):
         (changed_folder / "config.json").write_text(json.dumps({**config, **changes}))
         with pytest.raises(UserError, match=message):
             load(changed_folder)
-    (published[0] / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.485, 0.456, 0.406]}))
-    with pytest.raises(UserError, match="image_mean = .0.485.*, but only .0.5, 0.5, 0.5. can be loaded"):
-        load(published[0])
+    for found, message in ((dict(image_mean=[0.485, 0.456, 0.406]), "image_mean = .0.485.*, but only .0.5, 0.5, 0.5."),
+                           (dict(do_normalize=False), "do_normalize = False, but only True can be loaded"),
+                           (dict(rescale_factor=1 / 127.5), "rescale_factor = 0.0078.*, but only 1/255 can be loaded")):
+        (published[0] / "preprocessor_config.json").write_text(json.dumps(found))
+        with pytest.raises(UserError, match=message):
+            load(published[0])
     (published[0] / "preprocessor_config.json").unlink()
 
 
@@ -272,8 +276,26 @@ def test_folders_that_are_no_classes_are_not_taken_for_some(tmp_path):
     texts = make_pictures(tmp_path / "texts", 1)
     for i in range(4):
         (texts / f"{i}.txt").write_text("words")
-    assert not labelled_images.find(one) and not labelled_images.find(texts)
+    with pytest.raises(UserError, match="lie in one folder, blue: each .* two classes needs one; .* give .*one/blue"):
+        labelled_images.find(one)
+    assert not labelled_images.find(texts)
     assert len(labelled_images.find(texts, "*.png")) == 3
+
+
+def test_a_loose_picture_makes_no_class_of_the_parts_and_a_class_beside_them_is_refused(tmp_path):
+    source = make_pictures(tmp_path / "source", 2, ("train", "test"))
+    shutil.copy(source / "train" / "red" / "0.png", source)
+    assert {row["label"] for row in labelled_images.find(source)} == {"red", "green", "blue"}
+    make_pictures(source, 2, ("holiday",))
+    with pytest.raises(UserError, match="test, train are parts, and holiday is none: give each part"):
+        labelled_images.find(source)
+
+
+def test_odd_names_of_classes_become_one_line_of_text(tmp_path):
+    source = make_pictures(tmp_path / "source", 2)
+    (source / "red").rename(source / "deep\nred\x1b")
+    (source / "blue").rename(os.fsdecode(os.fsencode(source) + b"/bl\xe9"))
+    assert {row["label"] for row in labelled_images.find(source)} == {"deep red\u241b", "green", "bl\\xe9"}
 
 
 def test_unknown_classes_and_copies_in_the_held_out_parts_are_said(tmp_path, capsys):
