@@ -10,7 +10,8 @@ the table. The kinds that are not told are found from the rows for training; all
 in a column of numbers, so is a word such as NA.
 
 The files train, val and test of a folder keep that part, and so do rows whose column `split` says it. What has no part
-gets one by a hash of its values, or of its `page`, if the table has that column: rows that share it stay together.
+gets one by a hash of its `page`, if the table has that column, or of its values: rows that share these stay together,
+unless most rows have the values of another one, as in a table of few categories.
 """
 
 import csv
@@ -143,13 +144,13 @@ def kinds_of(asked, rows, source):
 
 def find_kind(name, cells):
     """The kind of a column. cells: a list of (cell, the folder of its table), of which none is missing."""
-    numbers, others = set(), set()
+    numbers, others = [], set()
     for cell, _ in cells:
         try:
-            numbers.add(number_in(cell))
+            numbers.append(number_in(cell))
         except ValueError:
             others.add(text_in(cell))
-    if not others and numbers != {None}:
+    if not others and numbers.count(None) < len(numbers):
         return "number"
     if others and all(map(UNCLEAR.fullmatch, others)):
         value = min(others)
@@ -159,6 +160,9 @@ def find_kind(name, cells):
     if all(Path(text).suffix.lower() in PICTURES for text, _ in texts) and \
             any((folder / text).is_file() for text, folder in texts):
         return "picture"
+    if others and 2 * len(numbers) > len(cells):
+        print(printable(f"{name}: holds numbers, but also {min(others)[:40]!r}, and so is taken as words; correct that,"
+                        f" or see which cells are none with --columns={name}:number"), flush=True)
     values = {text for text, _ in texts}
     return "category" if len(values) <= MOST_VALUES and 2 * len(values) <= len(texts) else "text"
 
@@ -175,35 +179,47 @@ def check_unused(how, kinds):
 # Which rows, and what for
 
 def choose_rows(rows, columns, how, source):
-    """Returns (rows, {reason: number of rows left out}). Each row has a label, a split, and the cells of `columns`."""
-    if not 0 < how.val_fraction < 0.5:
-        raise UserError(f"val_fraction = {how.val_fraction}: must lie between 0 and 0.5: the test part is as large")
+    """Returns (rows, {reason: number of rows left out}). Each row has a label, a split, and the cells of `columns`.
+
+    key: of a row, its values as text.
+    """
     left_out, kept = Counter(), []
     for row in rows:
-        label = text_of(row, how.labels)
-        cells = {name: row["cells"].get(name) for name in columns}
-        texts = [text_of(row, name) for name in columns]
+        label, texts = text_of(row, how.labels), [text_of(row, name) for name in columns]
         if not label:
             left_out["unlabelled"] += 1
         elif not any(texts):
             left_out["empty"] += 1
         else:
-            kept.append({**row, "cells": cells, "label": label, "key": json.dumps(texts)})
+            cells = {name: row["cells"].get(name) for name in columns}
+            key = json.dumps([text.removesuffix(".0") for text in texts])  # a .jsonl may have 1.0 where a .csv has 1
+            kept.append({**row, "cells": cells, "label": label, "key": key})
     counts = f"{left_out['unlabelled']:,} without a label, {left_out['empty']:,} without any value"
     if not kept:
         raise UserError(f"{source}: no row has both a label and a value (left out: {counts})")
-    missing = {"val", "test"} - {row.get("split") for row in kept}
-    check_classes(kept, missing, how.labels)
-    if not missing and how.val_fraction != How().val_fraction:
-        raise UserError(f"val_fraction = {how.val_fraction}: the rows of {source} name their split; leave it out")
-    for row in kept:
-        part = {"page": row.get("page") or row["key"], "split": row.get("split", "train")}
-        row["split"] = labelled.split_for(part, missing, how.val_fraction)
     print(f"rows: {len(kept):,}; left out: {counts}", flush=True)
-    by_hash = "rows that share their page together, by hash" if any("page" in row for row in kept) else "by a hash"
-    print(", ".join(f"{split}: {by_hash if split in missing else 'as given'}" for split in ("val", "test")), flush=True)
+    choose_splits(kept, how, source)
     print_doubles(kept)
     return kept, dict(left_out)
+
+
+def choose_splits(rows, how, source):
+    """Sets the splits of rows in place: val and test as given, and what is not given by a hash."""
+    if not 0 < how.val_fraction < 0.5:
+        raise UserError(f"val_fraction = {how.val_fraction}: must lie between 0 and 0.5: the test part is as large")
+    missing = {"val", "test"} - {row.get("split") for row in rows}
+    check_classes(rows, missing, how.labels)
+    if not missing and how.val_fraction != How().val_fraction:
+        raise UserError(f"val_fraction = {how.val_fraction}: the rows of {source} name their split; leave it out")
+    has_pages, seen = any("page" in row for row in rows), Counter()
+    is_crowded = not has_pages and 2 * len({row["key"] for row in rows}) < len(rows)
+    for row in rows:
+        seen[row["key"]] += 1
+        group = f"{row['key']} {seen[row['key']]}" if is_crowded else row.get("page") or row["key"]
+        part = {"page": group, "split": row.get("split", "train")}
+        row["split"] = labelled.split_for(part, missing, how.val_fraction)
+    by_hash = "by a hash of each row" if is_crowded else f"by a hash of the {'page' if has_pages else 'values'}"
+    print(", ".join(f"{split}: {by_hash if split in missing else 'as given'}" for split in ("val", "test")), flush=True)
 
 
 def print_doubles(rows):
@@ -222,18 +238,20 @@ def print_doubles(rows):
 def check_classes(rows, missing, column):
     """Raises UserError if the labels of the rows are a quantity or an id, or if a class has one row to split."""
     counts = Counter(row["label"] for row in rows)
-    lonely = next((label for label, count in counts.items() if count == 1), None)
+    to_split = Counter(row["label"] for row in rows if row.get("split") not in ("val", "test")) if missing else {}
+    lonely = [label for label, count in to_split.items() if count == 1]
     about = f"labels = {column}: {len(counts):,} different labels in {len(rows):,} rows"
     if len(counts) == 1:
-        raise UserError(f"{about}: there must be at least two")
+        raise UserError(f"labels = {column}: all {len(rows):,} rows have the label {rows[0]['label']}: there must be at"
+                        " least two")
     if len(counts) > max(10, min(MOST_CLASSES, len(rows) / 4)) and all(map(NUMBER.fullmatch, counts)):
         raise UserError(f"{about}, such as {min(counts)}, are a quantity, and to predict one (regression) is not made:"
                         " write classes such as low and high into a column")
     if len(counts) == len(rows) > 2:
         raise UserError(f"{about}: each row has its own, as an id has: choose a column of classes")
-    if lonely is not None and missing:
-        raise UserError(f"{about}: only one row has the label {lonely} ({sum(n == 1 for n in counts.values()):,} such"
-                        " labels), so that none can be held out: add rows, or leave it out")
+    if lonely:
+        raise UserError(f"{about}: only one row has the label {lonely[0]} ({len(lonely):,} such labels), so that none"
+                        " can be held out: add rows, or leave it out")
 
 
 def labels_of(splits, source):
@@ -359,7 +377,8 @@ def described(name, kind, rows):
     values = [row["values"][name] for row in rows if row["values"][name] is not None]
     if kind == "number":
         numbers = np.array(values or [0.0])
-        return {"name": name, "kind": kind, "mean": float(numbers.mean()), "std": float(numbers.std()) or 1.0}
+        std = float(numbers.std()) if numbers.min() < numbers.max() else 1.0
+        return {"name": name, "kind": kind, "mean": float(numbers.mean()), "std": std}
     if kind == "category":
         return {"name": name, "kind": kind, "values": sorted(set(values))}
     return {"name": name, "kind": kind}
@@ -371,9 +390,12 @@ def print_columns(columns, rows):
         name, kind = column["name"], column["kind"]
         values = [row["values"][name] for row in rows if row["values"][name] is not None]
         different = len(set(values))
-        shown = {"number": f"mean {column.get('mean', 0):.4g}, std {column.get('std', 0):.4g}",
-                 "category": f"{different:,} values: {', '.join(column.get('values', [])[:6])}{', ...' * (different > 6)}",
-                 "text": f"{different:,} different", "picture": f"{different:,} different"}[kind]
+        if kind == "number":
+            shown = f"mean {column['mean']:.4g}, std {column['std']:.4g}"
+        elif kind == "category":
+            shown = f"{different:,} values: {', '.join(column['values'][:6])}{', ...' * (different > 6)}"
+        else:
+            shown = f"{different:,} different"
         missing = f"; {len(rows) - len(values):,} of {len(rows):,} missing" if len(values) < len(rows) else ""
         constant = "; always the same, so it tells nothing" if different == 1 and not missing else ""
         print(printable(f"{name}: {kind}, {shown}{missing}{constant}"), flush=True)
@@ -453,10 +475,11 @@ def titanic(folder):
         raise UserError(f"{path} is not the expected table (SHA-256 {found}): delete it and run again")
     head, body = content.decode("utf-8").split("@data\n")
     names = re.findall("^@attribute '(.+?)'", head, re.M)
-    passengers = [dict(zip(names, row)) for row in csv.reader(body.splitlines())]
+    passengers = [dict(zip(names, ["" if cell == "?" else cell for cell in row]))
+                  for row in csv.reader(body.splitlines())]
     print("left out: boat and body, which tell who was rescued and who was found dead", flush=True)
     rows = [{"where": f"passenger {i}", "folder": folder, "page": cells["ticket"],
-             "cells": {name: "" if cell == "?" else cell for name, cell in cells.items() if name not in ("boat", "body")}}
+             "cells": {name: cells[name] for name in names if name not in ("boat", "body")}}
             for i, cells in enumerate(passengers, start=1)]
     return rows, "OpenML's data set 40945", "1"
 

@@ -59,8 +59,8 @@ EQUATIONS = {f"{world}_text": world for world in DIALOGUES}  # texts of those wo
 BUILT_IN_TAGS = "flights"  # needs no network
 TOKENIZERS = {  # all known data sets: tokenizer
     **{name: row[0] for name, row in KNOWN.items()}, BUILT_IN: "char", **GENERATED, **dict.fromkeys(CORPORA, "gpt2"),
-    **{name: row["tokenizer"] for name, row in PAIRS.items()}, **dict.fromkeys((*LABELLED, *IMAGE_LABELS, *COLUMNS), ""),
-    **dict.fromkeys((*DIALOGUES, *EQUATIONS), "char")}
+    **{name: row["tokenizer"] for name, row in PAIRS.items()}, **dict.fromkeys((*LABELLED, *IMAGE_LABELS), ""),
+    **dict.fromkeys(COLUMNS, ""), **dict.fromkeys((*DIALOGUES, *EQUATIONS), "char")}
 
 
 def locate(dataset):

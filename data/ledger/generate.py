@@ -1,4 +1,4 @@
-"""Bookings of a ledger, made up: a scanned digit, a note in words, a kind and a target, which only together tell a class.
+"""Made-up bookings of a ledger, each with a picture, a text, a category and a number. Only all four tell its class.
 
     python prepare.py ledger                     into data/ledger, ready for training (pip install scikit-learn)
     python data/ledger/generate.py               writes data/ledger/source: rows.csv and its pictures, in scans/
