@@ -93,7 +93,8 @@ def test_each_kind_of_table_gives_the_same_data_set(data, tmp_path):  # noqa: F8
 
 def test_statistics_come_from_the_rows_for_training_as_scikit_learn_computes_them(data, tmp_path):  # noqa: F811
     preprocessing = pytest.importorskip("sklearn.preprocessing")
-    rows = [{**row, "split": PARTS[(i >= 80) + (i >= 100)], "constant": 0.1, "photo": ""} for i, row in enumerate(make_rows())]
+    rows = [{**row, "split": PARTS[(i >= 80) + (i >= 100)], "constant": 0.1, "photo": ""}
+            for i, row in enumerate(make_rows())]
     for row in rows[80:]:
         row.update(age=1000, colour="green")
     run(write_csv(tmp_path / "a.csv", rows), val_fraction=0.1)
