@@ -45,13 +45,13 @@ class Settings:
     newlines: Literal["one", "keep"] = "one"  # line ends of texts: "one" makes Windows' \r\n a \n, "keep" leaves them
     image_size: int = 48  # width and height in pixels that images are resized to
     column: str = "text"  # the column of a table that holds the documents, the texts to classify, or images' captions
-    labels: str = ""  # of a table, the column with the label of each text, or a list of labels; or that columns predict
+    labels: str = ""  # of a table: the column with the label of each text, or a list of labels; or the one to predict
     tags: bool = False  # the sources are words with labels: CoNLL files, .jsonl with spans, or seq.in, seq.out, label
     processes: int = 0  # processes that tokenize documents in parallel; 0: one per CPU core
     max_files: int = 0  # use only so many files of documents, from the first on; 0: all
     languages: str = ""  # two, such as en,it: the sources are parallel texts; of a known set with labels: its languages
     unreadable: Literal["refuse", "skip"] = "refuse"  # a picture that can't be read: stop, or go on without it
-    columns: str = ""  # of pairs: the two columns (default: the languages; 1,2: unnamed); with labels: all, a,b:text, !c
+    columns: str = ""  # of pairs: the two (default: the languages; 1,2: unnamed); with --labels: all, a,b:text, or !c
     shared: bool = True  # pairs: one vocabulary for both languages
     min_words: int = 1  # pairs: leave out those with a shorter source
     max_words: int = 100  # pairs: leave out those with a longer side
