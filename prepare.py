@@ -90,9 +90,9 @@ SETTINGS_OF = {  # for each kind of source, its settings that some other kinds l
 CHAT_RECIPES = {"chat": "config/chat/dialogues.py", "preferences": "config/chat/dpo.py"}
 PAIRS_RECIPE = "config/translate_en_it.py"
 PICTURES_RECIPE = "config/fashion_mnist.py"
-COLUMNS_RECIPES = {"titanic": "config/titanic.py", "ledger": "config/ledger.py"}  # the first: of other tables too
+COLUMNS_RECIPE = "config/titanic.py"
 TASKS = {"vlm": "image-text", "translate": "translation", "classify": "classification", "tag": "tagging",
-         "dpo": "dpo", "answer": "question-answering", "titanic": "columns", "ledger": "columns"}
+         "dpo": "dpo", "answer": "question-answering", **{name.partition("_")[0]: "columns" for name in known.COLUMNS}}
 # by the start of a recipe's name; others are of texts
 
 
@@ -143,7 +143,7 @@ def prepare_known_source(settings, source, named):
     if source in known.COLUMNS:
         check_kind(settings, "a known table")
         name, how = known_settings(settings, source, named, columns.How(**known.COLUMNS[source]))
-        return known.prepare_columns(source, name, how), columns_recipe(source)
+        return known.prepare_columns(source, name, how), f"config/{source}.py"
     name, is_corpus, has_images = settings.name or source, source in CORPORA, source in GENERATED
     kind = "known dialogues" if source in known.DIALOGUES else "a known text"
     check_kind(settings, "a known corpus" if is_corpus else "known images" if has_images else kind)
@@ -190,7 +190,7 @@ def prepare_own(settings, sources, named):
     is_url = len(sources) == 1 and "://" in sources[0]
     check_sources(settings, sources, is_url)
     if settings.labels and settings.columns:
-        return prepare_own_columns(settings, sources, named), columns_recipe()
+        return prepare_own_columns(settings, sources, named), COLUMNS_RECIPE
     if settings.labels or settings.tags:
         return prepare_own_labelled(settings, sources, named)
     paths = list(map(Path, sources))
@@ -306,10 +306,6 @@ def prepare_own_dialogues(settings, paths):
 def own_name(settings, path):
     """--name, or the name of the first source, a path; of "." the folder's."""
     return settings.name or re.sub(r"\W+", "_", Path(os.path.abspath(path)).stem)
-
-
-def columns_recipe(source="titanic"):
-    return COLUMNS_RECIPES.get(source, COLUMNS_RECIPES["titanic"])
 
 
 def text_recipe(tokenizer):

@@ -107,7 +107,8 @@ def choose_columns(rows, how, source):
     for setting, name in [("labels", how.labels), *(("columns", name) for name in (*kinds, *hidden))]:
         if name not in found:
             near = difflib.get_close_matches(name, found, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(filter(None, found))}"
+            some = ", ".join(filter(None, [*found][:MOST_SHOWN])) + ", ..." * (len(found) > MOST_SHOWN)
+            hint = f"did you mean {near[0]}?" if near else f"choose from {some}"
             raise UserError(f"{setting} = {getattr(how, setting)}: {source} has no column {name}; {hint}")
     if how.labels in kinds:
         raise UserError(f"columns = {how.columns}: {how.labels} is the column to predict, --labels: leave it out here")

@@ -126,6 +126,7 @@ def test_columns_are_chosen_by_name_and_kind(data, tmp_path, capsys):  # noqa: F
     run(path, columns="!note,!photo,a:b:category", name="others")
     assert kinds(ColumnsDataset(data / "others")) == {"age": "number", "colour": "category", "a:b": "category"}
     said = capsys.readouterr().out
+    assert "train on it: python train.py config/titanic.py --dataset=others --out_dir=out/others\n" in said
     assert "left out: a column without a name\n" in said and "\ncolour: category, 2 values: blue, red; " in said
 
 
