@@ -91,7 +91,7 @@ def test_each_kind_of_table_gives_the_same_data_set(data, tmp_path):  # noqa: F8
         assert (dataset.image_size, dataset.meta["labels"]) == (8, ["x", "y"])
 
 
-def test_statistics_come_from_the_rows_for_training_as_scikit_learn_computes_them(data, tmp_path):  # noqa: F811
+def test_statistics_come_from_the_rows_for_training_as_scikit_learn_computes_them(data, tmp_path, capsys):  # noqa: F811
     preprocessing = pytest.importorskip("sklearn.preprocessing")
     rows = [{**row, "split": PARTS[(i >= 80) + (i >= 100)], "constant": 0.1, "photo": ""}
             for i, row in enumerate(make_rows())]
@@ -106,6 +106,9 @@ def test_statistics_come_from_the_rows_for_training_as_scikit_learn_computes_the
     assert colour["values"] == encoder.categories_[0].tolist() == ["blue", "red"]
     assert constant == {"name": "constant", "kind": "number", "mean": pytest.approx(0.1), "std": 1.0}
     assert note == {"name": "note", "kind": "text"}
+    said = capsys.readouterr().out
+    assert "left out: photo, which no row for training has\n" in said
+    assert "constant: number, mean 0.1, std 1; always the same, so it tells nothing\n" in said
 
 
 @pytest.mark.parametrize("cells, kind", [
