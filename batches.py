@@ -79,6 +79,7 @@ META_KEYS = {"text": ("dtype", "train_tokens", "val_tokens"),
              "labels": ("labels", "several", "train_rows", "val_rows", "test_rows"),
              "tags": ("tags", "intents", "train_rows", "val_rows", "test_rows"),
              "answers": ("train_rows", "val_rows", "test_rows"),
+             "columns": ("label", "labels", "columns", "train_rows", "val_rows", "test_rows"),
              **dict.fromkeys(("chat", "preferences"), ("world", "train_rows", "val_rows", "test_rows"))}
 SPLITS = ("train", "val", "test")
 
@@ -151,10 +152,7 @@ class ImageTextDataset:
     def __init__(self, folder, kind="image-text"):
         self.folder, self.meta = folder, read_meta(folder, kind)
         self.image_size = self.meta["image_size"]
-        path, shape = folder / "images.bin", (self.meta["images"], self.image_size, self.image_size, 3)
-        if not path.exists() or path.stat().st_size != np.prod(shape):
-            raise UserError(f"{path} does not hold the {shape[0]:,} images that meta.json promises: prepare it again")
-        self.images = np.memmap(path, dtype=np.uint8, mode="r", shape=shape)
+        self.images = open_images(folder, self.meta)
         self.rows = {split: self.read_rows(split) for split in SPLITS if f"{split}_rows" in self.meta}
 
     def __repr__(self):
@@ -169,6 +167,14 @@ class ImageTextDataset:
             if len(rows) == count and all(row["image"] < self.meta["images"] for row in rows):
                 return rows
         raise UserError(f"{path} does not hold the {count:,} rows that meta.json promises: prepare it again")
+
+
+def open_images(folder, meta):
+    """The images of a prepared folder, uint8 (n, S, S, 3), memory-mapped. Raises UserError if they don't fit meta."""
+    path, shape = folder / "images.bin", (meta["images"], meta["image_size"], meta["image_size"], 3)
+    if not path.exists() or path.stat().st_size != np.prod(shape):
+        raise UserError(f"{path} does not hold the {shape[0]:,} images that meta.json promises: prepare it again")
+    return np.memmap(path, dtype=np.uint8, mode="r", shape=shape)
 
 
 def read_images(images, indices, device):
@@ -351,6 +357,38 @@ class LabelledDataset:
     def __repr__(self):
         counts = ", ".join(f"{self.meta[f'{split}_rows']:,} {split}" for split in ("train", "val", "test"))
         return f"LabelledDataset({self.folder}: {counts} rows)"
+
+
+class ColumnsDataset:
+    """A prepared folder of rows of a table. meta: from meta.json; its columns say the kind of each value.
+
+    rows: {split: list of dicts} with label (a name) and values: {column: a float, the name of a category, a text, or
+    the index of a picture; None if it is missing}. images: uint8 (n, S, S, 3), memory-mapped, and image_size: S; None
+    if no column has pictures. Raises UserError if the files don't fit meta.json.
+    """
+    TYPES = {"number": float, "category": str, "text": str, "picture": int}
+
+    def __init__(self, folder):
+        self.folder, self.meta = folder, read_meta(folder, "columns")
+        self.image_size = self.meta.get("image_size")
+        self.images = open_images(folder, self.meta) if self.image_size else None
+        self.rows = Rows(self, {"values": dict, "label": str})
+        types = {column["name"]: self.TYPES[column["kind"]] for column in self.meta["columns"]}
+        pictures = [column["name"] for column in self.meta["columns"] if column["kind"] == "picture"]
+        for split in SPLITS:
+            if not all(self.fits(row["values"], types, pictures) for row in self.rows[split]):
+                raise UserError(f"{folder / split}.jsonl has a row that does not fit the columns of meta.json: prepare"
+                                " the data set again")
+
+    def fits(self, values, types, pictures):
+        """True if a row has a value of its type, or None, for each column, and an index of a picture is in range."""
+        return (values.keys() == types.keys()
+                and all(value is None or type(value) is types[name] for name, value in values.items())
+                and all(0 <= (values[name] or 0) < self.meta["images"] for name in pictures))
+
+    def __repr__(self):
+        counts = ", ".join(f"{self.meta[f'{split}_rows']:,} {split}" for split in SPLITS)
+        return f"ColumnsDataset({self.folder}: {counts} rows, {len(self.meta['columns'])} columns)"
 
 
 class DialogueDataset:

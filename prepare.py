@@ -17,6 +17,8 @@
     python prepare.py libreoffice_help --languages=en,it --tokenizer=bpe:4000     one: see sources/pairs.py
     python prepare.py reviews.csv --labels=stars        texts with labels, to classify them; or words with labels, as
     python prepare.py queries.jsonl --tags=True         spans of a text or in CoNLL files: see sources/labelled.py
+    python prepare.py passengers.csv --labels=survived --columns=all     to predict one column of a table from others:
+    python prepare.py titanic                           numbers, categories, texts, pictures: see sources/columns.py
     python prepare.py questions.jsonl                   questions on texts, with answers: see sources/questions.py
 
 Text must be UTF-8 and may be larger than memory. The first 90 % of each file is for training, the rest for validation.
@@ -43,13 +45,13 @@ class Settings:
     newlines: Literal["one", "keep"] = "one"  # line ends of texts: "one" makes Windows' \r\n a \n, "keep" leaves them
     image_size: int = 48  # width and height in pixels that images are resized to
     column: str = "text"  # the column of a table that holds the documents, the texts to classify, or images' captions
-    labels: str = ""  # the column of a table that holds the label of each text, or a list of labels: to classify texts
+    labels: str = ""  # of a table: the column with the label of each text, or a list of labels; or the one to predict
     tags: bool = False  # the sources are words with labels: CoNLL files, .jsonl with spans, or seq.in, seq.out, label
     processes: int = 0  # processes that tokenize documents in parallel; 0: one per CPU core
     max_files: int = 0  # use only so many files of documents, from the first on; 0: all
     languages: str = ""  # two, such as en,it: the sources are parallel texts; of a known set with labels: its languages
-    unreadable: Literal["refuse", "skip"] = "refuse"  # a picture of a class that can't be read: stop, or leave it out
-    columns: str = ""  # of a table of pairs, the two columns; default: named as the languages; 1,2: if none are named
+    unreadable: Literal["refuse", "skip"] = "refuse"  # a picture that can't be read: stop, or go on without it
+    columns: str = ""  # of pairs: the two (default: the languages; 1,2: unnamed); with --labels: all, a,b:text, or !c
     shared: bool = True  # pairs: one vocabulary for both languages
     min_words: int = 1  # pairs: leave out those with a shorter source
     max_words: int = 100  # pairs: leave out those with a longer side
@@ -67,7 +69,7 @@ if __name__ == "__main__":  # --help and typos are answered before the slow impo
 
 from machine.terminal import printable
 from published import download as download_model
-from sources import dialogues, documents, images, known, labelled, labelled_images, pairs, questions, texts
+from sources import columns, dialogues, documents, images, known, labelled, labelled_images, pairs, questions, texts
 from sources.download import download
 from sources.known import CORPORA, GENERATED, PAIRS, TOKENIZERS, claim, locate, prepare_known, prepare_pairs
 from tasks import find_task
@@ -79,6 +81,8 @@ SETTINGS_OF = {  # for each kind of source, its settings that some other kinds l
     "known pictures by class": ("image_size",), "metadata": ("image_size", "column"),
     "pairs": ("languages", "columns", "shared", "min_words", "max_words"),
     "known pairs": ("languages", "shared", "min_words", "max_words"),
+    "rows of a table": ("labels", "columns", "files", "image_size", "unreadable"),
+    "a known table": ("labels", "columns", "image_size", "unreadable"),
     "texts with labels": ("labels", "column", "files"), "words with tags": ("tags", "files"),
     "a known set with labels": ("languages",),
     "questions": (), "dialogues": (), "known dialogues": (), "a known text": (),
@@ -86,8 +90,9 @@ SETTINGS_OF = {  # for each kind of source, its settings that some other kinds l
 CHAT_RECIPES = {"chat": "config/chat/dialogues.py", "preferences": "config/chat/dpo.py"}
 PAIRS_RECIPE = "config/translate_en_it.py"
 PICTURES_RECIPE = "config/fashion_mnist.py"
+COLUMNS_RECIPE = "config/titanic.py"
 TASKS = {"vlm": "image-text", "translate": "translation", "classify": "classification", "tag": "tagging",
-         "dpo": "dpo", "answer": "question-answering"}
+         "dpo": "dpo", "answer": "question-answering", **{name.partition("_")[0]: "columns" for name in known.COLUMNS}}
 # by the start of a recipe's name; others are of texts
 
 
@@ -135,6 +140,10 @@ def prepare_known_source(settings, source, named):
         usual = labelled_images.How(**known.IMAGE_LABELS[source])
         name, how = known_settings(settings, source, named, usual)
         return known.prepare_image_labels(source, name, how), PICTURES_RECIPE
+    if source in known.COLUMNS:
+        check_kind(settings, "a known table")
+        name, how = known_settings(settings, source, named, columns.How(**known.COLUMNS[source]))
+        return known.prepare_columns(source, name, how), f"config/{source}.py"
     name, is_corpus, has_images = settings.name or source, source in CORPORA, source in GENERATED
     kind = "known dialogues" if source in known.DIALOGUES else "a known text"
     check_kind(settings, "a known corpus" if is_corpus else "known images" if has_images else kind)
@@ -180,6 +189,8 @@ def prepare_own(settings, sources, named):
     """Prepares files and folders, or a URL. Returns (the data set's name, path of a recipe in config/)."""
     is_url = len(sources) == 1 and "://" in sources[0]
     check_sources(settings, sources, is_url)
+    if settings.labels and settings.columns:
+        return prepare_own_columns(settings, sources, named), COLUMNS_RECIPE
     if settings.labels or settings.tags:
         return prepare_own_labelled(settings, sources, named)
     paths = list(map(Path, sources))
@@ -241,6 +252,20 @@ def prepare_own_pictures(settings, path, rows):
     name, source = own_name(settings, path), os.path.abspath(path)
     how = labelled_images.How(settings.image_size, settings.val_fraction, settings.unreadable)
     labelled_images.prepare(rows, claim(name, source), how, source)
+    return name
+
+
+def prepare_own_columns(settings, sources, named):
+    """Prepares tables, one column of which is predicted from others. Returns the data set's name."""
+    check_kind(settings, "rows of a table")
+    if "://" in sources[0]:
+        raise UserError(f"{sources[0]}: only texts are fetched from a URL; download the file, and give its path")
+    name, source = own_name(settings, sources[0]), ", ".join(map(os.path.abspath, sources))
+    how = columns.How(**{key: getattr(settings, key) for key in columns.How._fields})
+    if settings.tokenizer == Settings.tokenizer and "tokenizer" not in named:
+        how = how._replace(tokenizer=columns.How().tokenizer)
+    rows = columns.read(list(map(Path, sources)), settings.labels, settings.files)
+    columns.prepare(rows, claim(name, source), how, source)
     return name
 
 

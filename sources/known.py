@@ -48,13 +48,19 @@ LABELLED = {  # texts with labels, from sources/labelled_sets.py: kind, recipe, 
 IMAGE_LABELS = {  # pictures by class: settings for sources.labelled_images.How
     "fashion_mnist": dict(image_size=28), "digit_scans": dict(image_size=16)}
 BUILT_IN_PICTURES = "digit_scans"  # needs no network, but scikit-learn
+COLUMNS = {  # rows of a table with a class: settings for sources.columns.How
+    "titanic": dict(labels="survived", columns="pclass:category,sex:category,age:number,sibsp:number,parch:number,"
+                                               "fare:number,embarked:category,name:text", tokenizer="bpe:500",
+                    val_fraction=0.15),
+    "breast_cancer": dict(labels="tumour", val_fraction=0.15),
+    "ledger": dict(labels="reached", columns="slip:picture,note:text,kind:category,target:number", image_size=16)}
 DIALOGUES = ("countdown", "calculator")  # of worlds.py, which need no network
 EQUATIONS = {f"{world}_text": world for world in DIALOGUES}  # texts of those worlds, to pre-train on
 BUILT_IN_TAGS = "flights"  # needs no network
 TOKENIZERS = {  # all known data sets: tokenizer
     **{name: row[0] for name, row in KNOWN.items()}, BUILT_IN: "char", **GENERATED, **dict.fromkeys(CORPORA, "gpt2"),
     **{name: row["tokenizer"] for name, row in PAIRS.items()}, **dict.fromkeys((*LABELLED, *IMAGE_LABELS), ""),
-    **dict.fromkeys((*DIALOGUES, *EQUATIONS), "char")}
+    **dict.fromkeys(COLUMNS, ""), **dict.fromkeys((*DIALOGUES, *EQUATIONS), "char")}
 
 
 def locate(dataset):
@@ -117,7 +123,7 @@ def prepare_known(name, target, tokenizer, val_fraction=0.1, image_size=48):
     target: a data set's name or path, as for `locate`. Returns the data set to train on: `target`. If a download fails
     for want of a network, returns the built-in one where target is name, and else raises Offline. Pairs and texts with
     labels: with the settings in PAIRS and LABELLED; `prepare_pairs` and `prepare_labelled` take others.
-    Pictures by class: likewise, with those in IMAGE_LABELS.
+    Pictures by class, and rows of columns: likewise, with those in IMAGE_LABELS and COLUMNS.
     """
     if name in GENERATED:
         from sources import images  # imports numpy, which is slow
@@ -140,6 +146,8 @@ def prepare_known(name, target, tokenizer, val_fraction=0.1, image_size=48):
         return prepare_labelled(name, target, LABELLED[name][2])
     if name in IMAGE_LABELS:
         return prepare_image_labels(name, target, IMAGE_LABELS[name])
+    if name in COLUMNS:
+        return prepare_columns(name, target, COLUMNS[name])
     from sources import texts  # imports numpy, which is slow
     try:
         path, origin = known_text(name)
@@ -204,6 +212,18 @@ def prepare_image_labels(name, target, how):
     folder = locate(target) if target == name else claim(target, source)
     labelled_images.prepare(rows, folder, labelled_images.How(**how), source, revision)
     labelled_images.write_examples(folder)
+    return target
+
+
+def prepare_columns(name, target, how):
+    """Prepares the table `name` as the data set `target`, and returns it. Raises Offline if the table can't be had.
+
+    how: a dict of settings, for sources.columns.How.
+    """
+    from sources import columns  # imports numpy, which is slow
+    rows, source, revision = columns.fetch(name, DATA / name)
+    folder = locate(target) if target == name else claim(target, source)
+    columns.prepare(rows, folder, columns.How(**how), source, revision)
     return target
 
 

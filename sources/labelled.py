@@ -249,19 +249,25 @@ def own_parts(row, where):
     return {**found, "split": PARTS[row["split"]]}
 
 
-def read_labels(paths, text_column, label_column, pattern=""):
-    """Yields the rows of tables: {"text", "labels", perhaps "page" and "split"}."""
-    tables = find(paths, pattern, READERS)
-    for path, _ in tables:
+def tables(paths, pattern, label_column):
+    """[(table, {"split": ...} or {})] as from `find`. Raises UserError if a file is no table."""
+    found = find(paths, pattern, READERS)
+    for path, _ in found:
         if path.suffix.lower() not in READERS:
             raise UserError(f"labels = {label_column}: {path} is no table: give a .csv, .tsv, .jsonl or .parquet, or a"
                             " folder of these")
-    for path, part in tables:
+    return found
+
+
+def read_labels(paths, text_column, label_column, pattern=""):
+    """Yields the rows of tables: {"text", "labels", perhaps "page" and "split"}."""
+    for path, part in tables(paths, pattern, label_column):
         for where, row in rows_of(path):
             for setting, name in (("labels", label_column), ("column", text_column)):
                 if name not in row:
+                    several = ", or predict the labels from several, --columns=all" if setting == "column" else ""
                     raise UserError(f"{where}: no column is named {name}, only {', '.join(map(str, row))}: choose one"
-                                    f" with --{setting}=NAME")
+                                    f" with --{setting}=NAME{several}")
             text = "" if row[text_column] is None else row[text_column]
             check_text(text, where)
             yield {"text": text, "labels": labels_in(row[label_column], where, label_column), **part,

@@ -21,6 +21,7 @@ import test_image_classification
 import test_question_answering
 import torch
 from conftest import make_text
+from PIL import Image
 from test_tagging import make_rows
 from test_translation import make_pairs
 
@@ -511,7 +512,8 @@ PREPARING = {
     "columns": Change("other,it"), "shared": Change(False, tokenizer="word:1"), "min_words": Change(4),
     "max_words": Change(5), "labels": Change("topic"), "tags": Change(False),
     "unreadable": Change("skip")}
-PREPARING_KIND = {("images", "tokenizer"): Change("bpe:1500"),
+PREPARING_KIND = {("images", "tokenizer"): Change("bpe:1500"), ("columns", "columns"): Change("text,photo,count"),
+                  ("columns", "unreadable"): refused("refuse", source="damaged_columns", unreadable="skip"),
                   ("classes", "unreadable"): refused("refuse", source="damaged", unreadable="skip")}
 FOR_PAIRS = ("languages", "columns", "shared", "min_words", "max_words")
 IDLE = {  # settings that do nothing for a kind of source
@@ -522,6 +524,8 @@ IDLE = {  # settings that do nothing for a kind of source
     "pairs.tsv": ("files", "newlines", "image_size", "column", "processes", "max_files", "labels", "tags",
                   "unreadable"),
     "labels": ("newlines", "image_size", "processes", "max_files", "tags", "unreadable", *FOR_PAIRS),
+    "columns": ("newlines", "column", "processes", "max_files", "tags", "languages", "shared", "min_words",
+                "max_words"),
     "questions.jsonl": ("files", "newlines", "image_size", "column", "processes", "max_files", "labels", "tags",
                         "unreadable", *FOR_PAIRS),
     "tags": ("newlines", "image_size", "column", "processes", "max_files", "labels", "unreadable", *FOR_PAIRS)}
@@ -537,6 +541,7 @@ def make_sources(folder):
         documents = [json.dumps({"text": row, "other": row.upper()}) + "\n" for row in rows]
         (folder / "documents" / f"{name}.jsonl").write_text("".join(documents))
         make_labelled(folder, name, rows)
+        make_columns(folder / "columns", name, rows)
     words = [row.split()[:2 + number % 6] for number, row in enumerate(rows)]
     table = [f"{' '.join(row)}\t{' '.join(row[::-1]).upper()}\t{'-'.join(row)}\n" for row in words]
     (folder / "pairs.tsv").write_text("en\tit\tother\n" + "".join(table))
@@ -548,6 +553,8 @@ def make_sources(folder):
         path.rename(path.with_name(f"a{path.name}"))
     shutil.copytree(folder / "classes", folder / "damaged")
     (folder / "damaged" / "red" / "1.png").write_bytes(b"no picture")
+    shutil.copytree(folder / "columns", folder / "damaged_columns")
+    (folder / "damaged_columns" / "1.png").write_bytes(b"no picture")
     captions = folder / "images" / "captions.jsonl"
     rows = [json.loads(line) for line in captions.read_text().splitlines()]
     captions.write_text("".join(json.dumps({**row, "split": ""}) + "\n" for row in rows))
@@ -560,6 +567,15 @@ def make_labelled(folder, name, rows):
     for kind, suffix, lines in (("labels", "csv", labels), ("tags", "jsonl", map(json.dumps, spans))):
         (folder / kind).mkdir(exist_ok=True)
         (folder / kind / f"{name}.{suffix}").write_text("\n".join(lines))
+
+
+def make_columns(folder, name, rows):
+    """Makes NAME.csv, a table of texts, numbers, categories and pictures; and the pictures."""
+    folder.mkdir(exist_ok=True)
+    for i, colour in enumerate(("red", "green", "blue")):
+        Image.new("RGB", (9, 9), colour).save(folder / f"{i}.png")
+    table = [f"{len(row) % 2},{len(row) % 3},{row},{i},{'ab'[i % 2]},{i % 3}.png" for i, row in enumerate(rows)]
+    (folder / f"{name}.csv").write_text("\n".join(["label,topic,text,count,letter,photo", *table]))
 
 
 def prepare_run(settings, out):
@@ -587,7 +603,8 @@ def test_each_setting_of_prepare_changes_the_data_or_is_refused(lab, kind, name)
         make_sources(lab.folder)
     change = PREPARING_KIND.get((kind, name), PREPARING[name])
     base = {"source": kind, "tokenizer": "char" if kind in ("texts", "images", "classes") else "byte"}
-    base |= {"pairs.tsv": {"languages": "en,it"}, "labels": {"labels": "label"}, "tags": {"tags": True}}.get(kind, {})
+    base |= {"pairs.tsv": {"languages": "en,it"}, "labels": {"labels": "label"}, "tags": {"tags": True},
+             "columns": {"labels": "label", "columns": "all"}}.get(kind, {})
     idle = refused(True if name == "tags" else change.value)
     lab.compare(prepare_run, base, name, idle if name in IDLE[kind] else at(kind, change))
 
