@@ -19,7 +19,7 @@ from sources.documents import read_jsonl
 from sources.labelled import PARTS, check_text, own_parts
 
 WORD = re.compile(r"\w+|[^\w\s]")  # of a text: answers begin and end at these
-START = re.compile(rb'\s*\{\s*"(version|data)"')  # of SQuAD as it is published
+MOST_BYTES = 1_000_000  # of a file, by which it is known
 
 
 def are_questions(paths):
@@ -29,9 +29,9 @@ def are_questions(paths):
 
 def is_of_questions(path):
     with open(path, "rb") as file:
-        start = file.readline(10**6)
+        start = file.readline(MOST_BYTES) if path.suffix.lower() == ".jsonl" else file.read(MOST_BYTES)
     if path.suffix.lower() == ".json":
-        return bool(START.match(start))
+        return b'"data"' in start and b'"paragraphs"' in start
     return path.suffix.lower() == ".jsonl" and b'"question"' in start and b'"context"' in start
 
 
@@ -41,11 +41,17 @@ def read(paths):
     Raises UserError, with the row's place, for a row of which nothing can be learned.
     """
     parts = {path: PARTS.get(re.split(r"[\W_]", path.name.lower())[0]) for path in paths}
-    is_told = len({*parts.values()}) > 1
+    is_told, count, unanswered = len({*parts.values()}) > 1, 0, 0
     for path in paths:
         given = {"split": parts[path]} if is_told and parts[path] else {}
         for where, row in published(path) if path.suffix.lower() == ".json" else read_jsonl(path):
-            yield given | checked(row, where)
+            found = checked(row, where)
+            count, unanswered = count + 1, unanswered + (not found["answers"]["text"])
+            yield given | found
+    print(f"questions: {count:,}, of which {unanswered:,} have no answer in their text", flush=True)
+    if unanswered == count > 0:
+        raise UserError(f"{', '.join(map(str, paths))}: no question has an answer, so there is none to learn to find:"
+                        " add some")
 
 
 def published(path):
@@ -65,6 +71,9 @@ def published(path):
 def checked(row, where):
     """A row with what is needed alone. Raises UserError if the question or text is empty, or an answer not in place."""
     question, context, answers = row.get("question"), row.get("context"), row.get("answers") or {}
+    if "answers" not in row and (other := next((name for name in row if name.startswith("answer")), None)):
+        raise UserError(f"{where}: has no answers, but {other}: write it as answers, with the lists text and"
+                        " answer_start, or without an answer as {}")
     for name, text in (("question", question), ("context", context)):
         check_text(text, where)
         if not re.search(r"\w", text):

@@ -395,6 +395,30 @@ def test_a_bad_file_is_one_line(tmp_path):
         list(questions.read([path]))
 
 
+@pytest.mark.parametrize("indent, mark", [(None, ""), (2, ""), (1, "\ufeff")])
+def test_squads_layout_is_known_however_it_is_written(tmp_path, indent, mark):
+    asked = {"question": "who?", "answers": [{"text": "king", "answer_start": 4}]}
+    published = {"name": "mine", "data": [{"paragraphs": [{"context": "the king sees.", "qas": [asked]}]}]}
+    path = tmp_path / "a.json"
+    path.write_text(mark + json.dumps(published, indent=indent), encoding="utf-8")
+    assert questions.are_questions([path]) and [row["question"] for row in questions.read([path])] == ["who?"]
+
+
+def test_answers_under_another_name_are_not_taken_for_none(tmp_path, capsys):
+    row = {"question": "who?", "context": "the king sees.", "answers": {"text": ["king"], "answer_start": [4]}}
+    none = {**row, "answers": None}
+    path = write(tmp_path / "rows.jsonl", json.dumps(row), json.dumps(none))
+    assert len(list(questions.read([path]))) == 2
+    assert "questions: 2, of which 1 have no answer" in capsys.readouterr().out
+    del none["answers"]
+    write(path, json.dumps(row), json.dumps({**none, "answer": "king"}))
+    with pytest.raises(UserError, match="line 2: has no answers, but answer: write it as answers"):
+        list(questions.read([path]))
+    write(path, json.dumps(none))
+    with pytest.raises(UserError, match="no question has an answer"):
+        list(questions.read([path]))
+
+
 def test_wrong_use_is_one_line(trained, folder, tiny, tmp_path, capsys):
     (tmp_path / "words.txt").write_text(make_text(600), encoding="utf-8")
     texts.prepare([tmp_path / "words.txt"], tmp_path / "text", "char")
