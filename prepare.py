@@ -139,7 +139,7 @@ def prepare_known_source(settings, source, named):
         check_kind(settings, "known pictures by class")
         usual = labelled_images.How(**known.IMAGE_LABELS[source])
         name, how = known_settings(settings, source, named, usual)
-        return known.prepare_image_labels(source, name, how), PICTURES_RECIPE
+        return known.prepare_image_labels(source, name, how), f"config/{source}.py"
     if source in known.COLUMNS:
         check_kind(settings, "a known table")
         name, how = known_settings(settings, source, named, columns.How(**known.COLUMNS[source]))
