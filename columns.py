@@ -3,7 +3,7 @@
     python train.py config/titanic.py               trains one, also on a laptop's CPU
 
 The list is [CLS], a token for each category, a token for each number, the tokens of each text, the patches of each
-picture. An embedding of its column is added to each token, and the classes are read at [CLS]. That is the FT-Transformer
+picture. An embedding of its column is added to each token, and the classes are read at [CLS], as in the FT-Transformer
 (Gorishniy et al. 2021). With numbers = "head" the numbers skip the trunk: they go into the head beside [CLS], as in the
 Tab Transformer (Huang et al. 2020).
 

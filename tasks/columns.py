@@ -409,9 +409,9 @@ def with_pictures(rows, config):
 
 
 def in_words(row):
-    """The beginning of a row's values, as text."""
+    """The beginning of a row's values, as text, without the indices of pictures."""
     return beginning(", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-                               for name, value in row.items() if value is not None))
+                               for name, value in row.items() if value is not None and not isinstance(value, int)))
 
 
 def draw_columns(model, found, sampling):

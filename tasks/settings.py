@@ -592,8 +592,8 @@ class Predicting(Looking):
             if not os.path.isfile(self.row.removeprefix("FILE:")):
                 raise UserError(f"row = {self.row}: there is no such file")
         elif not is_object(self.row):
-            raise UserError(f"""row = {self.row!r}: must be an object in JSON, such as --row='{{"age": 29}}', or name a"""
-                            " table, --row=FILE:rows.csv")
+            raise UserError(f"""row = {self.row!r}: must be an object in JSON, such as --row='{{"age": 29}}', or a"""
+                            " table, such as --row=FILE:rows.csv")
         if hasattr(self, "prompt"):  # from a command line
             check_idle(self, "this model reads rows of a table: use --row", "prompt")
 

@@ -1,7 +1,10 @@
 """Rows of a table: the model against plain PyTorch, what is missing, measures, a resumed run, answers and errors."""
 
 import json
+import shlex
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,12 +17,13 @@ from test_train import resume
 import evaluate
 import sample
 import train
-from batches import scaled
 from columns import ColumnsClassifier, ColumnsConfig, init_columns
 from configurator import UserError, parse
+from inside.attention import attention_weights
 from machine.distributed import World
 from run import checkpoint
-from tasks.columns import arguments, encoded
+from tasks import columns as columns_task
+from tasks.columns import ColumnsTask, arguments, draw_columns, encoded
 from tasks.loading import load
 from tokenizer import WordTokenizer
 from vit import ViT, sincos_2d
@@ -63,7 +67,7 @@ def write_set(folder, columns=COLUMNS, **changes):
     for split, count in (("train", 200), ("val", 60), ("test", 60)):
         rows = make_rows(count, len(split))
         for row in rows:
-            row["values"] = {name: row["values"][name] for name in names}
+            row["values"] = {name: row["values"].get(name) for name in names}
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         meta[f"{split}_rows"] = count
     (folder / "meta.json").write_text(json.dumps(meta))
@@ -248,13 +252,12 @@ def test_a_hidden_value_is_a_missing_one_and_as_many_are_hidden_as_asked(data, t
     first, again = (task.batch(rows, torch.Generator().manual_seed(3))[0] for _ in range(2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     whole, _ = task.gather("train", rows)
-    was = (whole["categories"] > 0).sum() + (~whole["missing"]).sum() + (whole["lengths"] > 0).sum() + whole["seen"].sum()
-    now = (first["categories"] > 0).sum() + (~first["missing"]).sum() + (first["lengths"] > 0).sum() + first["seen"].sum()
+    was, now = (sum(int(part.sum()) for part in (found["categories"] > 0, ~found["missing"], found["lengths"] > 0,
+                                                 found["seen"])) for found in (whole, first))
     assert now / was == pytest.approx(0.6, abs=0.05)
 
 
 def made_task(data, tiny, **changes):
-    from tasks.columns import ColumnsTask
     task = ColumnsTask(settings_for("columns", **{**tiny, "hide_rate": 0.4, **changes}))
     task.open(data, ALONE)
     model = task.build(torch.Generator().manual_seed(0))
@@ -289,5 +292,122 @@ def test_an_evaluation_is_the_mean_over_all_rows_beside_floors_and_without_each_
         assert measured[f"{start}accuracy"] == np.mean([row["predicted"] == [row["label"]] for row in answers])
         share = np.mean([row["label"] == "yes" for row in answers])
         assert measured[f"{start}accuracy, most frequent"] == pytest.approx(max(share, 1 - share))
-        assert measured[f"{start}accuracy, gradient boosting"] > measured[f"{start}accuracy, most frequent"] + 0.1
+        assert measured[f"{start}accuracy, gradient boosting"] > measured[f"{start}accuracy, most frequent"]
         assert f"{start}accuracy, logistic regression" in measured
+
+
+def test_a_resumed_run_equals_an_undisturbed_one(tiny, tmp_path):
+    changes = dict(max_iters=8, eval_interval=4, log_interval=2, dropout=0.1, micro_batch_size=6, numbers="head")
+    whole = run(tmp_path / "whole", tiny, **changes)
+    run(tmp_path / "parts", tiny, **{**changes, "max_iters": 4, "lr_decay_iters": 8})
+    resume(tmp_path / "parts", "--max_iters=8")
+    one, other = (checkpoint.load(tmp_path / name / "last").state for name in ("whole", "parts"))
+    torch.testing.assert_close(one, other, atol=0, rtol=0)
+    assert len(whole) == 5 and one["head.dense.weight"].shape == (16, 16 + 4)
+
+
+def test_another_run_may_start_from_it_if_it_reads_the_same_columns(trained, tiny, tmp_path):
+    run(tmp_path / "more", tiny, init_from=str(trained), rates={"transformer": 0.0}, max_iters=2, eval_interval=2)
+    (_, first, _), (_, second, _) = load(trained), load(tmp_path / "more")
+    torch.testing.assert_close(first.transformer.state_dict(), second.transformer.state_dict(), atol=0, rtol=0)
+    torch.testing.assert_close(first.head.state_dict(), second.head.state_dict(), atol=0.1, rtol=0)
+    port = [column if column["name"] != "port" else {"name": "port", "kind": "text"} for column in COLUMNS]
+    for name, changes, message in (
+            ("fewer", dict(columns=COLUMNS[1:]), "the column age is missing in .*fewer, and of the kind number in the"),
+            ("text", dict(columns=port), "the column port is of the kind text in .*text, and of the kind category in"),
+            ("label", dict(label="drowned"), "is for predicting drowned .no, yes., and the model predicts saved"),
+            ("extra", dict(columns=[*COLUMNS, {"name": "page", "kind": "number", "mean": 0.0, "std": 1.0}]),
+             "the column page is of the kind number in .*extra, and missing in the model: .*=age:number,fare:")):
+        with pytest.raises(UserError, match=message):
+            run(tmp_path / "out", tiny, init_from=str(trained), dataset=str(write_set(tmp_path / name, **changes)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Answers and errors
+
+def sampled(folder, capsys, *arguments):
+    """(what sample.py prints, what it says on stderr)."""
+    capsys.readouterr()
+    sample.main(parse(sample.Settings, [f"--out_dir={folder}", "--device=cpu", *arguments], **sample.HOW)[0])
+    said = capsys.readouterr()
+    return said.out, said.err
+
+
+ROW = {"age": 50, "fare": 2.5, "sex": "female", "port": "C", "name": "the king", "note": "fool"}
+
+
+def test_the_likeliest_classes_of_a_row_are_printed_and_what_it_lacks_is_said(trained, data, capsys, tmp_path):
+    task, model = opened(trained, data)
+    picture = np.random.default_rng(3).integers(0, 256, (SIZE, SIZE, 3)).astype(np.uint8)
+    Image.fromarray(picture).save(tmp_path / "photo.png")
+    out, err = sampled(trained, capsys, f"--row={json.dumps({**ROW, 'photo': str(tmp_path / 'photo.png')})}")
+    table = encoded([{**ROW, "photo": 0}], model.config, task.tokenizers)
+    p = model(**arguments(model.config, table, picture[None], [0], ALONE.device)).softmax(-1)[0]
+    names = sorted(zip(p.tolist(), model.config.labels), reverse=True)
+    assert out == "saved: " + ", ".join(f"{name} {share:.3f}" for share, name in names) + "\n" and not err
+    assert task.write(model, row=json.dumps({**ROW, "photo": str(tmp_path / "photo.png")}), top=0) + "\n" == out
+    _, err = sampled(trained, capsys, '--row={"age": null, "sex": "other", "name": "the"}')
+    assert "missing: age, fare, port, note, photo\n" in err
+    assert "categories that training lacked, which count as missing: sex other\n" in err
+    (tmp_path / "rows.csv").write_text("age,sex,photo,saved,ticket\n50,female,photo.png,yes,7\n,male,,no,8\n")
+    out, err = sampled(trained, capsys, f"--row=FILE:{tmp_path}/rows.csv", "--top=1")
+    assert out.count("\n  saved: ") == 2 and out.startswith("age 50, sex female, photo ")
+    assert "columns that the model does not read: saved, ticket\n" in err
+    assert "missing: age (in 1 of 2 rows), fare, port, name, note, photo (in 1 of 2 rows)\n" in err
+    assert task.show(model).count("\n") > task.show(model, short=True).count("\n") == 5
+    _, script, _, row = shlex.split(task.command(trained))
+    assert script == "sample.py" and "saved: " in sampled(trained, capsys, row)[0]
+
+
+def test_a_picture_shows_which_columns_each_column_looked_at(trained, data, capsys, tmp_path):
+    task, model = opened(trained, data)
+    config, row = model.config, {**ROW, "note": None, "name": "the king a", "photo": 2}
+    found = arguments(config, encoded([row], config, task.tokenizers), task.dataset.images, [0], ALONE.device)
+    drawn = []
+    with mock.patch.object(columns_task, "draw", lambda *about: drawn.append(about) or "drawn"):
+        draw_columns(model, found, SimpleNamespace(attention="map.png"))
+    (weights, rows, names, _), = drawn
+    assert rows == names == ["[CLS]", "sex", "port", "age", "fare", "name", "photo"]
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 2, 7))
+    x, _ = model.embed(**found)
+    own = {"[CLS]": [0], "sex": [1], "port": [2], "age": [3], "fare": [4], "name": [5, 6, 7], "photo": [11, 12, 13, 14]}
+    real = [i for places in own.values() for i in places]  # the empty note has the tokens 8 to 10
+    each = attention_weights(model.transformer.blocks[0].attn, model.transformer.blocks[0].ln_1(x[:, real]))[0, 1]
+    for i, one in enumerate(names):
+        for j, other in enumerate(names):
+            block = each[[real.index(a) for a in own[one]]][:, [real.index(b) for b in own[other]]]
+            assert weights[0, 1, i, j].item() == pytest.approx(block.sum(1).mean().item(), abs=1e-5)
+    out, _ = sampled(trained, capsys, f"--row={json.dumps(ROW)}", f"--attention={tmp_path}/map.png")
+    assert out.endswith(f"wrote {tmp_path}/map.png\n") and Image.open(tmp_path / "map.png").width > 100
+
+
+def test_wrong_use_is_one_line(trained, tiny, data, dataset, tmp_path, capsys):
+    numbers = write_set(tmp_path / "numbers", COLUMNS[2:4])
+    for changes, message in (
+            (dict(patch_size=3), "patch_size = 3: does not divide the images' 8 pixels; 2, 4, 8 do"),
+            (dict(dataset=str(dataset)), "is a data set of kind text"),
+            (dict(batch_size=999), "batch_size = 999: must be from 1 to"),
+            (dict(dataset=str(numbers), block_size=9), "block_size = 9: .*numbers has no column of the kind text"),
+            (dict(dataset=str(numbers), block_size=32, numbers="head"), "numbers = 'head': .* of the kind number"),
+            (dict(init_from=str(trained), n_embd=32), "n_embd = 32, but .* has 16: leave it out")):
+        with pytest.raises(UserError, match=message):
+            run(tmp_path / "out", tiny, **changes)
+    (tmp_path / "empty.csv").write_text("age,sex\n")
+    (tmp_path / "x.png").write_bytes(b"no picture")
+    for row, message in (
+            ("", "row = '': must be an object in JSON, such as"), ("[1]", "row = '.1.': must be an object in JSON"),
+            ("FILE:no.csv", "row = FILE:no.csv: there is no such file"),
+            (f"FILE:{tmp_path}/x.png", "row = FILE:.*x.png: is no table: name a .parquet, .jsonl"),
+            (f"FILE:{tmp_path}/empty.csv", "row = FILE:.*empty.csv: has no rows"),
+            ('{"agee": 3}', "row: agee is no column, only age, fare, sex, port, name, note, photo are: leave it out"),
+            ('{"saved": "yes"}', "row: saved is what the model predicts: leave it out"),
+            ('{"age": "old"}', "row: age = 'old': must be a number, or empty where it is missing"),
+            ('{"name": ["a"]}', "row: name = .'a'.: is no single value"),
+            (json.dumps({"photo": f"{tmp_path}/x.png"}), "row: photo: image = .*x.png: can't be read"),
+            ('{"photo": "no.png"}', "row: photo: image = no.png: can't be read: .*No such file")):
+        with pytest.raises(UserError, match=message):
+            sampled(trained, capsys, f"--row={row}")
+    with pytest.raises(UserError, match="prompt = 'x': this model reads rows of a table: use --row"):
+        sampled(trained, capsys, "--row={}", "--prompt=x")
+    with pytest.raises(UserError, match="attention_layer = 2: the model has 1"):
+        sampled(trained, capsys, "--row={}", f"--attention={tmp_path}/map.png", "--attention_layer=2")
