@@ -53,7 +53,7 @@ def make_rows(count, seed=0):
     return rows
 
 
-def write_set(folder, columns=COLUMNS, **changes):
+def write_set(folder, columns=COLUMNS, seed=0, **changes):
     """A prepared folder by hand. changes: of meta.json."""
     folder.mkdir()
     vocabulary = WordTokenizer(WORDS)
@@ -65,7 +65,7 @@ def write_set(folder, columns=COLUMNS, **changes):
             "tokenizer": "word", "vocab_size": vocabulary.vocab_size, **changes}
     names = [column["name"] for column in columns]
     for split, count in (("train", 200), ("val", 60), ("test", 60)):
-        rows = make_rows(count, len(split))
+        rows = make_rows(count, seed + len(split))
         for row in rows:
             row["values"] = {name: row["values"].get(name) for name in names}
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
