@@ -56,6 +56,12 @@ class ColumnsConfig(TransformerConfig):
         """The indices of the columns with tokens, in the order of the list."""
         return [i for kind in KINDS if kind != "number" or self.numbers == "tokens" for i in self.places(kind)]
 
+    def owners(self, S):
+        """Whose each token of the list is, (L,): 0 for [CLS], else 1 + the place of its column in `listed`."""
+        sizes = {"category": 1, "number": 1, "text": S, "picture": self.n_patches}
+        counts = [1, *(sizes[self.columns[i]["kind"]] for i in self.listed)]
+        return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+
     @property
     def n_patches(self):
         return (self.image_size // self.patch_size)**2
@@ -119,14 +125,8 @@ class ColumnsClassifier(nn.Module):
             patches = self.patches(images.flatten(0, 1).to(weight.dtype)).flatten(2).mT  # (B p, N, C)
             parts.append((patches + self.patch_positions.weight).unflatten(0, seen.shape).flatten(1, 2))
             there.append(seen.repeat_interleave(patches.size(1), dim=1))
-        owners = self.owners(0 if tokens is None else tokens.size(2)).to(weight.device)
+        owners = self.config.owners(0 if tokens is None else tokens.size(2)).to(weight.device)
         return torch.cat(parts, dim=1) + self.columns(owners), torch.cat(there, dim=1)
-
-    def owners(self, S):
-        """Whose each token of the list is, (L,): 0 for [CLS], else 1 + its place in config.listed."""
-        sizes = {"category": 1, "number": 1, "text": S, "picture": self.config.n_patches}
-        counts = [1, *(sizes[self.config.columns[i]["kind"]] for i in self.config.listed)]
-        return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
 
 
 @torch.no_grad()

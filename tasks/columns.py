@@ -118,9 +118,8 @@ class ColumnsTask(Task):
 
     def mean_tokens(self, split):
         """The mean number of tokens of a row of a split, [CLS] among them."""
-        fixed = 1 + sum(self.config.n_patches if self.config.columns[i]["kind"] == "picture" else 1
-                        for i in self.config.listed if self.config.columns[i]["kind"] != "text")
-        return fixed + sum(len(ids) for row in self.tables[split].texts for ids in row) / len(self.labels[split])
+        of_texts = sum(len(ids) for row in self.tables[split].texts for ids in row)
+        return len(self.config.owners(0)) + of_texts / len(self.labels[split])
 
     # ------------------------------------------------------------------------------------------------------------------
     # Measures
@@ -423,7 +422,7 @@ def draw_columns(model, found, sampling):
     with torch.inference_mode(), noted(block.attn for block in model.transformer.blocks) as looks:
         model(**found)
         _, there = model.embed(**{"tokens": None, "lengths": None, "images": None, "seen": None, **found})
-    owners = model.owners(found["tokens"].size(2) if "tokens" in found else 0)
+    owners = model.config.owners(found["tokens"].size(2) if "tokens" in found else 0)
     names = ["[CLS]", *(model.config.columns[i]["name"] for i in model.config.listed)]
     member = F.one_hot(owners, len(names)).float() * there[0].cpu()[:, None]  # (L, 1 + K)
     shown = member.sum(0) > 0
