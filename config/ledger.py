@@ -7,7 +7,6 @@ out_dir = "out/ledger"
 n_layer = 3
 n_head = 4
 n_embd = 64
-block_size = 16
 patch_size = 4
 dropout = 0.1
 hide_rate = 0.0

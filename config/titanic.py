@@ -7,7 +7,6 @@ out_dir = "out/titanic"
 n_layer = 2
 n_head = 4
 n_embd = 32
-block_size = 24
 dropout = 0.2
 hide_rate = 0.1
 
