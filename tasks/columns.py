@@ -11,6 +11,7 @@ Axes: B batch, n rows of a split, N labels of the model, c columns of categories
 pictures, S tokens of a text, K columns with tokens.
 """
 
+import functools
 import json
 import shlex
 import warnings
@@ -41,6 +42,7 @@ from tasks.task import Task
 SHAPE = ("n_layer", "n_head", "n_embd", "numbers", "block_size", "patch_size")
 AT_ONCE = 256  # rows per batch of an evaluation: it limits memory and changes no result
 MOST_WORDS = 2000  # of the texts of a column, from which the floors learn
+MOST_NUMBERS = 50_000_000  # in the training rows from which they learn: 200 MB
 
 
 class ColumnsTask(Task):
@@ -153,42 +155,45 @@ class ColumnsTask(Task):
             from sklearn.linear_model import LogisticRegression
         except ImportError:
             raise UserError("the logistic regression needs scikit-learn: pip install scikit-learn") from None
-        known, labels = ~self.labels["train"][:, -1], self.labels["train"][:, :-1]
-        classes, (x, others) = labels[known].argmax(1), self.features("train", part)
-        flat, flat_others = np.nan_to_num(x), np.nan_to_num(others)  # missing: the mean
+        labels, known = self.labels["train"][:, :-1], np.flatnonzero(~self.labels["train"][:, -1])
+        width = self.features("train", known[:1]).shape[1]
+        known = known[::-(-len(known) * width // MOST_NUMBERS)]
+        x, classes = self.features("train", known), labels[known].argmax(1)
+        others = self.features(part, np.arange(len(self.labels[part])))
+        regression, boosting = LogisticRegression(max_iter=1000), HistGradientBoostingClassifier(random_state=0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the steps did not reach the very optimum
-            decided = {
-                "most frequent": np.full(len(others), np.bincount(classes).argmax()),
-                "logistic regression": LogisticRegression(max_iter=1000).fit(flat[known], classes).predict(flat_others),
-                "gradient boosting": HistGradientBoostingClassifier(random_state=0).fit(
-                    x[known], classes).predict(others)}
+            decided = {"most frequent": np.full(len(others), np.bincount(classes).argmax()),  # below, 0 is the mean
+                       "logistic regression": regression.fit(np.nan_to_num(x), classes).predict(np.nan_to_num(others)),
+                       "gradient boosting": boosting.fit(x, classes).predict(others)}
         return {name: found[:, None] == np.arange(labels.shape[1]) for name, found in decided.items()}
 
-    def features(self, *splits):
-        """The rows of splits as numbers for the floors, float32 (n, features); NaN: a missing number.
+    def features(self, split, rows):
+        """Some rows of a split as numbers for the floors, float32 (B, features); NaN: a missing number.
 
         Standardised numbers and whether they are missing, a column for each category, tf-idf of the words of each text,
         and pixels from 0 to 1.
         """
-        found, config = [], self.config
-        words = {config.columns[i]["name"]: self.words(config.columns[i]["name"]) for i in config.places("text")}
-        sizes = [1 + len(config.columns[i]["values"]) for i in config.places("category")]
-        for table, rows in ((self.tables[split], self.dataset.rows[split]) for split in splits):
-            parts = [np.where(table.missing, np.nan, table.numbers), table.missing]
-            parts += [np.eye(size)[ids] for size, ids in zip(sizes, table.categories.T)]
-            parts += [vectors.transform([row["values"][name] or "" for row in rows]).toarray()
-                      for name, vectors in words.items()]
-            parts += [self.dataset.images[places].reshape(len(rows), -1) / 255 * (places >= 0)[:, None]
-                      for places in table.pictures.T]
-            found.append(np.hstack(parts).astype(np.float32))
-        return found
+        table, texts = Table(*(part[rows] for part in self.tables[split])), self.dataset.rows[split]
+        parts = [np.where(table.missing, np.nan, table.numbers), table.missing]
+        parts += [np.eye(1 + len(self.config.columns[i]["values"]))[ids]
+                  for i, ids in zip(self.config.places("category"), table.categories.T)]
+        parts += [vectors.transform([texts[row]["values"][name] or "" for row in rows]).toarray()
+                  for name, vectors in self.words.items()]
+        parts += [self.dataset.images[places].reshape(len(rows), -1) / np.float32(255) * (places >= 0)[:, None]
+                  for places in table.pictures.T]
+        return np.hstack(parts).astype(np.float32)
 
-    def words(self, name):
-        """scikit-learn's tf-idf vectors of the words in a column of texts, learned from the training rows."""
+    @functools.cached_property
+    def words(self):
+        """{column of texts: scikit-learn's tf-idf vectors of its words, learned from the training rows}."""
         from sklearn.feature_extraction.text import TfidfVectorizer
-        texts = [row["values"][name] or "" for row in self.dataset.rows["train"]]
-        return TfidfVectorizer(sublinear_tf=True, token_pattern=r"\w+", max_features=MOST_WORDS).fit(texts)
+        found = {}
+        for name in (self.config.columns[i]["name"] for i in self.config.places("text")):
+            texts = [row["values"][name] or "" for row in self.dataset.rows["train"]]
+            vectors = TfidfVectorizer(sublinear_tf=True, token_pattern=r"\w+", max_features=MOST_WORDS)
+            found[name] = vectors.fit([*texts, "a"])  # so that there is a word
+        return found
 
     # ------------------------------------------------------------------------------------------------------------------
     # Answers
