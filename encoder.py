@@ -134,11 +134,11 @@ def vectors(encoder, tokens, lengths=None):
 
 
 class Head(nn.Module):
-    """out(dropout(relu(dense(x)))): (..., C) -> (..., N), the logits of N labels, in float32."""
+    """out(dropout(relu(dense(x)))): (..., C) -> (..., N), the logits of N labels, in float32. more: inputs beside C."""
 
-    def __init__(self, config, n_labels):
+    def __init__(self, config, n_labels, more=0):
         super().__init__()
-        self.dense = nn.Linear(config.n_embd, config.n_embd)
+        self.dense = nn.Linear(config.n_embd + more, config.n_embd)
         self.dropout = Dropout(config.dropout)
         self.out = nn.Linear(config.n_embd, n_labels)
 

@@ -74,9 +74,7 @@ class ViT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        plain = not config.stem
-        self.patches = (nn.Conv2d(3, config.n_embd, config.patch_size, stride=config.patch_size) if plain else
-                        ConvStem(config))
+        self.patches = patch_embedding(config)
         self.cls = nn.Embedding(1, config.n_embd) if config.cls else None
         self.wpe = nn.Embedding(config.n_patches + config.cls, config.n_embd)
         self.transformer = Transformer(config)
@@ -90,6 +88,13 @@ class ViT(nn.Module):
         if self.cls is not None:
             x = torch.cat((self.cls.weight.expand(len(x), 1, -1), x), dim=1)
         return self.transformer(x + self.wpe.weight)
+
+
+def patch_embedding(config):
+    """The module that embeds the patches of images: (B, 3, H, W) -> (B, C, ., .). config: a ViTConfig."""
+    if config.stem:
+        return ConvStem(config)
+    return nn.Conv2d(3, config.n_embd, config.patch_size, stride=config.patch_size)
 
 
 class ConvStem(nn.Sequential):

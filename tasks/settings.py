@@ -3,6 +3,7 @@
 A setting that would do nothing for the chosen task, model or optimizer is refused.
 """
 
+import json
 import os
 from dataclasses import dataclass
 from typing import Literal
@@ -324,6 +325,26 @@ class ImageClassification:
 
 
 @dataclass(frozen=True)
+class Columns:
+    # the model: a transformer that reads a row as one list
+    n_layer: int = 2  # blocks
+    n_head: int = 4  # attention heads
+    n_embd: int = 64  # width: channels of a token's vector
+    numbers: Literal["tokens", "head"] = "tokens"  # numbers go into the list as tokens, or into the head beside it
+    block_size: int = 32  # most tokens of a text; a longer one loses its end
+    patch_size: int = 4  # side of a square patch of a picture, in pixels
+    # the training rows
+    hide_rate: float = 0.1  # the share of their values that training makes missing, drawn anew each time
+
+    def __post_init__(self):
+        check_ranges(self, patch_size=1, hide_rate=0.0)
+        check_sizes(self)
+        check_sample_tokens(self)
+        if self.hide_rate >= 1:
+            raise UserError(f"hide_rate = {self.hide_rate}: must be below 1")
+
+
+@dataclass(frozen=True)
 class Tagging(Encoding):
     learn: Literal["both", "tags", "intents"] = "both"  # labels of words, of sentences, or what the data have
     hide_rate: float = 0.0  # the share of tagged words (but "O") that training makes unknown: new ones will be
@@ -554,6 +575,35 @@ class Classifying(Looking):
         check_model(self)
         check_ranges(self, top=0)
         check_looking(self)
+
+
+@dataclass(frozen=True)
+class Predicting(Looking):
+    # the row
+    row: str = ""  # a row as JSON, such as '{"age": 29}', or FILE:path of a table; what a row lacks is missing
+    # the answers
+    top: int = 3  # how many of the likeliest classes to show; 0: all
+
+    def __post_init__(self):
+        check_model(self)
+        check_ranges(self, top=0)
+        check_looking(self)
+        if self.row.startswith("FILE:"):
+            if not os.path.isfile(self.row.removeprefix("FILE:")):
+                raise UserError(f"row = {self.row}: there is no such file")
+        elif not is_object(self.row):
+            raise UserError(f"""row = {self.row!r}: must be an object in JSON, such as --row='{{"age": 29}}', or a"""
+                            " table, such as --row=FILE:rows.csv")
+        if hasattr(self, "prompt"):  # from a command line
+            check_idle(self, "this model reads rows of a table: use --row", "prompt")
+
+
+def is_object(text):
+    """Whether a text is a JSON object."""
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from unittest import mock
 
 import pytest
 import test_classification
+import test_columns
 import test_image_classification
 import test_question_answering
 import torch
@@ -196,11 +197,12 @@ BASES["rl"] = {**BASES["dpo"], "reward": "one_reward", "pack": False, "kl": 0.1,
                "samples": 2, "round": 2, "eval_interval": 2, "log_interval": 1, "answer_tokens": 24, "eval_tokens": 400}
 BASES["tagging"] = {**BASES["text"], "block_size": 64, "learning_rate": 0.003, "sample_tokens": 300}
 BASES["question-answering"] = {**BASES["classification"], "block_size": 24}
+BASES["columns"] = {**BASES["text"], "patch_size": 8, "learning_rate": 0.003, "sample_tokens": 300}
 DATA = {  # of other tasks: data/shapes
     "chat": "data/calculator", "reward": "data/preferences", "dpo": "data/preferences",
     "question-answering": "data/answers",
     "rl": "data/calculator", "tagging": "data/tags", "classification": "data/labels",
-    "image-classification": "data/classes",
+    "image-classification": "data/classes", "columns": "data/columns",
     "text": "data/words", "masked": "data/words", "arithmetic": "arithmetic", "translation": "data/pairs"}
 
 
@@ -223,6 +225,8 @@ def lab(tmp_path_factory):
     for name, seed in (("classes", 0), ("more_classes", 1)):
         rows = labelled_images.find(test_image_classification.make_pictures(folder / f"{name}_source", seed=seed))
         labelled_images.prepare(rows, folder / "data" / name, labelled_images.How(image_size=16), "made up")
+    for name, seed in (("columns", 0), ("more_columns", 1)):
+        test_columns.write_set(folder / "data" / name, seed=seed)
     for name, seed in (("answers", 0), ("more_answers", 1)):
         rows = test_question_answering.make_rows(100, seed)
         labelled.prepare(rows, folder / "data" / name, "answers", labelled.How(tokenizer="word:1"), "made up")
@@ -327,7 +331,7 @@ TRAINING = {
     # of the encoders
     "mask_rate": Change(0.5),
     "learn": Change("tags"), "train_rows": Change(30), "pool": Change("first"), "hide_rate": Change(0.5),
-    "answer_words": Change(1, max_iters=60, batch_size=16),
+    "numbers": Change("head"), "answer_words": Change(1, max_iters=60, batch_size=16),
 }
 WITH_IMAGES = {
     "dataset": Change("data/more"), "block_size": Change(120), "eval_tokens": Change(200), "sample_tokens": Change(0)}
@@ -360,6 +364,9 @@ OF_TASK = {  # entries that differ for one task
     "image-classification": {"dataset": Change("data/more_classes"), "eval_tokens": Change(8),
                              "sample_tokens": Change(0), "init_from": Change("one_image-classification"),
                              "lora_rank": Change(2, init_from="one_image-classification")},
+    "columns": {"dataset": Change("data/more_columns"), "block_size": Change(2), "eval_tokens": Change(40),
+                "sample_tokens": Change(0), "init_from": Change("one_columns"),
+                "lora_rank": Change(2, init_from="one_columns")},
     "question-answering": {"dataset": Change("data/more_answers"), "block_size": Change(12), "eval_tokens": Change(40),
                            "sample_tokens": Change(0), "init_from": Change("one_question-answering"),
                            "lora_rank": Change(2, init_from="one_question-answering")},
@@ -368,7 +375,7 @@ OF_TASK = {  # entries that differ for one task
 PART = {"text": "wte", "chat": "wte", "reward": "wte", "dpo": "wte", "rl": "wte",
         "contrastive": "text", "image-text": "decoder", "arithmetic": "wte",
         "translation": "encoder", "masked": "encoder", "tagging": "encoder",
-        "classification": "encoder", "image-classification": "vision",
+        "classification": "encoder", "image-classification": "vision", "columns": "transformer",
         "question-answering": "encoder"}
 
 
@@ -410,7 +417,7 @@ SAMPLING = {
     "chat": Change(True), "system": Change("4"),
     "beam": Change(3), "length_penalty": Change(0.0, beam=4, n_best=4), "n_best": Change(2, beam=3),
     "answer": Change("7"),
-    "context": Change("a king sees Berno ."),
+    "context": Change("a king sees Berno ."), "row": Change('{"age": 70, "sex": "male"}'),
     "show_steps": Change(True), "attention_layer": refused(2, attention="map.png"),
     "attention_head": refused(3, attention="map.png"), "attention_each": Change(True, attention="map.png"),
 }
@@ -435,6 +442,7 @@ SAMPLING_OF_TASK = {
     "classification": {"prompt": Change("a night"), "init_from": refused("one_classification"), "top": Change(1)},
     "image-classification": {"prompt": refused("a night"), "init_from": refused("one_image-classification"),
                              "top": Change(1)},
+    "columns": {"prompt": refused("a night"), "init_from": refused("one_columns"), "top": Change(1)},
     "question-answering": {"prompt": Change("when was it?\nwho?"), "init_from": refused("one_question-answering")}}
 EVALUATING = {
     "init_from": refused("one_text"), "out_dir": Change("one_{task}"), "checkpoint": Change("last"),
@@ -452,13 +460,14 @@ EVALUATING_OF_TASK = {"text": {}, "masked": {},
                       "tagging": {"dataset": Change("data/more_tags")},
                       "classification": {"dataset": Change("data/more_labels")},
                       "image-classification": {"dataset": Change("data/more_classes")},
+                      "columns": {"dataset": Change("data/more_columns")},
                       "question-answering": {"dataset": Change("data/more_answers")},
                       **dict.fromkeys(("contrastive", "image-text"), {"dataset": Change("data/more")})}
 
 
 def at(task, change):
     """The change, with the task in place of {task} in its value."""
-    value = change.value.format(task=task) if isinstance(change.value, str) else change.value
+    value = change.value.replace("{task}", task) if isinstance(change.value, str) else change.value
     return Change(value, change.refused, **change.beside)
 
 
@@ -466,7 +475,7 @@ def at(task, change):
 def test_each_setting_of_sampling_changes_the_sample_or_is_refused(lab, run, task, name):
     asked = dict(CPU, out_dir=run)
     if task not in ("contrastive", "arithmetic", "masked", "tagging", "classification", "reward",
-                    "image-classification", "question-answering"):
+                    "image-classification", "question-answering", "columns"):
         asked |= {"max_new_tokens": 40}
     if task == "arithmetic":
         asked["prompt"] = "7*8="
@@ -480,6 +489,8 @@ def test_each_setting_of_sampling_changes_the_sample_or_is_refused(lab, run, tas
         for letter, colour in (("a", "red"), ("b", "blue")):
             shutil.copy(f"classes_source/{colour}/0.png", f"{letter}.png")
         asked["image"] = "a.png"
+    elif task == "columns":
+        asked["row"] = '{"age": 20, "sex": "female"}'
     elif task == "question-answering":
         asked |= {"prompt": "who was it?", "context": "the mad king sees Alma ."}
     elif task == "reward":
