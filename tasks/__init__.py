@@ -39,6 +39,8 @@ TASKS = {
                           settings.Labels, ()),
     "image-classification": Row("tasks.image_classification", "ImageClassificationTask", settings.ImageClassification,
                                 settings.Recognising, settings.Labels, ("vit",)),
+    "masked-patches": Row("tasks.masked_patches", "MaskedPatchesTask", settings.MaskedPatches, settings.Guessing,
+                          settings.Nothing, ()),
     "chat": Row("tasks.chat", "ChatTask", settings.Chat, settings.Chatting, settings.Answers, ()),
     "reward": Row("tasks.reward", "RewardTask", settings.Reward, settings.Scoring, settings.Problems, ()),
     "dpo": Row("tasks.dpo", "DPOTask", settings.DPO, settings.Chatting, settings.Answers, ()),
