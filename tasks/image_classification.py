@@ -18,13 +18,14 @@ import torch
 
 from batches import ImageTextDataset, fixed_rows, read_images, scaled, shuffled_rows, to_device
 from configurator import UserError, say
+from inside import record
 from inside.attention import rollout
 from machine.device import autocast
 from machine.terminal import watched
 from run import pictures
 from run.cost import flops_per_token, size_in_words
 from run.pictures import save_picture
-from tasks.image_text import check_patch, check_size
+from tasks.image_text import SHOWN, check_patch, check_size
 from tasks.labels import described, label_report, reports
 from tasks.settings import Recognising
 from tasks.task import Task
@@ -92,6 +93,12 @@ class PictureTask(Task):
         """Training pictures, changed as the settings say: (B, 3, S, S) in [-1, 1], on the device."""
         images = self.dataset.images[self.images["train"][rows]]
         return scaled(changed(images, self.settings.shift, self.settings.flip, generator), self.world.device)
+
+    def seen(self, request):
+        """The PIL image of a request. Raises UserError if it has none."""
+        if not request.get("image"):
+            raise UserError("this model reads images: add --image=FILE")
+        return pictures.read_image(request["image"])
 
     def command(self, out_dir):
         return f"{super().command(out_dir)} --image=FILE"
@@ -242,11 +249,9 @@ class ImageClassificationTask(PictureTask):
 
         sampling.attention, if set, names a picture to write: `rollout` as a heat map. Then (0, text) also says so.
         """
-        if not all(request.get("image") for request in requests):
-            raise UserError("this model names the class of an image: add --image=FILE")
         device, size = next(model.parameters()).device, model.config.vision.image_size
         for index, request in enumerate(requests):
-            found = pictures.read_image(request["image"])
+            found = self.seen(request)
             image = pictures.pixels(found, size).to(device)[None]
             shares, = self.probabilities(model, image)
             path = f"{request['image']}: " * (len(requests) > 1)
@@ -255,6 +260,24 @@ class ImageClassificationTask(PictureTask):
             name = model.config.labels[shares.argmax()]
             drawn = pictures.draw_attention(found, rollout(model, image)[None], "", [name])
             yield 0, "\n" + save_picture(drawn, sampling.attention)
+
+    def inside(self, model, request, sampling):
+        """The record of a picture: its patches as tokens, where they look, and the likeliest classes."""
+        picture = self.seen(request)
+        vision, trunk = model.config.vision, model.vision.transformer
+        image = pictures.pixels(picture, vision.image_size)[None].to(next(model.parameters()).device)
+        N, side, first = vision.n_patches, vision.image_size // vision.patch_size, int(vision.cls)
+        tokens = ["class"] * first + [f"{i // side + 1},{i % side + 1}" for i in range(N)]
+        with record.notes_of(trunk, len(tokens), both_ways=True) as notes:
+            model.vision(image)
+        found, lens = record.answers(notes, lambda x: x[:1] if first else x.mean(0, keepdim=True), model.head, [0],
+                                     "likeliest", model.config.labels.__getitem__)
+        parts = {"attention": [record.packed("image", [own[..., first:] for own in notes.own], tokens,
+                                             grid=[side, side])]}
+        if notes.count < len(tokens):
+            tokens, parts = tokens[:1], {"notes": [f"where its {N} patches look is not shown: they are too many"]}
+        return record.make("classification", self, model, tokens, len(tokens), labels=[found[0]["top"][0][0]],
+                           predictions=found, lens=lens, image=pictures.data_url(picture, SHOWN), **parts)
 
     def show(self, model, short=False):
         """Pictures of the validation part with their likeliest labels: ten, or if short three."""

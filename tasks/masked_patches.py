@@ -154,12 +154,10 @@ class MaskedPatchesTask(PictureTask):
 
     def sample(self, model, requests, sampling):
         """Yields (index of a request, the loss of the guess); sampling.draw names a picture to write of all guesses."""
-        if not all(request.get("image") for request in requests):
-            raise UserError("this model draws hidden patches of an image: add --image=FILE")
         vision, panels = model.config.vision, []
         device, generator = next(model.parameters()).device, torch.Generator().manual_seed(sampling.seed)
         for index, request in enumerate(requests):
-            image = pictures.pixels(pictures.read_image(request["image"]), vision.image_size).to(device)
+            image = pictures.pixels(self.seen(request), vision.image_size).to(device)
             places = self.places(1, vision.n_patches, generator)[0].to(device)
             loss, guess = self.guess(model, image, places)
             path = f"{request['image']}: " * (len(requests) > 1)
