@@ -24,7 +24,7 @@ warmup_iters = 50
 beta2 = 0.98
 weight_decay = 0.05
 
-batch_size = 128
-max_iters = 3000
-eval_interval = 1000
+batch_size = 64
+max_iters = 2400  # 2.8 epochs
+eval_interval = 1200
 log_interval = 50
