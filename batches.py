@@ -84,8 +84,8 @@ META_KEYS = {"text": ("dtype", "train_tokens", "val_tokens"),
 SPLITS = ("train", "val", "test")
 
 
-def read_meta(folder, kind):
-    """The content of meta.json. Raises UserError if it is damaged, or not of this kind, a key of META_KEYS."""
+def read_meta(folder, *kinds):
+    """The content of meta.json. Raises UserError if it is damaged, or not of one of the kinds, keys of META_KEYS."""
     path = folder / "meta.json"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
@@ -95,9 +95,9 @@ def read_meta(folder, kind):
         complete = False
     if not complete:
         raise UserError(f"{path} is damaged: prepare the data set again")
-    if found != kind:
-        raise UserError(f"{folder} is a data set of kind {found}, and this model needs one of kind {kind}: name another"
-                        " --dataset")
+    if found not in kinds:
+        raise UserError(f"{folder} is a data set of kind {found}, and this model needs one of kind"
+                        f" {' or '.join(kinds)}: name another --dataset")
     return meta
 
 
@@ -149,8 +149,8 @@ class ImageTextDataset:
     files don't fit meta.json.
     """
 
-    def __init__(self, folder, kind="image-text"):
-        self.folder, self.meta = folder, read_meta(folder, kind)
+    def __init__(self, folder, *kinds):
+        self.folder, self.meta = folder, read_meta(folder, *(kinds or ("image-text",)))
         self.image_size = self.meta["image_size"]
         self.images = open_images(folder, self.meta)
         self.rows = {split: self.read_rows(split) for split in SPLITS if f"{split}_rows" in self.meta}

@@ -54,8 +54,7 @@ def own_settings(values):
     return joined(sampling, Short) if hasattr(sampling, "max_new_tokens") else sampling
 
 
-# Tasks that make no record yet.
-CLOSED = ("contrastive", "reward", "image-classification", "question-answering", "columns")
+CLOSED = ("contrastive", "reward", "masked-patches", "question-answering", "columns")  # they make no record yet
 
 # Settings of sample.py for what the page does not show, or shows anyway.
 IDLE = ("num_samples", "n_best", "show_steps", "draw", "attention", "attention_layer", "attention_head",

@@ -1,12 +1,15 @@
-"""The vision transformer (Dosovitskiy et al. 2021), built from model.py's blocks, and a classifier of images.
+"""The vision transformer (Dosovitskiy et al. 2021), built from model.py's blocks, and two models that it is part of.
 
-    python train.py config/fashion_mnist.py         trains one, also on a laptop's CPU
+    python train.py config/fashion_mnist.py              a classifier of images, also on a laptop's CPU
+    python train.py config/fashion_mnist_masked.py       a model that draws hidden patches, and needs no classes
 
 vlm.py joins it to models of text.
 
-Axes: B batch, N image patches, C channels (n_embd), H and W height and width in pixels.
+Axes: B batch, N image patches, A hidden ones, P pixel values of a patch (3 * patch_size^2), C channels (n_embd), H and
+W height and width in pixels.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -53,6 +56,16 @@ class ImageClassifierConfig:
             raise UserError(f"labels = {list(self.labels)}: a classifier needs at least two")
 
 
+@dataclass(frozen=True)
+class MaskedPatchesConfig:
+    vision: ViTConfig = ViTConfig()
+    normalise: bool = True  # what it predicts: pixels less their patch's mean, divided by their standard deviation
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        set_parts(self, vision=ViTConfig)
+
+
 def set_parts(config, **parts):
     """Changes a frozen config in place: its field NAME becomes an instance of CLASS, with the dropout of `config`.
 
@@ -84,7 +97,14 @@ class ViT(nn.Module):
 
         With a class token (B, 1 + N, C): its vector comes first.
         """
-        x = self.patches(images.to(self.wpe.weight.dtype)).flatten(2).transpose(1, 2)  # (B, N, C)
+        return self.read(self.embed(images))
+
+    def embed(self, images):
+        """The patches' vectors, (B, N, C), before positions are added. images: see `forward`."""
+        return self.patches(images.to(self.wpe.weight.dtype)).flatten(2).transpose(1, 2)
+
+    def read(self, x):
+        """The trunk's output for the patches' vectors (B, N, C): see `forward`."""
         if self.cls is not None:
             x = torch.cat((self.cls.weight.expand(len(x), 1, -1), x), dim=1)
         return self.transformer(x + self.wpe.weight)
@@ -127,6 +147,58 @@ class ImageClassifier(nn.Module):
         x = self.vision(images)
         logits = self.head(x[:, 0] if self.config.vision.cls else x.mean(1)).float()
         return logits if targets is None else F.cross_entropy(logits, targets, reduction="none")
+
+
+class MaskedPatches(nn.Module):
+    """A ViT that predicts hidden patches of an image from the visible ones, as SimMIM does (Xie et al. 2022).
+
+    One learned vector stands in for the embedding of each hidden patch; a linear layer makes pixels of what comes out.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.vision = ViT(config.vision)
+        self.mask = nn.Embedding(1, config.vision.n_embd)
+        self.head = nn.Linear(config.vision.n_embd, 3 * config.vision.patch_size**2)
+
+    def forward(self, images, places, targets=None):
+        """The hidden patches in float32, (B, A, P); or, given targets of that shape, the mean squared error of each.
+
+        images: (B, 3, H, W). places: (B, A), which patches are hidden: their pixels have no effect.
+        """
+        vision, N = self.vision, self.config.vision.n_patches
+        hidden = torch.zeros(len(images), N, dtype=torch.bool, device=images.device).scatter(1, places, True)
+        x = vision.embed(blanked(images, hidden, self.config.vision.patch_size))  # (B, N, C)
+        x = vision.read(torch.where(hidden[..., None], self.mask.weight, x))[:, -N:]  # without a class token
+        found = self.head(x.gather(1, places[..., None].expand(-1, -1, x.size(-1)))).float()  # (B, A, P)
+        return found if targets is None else (found - targets).square().mean(-1)
+
+
+def blanked(images, hidden, patch_size):
+    """Images (B, 3, H, W) with grey in place of hidden patches. hidden: bool (B, N).
+
+    The neighbours' embeddings would else show them, where a `ConvStem` makes these.
+    """
+    side = images.size(-1) // patch_size
+    pixels = hidden.view(-1, 1, side, side).repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)
+    return images.masked_fill(pixels, 0)
+
+
+def patches_of(images, patch_size):
+    """The patches of images (B, 3, H, W), row by row from the top: (B, N, P). `images_of` is the inverse."""
+    return F.unfold(images, patch_size, stride=patch_size).mT
+
+
+def images_of(patches, patch_size):
+    """Square images, (B, 3, H, W), of patches (B, N, P)."""
+    side = math.isqrt(patches.size(1)) * patch_size
+    return F.fold(patches.mT, side, patch_size, stride=patch_size)
+
+
+def mean_and_spread(patches):
+    """(mean, standard deviation) of each patch's pixels, (..., 1) each, as MAE has them. patches: (..., P)."""
+    return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
 
 
 @torch.no_grad()

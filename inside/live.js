@@ -20,6 +20,7 @@
     contrastive: ["Captions to compare, with | between them", "Compare"],
     arithmetic: ["Problem, such as 7+5=", "Compute"], chat: ["Your message", "Send"],
     reward: ["Question that the set answer answers", "Score"],
+    "image-classification": ["Choose a picture above; nothing need be written here", "Recognise"],
   };
   const MOST_BYTES = 9e6;  // of a picture
   const QUICK = 1000, SLOW = 5000;  // milliseconds between two questions to the server, in a run that learns or not

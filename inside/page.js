@@ -104,11 +104,21 @@ function afterPaint(task) {
   requestAnimationFrame(() => setTimeout(task));
 }
 
+// The rows and columns of a picture's patches, if the tokens are patches; else undefined.
+function patchGrid() {
+  const {kind, attention} = state.record;
+  return kind === "classification" ? attention.find(({name}) => name === "image")?.grid : undefined;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // The text
 
 function drawTexts() {
   const {tokens, source, predictions} = state.record;
+  const grid = patchGrid();
+  byId("text").classList.toggle("patches", Boolean(grid));
+  byId("text").classList.toggle("headed", Boolean(grid) && tokens.length > grid[0] * grid[1]);  // by a class token
+  byId("text").style.setProperty("--columns", grid?.[1] ?? 1);
   const next = predictions.at(-1)?.at === tokens.length ? ["…"] : [];  // what the model expects after the text
   byId("text").replaceChildren(...[...tokens, ...next].map(tokenSpan));
   byId("source").replaceChildren(...source.map((text, i) => option(text, i, `${i + 1} of ${source.length}`)));
@@ -368,13 +378,14 @@ async function drawHeads() {
 }
 
 function mapOf(attention, map) {
+  const name = patchGrid() ? "From the chosen patch to the picture, which each square shows" : MAP_NAMES[attention.name];
   const rows = Array.from({length: attention.layers}, (_, layer) => make("div", {class: "layer"},
     make("span", {class: "name"}, `block ${layer + 1}`),
     ...Array.from({length: attention.heads}, (_, head) => headButton(attention, map, layer, head))));
   const mean = make("button", {type: "button", class: "mean", "aria-pressed": "false", tabindex: map ? "-1" : "0",
                                "data-map": map, "data-layer": -1, "data-head": -1}, "mean of all heads");
-  return make("div", {class: `map ${attention.name}`, role: "group", "aria-label": MAP_NAMES[attention.name]},
-              make("h3", {}, MAP_NAMES[attention.name]), mean, ...rows);
+  return make("div", {class: `map ${attention.name}`, role: "group", "aria-label": name},
+              make("h3", {}, name), mean, ...rows);
 }
 
 function headButton(attention, map, layer, head) {
@@ -563,6 +574,18 @@ function drawLooked(weights) {
 // ---------------------------------------------------------------------------------------------------------------------
 // The picture, and the lines between two sentences
 
+// Lets a click on the picture choose the patch there.
+function listenToPicture() {
+  byId("picture").addEventListener("click", ({currentTarget, clientX, clientY}) => {
+    const grid = patchGrid();
+    if (!grid) return;
+    const box = currentTarget.getBoundingClientRect();
+    const [row, column] = [(clientY - box.top) / box.height, (clientX - box.left) / box.width]
+      .map((share, axis) => Math.min(Math.floor(share * grid[axis]), grid[axis] - 1));
+    choose(state.record.tokens.length - grid[0] * grid[1] + row * grid[1] + column);
+  });
+}
+
 function drawPictureFrame() {
   const {image} = state.record;
   byId("picture").hidden = !image;
@@ -668,6 +691,7 @@ byId("steps").addEventListener("click", ({target}) => {
   byId("text").children[state.token].scrollIntoView({block: "nearest"});
 });
 listenToHeads();
+listenToPicture();
 addEventListener("resize", redraw);
 {
   const record = JSON.parse(byId("record").textContent);

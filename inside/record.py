@@ -17,6 +17,8 @@
      "embedding": {"names": [...], "xy": [[x, y], ...], "explained": [share of x, share of y]} or None,
      "source": tokens of what is translated, "labels": of each token, or of the text, "image": a data URL or None}
 
+A picture that gets a class is a "classification" whose tokens are its patches, named by row and column.
+
 A lens reads the residual stream after each block as if it were the last: through the final norm and the head
 (nostalgebraist 2020). Row t of the attention is that of token t: it made the prediction at t + 1, or an encoder's at t.
 

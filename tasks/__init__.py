@@ -40,6 +40,8 @@ TASKS = {
     "image-classification": Row("tasks.image_classification", "ImageClassificationTask", settings.ImageClassification,
                                 settings.Recognising, settings.Labels, ("vit",)),
     "columns": Row("tasks.columns", "ColumnsTask", settings.Columns, settings.Predicting, settings.Labels, ()),
+    "masked-patches": Row("tasks.masked_patches", "MaskedPatchesTask", settings.MaskedPatches, settings.Guessing,
+                          settings.Nothing, ()),
     "chat": Row("tasks.chat", "ChatTask", settings.Chat, settings.Chatting, settings.Answers, ()),
     "reward": Row("tasks.reward", "RewardTask", settings.Reward, settings.Scoring, settings.Problems, ()),
     "dpo": Row("tasks.dpo", "DPOTask", settings.DPO, settings.Chatting, settings.Answers, ()),

@@ -18,31 +18,35 @@ import torch
 
 from batches import ImageTextDataset, fixed_rows, read_images, scaled, shuffled_rows, to_device
 from configurator import UserError, say
+from inside import record
 from inside.attention import rollout
 from machine.device import autocast
 from machine.terminal import watched
 from run import pictures
 from run.cost import flops_per_token, size_in_words
 from run.pictures import save_picture
-from tasks.image_text import check_patch, check_size
+from tasks.image_text import SHOWN, check_patch, check_size
 from tasks.labels import described, label_report, reports
 from tasks.settings import Recognising
 from tasks.task import Task
 from vit import ImageClassifier, ImageClassifierConfig, ViT, ViTConfig, init_parts
 
-SHAPE = ("n_layer", "n_head", "n_embd", "patch_size", "stem")
+SHAPE = ("n_layer", "n_head", "n_embd", "patch_size", "stem")  # the settings that shape the ViT
 AT_ONCE = 256  # pictures per batch of an evaluation: it limits memory and changes no result
 MOST_NUMBERS = 200_000_000  # in the pictures from which the floors learn: 800 MB
 
 
-class ImageClassificationTask(Task):
-    best = ("accuracy", max)
-    models = {"image_classifier": (ImageClassifier, ImageClassifierConfig)}
+class PictureTask(Task):
+    """Base class of tasks that train a ViT on pictures alone. The one model of a subclass has it as `vision`."""
+
     fixed_shapes = True
     rows_label = "the training pictures"
+    kinds = ()  # of the data set
+    rows = None  # the training pictures to learn from, indices; None: all
 
     def open(self, folder, world):
-        self.dataset, self.world = ImageTextDataset(folder, "image-labels"), world
+        """Also finds images[split], (n,): where in the data set the split's pictures are."""
+        self.dataset, self.world = ImageTextDataset(folder, *self.kinds), world
         self.tokenizers = {}  # those of a SigLIP are not needed
         self.images = {split: np.array([row["image"] for row in rows]) for split, rows in self.dataset.rows.items()}
 
@@ -50,30 +54,76 @@ class ImageClassificationTask(Task):
         s, size = self.settings, self.dataset.image_size
         check_patch("patch_size", s.patch_size, size)
         shape = {name: getattr(s, name) for name in SHAPE}
-        return self.new(ViTConfig(**shape, cls=s.pool == "first", image_size=size), generator)
+        return self.new(ViTConfig(**shape, cls=getattr(s, "pool", "mean") == "first", image_size=size), generator)
+
+    def own(self):
+        """{name: value} of the fields that the configuration of the task's model has beside the ViT and dropout."""
+        return {}
 
     def new(self, vision, generator):
-        """A new model for the labels of the data set. vision: a ViTConfig."""
-        model = ImageClassifier(ImageClassifierConfig(vision, self.dataset.meta["labels"], self.settings.dropout))
+        """A new model. vision: a ViTConfig."""
+        (cls, config_cls), = self.models.values()
+        model = cls(config_cls(vision, dropout=self.settings.dropout, **self.own()))
         init_parts(model, generator)
         return model
 
     def adopt(self, model, generator):
-        """The model of init_from, if it names the same labels; else its vision tower under a new head."""
-        if type(model) is ImageClassifier and model.config.labels == tuple(self.dataset.meta["labels"]):
+        """The model of init_from, if it is one of this task with the same `own`; else its ViT under a new head."""
+        (cls, _), = self.models.values()
+        if type(model) is cls and all(getattr(model.config, name) == value for name, value in self.own().items()):
             return model
         if not isinstance(tower := getattr(model, "vision", None), ViT):
             raise UserError(f"init_from = {self.source}: is a {type(model).__name__}, and --task={self.settings.task}"
-                            " starts from a vision tower: name a run of --task=image-classification, contrastive or"
-                            " image-text, or a PaliGemma; or leave it out")
+                            " starts from a vision tower: name a run of --task=image-classification, masked-patches,"
+                            " contrastive or image-text, or a PaliGemma; or leave it out")
         say(f"{self.source}: its vision tower gets a new head, which starts from random weights")
         new = self.new(tower.config, generator).to(next(model.parameters()).device)
         new.vision.load_state_dict(tower.state_dict())
         return new
 
     def shape(self, model):
-        vision = model.config.vision
-        return {name: getattr(vision, name) for name in SHAPE} | {"pool": "first" if vision.cls else "mean"}
+        return {name: getattr(model.config.vision, name) for name in SHAPE}
+
+    def pick(self, step):
+        s, rows = self.settings, self.rows
+        picked = shuffled_rows(len(self.images["train"] if rows is None else rows), s.batch_size, s.seed, step)
+        return picked if rows is None else rows[picked]
+
+    def read(self, rows, generator):
+        """Training pictures, changed as the settings say: (B, 3, S, S) in [-1, 1], on the device."""
+        images = self.dataset.images[self.images["train"][rows]]
+        return scaled(changed(images, self.settings.shift, self.settings.flip, generator), self.world.device)
+
+    def seen(self, request):
+        """The PIL image of a request. Raises UserError if it has none."""
+        if not request.get("image"):
+            raise UserError("this model reads images: add --image=FILE")
+        return pictures.read_image(request["image"])
+
+    def command(self, out_dir):
+        return f"{super().command(out_dir)} --image=FILE"
+
+    def summary(self, model):
+        s, n = self.settings, len(self.images["train"] if self.rows is None else self.rows)
+        return (f"model: {size_in_words(model)}, {len(model.vision.wpe.weight)} tokens for a picture; data: {n:,}"
+                f" pictures of {s.dataset}; {s.max_iters} updates = {s.batch_size * s.max_iters / n:.1f} epochs")
+
+    def cost(self, model):
+        """(tokens, FLOPs) of an update with all parameters trained; frozen ones are not deducted."""
+        tokens = self.settings.batch_size * len(model.vision.wpe.weight)
+        return tokens, tokens * flops_per_token(model.vision, len(model.vision.wpe.weight))
+
+
+class ImageClassificationTask(PictureTask):
+    best = ("accuracy", max)
+    models = {"image_classifier": (ImageClassifier, ImageClassifierConfig)}
+    kinds = ("image-labels",)
+
+    def own(self):
+        return {"labels": tuple(self.dataset.meta["labels"])}
+
+    def shape(self, model):
+        return {**super().shape(model), "pool": "first" if model.config.vision.cls else "mean"}
 
     def fit(self, model):
         """Also finds the labels of all rows: labels[split] is bool (n, N + 1), the last column for unknown labels."""
@@ -84,16 +134,25 @@ class ImageClassificationTask(Task):
         index = {name: i for i, name in enumerate(model.config.labels)}
         self.labels = {split: np.eye(len(index) + 1, dtype=bool)[[index.get(row["label"], -1) for row in rows]]
                        for split, rows in self.dataset.rows.items()}
+        if wanted := getattr(self.settings, "train_rows", 0):
+            self.rows = self.drawn(wanted)
 
-    def pick(self, step):
-        s = self.settings
-        return shuffled_rows(len(self.images["train"]), s.batch_size, s.seed, step)
+    def drawn(self, wanted):
+        """The indices (wanted,) of training pictures, the same share of each class, drawn with the seed."""
+        n, s = len(self.images["train"]), self.settings
+        if wanted > n:
+            raise UserError(f"train_rows = {wanted}: the data set {s.dataset} has only {n} training pictures")
+        order = np.random.Generator(np.random.Philox(key=s.seed)).permutation(n)
+        classes, places = self.labels["train"][order].argmax(1), np.empty(n)
+        for each in np.unique(classes):  # spread evenly from 0 to 1, so that any beginning has the same share of them
+            at = np.flatnonzero(classes == each)
+            places[at] = (np.arange(len(at)) + 0.5) / len(at)
+        return np.sort(order[places.argsort(kind="stable")[:wanted]])
 
     def batch(self, rows, generator):
-        images = self.dataset.images[self.images["train"][rows]]
-        images = changed(images, self.settings.shift, self.settings.flip, generator)
+        images = self.read(rows, generator)
         targets, weights = self.targets("train", rows)
-        return {"images": scaled(images, self.world.device), "targets": targets}, weights
+        return {"images": images, "targets": targets}, weights
 
     def targets(self, split, rows):
         """(targets (B,), weights (B,)). A picture of a class that the model lacks has weight 0: it teaches nothing."""
@@ -160,7 +219,8 @@ class ImageClassificationTask(Task):
     @functools.cached_property
     def training_pixels(self):
         """(pixels (n, P), classes (n,)) of the training pictures, or of some of them: at most MOST_NUMBERS."""
-        rows = np.flatnonzero(~self.labels["train"][:, -1])
+        rows = np.arange(len(self.images["train"])) if self.rows is None else self.rows
+        rows = rows[~self.labels["train"][rows, -1]]
         rows = rows[::-(-len(rows) * self.dataset.images[0].size // MOST_NUMBERS)]
         return self.pixels(self.images["train"][rows]), self.labels["train"][rows, :-1].argmax(1)
 
@@ -189,11 +249,9 @@ class ImageClassificationTask(Task):
 
         sampling.attention, if set, names a picture to write: `rollout` as a heat map. Then (0, text) also says so.
         """
-        if not all(request.get("image") for request in requests):
-            raise UserError("this model names the class of an image: add --image=FILE")
         device, size = next(model.parameters()).device, model.config.vision.image_size
         for index, request in enumerate(requests):
-            found = pictures.read_image(request["image"])
+            found = self.seen(request)
             image = pictures.pixels(found, size).to(device)[None]
             shares, = self.probabilities(model, image)
             path = f"{request['image']}: " * (len(requests) > 1)
@@ -202,6 +260,24 @@ class ImageClassificationTask(Task):
             name = model.config.labels[shares.argmax()]
             drawn = pictures.draw_attention(found, rollout(model, image)[None], "", [name])
             yield 0, "\n" + save_picture(drawn, sampling.attention)
+
+    def inside(self, model, request, sampling):
+        """The record of a picture: its patches as tokens, where they look, and the likeliest classes."""
+        picture = self.seen(request)
+        vision, trunk = model.config.vision, model.vision.transformer
+        image = pictures.pixels(picture, vision.image_size)[None].to(next(model.parameters()).device)
+        N, side, first = vision.n_patches, vision.image_size // vision.patch_size, int(vision.cls)
+        tokens = ["class"] * first + [f"{i // side + 1},{i % side + 1}" for i in range(N)]
+        with record.notes_of(trunk, len(tokens), both_ways=True) as notes:
+            model.vision(image)
+        found, lens = record.answers(notes, lambda x: x[:1] if first else x.mean(0, keepdim=True), model.head, [0],
+                                     "likeliest", model.config.labels.__getitem__)
+        parts = {"attention": [record.packed("image", [own[..., first:] for own in notes.own], tokens,
+                                             grid=[side, side])]}
+        if notes.count < len(tokens):
+            tokens, parts = tokens[:1], {"notes": [f"where its {N} patches look is not shown: they are too many"]}
+        return record.make("classification", self, model, tokens, len(tokens), labels=[found[0]["top"][0][0]],
+                           predictions=found, lens=lens, image=pictures.data_url(picture, SHOWN), **parts)
 
     def show(self, model, short=False):
         """Pictures of the validation part with their likeliest labels: ten, or if short three."""
@@ -215,19 +291,9 @@ class ImageClassificationTask(Task):
             shown.append(f"{rows[place]['file']}: {found}" + f"  (right: {label})" * (not is_right))
         return "\n".join(shown)
 
-    def command(self, out_dir):
-        return f"{super().command(out_dir)} --image=FILE"
-
     def summary(self, model):
-        s, n = self.settings, len(self.images["train"])
-        return (f"model: {size_in_words(model)}, {len(model.vision.wpe.weight)} tokens for a picture; data: {n:,}"
-                f" pictures of {len(model.config.labels)} classes of {s.dataset}; {s.max_iters} updates ="
-                f" {s.batch_size * s.max_iters / n:.1f} epochs")
-
-    def cost(self, model):
-        """(tokens, FLOPs) of an update with all parameters trained; frozen ones are not deducted."""
-        tokens = self.settings.batch_size * len(model.vision.wpe.weight)
-        return tokens, tokens * flops_per_token(model.vision, len(model.vision.wpe.weight))
+        seen = self.labels["train"][slice(None) if self.rows is None else self.rows, :-1].any(0).sum()
+        return f"{super().summary(model)}; {len(model.config.labels)} classes, pictures of {seen} of them"
 
 
 def changed(images, shift, flip, generator):

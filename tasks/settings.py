@@ -306,14 +306,13 @@ class Classification(Encoding):
 
 
 @dataclass(frozen=True)
-class ImageClassification:
+class Pictures:
     # the model: a vision transformer and a linear layer
     n_layer: int = 4  # blocks
     n_head: int = 4  # attention heads
     n_embd: int = 128  # width: channels of a patch's vector
     patch_size: int = 4  # side of a square patch, in pixels
     stem: bool = False  # embed patches by convolutions that halve the sides, instead of one linear layer
-    pool: Literal["mean", "first"] = "mean"  # what the last layer reads: the mean of all patches, or a class token
     # the training pictures, which are changed anew each time
     shift: int = 0  # move each by so many pixels at most, in either direction; its edge is repeated
     flip: bool = False  # mirror each second one, left to right
@@ -322,6 +321,27 @@ class ImageClassification:
         check_ranges(self, n_layer=1, n_head=1, n_embd=1, patch_size=1, shift=0)
         check_shape(self.n_embd, self.n_head, 0, self.dropout)
         check_sample_tokens(self)
+
+
+@dataclass(frozen=True)
+class ImageClassification(Pictures):
+    pool: Literal["mean", "first"] = "mean"  # what the last layer reads: the mean of all patches, or a class token
+    train_rows: int = 0  # learn from so many pictures only, the same share of each class, drawn with the seed; 0: all
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_ranges(self, train_rows=0)
+
+
+@dataclass(frozen=True)
+class MaskedPatches(Pictures):
+    mask_rate: float = 0.6  # the share of each picture's patches that are hidden and predicted
+    normalise: bool = True  # predict pixels less their patch's mean, divided by their standard deviation
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.mask_rate < 1:
+            raise UserError(f"mask_rate = {self.mask_rate}: must lie between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -509,6 +529,21 @@ class Recognising:
         check_picture(self, "attention")
         if self.attention and len(image_files(self.image)) > 1:
             raise UserError(f"attention = {self.attention}: needs one --image")
+        if hasattr(self, "prompt"):  # from a command line
+            check_idle(self, "this model reads images alone", "prompt")
+
+
+@dataclass(frozen=True)
+class Guessing:
+    # the image
+    image: str = ""  # an image file, or several separated by commas
+    draw: str = ""  # a .png or .jpg to write: for each image what the model saw, its guess, and the whole image
+    seed: int = 1337  # decides which patches are hidden
+
+    def __post_init__(self):
+        check_model(self)
+        check_ranges(self, seed=0)
+        check_picture(self, "draw")
         if hasattr(self, "prompt"):  # from a command line
             check_idle(self, "this model reads images alone", "prompt")
 

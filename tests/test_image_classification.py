@@ -414,6 +414,30 @@ def test_a_class_that_the_model_lacks_is_an_error_and_weighs_nothing(trained, da
     assert found["loss"] == pytest.approx(F.cross_entropy(logits[known], targets).item(), abs=1e-6)
 
 
+def test_few_training_pictures_are_drawn_alike_from_each_class(tmp_path):
+    source = make_pictures(tmp_path / "source", 40)
+    for i in range(30):
+        (source / "blue" / f"{i}.png").unlink()
+    prepared(source, tmp_path / "set")  # 8, 32 and 32 pictures for training
+
+    def task_for(**changes):
+        task = ImageClassificationTask(settings_for("image-classification", patch_size=4, batch_size=9, **changes))
+        task.open(tmp_path / "set", ALONE)
+        task.fit(task.build(torch.Generator()))
+        return task
+
+    chosen = {seed: task_for(train_rows=18, seed=seed) for seed in (1, 2)}
+    for task in chosen.values():
+        names = [task.dataset.rows["train"][row]["label"] for row in task.rows]
+        assert [names.count(name) for name in ("blue", "green", "red")] == [2, 8, 8] and len({*task.rows}) == 18
+        assert {*task.pick(0), *task.pick(1)} == {*task.rows}  # an epoch
+        assert len(task.training_pixels[0]) == 18 and sorted(task.training_pixels[1]) == 2 * [0] + 8 * [1] + 8 * [2]
+    assert {*chosen[1].rows} != {*chosen[2].rows} and (task_for(train_rows=18, seed=1).rows == chosen[1].rows).all()
+    assert {*task_for(train_rows=9, seed=1).rows} < {*chosen[1].rows} and task_for().rows is None
+    with pytest.raises(UserError, match="train_rows = 73: the data set .* has only 72 training pictures"):
+        task_for(train_rows=73)
+
+
 def test_a_resumed_run_equals_an_undisturbed_one(tiny, tmp_path):
     changes = dict(max_iters=8, eval_interval=4, log_interval=2, dropout=0.1, micro_batch_size=5, pool="first")
     whole = run(tmp_path / "whole", tiny, **changes, stem=True)

@@ -34,15 +34,16 @@ from tasks.arithmetic import ArithmeticTask
 from tasks.chat import ChatTask
 from tasks.classification import ClassificationTask
 from tasks.encoding import marks_of
+from tasks.image_classification import ImageClassificationTask
 from tasks.image_text import ImageTextTask
 from tasks.masked import MaskedTask
 from tasks.reward import RewardTask
-from tasks.settings import Answering, Chatting, Classifying, Filling, Labelling, Looking, Translating
+from tasks.settings import Answering, Chatting, Classifying, Filling, Labelling, Looking, Recognising, Translating
 from tasks.tagging import TaggingTask
 from tasks.text import TextTask
 from tasks.translation import TranslationTask
 from tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, ControlTokenizer, WordTokenizer
-from vit import ViTConfig
+from vit import ImageClassifier, ImageClassifierConfig, ViTConfig
 from vlm import Gemma, GemmaConfig, PaliGemma, PaliGemmaConfig
 
 LETTERS = CharTokenizer("\n abcdefghijklmnopqrstuvwxyz")
@@ -361,6 +362,35 @@ def test_the_record_of_an_answer_about_an_image(tmp_path):
     shown = base64.b64decode(found["image"].removeprefix("data:image/png;base64,"))
     (tmp_path / "small.png").write_bytes(shown)
     assert Image.open(tmp_path / "small.png").size == (224, 150)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cls", [False, True])
+def test_the_record_of_a_picture_that_gets_a_class(cls, tmp_path, monkeypatch):
+    Image = pytest.importorskip("PIL.Image")
+    Image.effect_noise((60, 40), 80).save(tmp_path / "grey.png")
+    model = made(ImageClassifier(ImageClassifierConfig(ViTConfig(**SIZES, image_size=12, patch_size=4, cls=cls),
+                                                       ("a", "b", "c"))))
+    task, request = task_of(ImageClassificationTask, None), {"image": str(tmp_path / "grey.png")}
+    found, image = task.inside(model, request, Recognising()), pixels(read_image(tmp_path / "grey.png"), 12)[None]
+    assert found["tokens"] == ["class"] * cls + [f"{row},{column}" for row in (1, 2, 3) for column in (1, 2, 3)]
+    one, = found["predictions"]
+    p = dict(zip("abc", task.probabilities(model, image)[0].tolist()))
+    assert dict(one["top"]) == pytest.approx(p, rel=1e-3) and found["lens"]["top"][0][-1] == one["top"]
+    assert found["labels"] == [one["top"][0][0]] == [max(p, key=p.get)] and one["p"] == one["top"][0][1]
+    shown, = found["attention"]
+    assert shown["grid"] == [3, 3] and shown["row_tokens"] == found["tokens"]
+    with noted(block.attn for block in model.vision.transformer.blocks) as looks:
+        model(image)
+    assert (unpacked(shown) / 255 - torch.stack(looks)[:, 0, :, :, int(cls):]).abs().max() <= 0.5 / 255 + 1e-6
+    small = base64.b64decode(found["image"].removeprefix("data:image/png;base64,"))
+    (tmp_path / "small.png").write_bytes(small)
+    assert Image.open(tmp_path / "small.png").size == (60, 40)
+    monkeypatch.setattr("inside.record.MOST_TOKENS", 8)
+    assert task.inside(model, request, Recognising())["notes"] == [
+        "where its 9 patches look is not shown: they are too many"]
+    with pytest.raises(UserError, match="this model reads images: add --image=FILE"):
+        task.inside(model, {"text": "what"}, Recognising())
 
 
 # ----------------------------------------------------------------------------------------------------------------------

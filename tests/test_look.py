@@ -214,6 +214,23 @@ def test_a_translation_has_lines_and_a_picture_has_an_overlay(chromium, tmp_path
 
 
 @needs_browser
+@pytest.mark.parametrize("first", [[], ["class"]])
+def test_a_click_on_a_picture_chooses_the_patch_there(first, chromium, tmp_path):
+    record = made("classification", [*first, *(f"{row},{column}" for row in (1, 2) for column in (1, 2, 3))])
+    record |= {"image": PIXEL, "attention": [attention("image", 2, 2, record["tokens"], [], grid=[2, 3])]}
+    tab = opened(chromium, tmp_path / "page.html", record)
+    tops = tab.run("[...byId('text').children].map((span) => span.getBoundingClientRect().top)")
+    assert len({*tops[len(first):][:3]}) == 1 and len({*tops}) == 2 + len(first)  # they stand as in the picture
+    tab.run("(() => { const box = byId('picture').getBoundingClientRect(); byId('picture').dispatchEvent(new"
+            " MouseEvent('click', {clientX: box.left + 0.5 * box.width, clientY: box.top + 0.6 * box.height})); })()")
+    assert tab.run("state.token") == len(first) + 4 and tab.text("#looked").startswith("Choose a token")
+    assert tab.run("[byId('picture').querySelector('canvas').width, byId('picture').querySelector('canvas').hidden]"
+                   ".join()") == "3,false"
+    tab.click("#maps button.mean")
+    assert "looked from 2,2 at row " in tab.text("#looked") and not tab.problems
+
+
+@needs_browser
 def test_labels_stand_below_their_tokens(chromium, tmp_path):
     tab = opened(chromium, tmp_path / "page.html", made("tagging", ["to", "mars"]))
     assert tab.text("#text .token:nth-child(1)").split("\n") == ["to", "mars"]  # made up: the other word

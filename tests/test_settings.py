@@ -188,6 +188,7 @@ BASES["classification"] = {**BASES["text"], "block_size": 64, "learning_rate": 0
 BASES["image-classification"] = {
     **{name: value for name, value in BASES["text"].items() if name != "block_size"}, "patch_size": 8,
     "learning_rate": 0.003, "sample_tokens": 300}
+BASES["masked-patches"] = BASES["image-classification"]
 BASES["chat"] = {**BASES["text"], "block_size": 64, "learning_rate": 0.003, "pack": False}
 BASES["reward"] = {name: value for name, value in BASES["chat"].items() if name != "pack"}
 BASES["dpo"] = {**{name: value for name, value in BASES["reward"].items() if name not in ("n_layer", "n_head", "n_embd",
@@ -202,7 +203,7 @@ DATA = {  # of other tasks: data/shapes
     "chat": "data/calculator", "reward": "data/preferences", "dpo": "data/preferences",
     "question-answering": "data/answers",
     "rl": "data/calculator", "tagging": "data/tags", "classification": "data/labels",
-    "image-classification": "data/classes", "columns": "data/columns",
+    "image-classification": "data/classes", "masked-patches": "data/classes", "columns": "data/columns",
     "text": "data/words", "masked": "data/words", "arithmetic": "arithmetic", "translation": "data/pairs"}
 
 
@@ -315,6 +316,7 @@ TRAINING = {
     "publish": Change("published"), "vision.n_layer": Change(2), "vision.n_head": Change(1),
     "vision.n_embd": Change(32), "vision.patch_size": Change(8),
     "patch_size": Change(4), "stem": Change(True), "shift": Change(2), "flip": Change(True),
+    "normalise": Change(False),
     # of arithmetic
     "operations": Change("+*"), "digits": Change(2),
     "working": Change(True),
@@ -363,7 +365,11 @@ OF_TASK = {  # entries that differ for one task
                        "lora_rank": Change(2, init_from="one_classification")},
     "image-classification": {"dataset": Change("data/more_classes"), "eval_tokens": Change(8),
                              "sample_tokens": Change(0), "init_from": Change("one_image-classification"),
-                             "lora_rank": Change(2, init_from="one_image-classification")},
+                             "lora_rank": Change(2, init_from="one_image-classification"), "train_rows": Change(9)},
+    "masked-patches": {"dataset": Change("data/more_classes"), "eval_tokens": Change(8), "sample_tokens": Change(0),
+                       "mask_rate": Change(0.8),
+                       "init_from": Change("one_masked-patches"),
+                       "lora_rank": Change(2, init_from="one_masked-patches")},
     "columns": {"dataset": Change("data/more_columns"), "block_size": Change(2), "eval_tokens": Change(40),
                 "sample_tokens": Change(0), "init_from": Change("one_columns"),
                 "lora_rank": Change(2, init_from="one_columns")},
@@ -375,7 +381,8 @@ OF_TASK = {  # entries that differ for one task
 PART = {"text": "wte", "chat": "wte", "reward": "wte", "dpo": "wte", "rl": "wte",
         "contrastive": "text", "image-text": "decoder", "arithmetic": "wte",
         "translation": "encoder", "masked": "encoder", "tagging": "encoder",
-        "classification": "encoder", "image-classification": "vision", "columns": "transformer",
+        "classification": "encoder", "image-classification": "vision", "masked-patches": "vision",
+        "columns": "transformer",
         "question-answering": "encoder"}
 
 
@@ -443,6 +450,7 @@ SAMPLING_OF_TASK = {
     "image-classification": {"prompt": refused("a night"), "init_from": refused("one_image-classification"),
                              "top": Change(1)},
     "columns": {"prompt": refused("a night"), "init_from": refused("one_columns"), "top": Change(1)},
+    "masked-patches": {"prompt": refused("a night"), "init_from": refused("one_masked-patches")},
     "question-answering": {"prompt": Change("when was it?\nwho?"), "init_from": refused("one_question-answering")}}
 EVALUATING = {
     "init_from": refused("one_text"), "out_dir": Change("one_{task}"), "checkpoint": Change("last"),
@@ -459,8 +467,9 @@ EVALUATING_OF_TASK = {"text": {}, "masked": {},
                       "translation": {"dataset": Change("data/more_pairs")},
                       "tagging": {"dataset": Change("data/more_tags")},
                       "classification": {"dataset": Change("data/more_labels")},
-                      "image-classification": {"dataset": Change("data/more_classes")},
                       "columns": {"dataset": Change("data/more_columns")},
+                      **dict.fromkeys(("image-classification", "masked-patches"),
+                                      {"dataset": Change("data/more_classes")}),
                       "question-answering": {"dataset": Change("data/more_answers")},
                       **dict.fromkeys(("contrastive", "image-text"), {"dataset": Change("data/more")})}
 
@@ -475,7 +484,7 @@ def at(task, change):
 def test_each_setting_of_sampling_changes_the_sample_or_is_refused(lab, run, task, name):
     asked = dict(CPU, out_dir=run)
     if task not in ("contrastive", "arithmetic", "masked", "tagging", "classification", "reward",
-                    "image-classification", "question-answering", "columns"):
+                    "image-classification", "masked-patches", "question-answering", "columns"):
         asked |= {"max_new_tokens": 40}
     if task == "arithmetic":
         asked["prompt"] = "7*8="
@@ -485,7 +494,7 @@ def test_each_setting_of_sampling_changes_the_sample_or_is_refused(lab, run, tas
         asked["prompt"] = "who is in alma ?"
     elif task == "classification":
         asked["prompt"] = "the mad king"
-    elif task == "image-classification":
+    elif task in ("image-classification", "masked-patches"):
         for letter, colour in (("a", "red"), ("b", "blue")):
             shutil.copy(f"classes_source/{colour}/0.png", f"{letter}.png")
         asked["image"] = "a.png"
