@@ -19,12 +19,13 @@ import sample
 import train
 from batches import LabelledDataset
 from configurator import UserError, parse
-from encoder import Answerer, EncoderConfig
+from encoder import Answerer, AnswererConfig
 from machine.distributed import World
 from run import checkpoint
 from sources import labelled, labelled_sets, questions, texts
 from tasks.loading import load
-from tasks.question_answering import FLOORS, QuestionAnsweringTask, normal, score, scores_of
+from tasks.question_answering import (
+    FLOORS, QuestionAnsweringTask, Span, answer_in, best_of, normal, score, scores_of)
 
 ROOT = Path(train.__file__).parent
 ALONE = World(0, 1, torch.device("cpu"))
@@ -95,7 +96,8 @@ def sampled(folder, capsys, *arguments):
 
 def by_hand(task, model, row):
     """(nats of each window, the answer, its place) of a row: one window at a time, one span after the other."""
-    words, best, nats = [match.span() for match in questions.WORD.finditer(row["context"])], (0.0, 0, 0), []
+    words, nats = [match.span() for match in questions.WORD.finditer(row["context"])], []
+    best, least = (-np.inf, 0, 0), np.inf
     wanted = [(start, start + len(text)) for text, start in zip(*row["answers"].values())]
     for window in task.windows(row["question"], row["context"]):
         types = torch.tensor([window.types])
@@ -104,21 +106,22 @@ def by_hand(task, model, row):
         own = [(0, 0), *words[window.start:window.start + len(window.places) - 1]]
         spans = [(i, j) for i in range(1, len(own)) for j in range(i, len(own)) if j - i < task.settings.answer_words]
         i, j = max(spans, key=lambda span: (begins[span[0]] + ends[span[1]]).item())
-        advantage = (begins[i] + ends[j] - begins[0] - ends[0]).item()
-        best = max(best, (advantage, own[i][0], own[j][1]))
+        best = max(best, ((begins[i] + ends[j]).item(), own[i][0], own[j][1]))
+        least = min(least, (begins[0] + ends[0]).item())
         inside = [span for span in wanted if any(span[0] == s for s, _ in own[1:]) and
                   any(span[1] == e for _, e in own[1:])]
         right = [0, 0] if not inside else [[s for s, _ in own].index(inside[0][0], 1),
                                            [e for _, e in own].index(inside[0][1], 1)]
         nats.append(np.mean([F.cross_entropy(torch.stack(each)[None], torch.tensor([place])).item()
                              for each, place in zip((begins, ends), right)]))
-    return nats, row["context"][best[1]:best[2]], best[1]
+    lead = least - best[0]
+    return nats, row["context"][best[1]:best[2]] * (lead <= 0), best[1], lead
 
 
 def test_an_evaluation_is_the_mean_over_all_windows_and_questions(opened, trained):
     task, model = opened
     rows = task.dataset.rows["val"]
-    nats, found, places = zip(*(by_hand(task, model, row) for row in rows))
+    nats, found, places, leads = zip(*(by_hand(task, model, row) for row in rows))
     assert sum(map(len, nats)) > len(rows) * 1.2  # several windows
     exact, f1 = scores_of(found, rows).mean(0)
     measured = task.evaluate(model, "val", ALONE, torch.float32)
@@ -126,16 +129,17 @@ def test_an_evaluation_is_the_mean_over_all_windows_and_questions(opened, traine
     assert exact > 0.9 and measured["f1"] == pytest.approx(
         checkpoint.read_config(trained / "best")["val_f1"], abs=1e-6)
     answers = task.answer(model, [(row["question"], row["context"]) for row in rows])
-    assert [one.start for one in answers] == [*places] and {one.start == one.end for one in answers} == {True, False}
+    assert [one.start for one in answers] == [*places] and min(leads) < 0 < max(leads)
+    assert [one.lead for one in answers] == pytest.approx(leads, abs=1e-4)
     assert task.evaluate(model, "val", ALONE, torch.float32, limit=300) != measured
 
 
-def test_a_long_text_is_cut_into_windows_that_overlap_by_half(opened):
+def test_a_long_text_is_cut_into_windows_that_overlap(opened):
     task, model = opened
     text = make_text(100)
     cut = task.windows("who was it?", text)
     room = task.block_size - cut[0].types.count(0) - 1
-    assert [window.start for window in cut] == [room // 2 * i for i in range(len(cut))]
+    assert task.stride == 8 and [window.start for window in cut] == [(room - 8) * i for i in range(len(cut))]
     assert cut[-1].start + len(cut[-1].places) - 1 == 100 and max(len(window.ids) for window in cut) == task.block_size
     (own,) = task.windows("who was the KING?", "The king was.")
     assert own.types == [0] * 7 + [2, 2, 2, 1, 1]  # a third type for words of the question
@@ -149,19 +153,37 @@ def test_what_cannot_be_an_answer_is_never_one(opened):
     task, _ = opened
     logits = torch.full((1, 8, 2), -9.0)
     logits[0, 5, 0], logits[0, 2, 1], logits[0, 2, 0], logits[0, 6, 1] = 5.0, 5.0, 1.0, 3.0
-    (advantage, first, last, p, none), = task.spans(logits)
-    assert (first, last) == (4, 5) and advantage > 0  # words are counted without [CLS]
+    span, = task.spans(logits)
+    shares = logits[0].double().softmax(0)
+    wanted = 8.0, 4, 5, (shares[5, 0] * shares[6, 1]).item(), -18.0, shares[0].prod().item()  # words without [CLS]
+    assert span == pytest.approx(wanted)
     logits[0, 2, 1] = -9.0
     assert task.spans(logits)[0][1:3] == (4, 5)
     logits[0, 5, 0] = -9.0  # from 2 to 6 are five words, and answer_words is 3
-    advantage, first, last, *_ = task.spans(logits)[0]
-    assert last - first < 3
-    logits[0, 0] = 9.0
-    (span,) = task.spans(logits)
-    assert span[0] < 0 and span[-1] > 0.99
-    window, likelier = task.windows("who?", "the king")[0], (-0.5, 0, 1, 0.3, 0.4)  # none is likelier, in both windows
-    assert task.best_of("the king", [(window, span), (window, likelier)]) == (0, 0, 0.4)
-    assert task.best_of("the king", [(window, span), (window, (0.5, *likelier[1:]))]) == (0, 8, 0.3)
+    assert task.spans(logits)[0].last - task.spans(logits)[0].first < 3
+
+
+def test_windows_are_compared_as_in_run_qa(opened):
+    """The best answer of any window, the least score of no answer of any; probabilities decide nothing."""
+    task, _ = opened
+    window = task.windows("who?", "the king")[0]
+    one, other = Span(5.0, 1, 1, 0.1, 9.0, 0.8), Span(4.0, 0, 1, 0.9, 6.0, 0.05)
+    found = best_of("the king", [(window, one), (window, other)])
+    assert found == (4, 8, 0.1, 1.0, 0.05)
+    assert [answer_in("the king", found, threshold) for threshold in (0.0, 0.9, 1.0, 2.0)] == ["", "", "king", "king"]
+
+
+@pytest.mark.parametrize("count", [0, 7, 30, 61, 90])
+def test_the_answer_in_a_long_text_is_that_in_the_short_one(count, opened):
+    """Wherever it stands: words of other windows, before and after it, change nothing."""
+    task, model = opened
+    words, asked = make_text(90).split(), "who was it?"
+    short = task.answer(model, [(asked, "the king sees Alma Ulk in the crown.")])[0]
+    text = " ".join([*words[:count], "the king sees Alma Ulk in the crown.", *words[count:]])
+    found, = task.answer(model, [(asked, text)])
+    assert len(task.windows(asked, text)) > 5 and answer_in(text, found) == "Alma Ulk"
+    assert found.start == text.index("Alma") and short.start == 14
+    assert answer_in(text, task.answer(model, [("why was it?", text)])[0]) == ""
 
 
 def test_padding_and_other_questions_change_nothing(opened):
@@ -276,11 +298,11 @@ def test_a_published_bert_reads_what_transformers_reads(folder, tiny, tmp_path, 
     theirs = transformers.BertModel(transformers.BertConfig(**shape)).eval()
     theirs.save_pretrained(tmp_path / "bert")
     run(tmp_path / "new", tiny, init_from=str(tmp_path / "bert"), max_iters=2, eval_interval=2,
-        rates={"encoder": 0.0}, n_layer=2, n_embd=16, n_hidden=32, norm="layernorm", mlp="gelu_erf", block="post",
+        stride=9, rates={"encoder": 0.0}, n_layer=2, n_embd=16, n_hidden=32, norm="layernorm", mlp="gelu_erf", block="post",
         positions="learned")
     assert "its encoder gets a new head" in capsys.readouterr().err
     task, model, _ = load(tmp_path / "new")
-    task.block_size, task.n_types = 24, model.config.n_types
+    task.read_for(model)
     question, text = "who's it?", "Alma's sword was here."
     (window,) = task.windows(question, text)
     tokenizer = transformers.BertTokenizerFast(str(tmp_path / "bert" / "vocab.txt"))
@@ -442,7 +464,7 @@ def test_wrong_use_is_one_line(trained, folder, tiny, tmp_path, capsys):
 def test_rows_to_learn_from_are_questions_with_all_their_windows(folder, tiny):
     task = QuestionAnsweringTask(settings_for("question-answering", **{**tiny, "train_rows": 20, "batch_size": 5}))
     task.open(folder, ALONE)
-    task.fit(Answerer(EncoderConfig(block_size=24)))
-    asked = task.asked["train"]
+    task.fit(Answerer(AnswererConfig(block_size=24)))
+    asked = task.asked_of["train"]
     assert len({asked[row] for step in range(99) for row in task.pick(step)}) == 20 < len(task.rows)
     assert len(task.rows) == np.isin(asked, [*task.chosen]).sum()
