@@ -295,7 +295,7 @@ class QuestionAnsweringTask(LabelledTask):
         """Yields (index of a request, piece): for each line, a question, its answer with its place in the text."""
         check_chosen(model, sampling)
         for index, request in enumerate(requests):
-            questions, text = self.asked(model, request, sampling)
+            questions, text = self.questions_of(model, request, sampling)
             if sampling.attention and len(questions) > 1:
                 raise UserError("attention: needs a --prompt of one question")
             every = self.ask(model, [(question, text) for question in questions])
@@ -306,7 +306,7 @@ class QuestionAnsweringTask(LabelledTask):
                 window, _ = max(found, key=score_of)
                 yield index, "\n" + self.draw(model, window.ids, sampling, window.types)
 
-    def asked(self, model, request, sampling):
+    def questions_of(self, model, request, sampling):
         """(questions, the text with the answers) of a request. Raises UserError if there is nothing to read."""
         text, questions = sampling.context, [line.strip() for line in request["text"].split("\n") if line.strip()]
         if text.startswith("FILE:"):
@@ -325,7 +325,7 @@ class QuestionAnsweringTask(LabelledTask):
 
         Two distributions over its words: at [CLS] that of the answer's first word, at the end that of its last one.
         """
-        (question, *others), text = self.asked(model, request, sampling)
+        (question, *others), text = self.questions_of(model, request, sampling)
         if others:
             raise UserError("prompt: the page shows one question")
         (found,) = self.ask(model, [(question, text)])
