@@ -25,7 +25,7 @@ from run import checkpoint
 from sources import labelled, labelled_sets, questions, texts
 from tasks.loading import load
 from tasks.question_answering import (
-    FLOORS, QuestionAnsweringTask, Span, answer_in, best_of, normal, score, scores_of)
+    FLOORS, Found, QuestionAnsweringTask, Span, answer_in, best_of, best_threshold, normal, score, scored, scores_of)
 
 ROOT = Path(train.__file__).parent
 ALONE = World(0, 1, torch.device("cpu"))
@@ -247,7 +247,7 @@ def test_the_floors_guess_from_words_alone():
     assert FLOORS["new name in it"]("when?", "nothing here.") == FLOORS["first capital"]("when?", "nothing") == ""
 
 
-def test_evaluate_writes_the_answers_and_scores_beside_the_floors(trained, folder):
+def test_evaluate_writes_the_answers_and_scores_beside_the_floors(trained, folder, opened):
     evaluate.main(settings_for("question-answering", "evaluating", out_dir=str(trained), device="cpu", test=True))
     found = json.loads((trained / "evaluation.json").read_text())
     for start, name, part in (("", "", "val"), ("test ", "_test", "test")):
@@ -261,6 +261,29 @@ def test_evaluate_writes_the_answers_and_scores_beside_the_floors(trained, folde
         assert found[f"{start}exact_match, no answer"] == pytest.approx(without) and 0.1 < without < 0.6
         parts = found[f"{start}exact_match, with an answer"], found[f"{start}exact_match, without one"]
         assert parts[0] * (1 - without) + parts[1] * without == pytest.approx(exact)
+        task, model = opened
+        answers = task.answer(model, [(row["question"], row["context"]) for row in rows])
+        assert [one.lead for one in answers] == pytest.approx([row["lead"] for row in rows], abs=0.1)  # bfloat16
+        texts = [answer_in(row["context"], Found(*one[:3], row["lead"], 0), found["best threshold"] + 1e-3)
+                 for row, one in zip(rows, answers)]
+        assert found[f"{start}f1, best threshold"] == pytest.approx(scores_of(texts, rows)[:, 1].mean())
+    evaluate.main(settings_for("question-answering", "evaluating", out_dir=str(trained), device="cpu",
+                               no_answer_threshold=1e3))
+    always = json.loads((trained / "evaluation.json").read_text())
+    assert always["exact_match, without one"] == 0 and "test f1" not in always
+    assert always["f1, best threshold"] == found["f1, best threshold"] >= found["f1"] > always["f1"]
+
+
+def test_the_best_threshold_has_the_greatest_f1():
+    rng = np.random.default_rng(0)
+    for share in (0.0, 0.5, 0.5, 1.0):  # of the questions without an answer
+        rows = [{"context": "one two three", "answers": {"text": ["one two"] * bool(rng.random() >= share)}}
+                for _ in range(40)]
+        found = [Found(0, int(rng.choice([3, 7, 13])), 0.5, float(rng.integers(-6, 6)), 0.5) for _ in rows]
+        means = {t: scored(rows, found, t)[1][:, 1].mean() for t in np.arange(-7.0, 7.0)}
+        best = best_threshold(rows, found)
+        assert best == min(t for t in means if means[t] == pytest.approx(max(means.values())))
+    assert best == min(one.lead for one in found) - 1  # no question has an answer, and none gets one
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -274,6 +297,10 @@ def test_an_answer_is_marked_in_its_sentence(trained, capsys, tmp_path):
     assert first.startswith("Alma Ulk  (characters 28 to 36, probability ")
     assert second == "  [Alma Ulk] keeps the crown here."
     assert sampled(trained, capsys, "--prompt=why was it?", f"--context=FILE:{page}").startswith("no answer  (prob")
+    for asked, threshold, answer in (("who", -1000, "no answer"), ("why", 1000, "")):
+        found = sampled(trained, capsys, f"--prompt={asked} was it?", f"--context=FILE:{page}",
+                        f"--no_answer_threshold={threshold}")
+        assert found.startswith("no answer") == (answer == "no answer")
     (tmp_path / "in.txt").write_text("who was it?\n\nwhy was it?\n")
     both = sampled(trained, capsys, f"--prompt=FILE:{tmp_path / 'in.txt'}", f"--context=FILE:{page}").split("\n")
     assert both[:3] == ["who was it?", first, second] and both[3] == "why was it?" and both[4].startswith("no answer")
