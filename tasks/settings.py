@@ -570,7 +570,7 @@ class Labelling(Looking):
 class Asking(Looking):
     # the text
     context: str = ""  # the text with the answer; FILE:path reads a file
-    no_answer_threshold: float = 0.0  # no answer, if its score exceeds the best answer's by more; 1000: always an answer
+    no_answer_threshold: float = 0.0  # no answer if its score exceeds the best one's by more; 1000: always an answer
 
     def __post_init__(self):
         check_model(self)
@@ -615,7 +615,7 @@ class Problems:
 
 @dataclass(frozen=True)
 class Questions(Problems):
-    no_answer_threshold: float = 0.0  # no answer, if its score exceeds the best answer's by more; 1000: always an answer
+    no_answer_threshold: float = 0.0  # no answer if its score exceeds the best one's by more; 1000: always an answer
 
 
 @dataclass(frozen=True)

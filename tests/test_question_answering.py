@@ -314,7 +314,9 @@ def test_the_command_that_a_run_suggests_works(trained, opened, capsys):
 
 
 def test_a_published_bert_reads_what_transformers_reads(folder, tiny, tmp_path, capsys):
-    """Ids and token types are those of its tokenizer; its encoder keeps its weights, and learns under a new head."""
+    """Ids, token types and windows are those of its tokenizer. Its encoder keeps its weights, and learns under a new
+    head. What comes out is a BertForQuestionAnswering, which answers here as it did, and there with the same logits.
+    """
     transformers = pytest.importorskip("transformers")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "?", ".", "'", "##s", "al", "##ma", "who", "was", "it",
              *WORDS]
@@ -325,8 +327,8 @@ def test_a_published_bert_reads_what_transformers_reads(folder, tiny, tmp_path, 
     theirs = transformers.BertModel(transformers.BertConfig(**shape)).eval()
     theirs.save_pretrained(tmp_path / "bert")
     run(tmp_path / "new", tiny, init_from=str(tmp_path / "bert"), max_iters=2, eval_interval=2,
-        stride=9, rates={"encoder": 0.0}, n_layer=2, n_embd=16, n_hidden=32, norm="layernorm", mlp="gelu_erf", block="post",
-        positions="learned")
+        rates={"encoder": 0.0}, n_layer=2, n_embd=16, n_hidden=32, norm="layernorm", mlp="gelu_erf", block="post",
+        positions="learned", answer_words=30, publish=str(tmp_path / "out"))
     assert "its encoder gets a new head" in capsys.readouterr().err
     task, model, _ = load(tmp_path / "new")
     task.read_for(model)
@@ -340,6 +342,29 @@ def test_a_published_bert_reads_what_transformers_reads(folder, tiny, tmp_path, 
         hidden = theirs(**expected).last_hidden_state
         ours = model.encoder(expected["input_ids"], None, expected["token_type_ids"])
     torch.testing.assert_close(ours, hidden, atol=1e-5, rtol=0)
+    long = make_text(100)
+    cut = tokenizer(question, long, truncation="only_second", max_length=24, stride=8, return_overflowing_tokens=True)
+    windows = task.windows(question, long)
+    assert cut["input_ids"] == [window.ids for window in windows]
+    answerer = transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path / "out")
+    reader = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert reader(question, text).data == tokenizer(question, text).data
+    with torch.no_grad():
+        logits = answerer(**tokenizer.pad({"input_ids": cut["input_ids"], "token_type_ids": cut["token_type_ids"],
+                                           "attention_mask": cut["attention_mask"]}, return_tensors="pt"))
+    starts, ends = logits.start_logits, logits.end_logits
+    places = [(starts[i, one] + ends[i, other], i, one, other) for i, window in enumerate(windows)
+              for one, _ in window.places[1:] for _, other in window.places[1:] if other >= one]
+    best, i, one, other = max(places, key=lambda place: place[0])
+    found, = task.answer(model, [(question, long)])
+    assert found.lead == pytest.approx(((starts[:, 0] + ends[:, 0]).min() - best).item(), abs=1e-5)
+    assert tokenizer.decode(cut["input_ids"][i][one:other + 1]) == " ".join(long[found.start:found.end].split())
+    arguments = [f"--prompt={question}", f"--context={long}", "--no_answer_threshold=1000"]
+    before = sampled(tmp_path / "new", capsys, *arguments)
+    sample.main(parse(sample.Settings, [f"--init_from={tmp_path / 'out'}", "--device=cpu", *arguments],
+                      **sample.HOW)[0])
+    after = capsys.readouterr().out
+    assert after == before and before.startswith(long[found.start:found.end])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
