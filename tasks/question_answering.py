@@ -323,25 +323,25 @@ class QuestionAnsweringTask(LabelledTask):
     def inside(self, model, request, sampling):
         """The record of a question and the window of the text that has the likeliest answer.
 
-        Two distributions over its words: at [CLS] that of the answer's first word, at the end that of its last one.
+        Two distributions over its words: at [CLS] that of the answer's first one, at the last token that of its last.
         """
         (question, *others), text = self.questions_of(model, request, sampling)
         if others:
             raise UserError("prompt: the page shows one question")
         (found,) = self.ask(model, [(question, text)])
-        (window, _), answer = max(found, key=score_of), best_of(text, found)
+        (window, span), said = max(found, key=score_of), shown(text, best_of(text, found), sampling.no_answer_threshold)
         notes, names = self.notes(model, window.ids, window.types), names_in(text, window)
         places = torch.tensor(window.places, device=notes.stream[0].device)
-        ends, labels = [0, notes.count - 1], [""] * notes.count
-        parts = answers(notes, lambda x: model.head(x).float().gather(0, places).T, lambda x: x, ends, "likeliest",
-                        names.__getitem__)
+        parts = answers(notes, lambda x: model.head(x).float().gather(0, places).T, lambda x: x, [0, notes.count - 1],
+                        "likeliest", names.__getitem__)
+        marked = range(window.places[span.first + 1][0], window.places[span.last + 1][1] + 1)
+        labels = ["answer" * (i in marked and not said.startswith("no answer")) for i in range(notes.count)]
         for each in parts[0]:
             labels[each["at"]] = each["top"][0][0]
         record = self.record("answers", model, window.ids, notes, labels, parts)
-        record["notes"] += [shown(text, answer, sampling.no_answer_threshold),
-                            "the first token has the likeliest first word of the answer, the last token its last word"]
+        record["notes"] += [said, "the first token says where the answer begins, the last one where it ends"]
         if len(found) > 1:
-            record["notes"].append(f"the text has {len(found)} windows, and this is the one with the likeliest answer")
+            record["notes"].append(f"the text has {len(found)} windows; this one has the likeliest answer")
         return record
 
     def check_words(self, questions, text):

@@ -306,6 +306,38 @@ def test_an_answer_is_marked_in_its_sentence(trained, capsys, tmp_path):
     assert both[:3] == ["who was it?", first, second] and both[3] == "why was it?" and both[4].startswith("no answer")
 
 
+def test_the_record_has_the_distributions_of_the_first_and_the_last_word(opened):
+    task, model = opened
+    text = make_text(60) + "\nthe king sees the Alma Ulk in the crown. " + make_text(30, 1)
+    sampling = settings_for("question-answering", "sampling", context=text)
+    record = task.inside(model, {"text": "who was it?"}, sampling)
+    windows = task.ask(model, [("who was it?", text)])[0]
+    window, span = max(windows, key=lambda pair: pair[1].score)
+    logits = model.head(model.encoder(torch.tensor([window.ids]), None, torch.tensor([window.types])))[0]
+    for side, (each, word) in enumerate(zip(record["predictions"], ("Alma", "Ulk"))):
+        shares = logits[[place[side] for place in window.places], side].softmax(0)
+        assert each["at"] == (0, len(window.ids) - 1)[side] and each["top"][0] == [
+            word, pytest.approx(shares.max().item(), abs=1e-3)] and record["labels"][each["at"]] == word
+        assert record["lens"]["top"][side][-1] == each["top"][:3]
+        assert sorted(p for _, p in each["top"]) == pytest.approx(shares.sort()[0][-20:].tolist(), abs=1e-3)
+    assert [token.strip() for token, label in zip(record["tokens"], record["labels"]) if label == "answer"] \
+        == ["Alma", "Ulk"]
+    assert record["notes"][-1] == f"the text has {len(windows)} windows; this one has the likeliest answer"
+    assert task.inside(model, {"text": "why was it?"}, sampling)["labels"].count("answer") == 0
+    with pytest.raises(UserError, match="prompt: the page shows one question"):
+        task.inside(model, {"text": "who?\nwhen?"}, sampling)
+
+
+def test_attention_is_drawn_of_the_window_with_the_answer(trained, capsys, tmp_path):
+    page = make_text(60) + " Alma Ulk " + make_text(30)
+    arguments = [f"--context={page}", f"--attention={tmp_path / 'map.png'}"]
+    found = sampled(trained, capsys, "--prompt=who was it?", *arguments)
+    assert found.startswith("Alma Ulk") and str(tmp_path / "map.png") in found.split("\n")[2]
+    assert (tmp_path / "map.png").stat().st_size > 1000
+    with pytest.raises(UserError, match="attention: needs a --prompt of one question"):
+        sampled(trained, capsys, "--prompt=who was it?\nwhy?", *arguments)
+
+
 def test_the_command_that_a_run_suggests_works(trained, opened, capsys):
     task, model = opened
     _, script, out, *own = shlex.split(task.command(trained))
