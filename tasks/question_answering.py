@@ -44,6 +44,7 @@ from tasks.encoding import AT_ONCE, LabelledTask
 from tasks.labels import reports
 from tasks.settings import QuestionAnswering
 
+ON_A_CPU = 2048  # tokens per batch of answers: a CPU gains nothing by more, and loses time to padding
 END_OF_SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 NAME = re.compile(r"(?:[^\W\d_]*[A-Z]\w*|\d+)(?: [A-Z]\w*)*")  # a number, or words with a capital
 
@@ -281,11 +282,14 @@ class QuestionAnsweringTask(LabelledTask):
         device = next(model.parameters()).device
         cut = [self.windows(*pair) for pair in pairs]
         windows = [*itertools.chain(*cut)]
-        spans = [None] * len(windows)
-        for part in watched(length_batches(np.array([len(each.ids) for each in windows]), AT_ONCE), "answering"):
+        spans, most = [None] * len(windows), AT_ONCE if device.type == "cuda" else ON_A_CPU
+        for part in watched(length_batches(np.array([len(each.ids) for each in windows]), most), "answering"):
             tokens, lengths = padded([windows[i].ids for i in part], self.marks.pad)
             arrays = {"tokens": tokens, "lengths": lengths, **self.arrays([windows[i] for i in part])}
-            logits = model(**{name: to_device(array, device) for name, array in arrays.items()})
+            arguments = {name: to_device(array, device) for name, array in arrays.items()}
+            if lengths.min() == lengths.max():
+                arguments["lengths"] = None  # without padding there is nothing to hide, which is faster
+            logits = model(**arguments)
             for i, span in zip(part, self.spans(logits)):
                 spans[i] = span
         every = iter(zip(windows, spans))
