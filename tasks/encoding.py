@@ -135,8 +135,10 @@ class LabelledTask(EncoderTask):
         wanted = getattr(s, "train_rows", 0)
         if wanted > n:
             raise UserError(f"train_rows = {wanted}: the data set {s.dataset} has only {n} training rows")
-        order = np.random.Generator(np.random.Philox(key=s.seed)).permutation(n)
-        self.rows = np.sort(order[:wanted]) if wanted else np.arange(n)
+        self.rows = np.arange(n)
+        if wanted:  # settings that lack it, of a published model, lack the seed too
+            order = np.random.Generator(np.random.Philox(key=s.seed)).permutation(n)
+            self.rows = np.sort(order[:wanted])
 
     def read(self, row):
         """The ids of a row's text, framed. row: a dict of the data set."""

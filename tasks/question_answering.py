@@ -53,7 +53,7 @@ class Window(NamedTuple):
     """What the model reads at once: a question and words of a text."""
     ids: list
     types: list  # of each id: 0 for the question, 1 for the text, and 2 for words of the text that the question has
-    places: list  # (first token, last token) of [CLS] and of each word
+    places: np.ndarray  # (W, 2): first and last token of [CLS] and of each word
     start: int  # the number of the first word in the text
 
 
@@ -127,7 +127,7 @@ class QuestionAnsweringTask(LabelledTask):
         while True:
             stop = int(np.searchsorted(ends, ends[start] + room, side="right")) - 1
             at = len(head) + ends[start:stop + 1] - ends[start]
-            places = [(0, 0), *zip(at[:-1].tolist(), (at[1:] - 1).tolist())]
+            places = np.array([[0, *at[:-1]], [0, *at[1:] - 1]], np.int32).T
             own = [each for ids, each in zip(words[start:stop], types[start:stop]) for _ in ids]
             found.append(Window([*head, *itertools.chain(*words[start:stop]), sep], [0] * len(head) + own + [1], places,
                                 start))
@@ -335,7 +335,7 @@ class QuestionAnsweringTask(LabelledTask):
         (found,) = self.ask(model, [(question, text)])
         (window, span), said = max(found, key=score_of), shown(text, best_of(text, found), sampling.no_answer_threshold)
         notes, names = self.notes(model, window.ids, window.types), names_in(text, window)
-        places = torch.tensor(window.places, device=notes.stream[0].device)
+        places = to_device(window.places.astype(np.int64), notes.stream[0].device)
         parts = answers(notes, lambda x: model.head(x).float().gather(0, places).T, lambda x: x, [0, notes.count - 1],
                         "likeliest", names.__getitem__)
         marked = range(window.places[span.first + 1][0], window.places[span.last + 1][1] + 1)

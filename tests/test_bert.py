@@ -19,7 +19,15 @@ import tokenizer as tokenizers
 import train
 from configurator import UserError
 from encoder import (
-    Answerer, AnswererConfig, Classifier, ClassifierConfig, EncoderConfig, MaskedLM, SentenceEncoder, is_real)
+    Answerer,
+    AnswererConfig,
+    Classifier,
+    ClassifierConfig,
+    EncoderConfig,
+    MaskedLM,
+    SentenceEncoder,
+    is_real,
+)
 from published import bert, files
 from sources import texts
 from tasks import task_of

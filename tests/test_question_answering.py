@@ -1,6 +1,7 @@
 """Question answering on made-up texts: windows, spans, measures, floors, samples, data sets, other starts, errors."""
 
 import json
+import re
 import runpy
 import shlex
 from pathlib import Path
@@ -25,7 +26,18 @@ from run import checkpoint
 from sources import labelled, labelled_sets, questions, texts
 from tasks.loading import load
 from tasks.question_answering import (
-    FLOORS, Found, QuestionAnsweringTask, Span, answer_in, best_of, best_threshold, normal, score, scored, scores_of)
+    FLOORS,
+    Found,
+    QuestionAnsweringTask,
+    Span,
+    answer_in,
+    best_of,
+    best_threshold,
+    normal,
+    score,
+    scored,
+    scores_of,
+)
 
 ROOT = Path(train.__file__).parent
 ALONE = World(0, 1, torch.device("cpu"))
@@ -345,19 +357,24 @@ def test_the_command_that_a_run_suggests_works(trained, opened, capsys):
     assert task.show(model).count("\n") > task.show(model, short=True).count("\n") > 1
 
 
+def save_bert(transformers, folder):
+    """Writes a tiny random BERT of 24 positions. Returns transformers' model."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "?", ".", "'", "##s", "al", "##ma", "who", "was", "it",
+             *WORDS]
+    shape = dict(vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                 intermediate_size=32, max_position_embeddings=24)
+    model = transformers.BertModel(transformers.BertConfig(**shape)).eval()
+    model.save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    return model
+
+
 def test_a_published_bert_reads_what_transformers_reads(folder, tiny, tmp_path, capsys):
     """Ids, token types and windows are those of its tokenizer. Its encoder keeps its weights, and learns under a new
     head. What comes out is a BertForQuestionAnswering, which answers here as it did, and there with the same logits.
     """
     transformers = pytest.importorskip("transformers")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "?", ".", "'", "##s", "al", "##ma", "who", "was", "it",
-             *WORDS]
-    (tmp_path / "bert").mkdir()
-    (tmp_path / "bert" / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
-    shape = dict(vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-                 intermediate_size=32, max_position_embeddings=24)
-    theirs = transformers.BertModel(transformers.BertConfig(**shape)).eval()
-    theirs.save_pretrained(tmp_path / "bert")
+    theirs = save_bert(transformers, tmp_path / "bert")
     run(tmp_path / "new", tiny, init_from=str(tmp_path / "bert"), max_iters=2, eval_interval=2,
         rates={"encoder": 0.0}, n_layer=2, n_embd=16, n_hidden=32, norm="layernorm", mlp="gelu_erf", block="post",
         positions="learned", answer_words=30, publish=str(tmp_path / "out"))
@@ -405,7 +422,8 @@ def test_a_published_bert_reads_what_transformers_reads(folder, tiny, tmp_path, 
 def as_articles(rows, count):
     """The rows in SQuAD's own layout, in articles with `count` titles."""
     return [{"title": f"T{i % count}", "paragraphs": [{"context": row["context"], "qas": [{
-        "id": str(i), "question": row["question"],
+        "id": str(i), "question": row["question"], "is_impossible": not row["answers"]["text"],
+        "plausible_answers": [{"text": row["context"][:2], "answer_start": 0}] * (not row["answers"]["text"]),
         "answers": [{"text": text, "answer_start": start} for text, start in zip(*row["answers"].values())]}]}]}
         for i, row in enumerate(rows)]
 
@@ -449,6 +467,23 @@ def test_squad_is_split_by_its_articles(data, monkeypatch):  # noqa: F811
     dataset = LabelledDataset(data / "small", "answers")
     pages = [{row["page"] for row in dataset.rows[split]} for split in ("train", "val")]
     assert all(pages) and not pages[0] & pages[1] and len(dataset.rows["test"]) == 80
+
+
+def test_the_recipe_for_squad_runs_on_a_small_file_of_its_layout(data, tmp_path, capsys):  # noqa: F811
+    save_bert(pytest.importorskip("transformers"), tmp_path / "bert")
+    (tmp_path / "a.json").write_text(json.dumps({"version": "v2.0", "data": as_articles(make_rows(120), 20)}))
+    prepare.main(prepare.Settings(tokenizer="byte", val_fraction=0.2), [str(tmp_path / "a.json")])
+    changes = dict(dataset="a", init_from=tmp_path / "bert", out_dir=tmp_path / "out", publish=tmp_path / "squad",
+                   block_size=24, stride=8, max_iters=2, warmup_iters=1, eval_interval=2, device="cpu")
+    train.main(*parse(train.Settings, [str(ROOT / "config/answer_squad.py"), *(
+        f"--{name}={value}" for name, value in changes.items())], **train.HOW))
+    questions, windows = re.search(r"(\d+) questions of a, .* in (\d+) windows", capsys.readouterr().out).groups()
+    assert int(questions) < int(windows)
+    settings = checkpoint.read_config(tmp_path / "out/last")["settings"]
+    assert (settings["stride"], settings["learning_rate"], settings["dropout"]) == (8, 3e-5, 0.1)
+    evaluate.main(settings_for("question-answering", "evaluating", init_from=str(tmp_path / "squad"), dataset="a",
+                               device="cpu", test=True))
+    assert "test f1, best threshold" in capsys.readouterr().out
 
 
 def test_the_made_up_facts_hold_out_names_and_templates():
