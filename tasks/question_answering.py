@@ -333,17 +333,18 @@ class QuestionAnsweringTask(LabelledTask):
         if others:
             raise UserError("prompt: the page shows one question")
         (found,) = self.ask(model, [(question, text)])
-        (window, span), said = max(found, key=score_of), shown(text, best_of(text, found), sampling.no_answer_threshold)
+        (window, span), answer, threshold = max(found, key=score_of), best_of(text, found), sampling.no_answer_threshold
         notes, names = self.notes(model, window.ids, window.types), names_in(text, window)
         places = to_device(window.places.astype(np.int64), notes.stream[0].device)
         parts = answers(notes, lambda x: model.head(x).float().gather(0, places).T, lambda x: x, [0, notes.count - 1],
                         "likeliest", names.__getitem__)
         marked = range(window.places[span.first + 1][0], window.places[span.last + 1][1] + 1)
-        labels = ["answer" * (i in marked and not said.startswith("no answer")) for i in range(notes.count)]
+        labels = ["answer" * (i in marked and answer.lead <= threshold) for i in range(notes.count)]
         for each in parts[0]:
             labels[each["at"]] = each["top"][0][0]
         record = self.record("answers", model, window.ids, notes, labels, parts)
-        record["notes"] += [said, "the first token says where the answer begins, the last one where it ends"]
+        record["notes"] += [shown(text, answer, threshold),
+                            "the first token says where the answer begins, the last one where it ends"]
         if len(found) > 1:
             record["notes"].append(f"the text has {len(found)} windows; this one has the likeliest answer")
         return record
