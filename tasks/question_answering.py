@@ -227,8 +227,8 @@ class QuestionAnsweringTask(LabelledTask):
 
         The best threshold is that of the split, and the part "test" is scored with it too.
         """
-        return {name: getattr(settings, name) for name in self.asked} | reports(self, model, split, world, dtype,
-                                                                                settings)
+        asked = {name: getattr(settings, name) for name in self.asked}
+        return asked | reports(self, model, split, world, dtype, settings)
 
     def report(self, model, part, dtype, settings):
         """{name: value} of a part: scores of the questions with and without an answer, beside what needs no model.
