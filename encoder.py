@@ -86,6 +86,16 @@ class TaggerConfig(EncoderConfig):
             raise UserError("tags = (), intents = (): a tagger needs labels for words, for sentences, or both")
 
 
+@dataclass(frozen=True)
+class AnswererConfig(EncoderConfig):
+    dense: bool = True  # a layer with ReLU before the logits; False: none, as in BERT
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.n_types == 1:
+            raise UserError("n_types = 1: a question and its text have a token type each; use 2, or 0 for none")
+
+
 class Encoder(nn.Module):
     """Token, position and type embeddings, and a trunk in which every token sees every other one."""
 
@@ -235,7 +245,7 @@ class Answerer(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
-        self.head = Head(config, 2)
+        self.head = Head(config, 2) if config.dense else nn.Linear(config.n_embd, 2)
 
     def forward(self, tokens, lengths, types, places, counts, targets=None):
         """The logits of W words, at which an answer may begin and end, (B, W, 2); -inf for padding. Or, given targets,
@@ -244,7 +254,7 @@ class Answerer(nn.Module):
         tokens, lengths, types: see `Encoder`. places: (B, W, 2), each word's first and last token. counts: (B,), the
         words of each text without padding. targets: (B, 2), numbers of words. "No answer" is a word too: [CLS].
         """
-        logits = self.head(self.encoder(tokens, lengths, types)).gather(1, places)  # (B, S, 2) -> (B, W, 2)
+        logits = self.head(self.encoder(tokens, lengths, types)).float().gather(1, places)  # (B, S, 2) -> (B, W, 2)
         logits = logits.masked_fill(~is_real(places.size(1), counts)[..., None], -torch.inf)
         return logits if targets is None else F.cross_entropy(logits, targets, reduction="none").mean(1)
 

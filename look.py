@@ -54,7 +54,7 @@ def own_settings(values):
     return joined(sampling, Short) if hasattr(sampling, "max_new_tokens") else sampling
 
 
-CLOSED = ("contrastive", "reward", "masked-patches", "question-answering", "columns")  # they make no record yet
+CLOSED = ("contrastive", "reward", "masked-patches", "columns")  # tasks that make no record yet
 
 # Settings of sample.py for what the page does not show, or shows anyway.
 IDLE = ("num_samples", "n_best", "show_steps", "draw", "attention", "attention_layer", "attention_head",

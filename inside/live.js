@@ -19,7 +19,7 @@
     classification: ["Text to classify", "Classify"], "image-text": ["What to ask about the picture", "Ask"],
     contrastive: ["Captions to compare, with | between them", "Compare"],
     arithmetic: ["Problem, such as 7+5=", "Compute"], chat: ["Your message", "Send"],
-    reward: ["Question that the set answer answers", "Score"],
+    reward: ["Question that the set answer answers", "Score"], "question-answering": ["Question on the text", "Ask"],
     "image-classification": ["Choose a picture above; nothing need be written here", "Recognise"],
   };
   const MOST_BYTES = 9e6;  // of a picture

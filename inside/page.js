@@ -15,6 +15,7 @@ const state = {
 };
 
 const CAUSAL = ["text", "chat", "translation", "image-text"];  // these predict a token from the position before it
+const LABELLED = ["tagging", "answers"];  // tokens of these have labels
 const MARKS = {" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽"};  // how white space is shown
 const INVISIBLE = /[\s\u0000-\u001f\u007f-\u009f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g;
 const MOST_BITS = 8;  // of surprise: the darkest tint
@@ -149,12 +150,12 @@ function tokenSpan(text, index) {
   return span;
 }
 
-// What stands below a token: a tagger's label, or what a masked model would put in the place of [MASK]; or "".
+// What stands below a token: a label of its own, or what a masked model would put in the place of [MASK]; or "".
 function labelOf(index) {
   const {kind, labels} = state.record;
   const prediction = predictionAt(index);
   if (kind === "masked" && prediction && prediction.p === null) return prediction.top[0][0];
-  return kind === "tagging" ? labels[index] ?? "" : "";
+  return LABELLED.includes(kind) ? labels[index] ?? "" : "";
 }
 
 // Moves the choice in a list of tokens, "text" or "source".
@@ -229,7 +230,8 @@ function listen(list) {
 // ---------------------------------------------------------------------------------------------------------------------
 // What the model expected
 
-const HEADINGS = {masked: "What may stand here", tagging: "Which label it gets", classification: "Which label it gets"};
+const HEADINGS = {masked: "What may stand here", tagging: "Which label it gets", classification: "Which label it gets",
+                  answers: "Where the answer begins, or ends"};
 
 function drawExpected() {
   const {kind} = state.record;
@@ -256,7 +258,7 @@ function factsOf({at, entropy, rank, p}) {
 // What stands where a prediction was made: a token, or a label.
 function thereAt(at) {
   const {kind, labels, tokens} = state.record;
-  return (kind === "tagging" || kind === "classification" ? labels[at] ?? labels[0] : tokens[at]) ?? "";
+  return (LABELLED.includes(kind) || kind === "classification" ? labels[at] ?? labels[0] : tokens[at]) ?? "";
 }
 
 // The rows of the bars, [text, probability, class]: the likeliest, the one that is there, and all others as one.

@@ -1,6 +1,6 @@
 """A record: what one pass of a model shows, as a dict that JSON can hold. A task's `inside` makes it, page.py draws it.
 
-    {"kind": "text", "chat", "translation", "image-text", "masked", "tagging" or "classification",
+    {"kind": "text", "chat", "translation", "image-text", "masked", "tagging", "classification" or "answers",
      "title": "gpt, 10.65M parameters, step 5000",
      "tokens": the text of each of the T tokens that the model read,
      "written": the index of the first token that the model wrote itself; T: none,

@@ -2,14 +2,15 @@
 
     python sample.py --init_from=bert-base-uncased --prompt="Click the [MASK] to save."
 
-A BertForMaskedLM or BertForPreTraining is a MaskedLM here, a BertModel without such a head a SentenceEncoder.
+A BertForMaskedLM or BertForPreTraining is a MaskedLM here, a BertForQuestionAnswering an Answerer, a BertModel without
+such a head a SentenceEncoder.
 """
 
 import dataclasses
 
 import tokenizer as tokenizers
 from configurator import UserError, say
-from encoder import EncoderConfig, MaskedLM, SentenceConfig, SentenceEncoder
+from encoder import Answerer, AnswererConfig, EncoderConfig, MaskedLM, SentenceConfig, SentenceEncoder
 from published.files import HEAD, KINDS, SIZE, Source, require
 from run.files import write_json
 
@@ -22,13 +23,16 @@ NAMES = (("encoder.transformer.blocks.", "encoder.layer."), ("encoder.wte.", "em
          (".attn.v_proj.", ".attention.self.value."), (".mlp.up_proj.", ".intermediate.dense."),
          (".mlp.down_proj.", ".output.dense."))
 HEADS = {"pooler.": "pooler.dense.", "dense.": "cls.predictions.transform.dense.",
-         "ln.": "cls.predictions.transform.LayerNorm.", "bias": "cls.predictions.bias"}  # what begins with these
+         "ln.": "cls.predictions.transform.LayerNorm.", "bias": "cls.predictions.bias",
+         "head.": "qa_outputs."}  # what begins with these
 BIAS_TWICE = "cls.predictions.decoder.bias"  # some files have the head's bias under this name too
-POOLED = ("pooler.", "cls.seq_relationship.")  # BERT's second task, the next sentence: a masked model has no use for it
+POOLED = ("pooler.", "cls.seq_relationship.")  # BERT's second task, the next sentence: only a BertModel may keep it
 
 ACTIVATIONS = {"gelu": "gelu_erf", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu": "relu"}  # theirs: ours
 REMEDY = "--block=post --mlp=gelu"  # and with the defaults: what can be published
 MASKED = ("BertForMaskedLM", "BertForPreTraining")
+ANSWERER = "BertForQuestionAnswering"  # config.json must name it: without that, it is the task of another model
+CLASSES = ("BertModel", *MASKED, ANSWERER)
 
 SIZES = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embd": "hidden_size",
          "n_hidden": "intermediate_size", "vocab_size": "vocab_size", "block_size": "max_position_embeddings",
@@ -44,7 +48,7 @@ ONLY = {"position_embedding_type": ("absolute", None), "is_decoder": (False, Non
 # In
 
 def MODEL(config):
-    return SentenceEncoder(config) if isinstance(config, SentenceConfig) else MaskedLM(config)
+    return {SentenceConfig: SentenceEncoder, AnswererConfig: Answerer}.get(type(config), MaskedLM)(config)
 
 
 def to_config(theirs, name, block_size=0, dropout=0.0):
@@ -58,8 +62,8 @@ def to_config(theirs, name, block_size=0, dropout=0.0):
             raise UserError(f"{name}: {key} = {theirs[key]!r:.60}, but only {' or '.join(map(repr, known))} can be"
                             " loaded")
     for cls in theirs.get("architectures") or ():
-        if cls not in ("BertModel", *MASKED):
-            raise UserError(f"{name} is a {cls}, but only BertModel, {' and '.join(MASKED)} can be loaded")
+        if cls not in CLASSES:
+            raise UserError(f"{name} is a {cls}, but only {', '.join(CLASSES)} can be loaded")
     full = {**DEFAULTS, **theirs}
     if missing := [key for key in SIZES.values() if key not in full]:
         raise UserError(f"the config.json of {name} lacks {', '.join(missing)}: add what the model was trained with")
@@ -79,7 +83,7 @@ def choose(config, theirs, stored, name):
     `files.read_tensors`. Raises UserError if the two biases of a head differ.
     """
     classes = theirs.get("architectures") or [MASKED[0] if HEADS["bias"] in stored else "BertModel"]
-    if classes[0] not in MASKED:
+    if classes[0] == "BertModel":
         return SentenceConfig(**dataclasses.asdict(config), pooler=HEADS["pooler."] + "weight" in stored)
     unused = [key for key in stored if key.startswith(POOLED)]
     for key in unused:
@@ -91,7 +95,7 @@ def choose(config, theirs, stored, name):
         _, other = stored.setdefault(HEADS["bias"], (key, bias))
         if not bias.equal(other):
             raise UserError(f"{name}: {key} is not {HEADS['bias']}, but a head has one bias: take one of them out")
-    return config
+    return AnswererConfig(**dataclasses.asdict(config), dense=False) if classes[0] == ANSWERER else config
 
 
 def load_tokenizer(path):
@@ -130,17 +134,19 @@ def misfit(config):
     fitting = {"block": ("post",), "embed_norm": (True,), "final_norm": (False,), "norm": ("layernorm",),
                "mlp": tuple(ACTIVATIONS.values()), "positions": ("learned",), "bias": (True,),
                "n_kv_head": (0, config.n_head), "head_dim": (0, config.n_embd / config.n_head), "qk_norm": (False,)}
+    if isinstance(config, AnswererConfig):
+        fitting["dense"] = (False,)
     found = {name: getattr(config, name) for name, values in fitting.items() if getattr(config, name) not in values}
     return ", ".join(f"{name} = {value!r}" for name, value in found.items())
 
 
 def save(model, tokenizer, folder, shard_size):
-    """Writes a model without `misfit` into `folder` as a BertForMaskedLM or BertModel, which transformers can load.
+    """Writes a model without `misfit` into `folder`, as one of CLASSES, which transformers can load.
 
     Its tokenizer frames texts as the model was trained: see `library`. shard_size: most bytes per weight file.
     """
     from huggingface_hub import save_torch_state_dict
-    frames = library(tokenizer)
+    frames = library(tokenizer, model)
     names = {f"{role}_token": f"[{role.upper()}]" for role in ("cls", "sep", "mask", "pad", "unk")}
     names = {role: token for role, token in names.items() if frames.token_to_id(token) is not None}
     pad = frames.token_to_id("[PAD]")  # None: no row of the embedding is only for padding
@@ -154,13 +160,18 @@ def save(model, tokenizer, folder, shard_size):
     write_json(folder / "config.json", {**to_published_config(model), "pad_token_id": pad})
 
 
-def library(tokenizer):
+def library(tokenizer, model):
     """A tokenizers.Tokenizer with the control tokens of `marks_of`, which it puts around texts as the tasks do.
 
-    Raises UserError for a tokenizer that can't be one, or in which [CLS] and [MASK] would have other ids.
+    Raises UserError for a tokenizer that can't be one, or in which [CLS] and [MASK] would have other ids; and if an
+    Answerer has read texts by another one than BERT's, word by word: the library would cut them otherwise.
     """
     from tokenizers import Tokenizer, processors
-    marks, made = tokenizers.marks_of(tokenizer), Tokenizer.from_str(tokenizer.as_library().to_str())
+    marks = tokenizers.marks_of(tokenizer)
+    if isinstance(model, Answerer) and marks.sep is None:
+        raise UserError(f"an Answerer with {tokenizer!r} can't be published: it needs BERT's tokenizer; start from a"
+                        " published BERT, or prepare the data with --tokenizer=FOLDER of one")
+    made = Tokenizer.from_str(tokenizer.as_library().to_str())
     made.add_special_tokens([token for token in ("[CLS]", "[MASK]") if made.token_to_id(token) is None])
     if (made.token_to_id("[CLS]"), made.token_to_id("[MASK]")) != (marks.cls, marks.mask):
         raise UserError(f"{tokenizer!r} can't be published for an encoder: [CLS] and [MASK] can't have the ids"
@@ -174,9 +185,9 @@ def library(tokenizer):
 
 def to_published(model):
     """{published name: tensor} of a model without `misfit`. A table of token types that it lacks is 0."""
-    prefix = "bert." if isinstance(model, MaskedLM) else ""
+    prefix, heads = "bert." if isinstance(model, (MaskedLM, Answerer)) else "", ("cls.", "qa_outputs.")
     named = {source(ours, {}).name: tensor for ours, tensor in model.state_dict().items()}
-    state = {name if name.startswith("cls.") else prefix + name: tensor for name, tensor in named.items()}
+    state = {name if name.startswith(heads) else prefix + name: tensor for name, tensor in named.items()}
     table = f"{prefix}embeddings.token_type_embeddings.weight"
     if table not in state:
         state[table] = model.encoder.wte.weight.new_zeros(2, model.config.n_embd)
@@ -188,7 +199,8 @@ def to_published_config(model):
     c = model.config
     sizes = {their: getattr(c, ours) for ours, their in SIZES.items()}
     sizes |= {"intermediate_size": c.n_hidden or 4 * c.n_embd, "type_vocab_size": c.n_types or 2}
-    return {"architectures": [MASKED[0] if isinstance(model, MaskedLM) else "BertModel"], "model_type": "bert", **sizes,
+    cls = {MaskedLM: MASKED[0], Answerer: ANSWERER}.get(type(model), "BertModel")
+    return {"architectures": [cls], "model_type": "bert", **sizes,
             "hidden_act": next(theirs for theirs, ours in ACTIVATIONS.items() if ours == c.mlp),
             "hidden_dropout_prob": c.dropout, "attention_probs_dropout_prob": c.dropout,
             "position_embedding_type": "absolute", "is_decoder": False, "tie_word_embeddings": True,

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from configurator import UserError, say
 from critic import Critic, as_kind
-from encoder import MaskedLM, SentenceEncoder
+from encoder import Answerer, MaskedLM, SentenceEncoder
 from machine.decode import KNOWN
 from machine.digest import code_of
 from model import GPT
@@ -40,7 +40,7 @@ FAMILIES = {  # by the model_type in config.json
     "paligemma": "published.paligemma", "bert": "published.bert", "vit": "published.vit"}
 HEAD = "lm_head.weight"  # the output head in every first layout; a tied model has none
 LAYOUTS = {GPT: ("gpt2", "llama"), Gemma: ("llama",), PaliGemma: ("paligemma",), MaskedLM: ("bert",),
-           SentenceEncoder: ("bert",), Critic: ("gpt2", "llama")}  # that may hold a class of ours
+           SentenceEncoder: ("bert",), Answerer: ("bert",), Critic: ("gpt2", "llama")}  # that may hold a class of ours
 
 FITS = {  # {what a value of config.json must be: whether it is}
     "a whole number from 1 to 2^31 - 1": lambda value: type(value) is int and 0 < value < 2**31,
@@ -196,7 +196,7 @@ def layout(model, tokenizer):
             if edited := [name for name, code in code_of(model).items() if KNOWN.get(name, code) != code]:
                 say(f"the code of {', '.join(sorted(edited))} was edited: other programs compute what it was before")
             if hasattr(family, "library"):
-                family.library(tokenizer)  # raises
+                family.library(tokenizer, model)  # raises
             return family
         reasons.append(f"the layout of {name} can't hold {found}")
     remedy = getattr(family, "REMEDY", "the settings of config/shakespeare_char.py or config/shakespeare_llama.py")

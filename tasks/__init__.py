@@ -19,7 +19,7 @@ class Row(NamedTuple):
     training: type  # the settings that the task adds to train.py's
     sampling: type  # to sample.py's
     evaluating: type  # to evaluate.py's
-    published: tuple  # values of model_type in the config.json of published models
+    published: tuple  # values of model_type, or of architectures, in the config.json of published models
 
 
 TASKS = {
@@ -48,7 +48,7 @@ TASKS = {
     "rl": Row("tasks.rl", "RLTask", settings.RL, settings.Chatting, settings.Answers, ()),
     "tagging": Row("tasks.tagging", "TaggingTask", settings.Tagging, settings.Labelling, settings.Labels, ()),
     "question-answering": Row("tasks.question_answering", "QuestionAnsweringTask", settings.QuestionAnswering,
-                              settings.Asking, settings.Problems, ()),
+                              settings.Asking, settings.Questions, ("BertForQuestionAnswering",)),
 }
 
 
@@ -62,10 +62,11 @@ def task_of(config, folder):
     saved, model_type = config.get("settings"), config.get("model_type")
     if isinstance(saved, dict) and saved.get("task") in TASKS:
         return saved["task"]
-    for name, row in TASKS.items():
-        if model_type in row.published:
-            return name
-    known = ", ".join(each for row in TASKS.values() for each in row.published)
+    for kind in (*(config.get("architectures") or ()), model_type):  # one architecture may have a task of its own
+        for name, row in TASKS.items():
+            if kind in row.published:
+                return name
+    known = ", ".join(each for row in TASKS.values() for each in row.published if each.islower())
     raise UserError(f"{folder}: model_type = {model_type!r}, but only {known} can be loaded")
 
 

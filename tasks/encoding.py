@@ -76,10 +76,15 @@ class EncoderTask(Task):
         marks = self.marks
         return namer(self.tokenizer, {marks.cls: "[CLS]", marks.sep: "[SEP]", marks.mask: "[MASK]"})
 
-    def notes(self, model, ids):
-        """The Notes of an encoder that reads a text. ids: framed."""
+    def read_alone(self, model, ids, types):
+        """Runs a model's encoder over one text. ids: framed. types: of each id, or None."""
+        device = next(model.parameters()).device
+        model.encoder(torch.tensor([ids], device=device), types=types and torch.tensor([types], device=device))
+
+    def notes(self, model, ids, types=None):
+        """The Notes of an encoder that reads a text. ids: framed. types: of each id, or None."""
         with notes_of(model.encoder.transformer, len(ids), both_ways=True) as notes:
-            model.encoder(torch.tensor([ids], device=next(model.parameters()).device))
+            self.read_alone(model, ids, types)
         return notes
 
     def record(self, kind, model, ids, notes, labels, *answers):
@@ -94,10 +99,9 @@ class EncoderTask(Task):
                     attention=[packed("self", notes.own, tokens, tokens)],
                     embedding=embedding(model.encoder.wte, ids, name))
 
-    def draw(self, model, ids, sampling):
-        """Writes the picture sampling.attention of a text. Returns a line about it. ids: framed."""
-        tokens = torch.tensor([ids], device=next(model.parameters()).device)
-        return draw_own(model, list(map(self.namer(), ids)), lambda: model.encoder(tokens), sampling)
+    def draw(self, model, ids, sampling, types=None):
+        """Writes the picture sampling.attention of a text. Returns a line about it. ids: framed. types: see `notes`."""
+        return draw_own(model, list(map(self.namer(), ids)), lambda: self.read_alone(model, ids, types), sampling)
 
     def framed(self, ids):
         """A text's ids with what stands around them, at most block_size: a list. A longer text loses its end."""
@@ -131,8 +135,10 @@ class LabelledTask(EncoderTask):
         wanted = getattr(s, "train_rows", 0)
         if wanted > n:
             raise UserError(f"train_rows = {wanted}: the data set {s.dataset} has only {n} training rows")
-        order = np.random.Generator(np.random.Philox(key=s.seed)).permutation(n)
-        self.rows = np.sort(order[:wanted]) if wanted else np.arange(n)
+        self.rows = np.arange(n)
+        if wanted:  # settings that lack it, of a published model, lack the seed too
+            order = np.random.Generator(np.random.Philox(key=s.seed)).permutation(n)
+            self.rows = np.sort(order[:wanted])
 
     def read(self, row):
         """The ids of a row's text, framed. row: a dict of the data set."""

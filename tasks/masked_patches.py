@@ -8,7 +8,7 @@
 The loss is the mean squared error of the pixels of the hidden patches. With normalise = True a patch's pixels are taken
 less their mean and divided by their standard deviation (He et al. 2022), so that only its pattern counts: who always
 guesses 0 has a loss of about 1, and of 0 for a patch of one colour. The data are pictures by class, or pictures with
-text; classes and text are not read. A folder of pictures without classes is not taken by prepare.py: divide it into two.
+text; classes and text are not read. prepare.py takes no pictures without classes: divide them into two folders.
 
 Axes: B batch, N patches of a picture, A hidden ones, P pixel values of a patch, S side of a picture in pixels.
 """

@@ -5,11 +5,14 @@
     python evaluate.py --out_dir=out/answer_facts
 
 The model reads [CLS], the question, [SEP], the text and [SEP]; where a tokenizer has no [SEP], [MASK] stands for it.
-Two logits for each word say whether an answer begins and ends there (Devlin et al. 2019). Those of [CLS] stand for "no
-answer". A text that is too long is cut into windows, each of which begins in the middle of the one before.
+Two logits for each word say whether an answer begins and ends there (Devlin et al. 2019): their sum over its first and
+last word is an answer's score. [CLS] stands for "no answer". A text that is too long is cut into windows that overlap.
+As in transformers' run_qa, the best answer has the greatest score in any window, the score of "no answer" is its least
+in any, and there is no answer if it exceeds the best one's by more than a threshold.
 
 Question and text have a token type each, as in BERT. An encoder from scratch has a third one, which marks the words of
-the text that are in the question (Chen et al. 2017): to learn which they are takes an encoder long.
+the text that are in the question (Chen et al. 2017): to learn which they are takes an encoder long. With --block=post
+the model is BERT's altogether, two types and no layer before the logits, and can be published.
 
 Axes: B windows, W words of a window, [CLS] in front of them.
 """
@@ -28,7 +31,9 @@ import torch.nn.functional as F
 
 from batches import length_batches, padded, to_device
 from configurator import UserError, say
-from encoder import Answerer, EncoderConfig
+from encoder import Answerer, AnswererConfig
+from inside.picture import check_chosen
+from inside.record import answers
 from machine.device import autocast
 from machine.terminal import watched
 from run.cost import size_in_words
@@ -37,7 +42,9 @@ from sources.questions import WORD
 from sources.texts import read_file
 from tasks.encoding import AT_ONCE, LabelledTask
 from tasks.labels import reports
+from tasks.settings import QuestionAnswering
 
+ON_A_CPU = 2048  # tokens per batch of answers: a CPU gains nothing by more, and loses time to padding
 END_OF_SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 NAME = re.compile(r"(?:[^\W\d_]*[A-Z]\w*|\d+)(?: [A-Z]\w*)*")  # a number, or words with a capital
 
@@ -46,30 +53,43 @@ class Window(NamedTuple):
     """What the model reads at once: a question and words of a text."""
     ids: list
     types: list  # of each id: 0 for the question, 1 for the text, and 2 for words of the text that the question has
-    places: list  # (first token, last token) of [CLS] and of each word
+    places: np.ndarray  # (W, 2): first and last token of [CLS] and of each word
     start: int  # the number of the first word in the text
 
 
+class Span(NamedTuple):
+    """The likeliest answer in a window, and none."""
+    score: float  # the sum of two logits
+    first: int  # word of the window
+    last: int
+    p: float
+    null: float  # the score of no answer
+    p_null: float
+
+
 class Found(NamedTuple):
-    """An answer, text[start:end], and its probability; if start = end, there is none."""
+    """The likeliest answer in a text, text[start:end], and none."""
     start: int
     end: int
     p: float
+    lead: float  # of no answer: by how much its score exceeds that of the answer
+    p_null: float
 
 
 class QuestionAnsweringTask(LabelledTask):
     best = ("f1", max)
-    models = {"answerer": (Answerer, EncoderConfig)}
+    models = {"answerer": (Answerer, AnswererConfig)}
+    asked = ("no_answer_threshold",)
     kind = "answers"
     rows_label = "the windows"
 
     def __init__(self, settings, tokenizers=None, source=""):
         super().__init__(settings, tokenizers, source)
-        self.n_types = 0  # of the model
         self.known = {}  # the ids of each word that was read, with the space before it
 
     def new(self, generator, shape):
-        return super().new(generator, {"n_types": 3} | shape)  # the encoder of another model keeps what it has
+        of_bert = shape["block"] == "post"  # the encoder of another model keeps its types
+        return super().new(generator, {"n_types": 2 if of_bert else 3, **shape, "dense": not of_bert})
 
     # ------------------------------------------------------------------------------------------------------------------
     # From texts to tensors
@@ -84,10 +104,20 @@ class QuestionAnsweringTask(LabelledTask):
             found.append(self.known[word])
         return spans, found
 
+    def read_for(self, model):
+        """From now on, texts are cut into windows for this model. Raises UserError for a stride that is too long."""
+        size, self.marked = model.config.block_size, model.config.dense and model.config.n_types > 2
+        if size < 8:
+            raise UserError(f"block_size = {size}: a question and a text need at least 8")
+        stride = getattr(self.settings, "stride", 0)  # a published model has no settings
+        if stride > size // 2:
+            raise UserError(f"stride = {stride}: windows of {size} tokens can share at most half of them, {size // 2}")
+        self.block_size, self.stride = size, stride or size // 3
+
     def windows(self, question, context):
         """The Windows of a text, at least one. A question that fills more than half of a window loses its end."""
         marks, (_, asked), (_, words) = self.marks, self.pieces(question), self.pieces(context)
-        shared = {word.lower() for word in WORD.findall(question)} if self.n_types > 2 else ()
+        shared = {word.lower() for word in WORD.findall(question)} if self.marked else ()
         types = [1 + (word.lower() in shared) for word in WORD.findall(context)]
         sep = marks.mask if marks.sep is None else marks.sep
         head = [marks.cls, *itertools.chain(*asked)][:max(1, self.block_size // 2)] + [sep]
@@ -97,33 +127,31 @@ class QuestionAnsweringTask(LabelledTask):
         while True:
             stop = int(np.searchsorted(ends, ends[start] + room, side="right")) - 1
             at = len(head) + ends[start:stop + 1] - ends[start]
-            places = [(0, 0), *zip(at[:-1].tolist(), (at[1:] - 1).tolist())]
+            places = np.array([[0, *at[:-1]], [0, *at[1:] - 1]], np.int32).T
             own = [each for ids, each in zip(words[start:stop], types[start:stop]) for _ in ids]
             found.append(Window([*head, *itertools.chain(*words[start:stop]), sep], [0] * len(head) + own + [1], places,
                                 start))
             if stop >= len(words):
                 return found
-            start = max(start + 1, int(np.searchsorted(ends, ends[start] + room // 2, side="right")) - 1)
+            start = max(start + 1, int(np.searchsorted(ends, ends[stop] - min(self.stride, room // 2))))
 
     def fit(self, model):
         """Cuts the texts of all rows into windows, and chooses the rows to learn from.
 
-        windows[split]: a list of Windows; asked[split]: the row of each; rows: the windows to learn from.
+        windows_of[split]: a list of Windows; asked_of[split]: the row of each; rows: the windows to learn from.
         """
-        if model.config.block_size < 8:
-            raise UserError(f"block_size = {model.config.block_size}: a question and a text need at least 8")
-        rows, self.windows_of, self.asked, self.labels = self.dataset.rows, {}, {}, {}
+        rows, self.windows_of, self.asked_of, self.labels = self.dataset.rows, {}, {}, {}
         super().fit(model)
-        self.n_types = model.config.n_types
+        self.read_for(model)
         self.chosen = {*self.rows.tolist()}
         for split in self.texts:
             cut = [self.windows(row["question"], row["context"]) for row in rows[split]]
             self.windows_of[split] = [*itertools.chain(*cut)]
-            self.asked[split] = np.repeat(np.arange(len(cut)), [len(found) for found in cut])
+            self.asked_of[split] = np.repeat(np.arange(len(cut)), [len(found) for found in cut])
             self.texts[split] = [window.ids for window in self.windows_of[split]]
             self.labels[split] = [self.label(rows[split][row], window)
-                                  for row, window in zip(self.asked[split], self.windows_of[split])]
-        self.rows = np.flatnonzero(np.isin(self.asked["train"], [*self.chosen]))
+                                  for row, window in zip(self.asked_of[split], self.windows_of[split])]
+        self.rows = np.flatnonzero(np.isin(self.asked_of["train"], [*self.chosen]))
 
     def read(self, row):
         return []  # `fit` reads it
@@ -164,7 +192,7 @@ class QuestionAnsweringTask(LabelledTask):
     def parts(self, split, limit=0):
         """Windows in batches of like length, those of a row in one. limit: see `LabelledTask`."""
         lengths = np.array([len(ids) for ids in self.texts[split]])
-        starts = np.flatnonzero(np.diff(self.asked[split], prepend=-1))
+        starts = np.flatnonzero(np.diff(self.asked_of[split], prepend=-1))
         counts = np.diff([*starts, len(lengths)])
         longest, rows = np.maximum.reduceat(lengths, starts), np.arange(len(starts))
         wanted = limit and max(1, int(limit / (longest * counts).mean()))
@@ -184,19 +212,23 @@ class QuestionAnsweringTask(LabelledTask):
                 logits = model(**arguments)
             nats += weight * F.cross_entropy(logits, targets, reduction="none").mean(1).sum().item()
             windows += weight * len(part)
-            rows = self.asked[split][part]
+            rows = self.asked_of[split][part]
             for row, group in itertools.groupby(zip(rows, part, self.spans(logits)), key=lambda each: each[0]):
                 wanted = self.dataset.rows[split][row]
                 group = [(self.windows_of[split][place], span) for _, place, span in group]
-                scores = score(answer_in(wanted["context"], self.best_of(wanted["context"], group)), wanted)
+                scores = score(answer_in(wanted["context"], best_of(wanted["context"], group)), wanted)
                 exact, overlap = exact + weight * scores[0], overlap + weight * scores[1]
                 questions += weight
         nats, windows, exact, overlap, questions = world.sum(nats, windows, exact, overlap, questions)
         return {"loss": nats / windows, "exact_match": exact / questions, "f1": overlap / questions}
 
     def details(self, model, split, world, dtype, settings, found):
-        """{name: value}: `report` of the split; with settings.test also measures and `report` of the part "test"."""
-        return reports(self, model, split, world, dtype, settings)
+        """{name: value}: `report` of the split; with settings.test also measures and `report` of the part "test".
+
+        The best threshold is that of the split, and the part "test" is scored with it too.
+        """
+        asked = {name: getattr(settings, name) for name in self.asked}
+        return asked | reports(self, model, split, world, dtype, settings)
 
     def report(self, model, part, dtype, settings):
         """{name: value} of a part: scores of the questions with and without an answer, beside what needs no model.
@@ -206,81 +238,116 @@ class QuestionAnsweringTask(LabelledTask):
         rows = self.dataset.rows[part]
         with autocast(self.world.device, dtype):
             found = self.answer(model, [(row["question"], row["context"]) for row in rows])
-        texts = [answer_in(row["context"], one) for row, one in zip(rows, found)]
-        has = np.array([bool(row["answers"]["text"]) for row in rows])
-        scores, result = scores_of(texts, rows), {"questions": len(rows), "without an answer": int((~has).sum())}
-        for name, chosen in (("with an answer", has), ("without one", ~has)):
-            if chosen.any():
-                result |= {f"exact_match, {name}": scores[chosen, 0].mean(), f"f1, {name}": scores[chosen, 1].mean()}
+        result, has = {}, np.array([bool(row["answers"]["text"]) for row in rows])
+        if part != "test":
+            self.best_threshold = result["best threshold"] = best_threshold(rows, found)
+        texts, scores = scored(rows, found, settings.no_answer_threshold)
+        groups = {"": scores, ", with an answer": scores[has], ", without one": scores[~has],
+                  ", best threshold": scored(rows, found, self.best_threshold)[1]}
         for name, guess in FLOORS.items():
-            exact, overlap = scores_of([guess(row["question"], row["context"]) for row in rows], rows).mean(0)
-            result |= {f"exact_match, {name}": exact, f"f1, {name}": overlap}
+            groups[f", {name}"] = scores_of([guess(row["question"], row["context"]) for row in rows], rows)
+        result |= {"questions": len(rows), "without an answer": int((~has).sum())}
+        for name, each in groups.items():
+            if len(each):
+                result |= {f"exact_match{name}": float(each[:, 0].mean()), f"f1{name}": float(each[:, 1].mean())}
         if not settings.init_from:  # else there is no folder of a run
             path = Path(settings.out_dir) / ("answers_test.jsonl" if part == "test" else "answers.jsonl")
-            lines = [{**row, "found": text, "start": one.start, "p": round(one.p, 4)}
+            lines = [{**row, "found": text, "start": one.start, "p": round(one.p, 4), "lead": round(one.lead, 4)}
                      for row, text, one in zip(rows, texts, found)]
             write_text(path, "".join(map(to_json, lines)))
-        return {name: value if isinstance(value, int) else float(value) for name, value in result.items()}
+        return result
 
     # ------------------------------------------------------------------------------------------------------------------
     # Answers
 
     def spans(self, logits):
-        """(advantage, first word, last word, its probability, that of no answer) of each window, from logits (B, W, 2).
-
-        The likeliest span of at most answer_words; its advantage is its log-probability beyond that of no answer.
-        """
-        starts, ends = logits.float().log_softmax(1).unbind(-1)
-        none, count = starts[:, 0] + ends[:, 0], logits.size(1) - 1
+        """The Span of each window, of at most answer_words, from logits (B, W, 2)."""
+        starts, ends = logits.float().unbind(-1)
+        null, total, count = starts[:, 0] + ends[:, 0], logits.float().logsumexp(1).sum(-1), logits.size(1) - 1
         legal = torch.ones(count, count, dtype=torch.bool, device=logits.device).triu()
-        legal = legal.tril(self.settings.answer_words - 1)
-        both = (starts[:, 1:, None] + ends[:, None, 1:]).masked_fill(~legal, -torch.inf)
+        legal = legal.tril(getattr(self.settings, "answer_words", QuestionAnswering.answer_words) - 1)
+        both = (starts[:, 1:, None] + ends[:, None, 1:]).masked_fill(~legal, -torch.inf)  # (B, W, W)
         best, place = both.flatten(1).max(1)
-        columns = (best - none, place // count, place % count, best.exp(), none.exp())
-        return [*zip(*(column.tolist() for column in columns))]
+        columns = (best, place // count, place % count, (best - total).exp(), null, (null - total).exp())
+        return [Span(*each) for each in zip(*(column.tolist() for column in columns))]
 
-    def best_of(self, text, found):
-        """The Found of a text, from the (Window, span) of all its windows: the one with the greatest advantage."""
-        window, (advantage, first, last, p, _) = max(found, key=lambda pair: pair[1][0])
-        if advantage <= 0:
-            return Found(0, 0, min(span[-1] for _, span in found))
-        words = [match.span() for match in WORD.finditer(text)]
-        return Found(words[window.start + first][0], words[window.start + last][1], p)
-
-    @torch.inference_mode()
     def answer(self, model, pairs):
         """The Found for each (question, text)."""
-        self.block_size, self.n_types = model.config.block_size, model.config.n_types
+        return [best_of(text, found) for (_, text), found in zip(pairs, self.ask(model, pairs))]
+
+    @torch.inference_mode()
+    def ask(self, model, pairs):
+        """[(Window, its Span)] for each (question, text)."""
+        self.read_for(model)
         device = next(model.parameters()).device
         cut = [self.windows(*pair) for pair in pairs]
         windows = [*itertools.chain(*cut)]
-        spans = [None] * len(windows)
-        for part in watched(length_batches(np.array([len(each.ids) for each in windows]), AT_ONCE), "answering"):
+        spans, most = [None] * len(windows), AT_ONCE if device.type == "cuda" else ON_A_CPU
+        for part in watched(length_batches(np.array([len(each.ids) for each in windows]), most), "answering"):
             tokens, lengths = padded([windows[i].ids for i in part], self.marks.pad)
             arrays = {"tokens": tokens, "lengths": lengths, **self.arrays([windows[i] for i in part])}
-            logits = model(**{name: to_device(array, device) for name, array in arrays.items()})
+            arguments = {name: to_device(array, device) for name, array in arrays.items()}
+            if lengths.min() == lengths.max():
+                arguments["lengths"] = None  # without padding there is nothing to hide, which is faster
+            logits = model(**arguments)
             for i, span in zip(part, self.spans(logits)):
                 spans[i] = span
         every = iter(zip(windows, spans))
-        return [self.best_of(text, [*itertools.islice(every, len(own))]) for (_, text), own in zip(pairs, cut)]
+        return [[*itertools.islice(every, len(own))] for own in cut]
 
     def sample(self, model, requests, sampling):
         """Yields (index of a request, piece): for each line, a question, its answer with its place in the text."""
-        text = sampling.context
+        check_chosen(model, sampling)
+        for index, request in enumerate(requests):
+            questions, text = self.questions_of(model, request, sampling)
+            if sampling.attention and len(questions) > 1:
+                raise UserError("attention: needs a --prompt of one question")
+            every = self.ask(model, [(question, text) for question in questions])
+            for number, (question, found) in enumerate(zip(questions, every)):
+                answer = shown(text, best_of(text, found), sampling.no_answer_threshold)
+                yield index, "\n" * (number > 0) + f"{question}\n" * (len(questions) > 1) + answer
+            if sampling.attention:
+                window, _ = max(found, key=score_of)
+                yield index, "\n" + self.draw(model, window.ids, sampling, window.types)
+
+    def questions_of(self, model, request, sampling):
+        """(questions, the text with the answers) of a request. Raises UserError if there is nothing to read."""
+        text, questions = sampling.context, [line.strip() for line in request["text"].split("\n") if line.strip()]
         if text.startswith("FILE:"):
             text = "".join(read_file(Path(text.removeprefix("FILE:")), keep=True))
         if not re.search(r"\w", text):
             raise UserError(f"context = {sampling.context:.60}: there is no word in this text")
-        for index, request in enumerate(requests):
-            questions = [line.strip() for line in request["text"].split("\n") if line.strip()]
-            if not questions or not all(re.search(r"\w", question) for question in questions):
-                raise UserError(f"prompt = {request['text'].strip()!r:.60}: is no question: add --prompt with one, or"
-                                " --prompt=FILE:path with one on each line")
-            self.block_size = model.config.block_size
-            self.check_words(questions, text)
-            answers = self.answer(model, [(question, text) for question in questions])
-            for number, (question, found) in enumerate(zip(questions, answers)):
-                yield index, "\n" * (number > 0) + f"{question}\n" * (len(questions) > 1) + shown(text, found)
+        if not questions or not all(re.search(r"\w", question) for question in questions):
+            raise UserError(f"prompt = {request['text'].strip()!r:.60}: is no question: add --prompt with one, or"
+                            " --prompt=FILE:path with one on each line")
+        self.read_for(model)
+        self.check_words(questions, text)
+        return questions, text
+
+    def inside(self, model, request, sampling):
+        """The record of a question and the window of the text that has the likeliest answer.
+
+        Two distributions over its words: at [CLS] that of the answer's first one, at the last token that of its last.
+        """
+        (question, *others), text = self.questions_of(model, request, sampling)
+        if others:
+            raise UserError("prompt: the page shows one question")
+        (found,) = self.ask(model, [(question, text)])
+        (window, span), answer, threshold = max(found, key=score_of), best_of(text, found), sampling.no_answer_threshold
+        notes, names = self.notes(model, window.ids, window.types), names_in(text, window)
+        places = to_device(window.places.astype(np.int64), notes.stream[0].device)
+        parts = answers(notes, lambda x: model.head(x).float().gather(0, places).T, lambda x: x, [0, notes.count - 1],
+                        "likeliest", names.__getitem__)
+        marked = range(window.places[span.first + 1][0], window.places[span.last + 1][1] + 1)
+        labels = ["answer" * (i in marked and answer.lead <= threshold) for i in range(notes.count)]
+        for each in parts[0]:
+            labels[each["at"]] = each["top"][0][0]
+        record = self.record("answers", model, window.ids, notes, labels, parts)
+        record["notes"] += [shown(text, answer, threshold),
+                            "the first token says where the answer begins, the last one where it ends"]
+        if len(found) > 1:
+            record["notes"].append(f"the text has {len(found)} windows; this one has the likeliest answer")
+        return record
 
     def check_words(self, questions, text):
         """Names words that the model does not know, and counts questions that are cut, on stderr."""
@@ -307,18 +374,42 @@ class QuestionAnsweringTask(LabelledTask):
         return f"{super().command(out_dir)} {shlex.join(own)}"
 
 
-def answer_in(text, found):
-    return text[found.start:found.end]
+def score_of(pair):
+    """The score of a (Window, Span)."""
+    return pair[1].score
 
 
-def shown(text, found):
+def names_in(text, window):
+    """What stands for [CLS] and each word of a window in a record; a word that has occurred is counted."""
+    counts, names = collections.Counter(), ["no answer"]
+    for word in itertools.islice(WORD.findall(text), window.start, window.start + len(window.places) - 1):
+        counts[word] += 1
+        names.append(word if counts[word] == 1 else f"{word} ({counts[word]})")
+    return names
+
+
+def best_of(text, found):
+    """The Found of a text, from the (Window, Span) of all its windows."""
+    window, best = max(found, key=score_of)
+    none = min((span for _, span in found), key=lambda span: span.null)
+    words = [match.span() for match in WORD.finditer(text)]
+    start, end = words[window.start + best.first][0], words[window.start + best.last][1]
+    return Found(start, end, best.p, none.null - best.score, none.p_null)
+
+
+def answer_in(text, found, threshold=0.0):
+    """The answer; "" if the lead of no answer is above the threshold."""
+    return "" if found.lead > threshold else text[found.start:found.end]
+
+
+def shown(text, found, threshold):
     """An answer with its place and probability, and below it its sentence, in which it is marked."""
-    if found.start == found.end:
-        return f"no answer  (probability {found.p:.2f})"
+    answer = answer_in(text, found, threshold)
+    if not answer:
+        return f"no answer  (probability {found.p_null:.2f})"
     before = [match.end() for match in END_OF_SENTENCE.finditer(text, 0, found.start)]
     after = END_OF_SENTENCE.search(text, found.end)
     start, end = before[-1] if before else 0, after.start() if after else len(text)
-    answer = answer_in(text, found)
     return (f"{answer}  (characters {found.start} to {found.end}, probability {found.p:.2f})\n"
             f"  {' '.join(f'{text[start:found.start]}[{answer}]{text[found.end:end]}'.split())}")
 
@@ -348,6 +439,25 @@ def score(text, row):
 def scores_of(texts, rows):
     """(n, 2): exact match and F1 of each answer."""
     return np.array([score(text, row) for text, row in zip(texts, rows)])
+
+
+def scored(rows, found, threshold):
+    """([the answer to each row, "" for none], `scores_of` them)."""
+    texts = [answer_in(row["context"], one, threshold) for row, one in zip(rows, found)]
+    return texts, scores_of(texts, rows)
+
+
+def best_threshold(rows, found):
+    """The threshold at which the mean F1 of the answers is greatest; of equals, the least.
+
+    It is the lead of one of them, as in SQuAD's script (Rajpurkar et al. 2018), or below all: no question is answered.
+    """
+    leads = np.array([one.lead for one in found])
+    gains = scored(rows, found, np.inf)[1][:, 1] - scored(rows, found, -np.inf)[1][:, 1]
+    order = np.argsort(leads)
+    candidates, totals = np.r_[leads.min() - 1, leads[order]], np.r_[0, gains[order].cumsum()]
+    last = np.r_[np.diff(candidates) > 0, True]  # of equal leads: one threshold answers them all
+    return float(candidates[last][totals[last].argmax()])
 
 
 def first_name(question, text):

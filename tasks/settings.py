@@ -380,11 +380,14 @@ class Tagging(Encoding):
 @dataclass(frozen=True)
 class QuestionAnswering(Encoding):
     answer_words: int = 30  # most words of an answer that is found
+    stride: int = 0  # tokens that two windows of a long text share; 0: a third of the model's
     train_rows: int = 0  # learn from so many questions only, drawn with the seed; 0: all
+    publish: str = ""  # folder to write the best model to at the end, as transformers can load it
 
     def __post_init__(self):
         super().__post_init__()
-        check_ranges(self, answer_words=1, train_rows=0)
+        check_ranges(self, answer_words=1, stride=0, train_rows=0)
+        check_publish(self.publish, self.out_dir, self.init_from)
 
 
 def check_sizes(settings):
@@ -649,12 +652,14 @@ class Labelling(Looking):
 
 
 @dataclass(frozen=True)
-class Asking:
+class Asking(Looking):
     # the text
     context: str = ""  # the text with the answer; FILE:path reads a file
+    no_answer_threshold: float = 0.0  # no answer if its score exceeds the best one's by more; 1000: always an answer
 
     def __post_init__(self):
         check_model(self)
+        check_looking(self)
         if not self.context.strip():
             raise UserError("context = '': this model finds answers in a text: add --context=FILE:page.txt, or"
                             " --context=TEXT")
@@ -691,6 +696,11 @@ class Problems:
 
     def __post_init__(self):
         check_model(self)
+
+
+@dataclass(frozen=True)
+class Questions(Problems):
+    no_answer_threshold: float = 0.0  # no answer if its score exceeds the best one's by more; 1000: always an answer
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import settings_for
+from test_image_classification import data as pictures  # noqa: F401
+from test_question_answering import folder as asked  # noqa: F401
 from test_tagging import folder as tagged  # noqa: F401
 from test_tasks import KINDS, shapes, small  # noqa: F401
 from test_train import FAST, as_arguments, rows, run, trainer, weights
@@ -74,13 +76,18 @@ HUNDREDS = dict(max_iters=200, eval_interval=50, log_interval=10, learning_rate=
 @pytest.mark.parametrize("task, batch_size, changes, rounding", [
     ("text", 8, HUNDREDS, 2e-4), ("text", 5, FAST, 1e-3),  # Muon amplifies rounding
     ("image-text", 8, {}, 1e-4), ("image-text", 5, {"rates": {"vision": 0.0}}, 1e-4),
-    ("tagging", 8, {}, 1e-4), ("tagging", 5, {"learn": "tags"}, 1e-4)])
+    ("tagging", 8, {}, 1e-4), ("tagging", 5, {"learn": "tags"}, 1e-4),
+    ("question-answering", 8, {}, 1e-4), ("question-answering", 5, {"block_size": 40, "train_rows": 9}, 1e-4),
+    ("image-classification", 8, {}, 1e-4), ("image-classification", 5, {"pool": "first", "stem": True}, 1e-4)])
 def test_one_two_and_four_workers_compute_the_same(task, batch_size, changes, rounding, tiny, small,  # noqa: F811
-                                                   tagged, tmp_path):  # noqa: F811
+                                                   tagged, asked, pictures, tmp_path):  # noqa: F811
     """With dropout; of 4 pieces, or of 3, one of which is smaller. The workers evaluate unequal numbers of batches."""
-    of_tags = dict(dataset=str(tagged), n_layer=1, n_head=2, n_embd=32, max_iters=12, eval_interval=6, log_interval=3,
-                   hide_rate=0.3, device="cpu", dtype="float32")
-    values = {**{"text": tiny, "tagging": of_tags}.get(task, {**small, **KINDS.get(task, {})}), **changes}
+    labelled = dict(n_layer=1, n_head=2, n_embd=32, max_iters=12, eval_interval=6, log_interval=3, device="cpu",
+                    dtype="float32")
+    own = {"text": tiny, "tagging": {"dataset": str(tagged), "hide_rate": 0.3, **labelled},
+           "question-answering": {"dataset": str(asked), "block_size": 24, **labelled},
+           "image-classification": {"dataset": str(pictures), "shift": 1, "flip": True, **labelled}}
+    values = {**own.get(task, {**small, **KINDS.get(task, {})}), **changes}
     values |= {"batch_size": batch_size, "micro_batch_size": 2, "dropout": 0.1}
     train.main(settings_for(task, **values, out_dir=str(tmp_path / "1")), {})
     for workers in (2, 4):

@@ -27,7 +27,7 @@ from tasks.loading import load
 needs_browser = pytest.mark.skipif(not browser.PATH, reason=browser.WHY)
 HOSTILE = ["</script><img src=x onerror=alert(1)>", "<!--", "<b>bold</b>", "&lt;", "\u202ereversed", "\ud800", "", "\n",
            "\t", " ", "{{7*7}}", "$script", "`${alert(1)}`", "'\" onfocus=alert(1) "]
-KINDS = ("text", "chat", "translation", "image-text", "masked", "tagging", "classification")
+KINDS = ("text", "chat", "translation", "image-text", "masked", "tagging", "classification", "answers")
 PIXEL = ("data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJ"
          "RU5ErkJggg==")
 
@@ -50,9 +50,9 @@ def made(kind, tokens, layers=2, heads=2):
                    for at in range(1, T)]
     if not causal:
         predictions = [{**each, "rank": None, "p": None} for each in predictions[::2 if kind == "masked" else 1]]
-    if kind in ("tagging", "classification"):
-        labels = tokens[::-1] if kind == "tagging" else [tokens[0]]
-        predictions = predictions if kind == "tagging" else [{**predictions[0], "at": 0}]
+    if kind in ("tagging", "classification", "answers"):
+        labels = [tokens[0]] if kind == "classification" else tokens[::-1]
+        predictions = predictions if kind != "classification" else [{**predictions[0], "at": 0}]
     source = tokens[::-1] if kind == "translation" else []
     maps = [attention("self", layers, heads, tokens, tokens)]
     if source:

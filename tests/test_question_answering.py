@@ -1,6 +1,7 @@
 """Question answering on made-up texts: windows, spans, measures, floors, samples, data sets, other starts, errors."""
 
 import json
+import re
 import runpy
 import shlex
 from pathlib import Path
@@ -19,12 +20,24 @@ import sample
 import train
 from batches import LabelledDataset
 from configurator import UserError, parse
-from encoder import Answerer, EncoderConfig
+from encoder import Answerer, AnswererConfig
 from machine.distributed import World
 from run import checkpoint
 from sources import labelled, labelled_sets, questions, texts
 from tasks.loading import load
-from tasks.question_answering import FLOORS, QuestionAnsweringTask, normal, score, scores_of
+from tasks.question_answering import (
+    FLOORS,
+    Found,
+    QuestionAnsweringTask,
+    Span,
+    answer_in,
+    best_of,
+    best_threshold,
+    normal,
+    score,
+    scored,
+    scores_of,
+)
 
 ROOT = Path(train.__file__).parent
 ALONE = World(0, 1, torch.device("cpu"))
@@ -95,7 +108,8 @@ def sampled(folder, capsys, *arguments):
 
 def by_hand(task, model, row):
     """(nats of each window, the answer, its place) of a row: one window at a time, one span after the other."""
-    words, best, nats = [match.span() for match in questions.WORD.finditer(row["context"])], (0.0, 0, 0), []
+    words, nats = [match.span() for match in questions.WORD.finditer(row["context"])], []
+    best, least = (-np.inf, 0, 0), np.inf
     wanted = [(start, start + len(text)) for text, start in zip(*row["answers"].values())]
     for window in task.windows(row["question"], row["context"]):
         types = torch.tensor([window.types])
@@ -104,21 +118,22 @@ def by_hand(task, model, row):
         own = [(0, 0), *words[window.start:window.start + len(window.places) - 1]]
         spans = [(i, j) for i in range(1, len(own)) for j in range(i, len(own)) if j - i < task.settings.answer_words]
         i, j = max(spans, key=lambda span: (begins[span[0]] + ends[span[1]]).item())
-        advantage = (begins[i] + ends[j] - begins[0] - ends[0]).item()
-        best = max(best, (advantage, own[i][0], own[j][1]))
+        best = max(best, ((begins[i] + ends[j]).item(), own[i][0], own[j][1]))
+        least = min(least, (begins[0] + ends[0]).item())
         inside = [span for span in wanted if any(span[0] == s for s, _ in own[1:]) and
                   any(span[1] == e for _, e in own[1:])]
         right = [0, 0] if not inside else [[s for s, _ in own].index(inside[0][0], 1),
                                            [e for _, e in own].index(inside[0][1], 1)]
         nats.append(np.mean([F.cross_entropy(torch.stack(each)[None], torch.tensor([place])).item()
                              for each, place in zip((begins, ends), right)]))
-    return nats, row["context"][best[1]:best[2]], best[1]
+    lead = least - best[0]
+    return nats, row["context"][best[1]:best[2]] * (lead <= 0), best[1], lead
 
 
 def test_an_evaluation_is_the_mean_over_all_windows_and_questions(opened, trained):
     task, model = opened
     rows = task.dataset.rows["val"]
-    nats, found, places = zip(*(by_hand(task, model, row) for row in rows))
+    nats, found, places, leads = zip(*(by_hand(task, model, row) for row in rows))
     assert sum(map(len, nats)) > len(rows) * 1.2  # several windows
     exact, f1 = scores_of(found, rows).mean(0)
     measured = task.evaluate(model, "val", ALONE, torch.float32)
@@ -126,16 +141,17 @@ def test_an_evaluation_is_the_mean_over_all_windows_and_questions(opened, traine
     assert exact > 0.9 and measured["f1"] == pytest.approx(
         checkpoint.read_config(trained / "best")["val_f1"], abs=1e-6)
     answers = task.answer(model, [(row["question"], row["context"]) for row in rows])
-    assert [one.start for one in answers] == [*places] and {one.start == one.end for one in answers} == {True, False}
+    assert [one.start for one in answers] == [*places] and min(leads) < 0 < max(leads)
+    assert [one.lead for one in answers] == pytest.approx(leads, abs=1e-4)
     assert task.evaluate(model, "val", ALONE, torch.float32, limit=300) != measured
 
 
-def test_a_long_text_is_cut_into_windows_that_overlap_by_half(opened):
+def test_a_long_text_is_cut_into_windows_that_overlap(opened):
     task, model = opened
     text = make_text(100)
     cut = task.windows("who was it?", text)
     room = task.block_size - cut[0].types.count(0) - 1
-    assert [window.start for window in cut] == [room // 2 * i for i in range(len(cut))]
+    assert task.stride == 8 and [window.start for window in cut] == [(room - 8) * i for i in range(len(cut))]
     assert cut[-1].start + len(cut[-1].places) - 1 == 100 and max(len(window.ids) for window in cut) == task.block_size
     (own,) = task.windows("who was the KING?", "The king was.")
     assert own.types == [0] * 7 + [2, 2, 2, 1, 1]  # a third type for words of the question
@@ -149,19 +165,37 @@ def test_what_cannot_be_an_answer_is_never_one(opened):
     task, _ = opened
     logits = torch.full((1, 8, 2), -9.0)
     logits[0, 5, 0], logits[0, 2, 1], logits[0, 2, 0], logits[0, 6, 1] = 5.0, 5.0, 1.0, 3.0
-    (advantage, first, last, p, none), = task.spans(logits)
-    assert (first, last) == (4, 5) and advantage > 0  # words are counted without [CLS]
+    span, = task.spans(logits)
+    shares = logits[0].double().softmax(0)
+    wanted = 8.0, 4, 5, (shares[5, 0] * shares[6, 1]).item(), -18.0, shares[0].prod().item()  # words without [CLS]
+    assert span == pytest.approx(wanted)
     logits[0, 2, 1] = -9.0
     assert task.spans(logits)[0][1:3] == (4, 5)
     logits[0, 5, 0] = -9.0  # from 2 to 6 are five words, and answer_words is 3
-    advantage, first, last, *_ = task.spans(logits)[0]
-    assert last - first < 3
-    logits[0, 0] = 9.0
-    (span,) = task.spans(logits)
-    assert span[0] < 0 and span[-1] > 0.99
-    window, likelier = task.windows("who?", "the king")[0], (-0.5, 0, 1, 0.3, 0.4)  # none is likelier, in both windows
-    assert task.best_of("the king", [(window, span), (window, likelier)]) == (0, 0, 0.4)
-    assert task.best_of("the king", [(window, span), (window, (0.5, *likelier[1:]))]) == (0, 8, 0.3)
+    assert task.spans(logits)[0].last - task.spans(logits)[0].first < 3
+
+
+def test_windows_are_compared_as_in_run_qa(opened):
+    """The best answer of any window, the least score of no answer of any; probabilities decide nothing."""
+    task, _ = opened
+    window = task.windows("who?", "the king")[0]
+    one, other = Span(5.0, 1, 1, 0.1, 9.0, 0.8), Span(4.0, 0, 1, 0.9, 6.0, 0.05)
+    found = best_of("the king", [(window, one), (window, other)])
+    assert found == (4, 8, 0.1, 1.0, 0.05)
+    assert [answer_in("the king", found, threshold) for threshold in (0.0, 0.9, 1.0, 2.0)] == ["", "", "king", "king"]
+
+
+@pytest.mark.parametrize("count", [0, 7, 30, 61, 90])
+def test_the_answer_in_a_long_text_is_that_in_the_short_one(count, opened):
+    """Wherever it stands: words of other windows, before and after it, change nothing."""
+    task, model = opened
+    words, asked = make_text(90).split(), "who was it?"
+    short = task.answer(model, [(asked, "the king sees Alma Ulk in the crown.")])[0]
+    text = " ".join([*words[:count], "the king sees Alma Ulk in the crown.", *words[count:]])
+    found, = task.answer(model, [(asked, text)])
+    assert len(task.windows(asked, text)) > 5 and answer_in(text, found) == "Alma Ulk"
+    assert found.start == text.index("Alma") and short.start == 14
+    assert answer_in(text, task.answer(model, [("why was it?", text)])[0]) == ""
 
 
 def test_padding_and_other_questions_change_nothing(opened):
@@ -225,7 +259,7 @@ def test_the_floors_guess_from_words_alone():
     assert FLOORS["new name in it"]("when?", "nothing here.") == FLOORS["first capital"]("when?", "nothing") == ""
 
 
-def test_evaluate_writes_the_answers_and_scores_beside_the_floors(trained, folder):
+def test_evaluate_writes_the_answers_and_scores_beside_the_floors(trained, folder, opened):
     evaluate.main(settings_for("question-answering", "evaluating", out_dir=str(trained), device="cpu", test=True))
     found = json.loads((trained / "evaluation.json").read_text())
     for start, name, part in (("", "", "val"), ("test ", "_test", "test")):
@@ -239,6 +273,30 @@ def test_evaluate_writes_the_answers_and_scores_beside_the_floors(trained, folde
         assert found[f"{start}exact_match, no answer"] == pytest.approx(without) and 0.1 < without < 0.6
         parts = found[f"{start}exact_match, with an answer"], found[f"{start}exact_match, without one"]
         assert parts[0] * (1 - without) + parts[1] * without == pytest.approx(exact)
+        task, model = opened
+        answers = task.answer(model, [(row["question"], row["context"]) for row in rows])
+        assert [one.lead for one in answers] == pytest.approx([row["lead"] for row in rows], abs=0.1)  # bfloat16
+        texts = [answer_in(row["context"], Found(*one[:3], row["lead"], 0), found["best threshold"] + 1e-3)
+                 for row, one in zip(rows, answers)]
+        assert found[f"{start}f1, best threshold"] == pytest.approx(scores_of(texts, rows)[:, 1].mean())
+    evaluate.main(settings_for("question-answering", "evaluating", out_dir=str(trained), device="cpu",
+                               no_answer_threshold=1e3))
+    always = json.loads((trained / "evaluation.json").read_text())
+    assert always["exact_match, without one"] == 0 and "test f1" not in always
+    assert always["f1, best threshold"] == found["f1, best threshold"] >= found["f1"] > always["f1"]
+
+
+def test_the_best_threshold_has_the_greatest_f1():
+    rng = np.random.default_rng(0)
+    for share in (0.0, *[0.5] * 20, 1.0):  # of the questions without an answer
+        rows = [{"context": "one two three", "answers": {"text": ["one two"] * bool(rng.random() >= share)}}
+                for _ in range(40)]
+        found = [Found(0, int(rng.choice([3, 7, 13])), 0.5, float(rng.integers(-6, 6)), 0.5) for _ in rows]
+        least = min(one.lead for one in found) - 1
+        means = {t: scored(rows, found, t)[1][:, 1].mean() for t in np.arange(least, 7.0)}
+        best = best_threshold(rows, found)
+        assert best == min(t for t in means if means[t] == pytest.approx(max(means.values())))
+    assert best == least  # no question has an answer, and none gets one
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -252,9 +310,45 @@ def test_an_answer_is_marked_in_its_sentence(trained, capsys, tmp_path):
     assert first.startswith("Alma Ulk  (characters 28 to 36, probability ")
     assert second == "  [Alma Ulk] keeps the crown here."
     assert sampled(trained, capsys, "--prompt=why was it?", f"--context=FILE:{page}").startswith("no answer  (prob")
+    for asked, threshold, answer in (("who", -1000, "no answer"), ("why", 1000, "")):
+        found = sampled(trained, capsys, f"--prompt={asked} was it?", f"--context=FILE:{page}",
+                        f"--no_answer_threshold={threshold}")
+        assert found.startswith("no answer") == (answer == "no answer")
     (tmp_path / "in.txt").write_text("who was it?\n\nwhy was it?\n")
     both = sampled(trained, capsys, f"--prompt=FILE:{tmp_path / 'in.txt'}", f"--context=FILE:{page}").split("\n")
     assert both[:3] == ["who was it?", first, second] and both[3] == "why was it?" and both[4].startswith("no answer")
+
+
+def test_the_record_has_the_distributions_of_the_first_and_the_last_word(opened):
+    task, model = opened
+    text = make_text(60) + "\nthe king sees the Alma Ulk in the crown. " + make_text(30, 1)
+    sampling = settings_for("question-answering", "sampling", context=text)
+    record = task.inside(model, {"text": "who was it?"}, sampling)
+    windows = task.ask(model, [("who was it?", text)])[0]
+    window, span = max(windows, key=lambda pair: pair[1].score)
+    logits = model.head(model.encoder(torch.tensor([window.ids]), None, torch.tensor([window.types])))[0]
+    for side, (each, word) in enumerate(zip(record["predictions"], ("Alma", "Ulk"))):
+        shares = logits[[place[side] for place in window.places], side].softmax(0)
+        assert each["at"] == (0, len(window.ids) - 1)[side] and each["top"][0] == [
+            word, pytest.approx(shares.max().item(), abs=1e-3)] and record["labels"][each["at"]] == word
+        assert record["lens"]["top"][side][-1] == each["top"][:3]
+        assert sorted(p for _, p in each["top"]) == pytest.approx(shares.sort()[0][-20:].tolist(), abs=1e-3)
+    assert [token.strip() for token, label in zip(record["tokens"], record["labels"]) if label == "answer"] \
+        == ["Alma", "Ulk"]
+    assert record["notes"][-1] == f"the text has {len(windows)} windows; this one has the likeliest answer"
+    assert task.inside(model, {"text": "why was it?"}, sampling)["labels"].count("answer") == 0
+    with pytest.raises(UserError, match="prompt: the page shows one question"):
+        task.inside(model, {"text": "who?\nwhen?"}, sampling)
+
+
+def test_attention_is_drawn_of_the_window_with_the_answer(trained, capsys, tmp_path):
+    page = make_text(60) + " Alma Ulk " + make_text(30)
+    arguments = [f"--context={page}", f"--attention={tmp_path / 'map.png'}"]
+    found = sampled(trained, capsys, "--prompt=who was it?", *arguments)
+    assert found.startswith("Alma Ulk") and str(tmp_path / "map.png") in found.split("\n")[2]
+    assert (tmp_path / "map.png").stat().st_size > 1000
+    with pytest.raises(UserError, match="attention: needs a --prompt of one question"):
+        sampled(trained, capsys, "--prompt=who was it?\nwhy?", *arguments)
 
 
 def test_the_command_that_a_run_suggests_works(trained, opened, capsys):
@@ -264,23 +358,30 @@ def test_the_command_that_a_run_suggests_works(trained, opened, capsys):
     assert task.show(model).count("\n") > task.show(model, short=True).count("\n") > 1
 
 
-def test_a_published_bert_reads_what_transformers_reads(folder, tiny, tmp_path, capsys):
-    """Ids and token types are those of its tokenizer; its encoder keeps its weights, and learns under a new head."""
-    transformers = pytest.importorskip("transformers")
+def save_bert(transformers, folder):
+    """Writes a tiny random BERT of 24 positions. Returns transformers' model."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "?", ".", "'", "##s", "al", "##ma", "who", "was", "it",
              *WORDS]
-    (tmp_path / "bert").mkdir()
-    (tmp_path / "bert" / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     shape = dict(vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
                  intermediate_size=32, max_position_embeddings=24)
-    theirs = transformers.BertModel(transformers.BertConfig(**shape)).eval()
-    theirs.save_pretrained(tmp_path / "bert")
+    model = transformers.BertModel(transformers.BertConfig(**shape)).eval()
+    model.save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    return model
+
+
+def test_a_published_bert_reads_what_transformers_reads(folder, tiny, tmp_path, capsys):
+    """Ids, token types and windows are those of its tokenizer. Its encoder keeps its weights, and learns under a new
+    head. What comes out is a BertForQuestionAnswering, which answers here as it did, and there with the same logits.
+    """
+    transformers = pytest.importorskip("transformers")
+    theirs = save_bert(transformers, tmp_path / "bert")
     run(tmp_path / "new", tiny, init_from=str(tmp_path / "bert"), max_iters=2, eval_interval=2,
         rates={"encoder": 0.0}, n_layer=2, n_embd=16, n_hidden=32, norm="layernorm", mlp="gelu_erf", block="post",
-        positions="learned")
+        positions="learned", answer_words=30, publish=str(tmp_path / "out"))
     assert "its encoder gets a new head" in capsys.readouterr().err
     task, model, _ = load(tmp_path / "new")
-    task.block_size, task.n_types = 24, model.config.n_types
+    task.read_for(model)
     question, text = "who's it?", "Alma's sword was here."
     (window,) = task.windows(question, text)
     tokenizer = transformers.BertTokenizerFast(str(tmp_path / "bert" / "vocab.txt"))
@@ -291,6 +392,29 @@ def test_a_published_bert_reads_what_transformers_reads(folder, tiny, tmp_path, 
         hidden = theirs(**expected).last_hidden_state
         ours = model.encoder(expected["input_ids"], None, expected["token_type_ids"])
     torch.testing.assert_close(ours, hidden, atol=1e-5, rtol=0)
+    long = make_text(100)
+    cut = tokenizer(question, long, truncation="only_second", max_length=24, stride=8, return_overflowing_tokens=True)
+    windows = task.windows(question, long)
+    assert cut["input_ids"] == [window.ids for window in windows]
+    answerer = transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path / "out")
+    reader = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert reader(question, text).data == tokenizer(question, text).data
+    with torch.no_grad():
+        logits = answerer(**tokenizer.pad({"input_ids": cut["input_ids"], "token_type_ids": cut["token_type_ids"],
+                                           "attention_mask": cut["attention_mask"]}, return_tensors="pt"))
+    starts, ends = logits.start_logits, logits.end_logits
+    places = [(starts[i, one] + ends[i, other], i, one, other) for i, window in enumerate(windows)
+              for one, _ in window.places[1:] for _, other in window.places[1:] if other >= one]
+    best, i, one, other = max(places, key=lambda place: place[0])
+    found, = task.answer(model, [(question, long)])
+    assert found.lead == pytest.approx(((starts[:, 0] + ends[:, 0]).min() - best).item(), abs=1e-5)
+    assert tokenizer.decode(cut["input_ids"][i][one:other + 1]) == " ".join(long[found.start:found.end].split())
+    arguments = [f"--prompt={question}", f"--context={long}", "--no_answer_threshold=1000"]
+    before = sampled(tmp_path / "new", capsys, *arguments)
+    sample.main(parse(sample.Settings, [f"--init_from={tmp_path / 'out'}", "--device=cpu", *arguments],
+                      **sample.HOW)[0])
+    after = capsys.readouterr().out
+    assert after == before and before.startswith(long[found.start:found.end])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -299,7 +423,8 @@ def test_a_published_bert_reads_what_transformers_reads(folder, tiny, tmp_path, 
 def as_articles(rows, count):
     """The rows in SQuAD's own layout, in articles with `count` titles."""
     return [{"title": f"T{i % count}", "paragraphs": [{"context": row["context"], "qas": [{
-        "id": str(i), "question": row["question"],
+        "id": str(i), "question": row["question"], "is_impossible": not row["answers"]["text"],
+        "plausible_answers": [{"text": row["context"][:2], "answer_start": 0}] * (not row["answers"]["text"]),
         "answers": [{"text": text, "answer_start": start} for text, start in zip(*row["answers"].values())]}]}]}
         for i, row in enumerate(rows)]
 
@@ -343,6 +468,23 @@ def test_squad_is_split_by_its_articles(data, monkeypatch):  # noqa: F811
     dataset = LabelledDataset(data / "small", "answers")
     pages = [{row["page"] for row in dataset.rows[split]} for split in ("train", "val")]
     assert all(pages) and not pages[0] & pages[1] and len(dataset.rows["test"]) == 80
+
+
+def test_the_recipe_for_squad_runs_on_a_small_file_of_its_layout(data, tmp_path, capsys):  # noqa: F811
+    save_bert(pytest.importorskip("transformers"), tmp_path / "bert")
+    (tmp_path / "a.json").write_text(json.dumps({"version": "v2.0", "data": as_articles(make_rows(120), 20)}))
+    prepare.main(prepare.Settings(tokenizer="byte", val_fraction=0.2), [str(tmp_path / "a.json")])
+    changes = dict(dataset="a", init_from=tmp_path / "bert", out_dir=tmp_path / "out", publish=tmp_path / "squad",
+                   block_size=24, stride=8, max_iters=2, warmup_iters=1, eval_interval=2, device="cpu")
+    train.main(*parse(train.Settings, [str(ROOT / "config/answer_squad.py"), *(
+        f"--{name}={value}" for name, value in changes.items())], **train.HOW))
+    questions, windows = re.search(r"(\d+) questions of a, .* in (\d+) windows", capsys.readouterr().out).groups()
+    assert int(questions) < int(windows)
+    settings = checkpoint.read_config(tmp_path / "out/last")["settings"]
+    assert (settings["stride"], settings["learning_rate"], settings["dropout"]) == (8, 3e-5, 0.1)
+    evaluate.main(settings_for("question-answering", "evaluating", init_from=str(tmp_path / "squad"), dataset="a",
+                               device="cpu", test=True))
+    assert "test f1, best threshold" in capsys.readouterr().out
 
 
 def test_the_made_up_facts_hold_out_names_and_templates():
@@ -442,7 +584,7 @@ def test_wrong_use_is_one_line(trained, folder, tiny, tmp_path, capsys):
 def test_rows_to_learn_from_are_questions_with_all_their_windows(folder, tiny):
     task = QuestionAnsweringTask(settings_for("question-answering", **{**tiny, "train_rows": 20, "batch_size": 5}))
     task.open(folder, ALONE)
-    task.fit(Answerer(EncoderConfig(block_size=24)))
-    asked = task.asked["train"]
+    task.fit(Answerer(AnswererConfig(block_size=24)))
+    asked = task.asked_of["train"]
     assert len({asked[row] for step in range(99) for row in task.pick(step)}) == 20 < len(task.rows)
     assert len(task.rows) == np.isin(asked, [*task.chosen]).sum()

@@ -374,6 +374,7 @@ OF_TASK = {  # entries that differ for one task
                 "sample_tokens": Change(0), "init_from": Change("one_columns"),
                 "lora_rank": Change(2, init_from="one_columns")},
     "question-answering": {"dataset": Change("data/more_answers"), "block_size": Change(12), "eval_tokens": Change(40),
+                           "publish": refused("data"), "stride": Change(4),
                            "sample_tokens": Change(0), "init_from": Change("one_question-answering"),
                            "lora_rank": Change(2, init_from="one_question-answering")},
 }
@@ -424,7 +425,8 @@ SAMPLING = {
     "chat": Change(True), "system": Change("4"),
     "beam": Change(3), "length_penalty": Change(0.0, beam=4, n_best=4), "n_best": Change(2, beam=3),
     "answer": Change("7"),
-    "context": Change("a king sees Berno ."), "row": Change('{"age": 70, "sex": "male"}'),
+    "context": Change("a king sees Berno ."), "no_answer_threshold": Change(-1000.0),
+    "row": Change('{"age": 70, "sex": "male"}'),
     "show_steps": Change(True), "attention_layer": refused(2, attention="map.png"),
     "attention_head": refused(3, attention="map.png"), "attention_each": Change(True, attention="map.png"),
 }
@@ -459,6 +461,7 @@ EVALUATING = {
     "samples": Change(3), "random_windows": Change(3), "batch_size": Change(5), "seed": Change(1), "test": Change(True),
     "reward": refused("nowhere"),
     "beam": Change(4), "length_penalty": Change(3.0, beam=8), "picture": refused("picture.txt"),
+    "no_answer_threshold": Change(1000.0),
 }
 EVALUATING_OF_TASK = {"text": {}, "masked": {},
                       **dict.fromkeys(("chat", "rl"), {"dataset": Change("data/countdown")}),
