@@ -45,6 +45,7 @@ from tasks.labels import reports
 from tasks.settings import QuestionAnswering
 
 ON_A_CPU = 2048  # tokens per batch of answers: a CPU gains nothing by more, and loses time to padding
+SHOWN = 500  # characters of a text that a run's last lines show
 END_OF_SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 NAME = re.compile(r"(?:[^\W\d_]*[A-Z]\w*|\d+)(?: [A-Z]\w*)*")  # a number, or words with a capital
 
@@ -149,23 +150,13 @@ class QuestionAnsweringTask(LabelledTask):
             self.windows_of[split] = [*itertools.chain(*cut)]
             self.asked_of[split] = np.repeat(np.arange(len(cut)), [len(found) for found in cut])
             self.texts[split] = [window.ids for window in self.windows_of[split]]
-            self.labels[split] = [self.label(rows[split][row], window)
+            places = [words_of_answer(row) for row in rows[split]]
+            self.labels[split] = [label(places[row], window)
                                   for row, window in zip(self.asked_of[split], self.windows_of[split])]
         self.rows = np.flatnonzero(np.isin(self.asked_of["train"], [*self.chosen]))
 
     def read(self, row):
         return []  # `fit` reads it
-
-    def label(self, row, window):
-        """The numbers of the first and last word of the row's first answer in a window; (0, 0) if it is not there."""
-        if not row["answers"]["text"]:
-            return 0, 0
-        start = row["answers"]["answer_start"][0]
-        end = start + len(row["answers"]["text"][0])
-        spans = [match.span() for match in WORD.finditer(row["context"])]
-        inside = [i for i, (one, other) in enumerate(spans) if one < end and start < other]
-        first, last = inside[0] - window.start + 1, inside[-1] - window.start + 1
-        return (first, last) if 0 < first and last < len(window.places) else (0, 0)
 
     def targets(self, split, rows):
         found = self.arrays([self.windows_of[split][row] for row in rows])
@@ -370,8 +361,31 @@ class QuestionAnsweringTask(LabelledTask):
 
     def command(self, out_dir):
         row = min(self.dataset.rows["val"], key=lambda row: len(row["context"]))
-        own = [f"--prompt={row['question']}", f"--context={row['context']}"]
+        context = row["context"] if len(row["context"]) <= SHOWN else "FILE:page.txt"
+        own = [f"--prompt={row['question']}", f"--context={context}"]
         return f"{super().command(out_dir)} {shlex.join(own)}"
+
+
+def words_of_answer(row):
+    """The numbers of the first and last word of a row's first answer in its text; None if there is no answer."""
+    if not row["answers"]["text"]:
+        return None
+    start = row["answers"]["answer_start"][0]
+    end = start + len(row["answers"]["text"][0])
+    spans = [match.span() for match in WORD.finditer(row["context"])]
+    inside = [i for i, (one, other) in enumerate(spans) if one < end and start < other]
+    if not inside:
+        raise UserError(f"the answer {row['answers']['text'][0]!r:.60} is not in its text at answer_start = {start}:"
+                        " prepare the data set again")
+    return inside[0], inside[-1]
+
+
+def label(place, window):
+    """The numbers of an answer's first and last word in a window; (0, 0) if it is not there. place: in its text."""
+    if place is None:
+        return 0, 0
+    first, last = (word - window.start + 1 for word in place)
+    return (first, last) if 0 < first and last < len(window.places) else (0, 0)
 
 
 def score_of(pair):

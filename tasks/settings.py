@@ -663,6 +663,9 @@ class Asking(Looking):
         if not self.context.strip():
             raise UserError("context = '': this model finds answers in a text: add --context=FILE:page.txt, or"
                             " --context=TEXT")
+        if self.context == "-" or os.path.isfile(self.context):
+            path = "/dev/stdin" if self.context == "-" else self.context
+            raise UserError(f"context = {self.context}: is no text: to read that file, add --context=FILE:{path}")
 
 
 def check_beam(settings, *names):

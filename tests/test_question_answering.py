@@ -37,6 +37,7 @@ from tasks.question_answering import (
     score,
     scored,
     scores_of,
+    words_of_answer,
 )
 
 ROOT = Path(train.__file__).parent
@@ -570,11 +571,15 @@ def test_wrong_use_is_one_line(trained, folder, tiny, tmp_path, capsys):
         run(tmp_path / "run", tiny, block_size=6)
     with pytest.raises(UserError, match="train_rows = 999: the data set .* has only 400"):
         run(tmp_path / "run", tiny, train_rows=999)
+    moved = {"question": "who?", "context": "Alma sees.", "answers": {"text": ["Alma"], "answer_start": [99]}}
+    with pytest.raises(UserError, match="the answer 'Alma' is not in its text at answer_start = 99: prepare"):
+        words_of_answer(moved)
     for arguments, message in (
             (["--prompt=who?"], "context = '': this model finds answers in a text: add --context=FILE:page.txt"),
             (["--context=Alma sees."], "prompt = '': is no question: add --prompt with one"),
             (["--prompt=?", "--context=Alma sees."], "prompt = '.': is no question"),
             (["--prompt=who?", "--context=..."], "context = ...: there is no word in this text"),
+            (["--prompt=who?", f"--context={__file__}"], "is no text: .* add --context=FILE:.*answering.py"),
             (["--prompt=who?", "--context=FILE:nowhere.txt"], "context = FILE:nowhere.txt: there is no such file"),
             (["--prompt=who?", f"--context=FILE:{tmp_path}"], "context = FILE:.*: is a folder: name a file")):
         with pytest.raises(UserError, match=message):
