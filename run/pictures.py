@@ -157,18 +157,17 @@ def draw_boxes(image, boxes):
     return image
 
 
-def draw_attention(image, weights, prompt, tokens, panel=224):
-    """Returns a grid of panels: the PIL image with its prompt, then a heat map for each token of the answer.
+def draw_attention(image, weights, prompt, names, panel=224):
+    """Returns a grid of panels: the PIL image with its prompt, then a heat map for each of A names.
 
-    weights: (A, N) from `image_attention`, A tokens and N patches; each map is scaled to its own maximum. The number
-    beside a token is the share of its attention on the image. Each picture fits panel x 2 panel pixels, plus a margin.
+    weights: (A, N), such as from `image_attention`, N patches; each map is scaled to its own maximum. Each picture fits
+    panel x 2 panel pixels, plus a margin.
     """
     image = to_rgb(image)
     scale = min(panel / image.width, 2 * panel / image.height)
     image = image.resize([max(1, round(side * scale)) for side in image.size])
     panels = [caption(image, prompt, panel)]
-    for row, token in zip(weights, tokens):
-        panels.append(caption(heat_map(image, row), f"{token.strip() or repr(token)}  {row.sum():.0%}", panel))
+    panels += [caption(heat_map(image, row), name, panel) for row, name in zip(weights, names)]
     return in_grid(panels, max(min(5, len(panels)), math.isqrt(len(panels))))
 
 

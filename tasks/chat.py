@@ -239,7 +239,8 @@ class ChatTask(TextTask):
             transcript = tokenizers.Transcript(self.tokenizer, sampling.stop)
             yield from ((index, piece) for piece in self.reply(model, messages, pick, sampling, transcript))
             if sampling.attention:
-                yield index, "\n" + draw_text(self, model, [*self.chat.prompt(messages), *transcript.ids], sampling)
+                yield index, "\n"
+                yield index, draw_text(self, model, [*self.chat.prompt(messages), *transcript.ids], sampling)
 
     def inside(self, model, request, sampling):
         """The record of a dialogue and the answer to it. request: as for `sample`."""

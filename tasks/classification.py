@@ -160,7 +160,8 @@ class ClassificationTask(LabelledTask):
                      for p in self.probabilities(model, texts))
             yield index, "\n".join(f"{beginning(line)}\n  {next(shown)}" if line else "" for line in lines)
             if sampling.attention:
-                yield index, "\n" + self.draw(model, texts[0], sampling)
+                yield index, "\n"
+                yield index, self.draw(model, texts[0], sampling)
 
     def inside(self, model, request, sampling):
         """The record of a text, with its labels' distribution at [CLS]."""

@@ -229,7 +229,8 @@ class ColumnsTask(Task):
             yield index, "\n".join(lines)
         if sampling.attention:
             device = next(model.parameters()).device
-            yield 0, "\n" + draw_columns(model, arguments(config, table, images, [0], device), sampling)
+            yield 0, "\n"
+            yield 0, draw_columns(model, arguments(config, table, images, [0], device), sampling)
 
     def show(self, model, short=False):
         """Rows of the validation part with their likeliest classes: ten, or if short three."""

@@ -257,9 +257,10 @@ class ImageClassificationTask(PictureTask):
             path = f"{request['image']}: " * (len(requests) > 1)
             yield index, path + described(model.config.labels, shares, sampling.top)
         if sampling.attention:
-            name = model.config.labels[shares.argmax()]
+            name = f"{model.config.labels[shares.argmax()]} {shares.max():.3f}"
             drawn = pictures.draw_attention(found, rollout(model, image)[None], "", [name])
-            yield 0, "\n" + save_picture(drawn, sampling.attention)
+            yield 0, "\n"
+            yield 0, save_picture(drawn, sampling.attention)
 
     def inside(self, model, request, sampling):
         """The record of a picture: its patches as tokens, where they look, and the likeliest classes."""

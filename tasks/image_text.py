@@ -271,7 +271,8 @@ class ImageTextTask(WithImages):
         if sampling.attention:
             ids = texts[0].ids or [self.tokenizer.eos]  # an empty answer shows its eos
             weights = image_attention(model, images, prompts[0], ids)
-            names = [self.tokenizer.decode([i]) for i in ids]
+            tokens = [self.tokenizer.decode([i]) for i in ids]
+            names = [f"{token.strip() or repr(token)}  {row.sum():.0%}" for token, row in zip(tokens, weights)]
             yield 0, "\n"
             yield 0, save_picture(pictures.draw_attention(found[0], weights, requests[0]["text"], names),
                                   sampling.attention)

@@ -138,7 +138,8 @@ class MaskedTask(EncoderTask):
             check_chosen(model, sampling)
             yield index, (self.rank if sampling.rank else self.fill)(model, request["text"], sampling)
             if sampling.attention:
-                yield index, "\n" + self.draw(model, self.read_prompt(request["text"]), sampling)
+                yield index, "\n"
+                yield index, self.draw(model, self.read_prompt(request["text"]), sampling)
 
     def inside(self, model, request, sampling):
         """The record of a text, with what the model says of each of its tokens, hidden or not."""

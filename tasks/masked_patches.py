@@ -167,7 +167,8 @@ class MaskedPatchesTask(PictureTask):
             seen = blanked(image[None], hidden, vision.patch_size)[0]
             panels += panels_of(seen, guess, image, loss)
         if sampling.draw:
-            yield index, "\n" + save_picture(pictures.in_grid(panels, 3), sampling.draw)
+            yield index, "\n"
+            yield index, save_picture(pictures.in_grid(panels, 3), sampling.draw)
 
     def show(self, model, short=False):
         """The loss of pictures of the validation part: ten, or if short three."""

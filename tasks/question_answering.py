@@ -299,7 +299,8 @@ class QuestionAnsweringTask(LabelledTask):
                 yield index, "\n" * (number > 0) + f"{question}\n" * (len(questions) > 1) + answer
             if sampling.attention:
                 window, _ = max(found, key=score_of)
-                yield index, "\n" + self.draw(model, window.ids, sampling, window.types)
+                yield index, "\n"
+                yield index, self.draw(model, window.ids, sampling, window.types)
 
     def questions_of(self, model, request, sampling):
         """(questions, the text with the answers) of a request. Raises UserError if there is nothing to read."""

@@ -247,7 +247,8 @@ class TaggingTask(LabelledTask):
                 text = in_columns(words, next(found)) if words else ""
                 yield index, "\n" * (number > 0) + text + "\n" * (len(lines) > 1 and bool(words))
             if sampling.attention:
-                yield index, "\n" + self.draw(model, self.ids_of(sentences[0]), sampling)
+                yield index, "\n"
+                yield index, self.draw(model, self.ids_of(sentences[0]), sampling)
 
     def inside(self, model, request, sampling):
         """The record of a sentence, with the likeliest label of each word at its first token, and the intent at [CLS].

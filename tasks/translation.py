@@ -300,7 +300,8 @@ class TranslationTask(Task):
                 shown = [shown_best(next(written), sampling.n_best) if line else "" for line in chunk]
                 yield index, "\n" * (start > 0) + "\n".join(shown)
             if sampling.attention:
-                yield index, "\n" + self.draw(model, sources[0], sampling)
+                yield index, "\n"
+                yield index, self.draw(model, sources[0], sampling)
 
     @torch.inference_mode()
     def steps(self, model, source, sampling):

@@ -175,7 +175,7 @@ def test_a_heat_map_is_bright_where_the_weights_are_large():
     weights = torch.full((2, 9), 0.01)
     weights[0, 2] = weights[1, 6] = 0.5  # the upper right, the lower left
     gray = Image.new("RGB", (60, 60), (128, 128, 128))
-    grid = np.array(pictures.draw_attention(gray, weights, "prompt", ["a", " "], panel=60))
+    grid = np.array(pictures.draw_attention(gray, weights, "prompt", ["a", "b"], panel=60))
     assert grid.shape == (60 + 30, 3 * 68, 3)
     original, first, second = (grid[26:86, 68 * i + 4:68 * i + 64].astype(int) for i in range(3))
     assert (original == 128).all()
