@@ -5,7 +5,11 @@
     python evaluate.py --out_dir=out/breast_cancer --test=True
     python sample.py --out_dir=out/breast_cancer --row='{"worst radius": 25.4, "worst texture": 17.3}'
 
-FIGURES
+The data come with scikit-learn. Five seconds of one busy CPU core with AMX. Seeds 1337, 1 and 2 were right for 96.3,
+95.1 and 96.3 % of the 81 validation rows and 96.2, 93.6 and 93.6 % of the 78 test rows; with a token for each number
+97.5, 96.3, 96.3 and 92.3, 94.9, 96.2 %, but with a higher loss on validation (0.122 against 0.091). A logistic
+regression is right for 96.3 and 93.6 %, gradient boosting for 93.8 and 93.6 %, the most frequent class for 56.8 and
+70.5 %. On so few rows a share is sure to 2 or 3 points.
 """
 
 task = "columns"

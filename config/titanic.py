@@ -5,7 +5,11 @@
     python evaluate.py --out_dir=out/titanic --test=True
     python sample.py --out_dir=out/titanic --row='{"pclass": 2, "sex": "female", "age": 29, "name": "Smith, Mrs. Ann"}'
 
-FIGURES
+The data come with scikit-learn, or from OpenML. Eight seconds of one busy CPU core with AMX. Seeds 1337, 1 and 2 were
+right for 82.5, 79.7 and 81.6 % of the 217 validation passengers and 74.0, 74.7 and 72.7 % of the 154 test passengers,
+families held out together; with numbers in the head 82.0, 78.8, 80.6 and 73.4, 74.7, 72.1 %. The most frequent class is
+right for 66.4 and 60.4 %, a logistic regression for 78.3 and 77.9 %, gradient boosting for 77.9 and 72.1 %. On so few
+passengers a share is sure to 3 or 4 points.
 """
 
 task = "columns"
