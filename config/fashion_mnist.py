@@ -1,13 +1,13 @@
 """A small vision transformer tells ten kinds of clothes apart, in pictures of 28 x 28 grey pixels.
 
     python train.py config/fashion_mnist.py
-    python train.py config/fashion_mnist.py --stem=True --out_dir=out/fashion_mnist_stem
+    python train.py config/fashion_mnist.py --stem=True --max_iters=7800 --eval_interval=1560 --out_dir=out/with_stem
     python evaluate.py --out_dir=out/fashion_mnist --test=True
-    python sample.py --out_dir=out/fashion_mnist --image=shirt.png
+    python sample.py --out_dir=out/fashion_mnist --image=data/fashion_mnist/pictures/shirt.png
 
 The data come from a Debian package, by apt-get, or else from GitHub. Six epochs take ten minutes of one busy CPU core
-with AMX, eleven with --stem=True. Seed 1337 named 90.1 % of the test pictures rightly, and 90.4 % with the stem (91.4
-and 91.5 % of the validation pictures); a logistic regression on the pixels 84.4 %.
+with AMX. Seeds 1337, 1 and 2 named 90.1, 90.9 and 90.7 % of the test pictures rightly; with the second command, ten
+minutes of two quiet cores, 91.2, 91.5 and 91.3 %; a logistic regression on the pixels 84.4 %.
 """
 
 task = "image-classification"

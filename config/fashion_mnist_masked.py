@@ -1,7 +1,7 @@
 """A small vision transformer draws hidden patches of pictures of clothes: a start for config/fashion_mnist.py.
 
     python train.py config/fashion_mnist_masked.py
-    python sample.py --out_dir=out/fashion_mnist_masked --image=shirt.png --draw=guess.png
+    python sample.py --out_dir=out/fashion_mnist_masked --image=data/fashion_mnist/pictures/shirt.png --draw=guess.png
     python train.py config/fashion_mnist.py --init_from=out/fashion_mnist_masked --out_dir=out/fashion_mnist_more
 
 Four minutes of one CPU core's computing (16 by the clock of a busy machine) ended at a loss of 0.34; the mean training
