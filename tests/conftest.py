@@ -1,9 +1,12 @@
 """Fixtures for all tests: a small text that is the same on every machine, a data set made of it, and a tiny run."""
 
+import json
 import os
 
 GPUS = os.environ.setdefault("QUILL_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))  # for test_cuda.py
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests compare exact numbers, so they run on the CPU
+
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,6 +34,29 @@ def settings_for(task, kind="training", **values):
     if kind == "training":
         values["task"] = task
     return joined(command.Settings, getattr(TASKS[task], kind))(**values)
+
+
+def run_of(task, out_dir, settings, **changes):
+    """Trains with the settings and the changes, which count as given by the user. Returns `curve_of` the run."""
+    import train
+    train.main(settings_for(task, **{**settings, **changes}, out_dir=str(out_dir)), changes)
+    return curve_of(out_dir)
+
+
+def curve_of(out_dir):
+    """[{"step", "loss", "grad_norm", perhaps "plain_loss" and "val_loss"}] of a run's log."""
+    rows = [json.loads(line) for line in (Path(out_dir) / "log.jsonl").read_text().splitlines()]
+    return [{key: row[key] for key in ("step", "loss", "plain_loss", "grad_norm", "val_loss") if key in row}
+            for row in rows]
+
+
+def sampled(out_dir, capsys, *arguments):
+    """What sample.py prints for a run."""
+    import sample
+    from configurator import parse
+    capsys.readouterr()
+    sample.main(parse(sample.Settings, [f"--out_dir={out_dir}", "--device=cpu", *arguments], **sample.HOW)[0])
+    return capsys.readouterr().out
 
 
 @pytest.fixture(scope="session")

@@ -1,20 +1,20 @@
 """The classification task on made-up texts: losses, measures, floors, answers, a start from other models, errors."""
 
+import functools
 import json
 import shlex
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS, make_text, settings_for
+from conftest import WORDS, make_text, run_of, sampled, settings_for
 from test_train import resume
 
 import evaluate
 import sample
 import train
-from configurator import UserError, parse
+from configurator import UserError
 from machine.distributed import World
 from run import checkpoint
 from sources import labelled, texts
@@ -59,10 +59,7 @@ def tiny(folders):
                 log_interval=10, device="cpu", dtype="float32")
 
 
-def run(out_dir, tiny, **changes):
-    train.main(settings_for("classification", **{**tiny, **changes}, out_dir=str(out_dir)), changes)
-    rows = [json.loads(line) for line in (Path(out_dir) / "log.jsonl").read_text().splitlines()]
-    return [{key: row[key] for key in ("step", "loss", "grad_norm", "val_loss") if key in row} for row in rows]
+run = functools.partial(run_of, "classification")
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +76,6 @@ def opened(folder, data):
     task.open(data, ALONE)
     task.fit(model)
     return task, model
-
-
-def sampled(folder, capsys, *arguments):
-    capsys.readouterr()
-    sample.main(parse(sample.Settings, [f"--out_dir={folder}", "--device=cpu", *arguments], **sample.HOW)[0])
-    return capsys.readouterr().out
 
 
 @pytest.mark.parametrize("several", [False, True])

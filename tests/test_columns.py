@@ -1,8 +1,8 @@
 """Rows of a table: the model against plain PyTorch, what is missing, measures, a resumed run, answers and errors."""
 
+import functools
 import json
 import shlex
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -11,12 +11,11 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import settings_for
+from conftest import run_of, settings_for
 from test_train import resume
 
 import evaluate
 import sample
-import train
 from columns import ColumnsClassifier, ColumnsConfig, init_columns
 from configurator import UserError, parse
 from inside.attention import attention_weights
@@ -86,10 +85,7 @@ def tiny(data):
                 dtype="float32")
 
 
-def run(out_dir, tiny, **changes):
-    train.main(settings_for("columns", **{**tiny, **changes}, out_dir=str(out_dir)), changes)
-    rows = [json.loads(line) for line in (Path(out_dir) / "log.jsonl").read_text().splitlines()]
-    return [{key: row[key] for key in ("step", "loss", "grad_norm", "val_loss") if key in row} for row in rows]
+run = functools.partial(run_of, "columns")
 
 
 @pytest.fixture(scope="module")

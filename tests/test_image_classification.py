@@ -1,5 +1,6 @@
 """Pictures by class: the classifier against transformers' ViT, what prepare.py takes and refuses, measures, answers."""
 
+import functools
 import gzip
 import hashlib
 import json
@@ -7,13 +8,12 @@ import os
 import shlex
 import shutil
 import struct
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import settings_for
+from conftest import run_of, sampled, settings_for
 from test_train import resume
 
 import evaluate
@@ -69,10 +69,7 @@ def tiny(data):
                 device="cpu", dtype="float32")
 
 
-def run(out_dir, tiny, **changes):
-    train.main(settings_for("image-classification", **{**tiny, **changes}, out_dir=str(out_dir)), changes)
-    rows = [json.loads(line) for line in (Path(out_dir) / "log.jsonl").read_text().splitlines()]
-    return [{key: row[key] for key in ("step", "loss", "grad_norm", "val_loss") if key in row} for row in rows]
+run = functools.partial(run_of, "image-classification")
 
 
 @pytest.fixture(scope="module")
@@ -465,12 +462,6 @@ def test_a_start_from_another_model_keeps_its_tower(trained, tiny, data, tmp_pat
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Answers and errors
-
-def sampled(folder, capsys, *arguments):
-    capsys.readouterr()
-    sample.main(parse(sample.Settings, [f"--out_dir={folder}", "--device=cpu", *arguments], **sample.HOW)[0])
-    return capsys.readouterr().out
-
 
 def test_the_likeliest_classes_of_an_image_are_printed(trained, data, capsys, tmp_path):
     task, model = opened(trained, data)

@@ -1,12 +1,13 @@
 """Hidden patches of pictures: the model against transformers' SimMIM, what is hidden and scored, measures, answers."""
 
+import functools
 import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from conftest import settings_for
+from conftest import run_of, settings_for
 from test_image_classification import ALONE, COLOURS, make_pictures, opened, prepared, sampled
 from test_train import resume
 
@@ -37,8 +38,7 @@ def tiny(data):
                 device="cpu", dtype="float32")
 
 
-def run(out_dir, tiny, **changes):
-    train.main(settings_for("masked-patches", **{**tiny, **changes}, out_dir=str(out_dir)), changes)
+run = functools.partial(run_of, "masked-patches")
 
 
 @pytest.fixture(scope="module")

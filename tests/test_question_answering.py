@@ -1,5 +1,6 @@
 """Question answering on made-up texts: windows, spans, measures, floors, samples, data sets, other starts, errors."""
 
+import functools
 import json
 import re
 import runpy
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import WORDS, make_text, settings_for
+from conftest import WORDS, make_text, run_of, sampled, settings_for
 from test_pairs import data, write  # noqa: F401, data is a fixture
 from test_train import resume
 
@@ -76,10 +77,7 @@ def tiny(folder):
                 log_interval=10, device="cpu", dtype="float32")
 
 
-def run(out_dir, tiny, **changes):
-    train.main(settings_for("question-answering", **{**tiny, **changes}, out_dir=str(out_dir)), changes)
-    rows = [json.loads(line) for line in (Path(out_dir) / "log.jsonl").read_text().splitlines()]
-    return [{key: row[key] for key in ("step", "loss", "grad_norm", "val_loss") if key in row} for row in rows]
+run = functools.partial(run_of, "question-answering")
 
 
 @pytest.fixture(scope="module")
@@ -96,12 +94,6 @@ def opened(trained, folder):
     task.open(folder, ALONE)
     task.fit(model)
     return task, model
-
-
-def sampled(folder, capsys, *arguments):
-    capsys.readouterr()
-    sample.main(parse(sample.Settings, [f"--out_dir={folder}", "--device=cpu", *arguments], **sample.HOW)[0])
-    return capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------------------------------

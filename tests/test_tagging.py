@@ -1,6 +1,7 @@
 """The tagging task on a made-up language: words and pieces, losses, measures, samples, other starts, errors."""
 
 import dataclasses
+import functools
 import json
 import runpy
 import shlex
@@ -12,13 +13,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import settings_for
+from conftest import curve_of, run_of, sampled, settings_for
 from test_train import resume
 
 import evaluate
-import sample
 import train
-from configurator import UserError, parse
+from configurator import UserError
 from encoder import Tagger
 from machine.distributed import World
 from run import checkpoint
@@ -68,14 +68,7 @@ def tiny(folder):
                 device="cpu", dtype="float32")
 
 
-def run(out_dir, tiny, **changes):
-    train.main(settings_for("tagging", **{**tiny, **changes}, out_dir=str(out_dir)), changes)
-    return log(out_dir)
-
-
-def log(out_dir):
-    rows = [json.loads(line) for line in (Path(out_dir) / "log.jsonl").read_text().splitlines()]
-    return [{key: row[key] for key in ("step", "loss", "grad_norm", "val_loss") if key in row} for row in rows]
+run = functools.partial(run_of, "tagging")
 
 
 @pytest.fixture(scope="module")
@@ -96,12 +89,6 @@ def open_task(out_dir, folder):
 @pytest.fixture(scope="module")
 def opened(trained, folder):
     return open_task(trained, folder)
-
-
-def sampled(trained, capsys, *arguments):
-    capsys.readouterr()
-    sample.main(parse(sample.Settings, [f"--out_dir={trained}", "--device=cpu", *arguments], **sample.HOW)[0])
-    return capsys.readouterr().out
 
 
 def test_tags_and_intents_have_a_mean_each_and_padding_weighs_nothing(opened):
@@ -230,7 +217,7 @@ def test_two_workers_compute_the_same_and_one_resumes(tiny, tmp_path):
                         "--lr_decay_iters=12", *["--shard"] * shard], check=True, capture_output=True, timeout=300)
         if not shard:
             resume(out, "--max_iters=12")
-        for a, b in zip(whole, log(out)):
+        for a, b in zip(whole, curve_of(out)):
             assert a == pytest.approx(b, abs=2e-4, rel=1e-3)
 
 

@@ -1,6 +1,7 @@
 """The translation task on a made-up language: batches, losses, translations in order, steps, maps, measures, errors."""
 
 import dataclasses
+import functools
 import io
 import json
 import shlex
@@ -12,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import settings_for
+from conftest import curve_of, run_of, sampled, settings_for
 from test_train import resume
 
 import evaluate
 import sample
 import train
-from configurator import UserError, parse
+from configurator import UserError
 from machine.distributed import World
 from run import checkpoint
 from run.pictures import draw_map
@@ -63,15 +64,7 @@ def tiny(folder):
                 device="cpu", dtype="float32")
 
 
-def run(out_dir, tiny, **changes):
-    train.main(settings_for("translation", **{**tiny, **changes}, out_dir=str(out_dir)), changes)
-    return log(out_dir)
-
-
-def log(out_dir):
-    rows = [json.loads(line) for line in (Path(out_dir) / "log.jsonl").read_text().splitlines()]
-    return [{key: row[key] for key in ("step", "loss", "plain_loss", "grad_norm", "val_loss") if key in row}
-            for row in rows]
+run = functools.partial(run_of, "translation")
 
 
 @pytest.fixture(scope="module")
@@ -88,12 +81,6 @@ def opened(trained, folder):
     task.open(folder, ALONE)
     task.fit(model)
     return task, model
-
-
-def sampled(trained, capsys, *arguments):
-    capsys.readouterr()
-    sample.main(parse(sample.Settings, [f"--out_dir={trained}", "--device=cpu", *arguments], **sample.HOW)[0])
-    return capsys.readouterr().out
 
 
 def test_the_smoothed_loss_is_pytorchs_and_padding_weighs_nothing(opened):
@@ -132,7 +119,7 @@ def test_a_resumed_run_equals_an_undisturbed_one_and_pieces_do_not_change_the_lo
     whole = run(tmp_path / "whole", drawn, **changes)
     run(tmp_path / "parts", drawn, **{**changes, "max_iters": 6, "lr_decay_iters": 12})
     resume(tmp_path / "parts", "--max_iters=12")
-    assert log(tmp_path / "parts") == whole
+    assert curve_of(tmp_path / "parts") == whole
     one, other = (checkpoint.load(tmp_path / name / "last").state for name in ("whole", "parts"))
     torch.testing.assert_close(one, other, atol=0, rtol=0)
     for a, b in zip(run(tmp_path / "a", tiny, **changes), run(tmp_path / "b", tiny, micro_batch_size=200, **changes)):
@@ -156,7 +143,7 @@ def test_two_workers_compute_the_same_and_one_resumes(tiny, tmp_path):
                         "--lr_decay_iters=12", *["--shard"] * shard], check=True, capture_output=True, timeout=300)
         if not shard:
             resume(out, "--max_iters=12")
-        for a, b in zip(whole, log(out)):
+        for a, b in zip(whole, curve_of(out)):
             assert a == pytest.approx(b, abs=2e-4, rel=1e-3)
 
 
