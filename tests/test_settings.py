@@ -426,7 +426,7 @@ SAMPLING = {
     "beam": Change(3), "length_penalty": Change(0.0, beam=4, n_best=4), "n_best": Change(2, beam=3),
     "answer": Change("7"),
     "context": Change("a king sees Berno ."), "no_answer_threshold": Change(-1000.0),
-    "row": Change('{"age": 70, "sex": "male"}'),
+    "row": Change('{"age": 900, "sex": "male"}'),
     "show_steps": Change(True), "attention_layer": refused(2, attention="map.png"),
     "attention_head": refused(3, attention="map.png"), "attention_each": Change(True, attention="map.png"),
 }
