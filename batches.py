@@ -373,6 +373,8 @@ class ColumnsDataset:
         self.image_size = self.meta.get("image_size")
         self.images = open_images(folder, self.meta) if self.image_size else None
         self.rows = Rows(self, {"values": dict, "label": str})
+        if not all(column.get("kind") in self.TYPES and column.get("std", 1) > 0 for column in self.meta["columns"]):
+            raise UserError(f"{folder / 'meta.json'} is damaged: prepare the data set again")
         types = {column["name"]: self.TYPES[column["kind"]] for column in self.meta["columns"]}
         pictures = [column["name"] for column in self.meta["columns"] if column["kind"] == "picture"]
         for split in SPLITS:

@@ -3,6 +3,7 @@
     python look.py --out_dir=out --prompt="ROMEO:"              writes look.html, which opens in any browser
     python look.py --init_from=gpt2 --prompt="Once upon" --out=gpt2.html       a published model, by name or folder
     python look.py --out_dir=out/vlm_shapes --image=photo.png --prompt=caption        the picture, word by word
+    python look.py --out_dir=out/fashion_mnist --image=shirt.png                      its class, patch by patch
     python look.py --out_dir=out --live                         the same page on 127.0.0.1, with a model that answers
 
 The file needs no network: text, numbers, attention and picture are in it. A model that writes goes on from the prompt,

@@ -189,6 +189,8 @@ def prepare_own(settings, sources, named):
     """Prepares files and folders, or a URL. Returns (the data set's name, path of a recipe in config/)."""
     is_url = len(sources) == 1 and "://" in sources[0]
     check_sources(settings, sources, is_url)
+    if settings.columns == "all" and not settings.labels:
+        raise UserError("columns = all: is for predicting one column from the others: name it with --labels=COLUMN")
     if settings.labels and settings.columns:
         return prepare_own_columns(settings, sources, named), COLUMNS_RECIPE
     if settings.labels or settings.tags:

@@ -48,6 +48,7 @@ ABSENT = ("na", "n/a", "nan", "null", "none", "?", "-")  # written for a number 
 MOST_VALUES = 100  # of a category that is found; each also occurs twice on average
 MOST_CLASSES = 50  # labels that are numbers: more are a quantity
 MOST_SHOWN = 40  # columns, each in a line
+LEAST_STD = 1e-100  # of a column of numbers; less: they are taken as equal
 TITANIC = ("https://www.openml.org/data/v1/download/16826755/Titanic.arff",
            "c56e3785c96cd8aceac85f11bff21c2bf72841426f50903a6f27be8f334a7d03")  # SHA-256
 ROOT = Path(__file__).resolve().parents[1]
@@ -163,6 +164,12 @@ def find_kind(name, cells):
     if all(Path(text).suffix.lower() in PICTURES for text, _ in texts) and \
             any((folder / text).is_file() for text, folder in texts):
         return "picture"
+    named = [text for text, _ in texts if Path(text).suffix.lower() in PICTURES]
+    if 2 * len(named) > len(texts):
+        other = next((text for text, _ in texts if text not in named), "")
+        why = f"{other[:40]!r} is none" if other else f"there is no file {named[0][:60]}"
+        print(printable(f"{name}: looks like names of pictures, but {why}, and so is taken as words; correct that, or"
+                        f" see which are amiss with --columns={name}:picture"), flush=True)
     if others and 2 * len(numbers) > len(cells):
         print(printable(f"{name}: holds numbers, but also {min(others)[:40]!r}, and so is taken as words; correct that,"
                         f" or see which cells are none with --columns={name}:number"), flush=True)
@@ -295,8 +302,7 @@ def text_of(row, name):
     """The cell of a row as text. Raises UserError if it holds more than one value, or is no valid text."""
     cell = row["cells"].get(name)
     if isinstance(cell, (list, dict, tuple, bytes)):
-        raise UserError(f"{row['where']}: {name} = {cell!r:.60}: is no single value: write one, or leave the column out"
-                        f" with --columns=\"!{name}\"")
+        raise UserError(f"{row['where']}: {name} = {cell!r:.60}: is no single value: write one, or leave it out")
     text = text_in(cell)
     if not text.isascii():
         labelled.check_text(text, row["where"])
@@ -382,7 +388,7 @@ def described(name, kind, rows):
     if kind == "number":
         numbers = np.array(values or [0.0])
         std = float(numbers.std()) if numbers.min() < numbers.max() else 1.0
-        return {"name": name, "kind": kind, "mean": float(numbers.mean()), "std": std}
+        return {"name": name, "kind": kind, "mean": float(numbers.mean()), "std": std if std > LEAST_STD else 1.0}
     if kind == "category":
         return {"name": name, "kind": kind, "values": sorted(set(values))}
     return {"name": name, "kind": kind}

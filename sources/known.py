@@ -222,8 +222,11 @@ def prepare_columns(name, target, how):
     """
     from sources import columns  # imports numpy, which is slow
     rows, source, revision = columns.fetch(name, DATA / name)
-    folder = locate(target) if target == name else claim(target, source)
-    columns.prepare(rows, folder, columns.How(**how), source, revision)
+    folder, how = locate(target) if target == name else claim(target, source), columns.How(**how)
+    if how.columns == COLUMNS[name].get("columns"):  # these are all but the usual label
+        kept = [column for column in how.columns.split(",") if column.partition(":")[0] != how.labels]
+        how = how._replace(columns=",".join(kept))
+    columns.prepare(rows, folder, how, source, revision)
     return target
 
 

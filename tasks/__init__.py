@@ -96,7 +96,7 @@ def elsewhere(settings_of, trained=False):
         if not tasks:
             return ""
         if trained and name == "image":
-            return "this model reads text only"
+            return "this model reads no images"
         if name == "publish":
             return f"only models of --task={', '.join(tasks)} can be published: other programs know no others of ours"
         names = tasks if trained else [f"--task={task}" for task in tasks]

@@ -12,6 +12,7 @@ pictures, S tokens of a text, K columns with tokens.
 """
 
 import functools
+import itertools
 import json
 import shlex
 import warnings
@@ -41,7 +42,10 @@ from tasks.task import Task
 
 SHAPE = ("n_layer", "n_head", "n_embd", "numbers", "block_size", "patch_size")
 AT_ONCE = 256  # rows per batch of an evaluation: it limits memory and changes no result
+FAR = 1000  # standard deviations from the mean: a number that is further away is taken as that
+MOST_HIDDEN = 40  # columns that an evaluation hides, each in turn
 MOST_WORDS = 2000  # of the texts of a column, from which the floors learn
+SHOWN = 8  # values of a row in the command that a run suggests
 MOST_NUMBERS = 50_000_000  # in the training rows from which they learn: 200 MB
 
 
@@ -139,14 +143,24 @@ class ColumnsTask(Task):
         config, wanted, table = model.config, self.labels[part], self.tables[part]
         shares = self.probabilities(model, table, self.dataset.images, dtype)
         result = label_report(self.dataset.rows[part], shares, config.labels, wanted, self.floors(part), part, settings)
-        for i, column in enumerate(watched(config.columns, "hiding columns")):
+        for i, column in enumerate(watched(config.columns[:MOST_HIDDEN], "hiding columns")):
             hidden = np.arange(len(config.columns)) == i
             shares = self.probabilities(model, table, self.dataset.images, dtype, hidden)
             result[f"accuracy, without {column['name']}"] = averages(decide(shares), wanted)["accuracy"]
         return {"rows": len(wanted), **result}
 
     def floors(self, part):
-        """{name: decisions (n, N)} for the rows of a part, learned from the training rows.
+        """{name: decisions (n, N)} for the rows of a part, learned from the training rows."""
+        most_frequent, regression, boosting = self.classifiers
+        x = self.features(part, np.arange(len(self.labels[part])))
+        decided = {"most frequent": np.full(len(x), most_frequent),
+                   "logistic regression": regression.predict(np.nan_to_num(x)),  # there 0 is the mean
+                   "gradient boosting": boosting.predict(x)}
+        return {name: found[:, None] == np.arange(len(self.config.labels)) for name, found in decided.items()}
+
+    @functools.cached_property
+    def classifiers(self):
+        """(the most frequent class of training, scikit-learn's logistic regression, its gradient boosting).
 
         Raises UserError without scikit-learn.
         """
@@ -159,14 +173,10 @@ class ColumnsTask(Task):
         width = self.features("train", known[:1]).shape[1]
         known = known[::-(-len(known) * width // MOST_NUMBERS)]
         x, classes = self.features("train", known), labels[known].argmax(1)
-        others = self.features(part, np.arange(len(self.labels[part])))
         regression, boosting = LogisticRegression(max_iter=1000), HistGradientBoostingClassifier(random_state=0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the steps did not reach the very optimum
-            decided = {"most frequent": np.full(len(others), np.bincount(classes).argmax()),  # below, 0 is the mean
-                       "logistic regression": regression.fit(np.nan_to_num(x), classes).predict(np.nan_to_num(others)),
-                       "gradient boosting": boosting.fit(x, classes).predict(others)}
-        return {name: found[:, None] == np.arange(labels.shape[1]) for name, found in decided.items()}
+            return np.bincount(classes).argmax(), regression.fit(np.nan_to_num(x), classes), boosting.fit(x, classes)
 
     def features(self, split, rows):
         """Some rows of a split as numbers for the floors, float32 (B, features); NaN: a missing number.
@@ -248,6 +258,7 @@ class ColumnsTask(Task):
         pictures = {self.config.columns[i]["name"] for i in self.config.places("picture")}
         row = {name: value for name, value in self.dataset.rows["val"][0]["values"].items()
                if value is not None and name not in pictures}
+        row = dict(itertools.islice(row.items(), SHOWN))
         return f"{super().command(out_dir)} {shlex.quote(f'--row={json.dumps(row, ensure_ascii=False)}')}"
 
     def summary(self, model):
@@ -312,7 +323,7 @@ def encoded(rows, config, tokenizers):
         return 1 + column["values"].index(value) if value in column["values"] else 0
 
     def standardised(column, value):
-        return 0.0 if value is None else (value - column["mean"]) / column["std"]
+        return 0.0 if value is None else min(max((value - column["mean"]) / column["std"], -FAR), FAR)
 
     def ids(column, value):
         return tokenizers["tokenizer"].encode(value or "")[:config.block_size].tolist()
@@ -370,6 +381,8 @@ def read_rows(text, config):
         for name in found[0][1].keys() - kinds:
             why = "is what the model predicts" if name == config.label else f"is no column, only {', '.join(kinds)} are"
             raise UserError(f"row: {name} {why}: leave it out")
+    if not any(name in cells for _, cells in found for name in kinds):
+        raise UserError(f"row = {text:.60}: has none of the model's columns, {', '.join(kinds):.200}")
     return [{name: own_value({"where": where, "cells": cells, "folder": folder}, name, kind)
              for name, kind in kinds.items()} for where, cells in found]
 
@@ -392,11 +405,16 @@ def say_missing(rows, config):
         values = [row[column["name"]] for row in rows]
         if count := values.count(None):
             lacking.append(column["name"] + f" (in {count} of {n} rows)" * (count < n))
+        far = [value for value in values if column["kind"] == "number" and value is not None
+               and abs(value - column["mean"]) > FAR * column["std"]]
+        if far:
+            say(f"{column['name']} = {far[0]:g} is more than {FAR:,} standard deviations from the mean of training, and"
+                " is taken as that")
         if column["kind"] == "category":
             unknown += [f"{column['name']} {value}" for value in dict.fromkeys(values)
                         if value is not None and value not in column["values"]]
     if lacking:
-        say(f"missing: {', '.join(lacking)}")
+        say(f"missing: {', '.join(lacking):.200}")
     if unknown:
         say(f"categories that training lacked, which count as missing: {', '.join(unknown):.200}")
 
@@ -406,8 +424,8 @@ def with_pictures(rows, config):
     from PIL import Image
     names, size, images = [config.columns[i]["name"] for i in config.places("picture")], config.image_size, []
     rows = [dict(row) for row in rows]
-    for row, name in ((row, name) for row in rows for name in names if row[name] is not None):
-        picture = read_picture(row[name], "row", name)
+    for i, row, name in ((i, row, name) for i, row in enumerate(rows) for name in names if row[name] is not None):
+        picture = read_picture(row[name], f"row {i + 1}", name)
         images.append(np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC)))
         row[name] = len(images) - 1
     return rows, np.stack(images) if images else np.zeros((1, size, size, 3), np.uint8)
@@ -430,6 +448,8 @@ def draw_columns(model, found, sampling):
         _, there = model.embed(**{"tokens": None, "lengths": None, "images": None, "seen": None, **found})
     owners = model.config.owners(found["tokens"].size(2) if "tokens" in found else 0)
     names = ["[CLS]", *(model.config.columns[i]["name"] for i in model.config.listed)]
+    if len(names) == 1:
+        raise UserError("attention: all columns of this model are numbers in its head, so there is nothing to look at")
     member = F.one_hot(owners, len(names)).float() * there[0].cpu()[:, None]  # (L, 1 + K)
     shown = member.sum(0) > 0
     member, names = member[:, shown], [name for name, is_shown in zip(names, shown.tolist()) if is_shown]

@@ -626,14 +626,14 @@ class Predicting(Looking):
         check_model(self)
         check_ranges(self, top=0)
         check_looking(self)
+        if hasattr(self, "prompt"):  # from a command line
+            check_idle(self, "this model reads rows of a table: use --row", "prompt")
         if self.row.startswith("FILE:"):
             if not os.path.isfile(self.row.removeprefix("FILE:")):
                 raise UserError(f"row = {self.row}: there is no such file")
         elif not is_object(self.row):
             raise UserError(f"""row = {self.row!r}: must be an object in JSON, such as --row='{{"age": 29}}', or a"""
                             " table, such as --row=FILE:rows.csv")
-        if hasattr(self, "prompt"):  # from a command line
-            check_idle(self, "this model reads rows of a table: use --row", "prompt")
 
 
 def is_object(text):

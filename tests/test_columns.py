@@ -389,6 +389,7 @@ def test_wrong_use_is_one_line(trained, tiny, data, dataset, tmp_path, capsys):
         with pytest.raises(UserError, match=message):
             run(tmp_path / "out", tiny, **changes)
     (tmp_path / "empty.csv").write_text("age,sex\n")
+    (tmp_path / "others.csv").write_text("foo,bar\n1,2\n")
     (tmp_path / "x.png").write_bytes(b"no picture")
     for row, message in (
             ("", "row = '': must be an object in JSON, such as"), ("[1]", "row = '.1.': must be an object in JSON"),
@@ -399,11 +400,19 @@ def test_wrong_use_is_one_line(trained, tiny, data, dataset, tmp_path, capsys):
             ('{"saved": "yes"}', "row: saved is what the model predicts: leave it out"),
             ('{"age": "old"}', "row: age = 'old': must be a number, or empty where it is missing"),
             ('{"name": ["a"]}', "row: name = .'a'.: is no single value"),
-            (json.dumps({"photo": f"{tmp_path}/x.png"}), "row: photo: image = .*x.png: can't be read"),
-            ('{"photo": "no.png"}', "row: photo: image = no.png: can't be read: .*No such file")):
+            (json.dumps({"photo": f"{tmp_path}/x.png"}), "row 1: photo: image = .*x.png: can't be read"),
+            ('{"photo": "no.png"}', "row 1: photo: image = no.png: can't be read: .*No such file"),
+            (f"FILE:{tmp_path}/others.csv", "row = FILE:.*: has none of the model's columns, age, fare"),
+            ("{}", "row = .*: has none of the model's columns")):
         with pytest.raises(UserError, match=message):
             sampled(trained, capsys, f"--row={row}")
     with pytest.raises(UserError, match="prompt = 'x': this model reads rows of a table: use --row"):
-        sampled(trained, capsys, "--row={}", "--prompt=x")
+        sampled(trained, capsys, "--prompt=x")
     with pytest.raises(UserError, match="attention_layer = 2: the model has 1"):
-        sampled(trained, capsys, "--row={}", f"--attention={tmp_path}/map.png", "--attention_layer=2")
+        sampled(trained, capsys, '--row={"age": 3}', f"--attention={tmp_path}/map.png", "--attention_layer=2")
+
+
+def test_a_number_out_of_all_bounds_is_said_and_gives_probabilities(trained, capsys):
+    (far, said), (farther, _) = (sampled(trained, capsys, f'--row={{"age": {age}}}') for age in ("1e9", "1e30"))
+    assert far == farther and "nan" not in far
+    assert "age = 1e+09 is more than 1,000 standard deviations from the mean of training, and is taken as" in said

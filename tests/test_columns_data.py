@@ -257,7 +257,7 @@ def test_what_cannot_be_a_table_of_classes_is_refused_in_a_line(data, tmp_path, 
     ("a.csv", "kind\tage\nx\t1\n", "a.csv separates its columns by tabs: .* or name it .tsv"),
     ("a.csv", "kind,age,age\nx,1,2\n", "several columns are named age: rename all but one"),
     ("a.csv", "kind,age\n", "a.csv: has no row: add some below the line with the names"), ("a.csv", "", "has no row"),
-    ("a.jsonl", '{"kind": "x", "age": [1, 2]}\n', r"line 1: age = \[1, 2\]: is no single value: .* --columns=\"!age\""),
+    ("a.jsonl", '{"kind": "x", "age": [1, 2]}\n', r"line 1: age = \[1, 2\]: is no single value: write one"),
     ("a.jsonl", '{"kind": {"a": 1}, "age": 1}\n', "line 1: kind = {'a': 1}: is no single value"),
     ("a.jsonl", '{"kind": "x", "age": "\\ud800"}\n', "line 1: .* is not valid text"),
     ("a.txt", "kind,age\n", "labels = kind: .*a.txt is no table: give a .csv, .tsv, .jsonl or .parquet")])
@@ -276,6 +276,18 @@ def test_a_column_that_is_mostly_numbers_is_said_to_hold_words(data, tmp_path, c
         run(write_csv(tmp_path / "b.csv", rows), val_fraction=0.1)
 
 
+def test_words_that_look_like_pictures_are_said_to_be_none(data, tmp_path, capsys):  # noqa: F811
+    run(write_csv(tmp_path / "a.csv", changed(colour=[f"{i}.png" for i in range(60)])))
+    assert "colour: looks like names of pictures, but there is no file 0.png, and so" in capsys.readouterr().out
+    with pytest.raises(UserError, match="columns = all: is for predicting .* name it with --labels=COLUMN"):
+        prepare.main(prepare.Settings(columns="all"), [str(tmp_path / "a.csv")])
+
+
+def test_numbers_that_hardly_differ_have_a_deviation(data, tmp_path):  # noqa: F811
+    run(write_csv(tmp_path / "a.csv", changed(age=[1e-320, 0.0] * 30)))
+    assert ColumnsDataset(data / "a").meta["columns"][0]["std"] == 1.0
+
+
 def test_a_wide_table_is_shown_in_short(data, tmp_path, capsys):  # noqa: F811
     draw = random.Random(0)
     rows = [{"kind": "xy"[i % 2], **{f"c{n}": draw.random() for n in range(1000)}} for i in range(60)]
@@ -287,6 +299,7 @@ def test_a_wide_table_is_shown_in_short(data, tmp_path, capsys):  # noqa: F811
 
 @pytest.mark.parametrize("name, damage", [
     ("meta.json", lambda text: text.replace('"labels"', '"x"')), ("train.jsonl", lambda text: text[:-9]),
+    ("meta.json", lambda text: text.replace('"number"', '"numbr"')),
     ("val.jsonl", lambda text: text.replace('"age"', '"edge"')),
     ("test.jsonl", lambda text: text.replace('"photo": 1', '"photo": 9')),
     ("train.jsonl", lambda text: text.replace('"colour": "red"', '"colour": 1')), ("images.bin", lambda text: "")])
