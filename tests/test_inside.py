@@ -542,7 +542,7 @@ def test_encoders_draw_their_texts(tmp_path):
         task = task_of(cls, LETTERS, mask_rate=0.15)
         text = "he[MASK]lo" if cls is MaskedTask else "hello"
         pieces = list(task.sample(made(model), [{"text": text}], how(attention=path, attention_each=True)))
-        assert pieces[-1] == (0, f"\nwrote {path}")
+        assert pieces[-2:] == [(0, "\n"), (0, f"wrote {path}")]
         if cls is not MaskedTask:
             with pytest.raises(UserError, match="attention: needs a --prompt of one"):
                 list(task.sample(model, [{"text": "a\nb"}], how(attention=path)))
