@@ -101,7 +101,7 @@ def refuse(saved, given):
 
 
 HOW = dict(more=lambda values: TASKS[values["task"]].training, base=earlier_settings, refuse=refuse,
-           check=lambda settings, given: check_dataset(settings.dataset, settings.init_from),
+           check=lambda s, given: check_dataset(s.dataset, s.init_from, TASKS[s.task].kinds),
            elsewhere=elsewhere(lambda row: row.training),
            has_accelerator=has_accelerator)  # how `parse` reads the command line
 if __name__ == "__main__":  # --help and typos answer before torch is imported

@@ -95,7 +95,11 @@ def choose(config, theirs, stored, name):
         _, other = stored.setdefault(HEADS["bias"], (key, bias))
         if not bias.equal(other):
             raise UserError(f"{name}: {key} is not {HEADS['bias']}, but a head has one bias: take one of them out")
-    return AnswererConfig(**dataclasses.asdict(config), dense=False) if classes[0] == ANSWERER else config
+    if classes[0] != ANSWERER:
+        return config
+    if len(outputs := theirs.get("id2label", "01")) != 2:
+        raise UserError(f"{name}: id2label names {len(outputs)} outputs, and an answer has two, its start and its end")
+    return AnswererConfig(**dataclasses.asdict(config), dense=False)
 
 
 def load_tokenizer(path):

@@ -61,6 +61,11 @@ TOKENIZERS = {  # all known data sets: tokenizer
     **{name: row[0] for name, row in KNOWN.items()}, BUILT_IN: "char", **GENERATED, **dict.fromkeys(CORPORA, "gpt2"),
     **{name: row["tokenizer"] for name, row in PAIRS.items()}, **dict.fromkeys((*LABELLED, *IMAGE_LABELS), ""),
     **dict.fromkeys(COLUMNS, ""), **dict.fromkeys((*DIALOGUES, *EQUATIONS), "char")}
+KINDS = {  # of all known data sets but preferences: what meta.json will say
+    **dict.fromkeys((*KNOWN, BUILT_IN, *CORPORA, *EQUATIONS), "text"), **dict.fromkeys(GENERATED, "image-text"),
+    **dict.fromkeys(PAIRS, "pairs"), **{name: row[0] for name, row in LABELLED.items()},
+    **dict.fromkeys(IMAGE_LABELS, "image-labels"), **dict.fromkeys(COLUMNS, "columns"),
+    **dict.fromkeys(DIALOGUES, "chat")}
 
 
 def locate(dataset):
@@ -91,12 +96,16 @@ def claim(dataset, source):
     return folder
 
 
-def check_dataset(dataset, init_from="scratch"):
+def check_dataset(dataset, init_from="scratch", kinds=()):
     """Raises UserError, with the command that prepares it, unless the data set is ready or `ensure` can prepare it.
 
-    init_from: the model whose tokenizer the command names.
+    init_from: the model whose tokenizer the command names. kinds: those that the task learns from; (): any.
     """
     folder = locate(dataset)
+    if kinds and KINDS.get(dataset, kinds[0]) not in kinds:
+        known = ", ".join(name for name, kind in KINDS.items() if kind in kinds)
+        raise UserError(f"dataset = {dataset}: is a data set of kind {KINDS[dataset]}, and this task needs one of kind"
+                        f" {' or '.join(kinds)}: name another --dataset" + f" (known: {known})" * bool(known))
     if dataset in TOKENIZERS and dataset not in CORPORA or (folder / "meta.json").exists():
         return
     how = f"make it first with python prepare.py {dataset}, which downloads tens of gigabytes"

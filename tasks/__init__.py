@@ -20,35 +20,39 @@ class Row(NamedTuple):
     sampling: type  # to sample.py's
     evaluating: type  # to evaluate.py's
     published: tuple  # values of model_type, or of architectures, in the config.json of published models
+    kinds: tuple = ()  # of data sets that it learns from; (): any
 
 
 TASKS = {
     "text": Row("tasks.text", "TextTask", settings.Text, settings.Chatting, settings.Windows,
-                ("gpt2", "llama", "mistral", "qwen2", "gemma")),
+                ("gpt2", "llama", "mistral", "qwen2", "gemma"), ("text",)),
     "contrastive": Row("tasks.contrastive", "ContrastiveTask", settings.Contrastive, settings.Matching,
-                       settings.Nothing, ()),
+                       settings.Nothing, (), ("image-text",)),
     "image-text": Row("tasks.image_text", "ImageTextTask", settings.ImageText, settings.Answering, settings.Nothing,
-                      ("paligemma",)),
+                      ("paligemma",), ("image-text",)),
     "arithmetic": Row("tasks.arithmetic", "ArithmeticTask", settings.Arithmetic, settings.Nothing, settings.Problems,
-                      ()),
+                      (), ("arithmetic",)),
     "translation": Row("tasks.translation", "TranslationTask", settings.Translation, settings.Translating,
-                       settings.Translations, ()),
-    "masked": Row("tasks.masked", "MaskedTask", settings.Masked, settings.Filling, settings.Nothing,
-                  ("bert",)),
+                       settings.Translations, (), ("pairs",)),
+    "masked": Row("tasks.masked", "MaskedTask", settings.Masked, settings.Filling, settings.Nothing, ("bert",),
+                  ("text",)),
     "classification": Row("tasks.classification", "ClassificationTask", settings.Classification, settings.Classifying,
-                          settings.Labels, ()),
+                          settings.Labels, (), ("labels",)),
     "image-classification": Row("tasks.image_classification", "ImageClassificationTask", settings.ImageClassification,
-                                settings.Recognising, settings.Labels, ("vit",)),
-    "columns": Row("tasks.columns", "ColumnsTask", settings.Columns, settings.Predicting, settings.Labels, ()),
+                                settings.Recognising, settings.Labels, ("vit",), ("image-labels",)),
+    "columns": Row("tasks.columns", "ColumnsTask", settings.Columns, settings.Predicting, settings.Labels, (),
+                   ("columns",)),
     "masked-patches": Row("tasks.masked_patches", "MaskedPatchesTask", settings.MaskedPatches, settings.Guessing,
-                          settings.Nothing, ()),
-    "chat": Row("tasks.chat", "ChatTask", settings.Chat, settings.Chatting, settings.Answers, ()),
-    "reward": Row("tasks.reward", "RewardTask", settings.Reward, settings.Scoring, settings.Problems, ()),
-    "dpo": Row("tasks.dpo", "DPOTask", settings.DPO, settings.Chatting, settings.Answers, ()),
-    "rl": Row("tasks.rl", "RLTask", settings.RL, settings.Chatting, settings.Answers, ()),
-    "tagging": Row("tasks.tagging", "TaggingTask", settings.Tagging, settings.Labelling, settings.Labels, ()),
+                          settings.Nothing, (), ("image-labels", "image-text")),
+    "chat": Row("tasks.chat", "ChatTask", settings.Chat, settings.Chatting, settings.Answers, (), ("chat",)),
+    "reward": Row("tasks.reward", "RewardTask", settings.Reward, settings.Scoring, settings.Problems, (),
+                  ("preferences",)),
+    "dpo": Row("tasks.dpo", "DPOTask", settings.DPO, settings.Chatting, settings.Answers, (), ("preferences",)),
+    "rl": Row("tasks.rl", "RLTask", settings.RL, settings.Chatting, settings.Answers, (), ("chat",)),
+    "tagging": Row("tasks.tagging", "TaggingTask", settings.Tagging, settings.Labelling, settings.Labels, (),
+                   ("tags",)),
     "question-answering": Row("tasks.question_answering", "QuestionAnsweringTask", settings.QuestionAnswering,
-                              settings.Asking, settings.Questions, ("BertForQuestionAnswering",)),
+                              settings.Asking, settings.Questions, ("BertForQuestionAnswering",), ("answers",)),
 }
 
 

@@ -195,6 +195,8 @@ REFUSED = {
     "activation": (dict(hidden_act="silu"), "hidden_act = 'silu', but only 'gelu' or"),
     "odd activation": (dict(hidden_act=["gelu"]), "can't be used"),
     "head": (dict(architectures=["BertForTokenClassification"]), "is a BertForTokenClassification, but only BertModel"),
+    "outputs": (dict(architectures=["BertForQuestionAnswering"], id2label={"0": "a", "1": "b", "2": "c"}),
+                "id2label names 3 outputs, and an answer has two"),
     "size": (dict(hidden_size="32"), "hidden_size = '32', but it must be a whole number"),
     "epsilon": (dict(layer_norm_eps=0), "layer_norm_eps = 0, but it must be a finite number above 0"),
     "heads": (dict(num_attention_heads=5), "n_head = 5|divi|multiple"),

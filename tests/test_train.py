@@ -602,6 +602,7 @@ def test_a_short_split_is_named_with_a_block_size_that_fits_both(tmp_path, tiny)
 @pytest.mark.parametrize("line, message", [
     ("train.py --batchsize=3", "unknown setting --batchsize on the command line; did you mean --batch_size"),
     ("train.py --dataset=no_such", "there is no data set at .*no_such: make one with python prepare.py FILE"),
+    ("train.py --task=columns", "dataset = shakespeare_char: is a data set of kind text, .* one of kind columns: name"),
     ("train.py --resume --out_dir=no_such", "there is nothing to resume in no_such"),
     ("sample.py --out_dir=no_such", "there is no checkpoint in no_such"),
     ("sample.py --out_dir=. --prompt=FILE:no_such", "prompt = FILE:no_such: there is no such file"),
