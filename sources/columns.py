@@ -43,7 +43,7 @@ from sources.texts import finish, writing
 
 KINDS = ("number", "category", "text", "picture")
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?inf(inity)?", re.I)
-UNCLEAR = re.compile(r"[+-]?(\d{1,3}([,' ]\d{3})+(\.\d+)?|\d+,\d+)")  # 1,234.5 or 3,5
+UNCLEAR = re.compile(r"[+-]?[$€£]?(\d{1,3}([,' ]\d{3})+(\.\d+)?|\d+[,.]?\d*) ?[%€]?")  # 1,234.5 or 3,5 or 35 %
 ABSENT = ("na", "n/a", "nan", "null", "none", "?", "-")  # written for a number that is missing
 MOST_VALUES = 100  # of a category that is found; each also occurs twice on average
 MOST_CLASSES = 50  # labels that are numbers: more are a quantity
@@ -158,8 +158,8 @@ def find_kind(name, cells):
         return "number"
     if others and all(map(UNCLEAR.fullmatch, others)):
         value = min(others)
-        raise UserError(f"column {name}: {value!r} may be read in two ways as a number: write it without separators"
-                        f" and with a decimal point, or take it as it is with --columns={name}:category")
+        raise UserError(f"column {name}: {value!r} is no plain number: write it without separators and signs, and with"
+                        f" a decimal point, or take it as it is with --columns={name}:category")
     texts = [(text_in(cell), folder) for cell, folder in cells]
     if all(Path(text).suffix.lower() in PICTURES for text, _ in texts) and \
             any((folder / text).is_file() for text, folder in texts):
