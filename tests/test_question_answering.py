@@ -253,7 +253,8 @@ def test_the_floors_guess_from_words_alone():
 
 
 def test_evaluate_writes_the_answers_and_scores_beside_the_floors(trained, folder, opened):
-    evaluate.main(settings_for("question-answering", "evaluating", out_dir=str(trained), device="cpu", test=True))
+    evaluate.main(settings_for("question-answering", "evaluating", out_dir=str(trained), device="cpu", dtype="float32",
+                               test=True))
     found = json.loads((trained / "evaluation.json").read_text())
     for start, name, part in (("", "", "val"), ("test ", "_test", "test")):
         rows = [json.loads(line) for line in (trained / f"answers{name}.jsonl").read_text().splitlines()]
@@ -268,11 +269,11 @@ def test_evaluate_writes_the_answers_and_scores_beside_the_floors(trained, folde
         assert parts[0] * (1 - without) + parts[1] * without == pytest.approx(exact)
         task, model = opened
         answers = task.answer(model, [(row["question"], row["context"]) for row in rows])
-        assert [one.lead for one in answers] == pytest.approx([row["lead"] for row in rows], abs=0.1)  # bfloat16
+        assert [one.lead for one in answers] == pytest.approx([row["lead"] for row in rows], abs=1e-3)
         texts = [answer_in(row["context"], Found(*one[:3], row["lead"], 0), found["best threshold"] + 1e-3)
                  for row, one in zip(rows, answers)]
         assert found[f"{start}f1, best threshold"] == pytest.approx(scores_of(texts, rows)[:, 1].mean())
-    evaluate.main(settings_for("question-answering", "evaluating", out_dir=str(trained), device="cpu",
+    evaluate.main(settings_for("question-answering", "evaluating", out_dir=str(trained), device="cpu", dtype="float32",
                                no_answer_threshold=1e3))
     always = json.loads((trained / "evaluation.json").read_text())
     assert always["exact_match, without one"] == 0 and "test f1" not in always

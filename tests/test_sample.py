@@ -202,9 +202,9 @@ def test_the_model_decides_which_settings_there_are(trained):
     settings, _ = parse(sample.Settings, [f"--out_dir={trained}", "--top_k=3", "--checkpoint=last"], **sample.HOW)
     assert settings.top_k == 3
     for argument, message in (
-            ("--image=a.png", "unknown setting --image on the command line; this model reads text only"),
+            ("--image=a.png", "unknown setting --image on the command line; this model reads no images"),
             ("--draw=a.png", "unknown setting --draw on the command line; it is only for models of the task"
-                             " image-text"),
+                             " image-text and masked-patches"),
             ("--out_dir=none", "there is no checkpoint in none: train one first, python train.py --out_dir=none"),
             ("--prompt=FILE:none.txt", "prompt = FILE:none.txt: there is no such file"),
             ("--prompt=FILE:/", "prompt = FILE:/: is a folder: name a file")):

@@ -574,7 +574,7 @@ def test_settings_that_exclude_each_other_are_refused(changes, message, monkeypa
     ("--task=image-text --init_from=x --init_vision=y", "init_vision = 'y': is for a model that starts from scratch"),
     ("--wandb_name=mine", "wandb_name = 'mine': is for --wandb"),
     ("--vision.n_layer=2", "setting --vision.n_layer .*; it is only for --task=contrastive and --task=image-text"),
-    ("--task=tagging --publish=x", "setting --publish .*; only models of --task=text, .*, dpo, rl can be published"),
+    ("--task=tagging --publish=x", "setting --publish .*; only models of --task=text, .*answering can be published"),
     ("--task=contrastive --n_kv_head=1", "setting --n_kv_head .*; it is only for --task=text and --task=image-text"),
 ])
 def test_a_setting_that_does_nothing_is_refused(line, message):
