@@ -74,7 +74,7 @@ HUNDREDS = dict(max_iters=200, eval_interval=50, log_interval=10, learning_rate=
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task, batch_size, changes, rounding", [
-    ("text", 8, HUNDREDS, 2e-4), ("text", 5, FAST, 1e-3),  # Muon amplifies rounding
+    ("text", 8, HUNDREDS, 2e-4), ("text", 5, FAST, 3e-3),  # Muon amplifies rounding
     ("image-text", 8, {}, 1e-4), ("image-text", 5, {"rates": {"vision": 0.0}}, 1e-4),
     ("tagging", 8, {}, 1e-4), ("tagging", 5, {"learn": "tags"}, 1e-4),
     ("question-answering", 8, {}, 1e-4), ("question-answering", 5, {"block_size": 40, "train_rows": 9}, 1e-4),
