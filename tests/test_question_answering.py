@@ -214,7 +214,7 @@ def test_a_resumed_run_equals_an_undisturbed_one_and_pieces_do_not_change_the_lo
     one, other = (checkpoint.load(tmp_path / name / "last").state for name in ("whole", "parts"))
     torch.testing.assert_close(one, other, atol=0, rtol=0)
     for a, b in zip(run(tmp_path / "a", tiny, **changes), run(tmp_path / "b", tiny, micro_batch_size=5, **changes)):
-        assert a == pytest.approx(b, abs=1e-4, rel=1e-4)
+        assert a == pytest.approx(b, rel=1e-3)  # eight updates amplify rounding, which differs with the threads
 
 
 # ----------------------------------------------------------------------------------------------------------------------
