@@ -161,13 +161,11 @@ def find_kind(name, cells):
         raise UserError(f"column {name}: {value!r} is no plain number: write it without separators and signs, and with"
                         f" a decimal point, or take it as it is with --columns={name}:category")
     texts = [(text_in(cell), folder) for cell, folder in cells]
-    if all(Path(text).suffix.lower() in PICTURES for text, _ in texts) and \
-            any((folder / text).is_file() for text, folder in texts):
+    strange = [text for text, _ in texts if Path(text).suffix.lower() not in PICTURES]
+    if not strange and any((folder / text).is_file() for text, folder in texts):
         return "picture"
-    named = [text for text, _ in texts if Path(text).suffix.lower() in PICTURES]
-    if 2 * len(named) > len(texts):
-        other = next((text for text, _ in texts if text not in named), "")
-        why = f"{other[:40]!r} is none" if other else f"there is no file {named[0][:60]}"
+    if 2 * len(strange) < len(texts):
+        why = f"{strange[0][:40]!r} is none" if strange else f"there is no file {texts[0][0][:60]}"
         print(printable(f"{name}: looks like names of pictures, but {why}, and so is taken as words; correct that, or"
                         f" see which are amiss with --columns={name}:picture"), flush=True)
     if others and 2 * len(numbers) > len(cells):

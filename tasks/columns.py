@@ -143,6 +143,8 @@ class ColumnsTask(Task):
         config, wanted, table = model.config, self.labels[part], self.tables[part]
         shares = self.probabilities(model, table, self.dataset.images, dtype)
         result = label_report(self.dataset.rows[part], shares, config.labels, wanted, self.floors(part), part, settings)
+        if len(config.columns) > MOST_HIDDEN:
+            say(f"of {len(config.columns)} columns, the first {MOST_HIDDEN} are hidden in turn")
         for i, column in enumerate(watched(config.columns[:MOST_HIDDEN], "hiding columns")):
             hidden = np.arange(len(config.columns)) == i
             shares = self.probabilities(model, table, self.dataset.images, dtype, hidden)
@@ -399,7 +401,7 @@ def own_value(row, name, kind):
 
 
 def say_missing(rows, config):
-    """Says on stderr which values rows lack, and which categories training lacked."""
+    """Says on stderr which values rows lack, which categories training lacked, and which numbers are far from its."""
     n, lacking, unknown = len(rows), [], []
     for column in config.columns:
         values = [row[column["name"]] for row in rows]
