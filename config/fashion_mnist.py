@@ -6,8 +6,8 @@
     python sample.py --out_dir=out/fashion_mnist --image=data/fashion_mnist/pictures/shirt.png
 
 The data come from a Debian package, by apt-get, or else from GitHub. Six epochs take ten minutes of one busy CPU core
-with AMX. Seeds 1337, 1 and 2 named 90.1, 90.9 and 90.7 % of the test pictures rightly; with the second command, 76 ms
-an update on two quiet cores, 91.2, 91.5 and 91.3 %; a logistic regression on the pixels 84.4 %.
+with AMX. Seeds 1337, 1 and 2 named 90.1, 90.9 and 90.7 % of the test pictures rightly; with the second command, 8 1/2
+minutes of two quiet cores, 91.2, 91.5 and 91.3 %; a logistic regression on the pixels 84.4 %.
 """
 
 task = "image-classification"
