@@ -1,6 +1,7 @@
 """Pages, docstrings, recipes and figures.json are right: every command parses, every file that they name is there."""
 
 import ast
+import functools
 import json
 import re
 import shlex
@@ -62,8 +63,13 @@ def task_of(arguments):
     if "init_from" in named:
         is_bert = "rank" in named or "bert" in named["init_from"]
         return "image-text" if "image" in named else "masked" if is_bert else "text"
-    runs = {s.out_dir: s.task for s, _ in (read([path], True) for path in RECIPES)}
-    return runs.get(named.get("out_dir"), "text")
+    return runs().get(named.get("out_dir"), "text")
+
+
+@functools.cache
+def runs():
+    """{out_dir: task} of all recipes."""
+    return {s.out_dir: s.task for s, _ in (read([path], True) for path in RECIPES)}
 
 
 @pytest.mark.parametrize("line", COMMANDS)
