@@ -334,6 +334,7 @@ def test_a_picture_is_taken_as_base64_within_limits(monkeypatch):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send")
+@pytest.mark.slow
 def test_ctrl_c_ends_it_at_once_and_silently_while_it_writes(trained):
     command = [sys.executable, ROOT / "look.py", "--live", f"--out_dir={trained}", "--port=0", "--device=cpu"]
     environment = {**os.environ, "QUILL_COMPILER": ""}  # PyTorch's threads, unlike C's, crash if Python ends first

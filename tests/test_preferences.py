@@ -231,6 +231,7 @@ def test_the_best_of_several_answers_is_the_one_with_the_highest_score(reward, c
         best_of(chat, "cpu", prompts, texts, verdicts)
 
 
+@pytest.mark.slow
 def test_an_evaluation_counts_the_problems_whose_best_sample_is_right(data, reward, chat):
     def figures(**more):
         asked = dict(out_dir=str(chat), dataset=str(data / "chat"), device="cpu", dtype="float32", samples=3)
