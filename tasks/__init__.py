@@ -1,6 +1,6 @@
 """TASKS, the table of everything that can be trained. Importing this module does not import torch.
 
-A new task is a file with a subclass of `task.Task`, its settings in settings.py, and a row here.
+A new task is a file of its name with a subclass of `task.Task`, its settings in settings.py, and a row here.
 """
 
 import contextlib
@@ -14,51 +14,44 @@ from tasks import settings
 
 
 class Row(NamedTuple):
-    module: str
-    cls: str  # the Task in that module
+    cls: str  # the Task in the file of the task's name: tasks/image_text.py for image-text
     training: type  # the settings that the task adds to train.py's
     sampling: type  # to sample.py's
     evaluating: type  # to evaluate.py's
-    published: tuple  # values of model_type, or of architectures, in the config.json of published models
     kinds: tuple = ()  # of data sets that it learns from; (): any
+    published: tuple = ()  # values of model_type, or of architectures, in the config.json of published models
 
 
 TASKS = {
-    "text": Row("tasks.text", "TextTask", settings.Text, settings.Chatting, settings.Windows,
-                ("gpt2", "llama", "mistral", "qwen2", "gemma"), ("text",)),
-    "contrastive": Row("tasks.contrastive", "ContrastiveTask", settings.Contrastive, settings.Matching,
-                       settings.Nothing, (), ("image-text",)),
-    "image-text": Row("tasks.image_text", "ImageTextTask", settings.ImageText, settings.Answering, settings.Nothing,
-                      ("paligemma",), ("image-text",)),
-    "arithmetic": Row("tasks.arithmetic", "ArithmeticTask", settings.Arithmetic, settings.Nothing, settings.Problems,
-                      (), ("arithmetic",)),
-    "translation": Row("tasks.translation", "TranslationTask", settings.Translation, settings.Translating,
-                       settings.Translations, (), ("pairs",)),
-    "masked": Row("tasks.masked", "MaskedTask", settings.Masked, settings.Filling, settings.Nothing, ("bert",),
-                  ("text",)),
-    "classification": Row("tasks.classification", "ClassificationTask", settings.Classification, settings.Classifying,
-                          settings.Labels, (), ("labels",)),
-    "image-classification": Row("tasks.image_classification", "ImageClassificationTask", settings.ImageClassification,
-                                settings.Recognising, settings.Labels, ("vit",), ("image-labels",)),
-    "columns": Row("tasks.columns", "ColumnsTask", settings.Columns, settings.Predicting, settings.Labels, (),
-                   ("columns",)),
-    "masked-patches": Row("tasks.masked_patches", "MaskedPatchesTask", settings.MaskedPatches, settings.Guessing,
-                          settings.Nothing, (), ("image-labels", "image-text")),
-    "chat": Row("tasks.chat", "ChatTask", settings.Chat, settings.Chatting, settings.Answers, (), ("chat",)),
-    "reward": Row("tasks.reward", "RewardTask", settings.Reward, settings.Scoring, settings.Problems, (),
-                  ("preferences",)),
-    "dpo": Row("tasks.dpo", "DPOTask", settings.DPO, settings.Chatting, settings.Answers, (), ("preferences",)),
-    "rl": Row("tasks.rl", "RLTask", settings.RL, settings.Chatting, settings.Answers, (), ("chat",)),
-    "tagging": Row("tasks.tagging", "TaggingTask", settings.Tagging, settings.Labelling, settings.Labels, (),
-                   ("tags",)),
-    "question-answering": Row("tasks.question_answering", "QuestionAnsweringTask", settings.QuestionAnswering,
-                              settings.Asking, settings.Questions, ("BertForQuestionAnswering",), ("answers",)),
+    "text": Row("TextTask", settings.Text, settings.Chatting, settings.Windows, ("text",),
+                ("gpt2", "llama", "mistral", "qwen2", "gemma")),
+    "contrastive": Row("ContrastiveTask", settings.Contrastive, settings.Matching, settings.Nothing, ("image-text",)),
+    "image-text": Row("ImageTextTask", settings.ImageText, settings.Answering, settings.Nothing, ("image-text",),
+                      ("paligemma",)),
+    "arithmetic": Row("ArithmeticTask", settings.Arithmetic, settings.Nothing, settings.Problems, ("arithmetic",)),
+    "translation": Row("TranslationTask", settings.Translation, settings.Translating, settings.Translations,
+                       ("pairs",)),
+    "masked": Row("MaskedTask", settings.Masked, settings.Filling, settings.Nothing, ("text",), ("bert",)),
+    "classification": Row("ClassificationTask", settings.Classification, settings.Classifying, settings.Labels,
+                          ("labels",)),
+    "image-classification": Row("ImageClassificationTask", settings.ImageClassification, settings.Recognising,
+                                settings.Labels, ("image-labels",), ("vit",)),
+    "columns": Row("ColumnsTask", settings.Columns, settings.Predicting, settings.Labels, ("columns",)),
+    "masked-patches": Row("MaskedPatchesTask", settings.MaskedPatches, settings.Guessing, settings.Nothing,
+                          ("image-labels", "image-text")),
+    "chat": Row("ChatTask", settings.Chat, settings.Chatting, settings.Answers, ("chat",)),
+    "reward": Row("RewardTask", settings.Reward, settings.Scoring, settings.Problems, ("preferences",)),
+    "dpo": Row("DPOTask", settings.DPO, settings.Chatting, settings.Answers, ("preferences",)),
+    "rl": Row("RLTask", settings.RL, settings.Chatting, settings.Answers, ("chat",)),
+    "tagging": Row("TaggingTask", settings.Tagging, settings.Labelling, settings.Labels, ("tags",)),
+    "question-answering": Row("QuestionAnsweringTask", settings.QuestionAnswering, settings.Asking, settings.Questions,
+                              ("answers",), ("BertForQuestionAnswering",)),
 }
 
 
 def task_class(name):
-    row = TASKS[name]
-    return getattr(importlib.import_module(row.module), row.cls)
+    module = importlib.import_module(f"tasks.{name.replace('-', '_')}")
+    return getattr(module, TASKS[name].cls)
 
 
 def task_of(config, folder):

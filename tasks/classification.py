@@ -33,7 +33,6 @@ MOST_CHARACTERS = 5_000_000  # of the texts: with more, counting their character
 class ClassificationTask(LabelledTask):
     best = ("accuracy", max)  # the loss soon rises, for a few wrong texts, while the accuracy still rises too
     models = {"classifier": (Classifier, ClassifierConfig)}
-    kind = "labels"
     rows_label = "the texts"
 
     def own(self):

@@ -20,6 +20,7 @@ from inside.record import embedding, make, namer, notes_of, packed
 from machine.device import autocast
 from model import init_weights
 from run.cost import size_in_words
+from tasks import TASKS
 from tasks.task import Task
 from tokenizer import marks_of
 
@@ -118,12 +119,10 @@ class EncoderTask(Task):
 
 
 class LabelledTask(EncoderTask):
-    """Base class of tasks with rows of texts and labels. A subclass has kind, read(row), targets(split, rows)."""
-
-    kind = ""  # of the data set
+    """Base class of tasks with rows of texts and labels. A subclass has read(row), targets(split, rows), score."""
 
     def open(self, folder, world):
-        self.dataset, self.world = LabelledDataset(folder, self.kind), world
+        self.dataset, self.world = LabelledDataset(folder, *TASKS[self.settings.task].kinds), world
         if self.tokenizers is None:  # else the loaded model has brought its own
             self.tokenizers = {"tokenizer": tokenizers.load(folder / "tokenizer.json")}
 

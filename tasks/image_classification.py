@@ -25,6 +25,7 @@ from machine.terminal import watched
 from run import pictures
 from run.cost import flops_per_token, size_in_words
 from run.pictures import save_picture
+from tasks import TASKS
 from tasks.image_text import SHOWN, check_patch, check_size
 from tasks.labels import described, label_report, reports
 from tasks.settings import Recognising
@@ -41,12 +42,11 @@ class PictureTask(Task):
 
     fixed_shapes = True
     rows_label = "the training pictures"
-    kinds = ()  # of the data set
     rows = None  # the training pictures to learn from, indices; None: all
 
     def open(self, folder, world):
         """Also finds images[split], (n,): where in the data set the split's pictures are."""
-        self.dataset, self.world = ImageTextDataset(folder, *self.kinds), world
+        self.dataset, self.world = ImageTextDataset(folder, *TASKS[self.settings.task].kinds), world
         self.tokenizers = {}  # those of a SigLIP are not needed
         self.images = {split: np.array([row["image"] for row in rows]) for split, rows in self.dataset.rows.items()}
 
@@ -117,7 +117,6 @@ class PictureTask(Task):
 class ImageClassificationTask(PictureTask):
     best = ("accuracy", max)
     models = {"image_classifier": (ImageClassifier, ImageClassifierConfig)}
-    kinds = ("image-labels",)
 
     def own(self):
         return {"labels": tuple(self.dataset.meta["labels"])}

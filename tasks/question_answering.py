@@ -81,7 +81,6 @@ class QuestionAnsweringTask(LabelledTask):
     best = ("f1", max)
     models = {"answerer": (Answerer, AnswererConfig)}
     asked = ("no_answer_threshold",)
-    kind = "answers"
     rows_label = "the windows"
 
     def __init__(self, settings, tokenizers=None, source=""):

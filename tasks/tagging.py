@@ -49,7 +49,6 @@ class Found(NamedTuple):
 class TaggingTask(LabelledTask):
     best = ("accuracy", max)  # not the loss: that of the intents rises when the model is ever surer of its few errors
     models = {"tagger": (Tagger, TaggerConfig)}
-    kind = "tags"
     rows_label = "the sentences"
 
     def __init__(self, settings, tokenizers=None, source=""):

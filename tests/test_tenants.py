@@ -162,7 +162,7 @@ def test_a_model_is_a_class_and_a_row(house, dataset):
 @pytest.mark.slow
 def test_a_task_is_a_file_and_a_row(house, dataset):
     (house / "tasks" / "parity.py").write_text(TOY_TASK)
-    row = '    "parity": Row("tasks.parity", "ParityTask", settings.Nothing, settings.Nothing, settings.Nothing, ()),\n'
+    row = '    "parity": Row("ParityTask", settings.Nothing, settings.Nothing, settings.Nothing),\n'
     path = house / "tasks" / "__init__.py"
     path.write_text(path.read_text().replace("TASKS = {\n", "TASKS = {\n" + row, 1))
     losses = train_resume_evaluate(house, "--task=parity", f"--dataset={dataset}", "--learning_rate=0.1")
