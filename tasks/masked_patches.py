@@ -34,7 +34,6 @@ PANEL = 168  # pixels of a picture's side in --draw
 
 class MaskedPatchesTask(PictureTask):
     models = {"masked_patches": (MaskedPatches, MaskedPatchesConfig)}
-    kinds = ("image-labels", "image-text")
 
     def open(self, folder, world):
         super().open(folder, world)
