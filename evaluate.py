@@ -4,6 +4,7 @@
     python evaluate.py --out_dir=out/titanic --test=True --picture=map.png      of rows with labels: the test part too
     python evaluate.py --init_from=gpt2 --dataset=shakespeare_gpt2      a published model, by name or folder
     torchrun --nproc_per_node=2 evaluate.py --out_dir=out
+    python evaluate.py --help --task=translation        what a model of this task takes; with --out_dir, a run's
 
 Prints one table, and writes it to evaluation.json in a run's out directory. Figures that are in there already and were
 not measured again, such as those of --test, stay if they are of the same checkpoint, split and beam. For text, `loss`
@@ -26,6 +27,7 @@ class Settings:
     out_dir: str = "out"  # the folder of a run, or of one checkpoint
     checkpoint: Literal["best", "last"] = "best"  # which checkpoint of the run: best or last
     init_from: str = ""  # instead of out_dir: a published model's name or folder; needs --dataset
+    task: Literal[("", *TASKS)] = ""  # with --help: lists the settings for models of this task, such as translation
     dataset: str = ""  # another data set, made with the same tokenizer; empty: the one that the run was trained on
     split: Literal["val", "train"] = "val"  # which part of the data set: val or train
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -34,6 +36,8 @@ class Settings:
 
 def own_settings(values):
     """Returns the class of the settings that the model's task adds. values: {name: value} of the fields of Settings."""
+    if values["task"]:
+        return TASKS[values["task"]].evaluating
     if not values["init_from"]:
         check_run(values["out_dir"])
     elif not values["dataset"]:
@@ -41,8 +45,17 @@ def own_settings(values):
     return TASKS[find_task(values["init_from"] or values["out_dir"])].evaluating
 
 
-HOW = dict(more=own_settings, check=lambda settings, given: settings.dataset and check_dataset(settings.dataset),
-           elsewhere=elsewhere(lambda row: row.evaluating, trained=True))
+def check(settings, given):
+    """Raises UserError for a folder into which nothing may be written, and a data set that is not there."""
+    folder = Path(settings.out_dir).resolve()
+    if folder.name in ("reference", "reward") and (folder.parent / "run.json").exists():  # see tasks/reference.py
+        raise UserError(f"out_dir = {settings.out_dir}: is a copy of another model that the run in {folder.parent}"
+                        " needs as it is: evaluate that model's own run, or copy the folder first")
+    if settings.dataset:
+        check_dataset(settings.dataset)
+
+
+HOW = dict(more=own_settings, check=check, elsewhere=elsewhere(lambda row: row.evaluating, trained=True))
 if __name__ == "__main__":  # --help and typos answer before torch is imported
     SETTINGS, _ = from_command_line(Settings, __doc__, usual=TASKS["text"].evaluating, **HOW)
 

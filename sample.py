@@ -3,12 +3,12 @@
     python sample.py --out_dir=out --prompt="ROMEO:"            one sample, shown as it is written
     python sample.py --init_from=gpt2 --prompt="Once upon"      a published GPT-2 (by name, or its local folder)
     python sample.py --init_from=HuggingFaceTB/SmolLM2-135M-Instruct --chat        a conversation with a chat model
+    python sample.py --help --task=columns       what a model of this task takes, such as --row; with --out_dir, a run's
 
 A PaliGemma, published or trained here (--out_dir), answers prompts about an image, best at temperature 0:
 
     python sample.py --init_from=google/paligemma-3b-pt-224 --image=photo.jpg --prompt="caption en" --temperature=0
-    ... --prompt="detect cat ; dog" --draw=boxes.png            the answer's boxes in pixels, and on the image
-    ... --attention=map.png                                     a heat map of where it looked, for each token it wrote
+    ... --prompt="detect cat ; dog" --draw=boxes.png --attention=map.png        its boxes, and where it looked
     ... --dtype=bfloat16 --device=cpu                           half the memory: 6 GB for the 3 billion parameters
 """
 
@@ -27,6 +27,7 @@ class Settings:
     out_dir: str = "out"  # the folder of a run, or of one checkpoint
     checkpoint: Literal["best", "last"] = "best"  # which checkpoint of the run: best or last
     init_from: str = ""  # instead of out_dir: gpt2, gpt2-medium, -large, -xl, a hub id, or a published model's folder
+    task: Literal[("", *TASKS)] = ""  # with --help: lists the settings for models of this task, such as columns
     # the prompt
     prompt: str = ""  # the text to continue; FILE:path reads a file, - reads stdin; empty: start a new text
     # the machine
@@ -37,6 +38,8 @@ class Settings:
 
 def own_settings(values):
     """Returns the dataclass of settings that the model's task adds. values: {name: value} of the fields of Settings."""
+    if values["task"]:
+        return TASKS[values["task"]].sampling
     if not values["init_from"]:
         check_run(values["out_dir"])
     return TASKS[find_task(values["init_from"] or values["out_dir"])].sampling
@@ -52,8 +55,6 @@ def check(settings, given):
     for name, text in ((name, getattr(settings, name, "")) for name in ("prompt", "rank", "context")):
         if text.startswith("FILE:") and (not (path := Path(text.removeprefix("FILE:"))).exists() or path.is_dir()):
             raise UserError(f"{name} = {text}: {'is a folder: name a file' * path.is_dir() or 'there is no such file'}")
-    if getattr(settings, "rank", "FILE:")[:5] not in ("", "FILE:"):
-        raise UserError(f"rank = {settings.rank}: names a file of texts, such as --rank=FILE:{settings.rank}")
 
 
 HOW = dict(more=own_settings, check=check, elsewhere=elsewhere(lambda row: row.sampling, trained=True))

@@ -394,8 +394,8 @@ def widen(model, size, generator, source):
     if have >= size:
         return model
     if getattr(model.config, "bigrams", False) or not isinstance(getattr(model, "wte", None), nn.Embedding):
-        raise UserError(f"init_from = {source}: has {have} tokens, and a chat needs {size}, which a"
-                        f" {type(model).__name__} {'with bigrams ' * hasattr(model, 'bigrams')}can't be given")
+        raise UserError(f"init_from = {source}: has {have} tokens, and a chat needs {size}: no {type(model).__name__}"
+                        f" {'with bigrams ' * hasattr(model, 'bigrams')}can be given more")
     for name in ("wte", "head"):
         layer = getattr(model, name, None)
         if layer is None:

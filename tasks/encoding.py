@@ -60,9 +60,9 @@ class EncoderTask(Task):
         if type(model) is cls and all(getattr(model.config, name) == value for name, value in self.own().items()):
             return model
         if not isinstance(getattr(model, "encoder", None), Encoder):
-            raise UserError(f"init_from = {self.source}: is a {type(model).__name__}, and --task={self.settings.task}"
-                            " starts from an encoder: name a run of --task=masked, classification or tagging, or a"
-                            " BERT, such as bert-base-uncased; or leave it out")
+            raise UserError(f"init_from = {self.source}: is of the class {type(model).__name__}, and"
+                            f" --task={self.settings.task} starts from an encoder: name a run of --task=masked,"
+                            " classification or tagging, or a BERT, such as bert-base-uncased; or leave it out")
         shape = {field.name: getattr(model.config, field.name) for field in dataclasses.fields(EncoderConfig)}
         say(f"{self.source}: its encoder gets a new head, which starts from random weights")
         new = self.new(generator, shape).to(next(model.parameters()).device)

@@ -73,9 +73,10 @@ class PictureTask(Task):
         if type(model) is cls and all(getattr(model.config, name) == value for name, value in self.own().items()):
             return model
         if not isinstance(tower := getattr(model, "vision", None), ViT):
-            raise UserError(f"init_from = {self.source}: is a {type(model).__name__}, and --task={self.settings.task}"
-                            " starts from a vision tower: name a run of --task=image-classification, masked-patches,"
-                            " contrastive or image-text, or a PaliGemma; or leave it out")
+            raise UserError(f"init_from = {self.source}: is of the class {type(model).__name__}, and"
+                            f" --task={self.settings.task} starts from a vision tower: name a run of"
+                            " --task=image-classification, masked-patches, contrastive or image-text, or a PaliGemma;"
+                            " or leave it out")
         say(f"{self.source}: its vision tower gets a new head, which starts from random weights")
         new = self.new(tower.config, generator).to(next(model.parameters()).device)
         new.vision.load_state_dict(tower.state_dict())

@@ -142,8 +142,8 @@ class RewardTask(PairsTask):
 
     def adopt(self, model, generator):
         if type(model) not in (GPT, Critic, RewardModel):
-            raise UserError(f"init_from = {self.source}: is a {type(model).__name__}, and --task=reward starts from a"
-                            " GPT or a reward model")
+            raise UserError(f"init_from = {self.source}: is of the class {type(model).__name__}, and"
+                            " --task=reward starts from a GPT or a reward model")
         return as_kind(RewardModel, widen(model, self.tokenizer.vocab_size, generator, self.source))
 
     def shape(self, model):

@@ -18,8 +18,8 @@ def load_reward(folder, device):
         raise UserError(f"reward = {folder}: there is no such folder: name the run of a --task=reward")
     task, model, _ = load(folder, device)
     if type(model) is not RewardModel:
-        raise UserError(f"reward = {folder}: is a {type(model).__name__}, and scores nothing: name the run of a"
-                        " --task=reward")
+        raise UserError(f"reward = {folder}: is of the class {type(model).__name__}, and scores nothing: name the run"
+                        " of a --task=reward")
     return task, model
 
 

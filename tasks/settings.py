@@ -414,6 +414,8 @@ def check_model(settings):
     """
     if not hasattr(settings, "checkpoint"):  # not from a command line: the caller has loaded the model
         return
+    if hasattr(settings, "task"):
+        check_idle(settings, "is for --help, for a model knows its task", "task")
     if getattr(settings, "init_from", ""):
         check_idle(settings, "does nothing beside --init_from", "out_dir", "checkpoint")
     elif os.path.isfile(os.path.join(settings.out_dir, "SHA256SUMS")):
@@ -600,6 +602,8 @@ class Filling(Looking):
         check_model(self)
         check_ranges(self, top=0)
         check_looking(self)
+        if self.rank and not self.rank.startswith("FILE:"):
+            raise UserError(f"rank = {self.rank}: names a file of texts, such as --rank=FILE:{self.rank}")
         if self.attention and self.rank:
             raise UserError(f"attention = {self.attention}: shows one text, and --rank compares many; leave one out")
 

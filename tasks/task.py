@@ -40,9 +40,10 @@ class Task:
 
     def adopt(self, model, generator):
         """The model to start from: init_from's, or one made of its parts. Raises UserError if nothing of it fits."""
-        if type(model) not in (cls for cls, _ in self.models.values()):
-            raise UserError(f"init_from = {self.source}: is a {type(model).__name__}, and --task={self.settings.task}"
-                            f" trains {' or '.join(cls.__name__ for cls, _ in self.models.values())}")
+        known = {cls: cls.__name__ for cls, _ in self.models.values()}
+        if type(model) not in known:
+            raise UserError(f"init_from = {self.source}: is of the class {type(model).__name__}, and"
+                            f" --task={self.settings.task} trains {' or '.join(known.values())}")
         return model
 
     def fit(self, model):
@@ -81,14 +82,11 @@ class Task:
         return {}
 
     def sample(self, model, requests, sampling):
-        """Yields (index of a request, next piece of its sample), without the data set.
-
-        requests: [{"text": prompt, "image": path}]. sampling: the task's settings for sampling.
-        """
+        """Yields (index of a request, next piece of its sample). requests: [{"text": prompt, "image": path}]."""
 
     def inside(self, model, request, sampling):
         """The record (inside/record.py) of one pass over a request and what the model writes after it."""
-        raise UserError(f"a {type(model).__name__} can't be looked into yet")
+        raise UserError(f"no {type(model).__name__} can be looked into yet")
 
     def write(self, model, text="", image="", **sampling):
         """Returns one sample. text: the prompt. image: a file, if the task has images. sampling: temperature=0, ..."""

@@ -64,7 +64,7 @@ class TextTask(Task):
         if all_blocks(model):
             init_weights(model, generator, zero=s.zero_init)
         else:
-            check_idle(s, f"a {s.model} has no blocks", "zero_init")
+            check_idle(s, f"--model={s.model} has no blocks", "zero_init")
         return model
 
     def fit(self, model):
@@ -74,7 +74,7 @@ class TextTask(Task):
 
     def shape(self, model):
         model_type, known = model_type_of(model, MODELS), {field.name for field in dataclasses.fields(model.config)}
-        check_idle(self.settings, f"a {model_type} has no such setting", *sorted({*SHAPE, "dropout"} - known))
+        check_idle(self.settings, f"--model={model_type} has no such setting", *sorted({*SHAPE, "dropout"} - known))
         return {"model": model_type, **{name: getattr(model.config, name) for name in SHAPE if name in known}}
 
     def pick(self, step):

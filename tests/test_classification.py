@@ -241,7 +241,7 @@ def others(tmp_path_factory):
 def test_wrong_use_is_one_line(runs, folders, tiny, others, tmp_path, capsys):
     with pytest.raises(UserError, match="is a data set of kind text, and this model needs one of kind labels"):
         run(tmp_path, tiny, dataset=str(others / "text"))
-    with pytest.raises(UserError, match="is a GPT, and --task=classification starts from an encoder: name a run of"):
+    with pytest.raises(UserError, match="is of the class GPT, and --task=classification starts from an encoder"):
         run(tmp_path, tiny, init_from=str(others / "gpt"))
     with pytest.raises(UserError, match="train_rows = 999: the data set .* has only"):
         run(tmp_path, tiny, train_rows=999)

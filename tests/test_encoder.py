@@ -134,7 +134,7 @@ def test_a_model_with_the_same_labels_goes_on(capsys):
 
 def test_a_gpt_is_refused():
     gpt = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8))
-    with pytest.raises(UserError, match="init_from = elsewhere: is a GPT, .* starts from an encoder"):
+    with pytest.raises(UserError, match="init_from = elsewhere: is of the class GPT, .* starts from an encoder"):
         adopted(gpt)
 
 

@@ -489,7 +489,7 @@ def test_a_record_of_256_tokens_is_small():
 
 @pytest.mark.parametrize("task, model, message", [
     (TextTask, lambda: Bigram(BigramConfig(28)), "a Bigram has no blocks of model.py"),
-    (RewardTask, gpt, "a GPT can't be looked into yet"),
+    (RewardTask, gpt, "no GPT can be looked into yet"),
 ])
 def test_what_has_no_inside_says_so(task, model, message):
     with pytest.raises(UserError, match=message):

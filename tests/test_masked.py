@@ -133,5 +133,5 @@ def test_training_starts_from_any_encoder(task):
                model.encoder.state_dict().items())
     assert task.adopt(model, None) is model
     task.source = "out"
-    with pytest.raises(UserError, match="init_from = out: is a Linear"):
+    with pytest.raises(UserError, match="init_from = out: is of the class Linear"):
         task.adopt(torch.nn.Linear(2, 2), None)

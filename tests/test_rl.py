@@ -396,7 +396,7 @@ def test_an_answer_without_an_end_gets_the_lowest_score(judge, world, tuned, tmp
 
 
 def test_what_is_no_reward_model_is_refused(tuned, world, tmp_path):
-    with pytest.raises(UserError, match="reward = .* is a GPT, and scores nothing"):
+    with pytest.raises(UserError, match="reward = .* is of the class GPT, and scores nothing"):
         train.main(small(world, tuned, reward=str(tuned), out_dir=str(tmp_path)), {})
 
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 from conftest import settings_for
 
+import evaluate
 import sample
 import tasks.text
-from configurator import UserError, parse
+from configurator import UserError, flat_fields, from_command_line, parse
+from tasks import TASKS
 from tasks.loading import load
 from tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, Transcript
 
@@ -196,6 +198,20 @@ def test_a_missing_run_and_an_unknown_model_are_named(tmp_path, monkeypatch, tra
         with pytest.raises(UserError, match=message):
             parse(sample.Settings, [f"--init_from={name}"], **sample.HOW)
             run("out", init_from=name)
+
+
+@pytest.mark.parametrize("command", [sample, evaluate], ids=lambda command: command.__name__)
+def test_help_lists_the_settings_of_each_task_before_there_is_a_run(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    kind = {sample: "sampling", evaluate: "evaluating"}[command]
+    for name, row in TASKS.items():
+        monkeypatch.setattr(sys, "argv", [command.__name__, "--help", f"--task={name}"])
+        with pytest.raises(SystemExit):
+            from_command_line(command.Settings, command.__doc__, **command.HOW)
+        shown = capsys.readouterr().out
+        assert all(f"--{setting}=" in shown for setting in flat_fields(getattr(row, kind))), name
+    with pytest.raises(UserError, match="task = 'columns': is for --help"):
+        parse(command.Settings, ["--task=columns", "--out_dir=."], **command.HOW)
 
 
 def test_the_model_decides_which_settings_there_are(trained):

@@ -417,6 +417,7 @@ def test_each_setting_of_training_changes_the_run_or_is_refused(lab, base, run, 
 
 SAMPLING = {
     "out_dir": Change("one_{task}"), "checkpoint": Change("last"), "init_from": refused("gpt2"),
+    "task": refused("columns"),
     "prompt": Change("the "), "num_samples": Change(2), "device": refused("meta"), "compile": refused(True),
     "dtype": Change("bfloat16"),
     "max_new_tokens": Change(7), "temperature": Change(0.1), "top_k": Change(1), "top_p": Change(0.1),
@@ -456,7 +457,7 @@ SAMPLING_OF_TASK = {
     "question-answering": {"prompt": Change("when was it?\nwho?"), "init_from": refused("one_question-answering")}}
 EVALUATING = {
     "init_from": refused("one_text"), "out_dir": Change("one_{task}"), "checkpoint": Change("last"),
-    "dataset": Change("data/others"),
+    "task": refused("columns"), "dataset": Change("data/others"),
     "split": Change("train"), "device": refused("meta"), "dtype": Change("bfloat16"),
     "samples": Change(3), "random_windows": Change(3), "batch_size": Change(5), "seed": Change(1), "test": Change(True),
     "reward": refused("nowhere"),

@@ -304,7 +304,7 @@ def test_data_and_models_of_other_kinds_are_refused(tiny, dataset, opened, train
     for changes, message in (
             (dict(dataset=str(dataset)), "is a data set of kind text, and this model needs one of kind tags"),
             (dict(dataset=str(tmp_path / "intents"), learn="tags"), "learn = tags: the data set .* has no tags"),
-            (dict(init_from=str(tmp_path / "gpt")), "is a GPT, and --task=tagging starts from an encoder: name a")):
+            (dict(init_from=str(tmp_path / "gpt")), "is of the class GPT, and --task=tagging starts from an encoder")):
         with pytest.raises(UserError, match=message):
             run(tmp_path / "out", tiny, **changes)
     with pytest.raises(UserError, match="has none of the labels that the model has learned, such as"):

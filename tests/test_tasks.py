@@ -347,7 +347,7 @@ def test_init_from_decides_the_shape_and_must_name_a_model_of_the_task(runs, sma
         with pytest.raises(UserError, match=f"{name} = {asked}, but .* has {value}: leave it out"):
             train.main(settings_for("image-text", **small, init_from=str(runs["image-text"]),
                                     out_dir=str(tmp_path)), {name: asked})
-    with pytest.raises(UserError, match="init_from = .*: is a SigLIP, and --task=image-text trains PaliGemma"):
+    with pytest.raises(UserError, match="init_from = .*: is of the class SigLIP, and --task=image-text trains Pali"):
         run(tmp_path, small, "image-text", init_from=str(runs["contrastive"]))
 
 
@@ -392,7 +392,7 @@ def test_a_language_model_is_a_row_in_the_table(tiny, tmp_path, monkeypatch):
     _, model, config = load(tmp_path / "last")
     assert type(model) is Bigram and config["model_type"] == "bigram" and config["settings"]["block_size"] == 32
     for name, value in (("n_embd", 32), ("positions", "rotary"), ("dropout", 0.1)):
-        with pytest.raises(UserError, match=f"{name} = {value!r}: a bigram has no such setting"):
+        with pytest.raises(UserError, match=f"{name} = {value!r}: --model=bigram has no such setting"):
             train.main(settings_for("text", **wanted, **{name: value}, model="bigram", out_dir=str(tmp_path)), {})
-    with pytest.raises(UserError, match="zero_init = True: a bigram has no blocks"):
+    with pytest.raises(UserError, match="zero_init = True: --model=bigram has no blocks"):
         train.main(settings_for("text", **wanted, zero_init=True, model="bigram", out_dir=str(tmp_path)), {})

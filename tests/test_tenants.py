@@ -156,7 +156,7 @@ def test_a_model_is_a_class_and_a_row(house, dataset):
     assert found["loss"] == pytest.approx(rows(house / "parts")[-1]["val_loss"], abs=1e-5)
     done = subprocess.run([sys.executable, "train.py", f"--dataset={dataset}", "--model=unigram", "--n_layer=3"],
                           cwd=house, capture_output=True, text=True)
-    assert done.returncode == 2 and "n_layer = 3: a unigram has no such setting" in done.stderr
+    assert done.returncode == 2 and "n_layer = 3: --model=unigram has no such setting" in done.stderr
 
 
 @pytest.mark.slow
