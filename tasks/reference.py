@@ -12,6 +12,7 @@ from pathlib import Path
 from configurator import NoResume, UserError
 from machine.digest import code_of
 from run import checkpoint
+from tasks import task_class
 from tasks.loading import load, model_type_of
 
 
@@ -37,7 +38,8 @@ def keep_copy(task, name, source):
 def recall(task, name="reference", out_dir=""):
     """(task, model) of such a copy, the model in eval mode, without gradients.
 
-    out_dir: the run's folder; "": as the task says. Raises NoResume if the copy is missing or damaged.
+    name: "reference", a model that the task trains; else the task whose model the copy is. out_dir: the run's folder;
+    "": as the task says. Raises NoResume if the copy is missing, damaged or another model.
     """
     out_dir = out_dir or task.settings.out_dir
     folder = Path(out_dir, name)
@@ -45,6 +47,8 @@ def recall(task, name="reference", out_dir=""):
         if not (folder / "config.json").exists():
             raise UserError(f"{folder} is missing")
         its_task, model, _ = load(folder, task.world.device)
+        if not model_type_of(model, task.models if name == "reference" else task_class(name).models):
+            raise UserError(f"{folder} has another model, {type(model).__name__}")
     except UserError as error:
         raise NoResume(f"{error}: the run needs this model. Restore the folder, or start a new run,"
                        f" {shlex.quote(f'--init_from={out_dir}')} --out_dir=NEW") from None

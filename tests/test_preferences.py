@@ -227,7 +227,7 @@ def test_the_best_of_several_answers_is_the_one_with_the_highest_score(reward, c
         verdicts = [[verdict if each.index(max(each)) == i else 1.0 for i in range(len(some))]
                     for each, some in zip(found, texts)]
         assert best_of(reward, "cpu", prompts, texts, verdicts) == (verdict == 1.0)
-    with pytest.raises(UserError, match="is a GPT, and scores nothing: name the run of a --task=reward"):
+    with pytest.raises(UserError, match="is of the class GPT, and scores nothing: name the run of a --task=reward"):
         best_of(chat, "cpu", prompts, texts, verdicts)
 
 
@@ -321,9 +321,15 @@ def test_a_resumed_run_has_the_same_reference_and_the_same_numbers(data, chat, t
         {name: last[f"val_{name}"] for name in ("loss", "agreement", "exact")})
 
 
-def test_a_run_without_its_reference_says_so(data, chat, tmp_path):
+def test_a_run_without_its_reference_or_with_another_says_so(data, chat, reward, tmp_path):
     with pytest.raises(SystemExit):
         run_of("dpo", data, chat, tmp_path / "run", max_minutes=1e-9)
+    with pytest.raises(UserError, match="out_dir = .*reference: is a copy of another model that the run in .* needs"):
+        parse(evaluate.Settings, [f"--out_dir={tmp_path / 'run' / 'reference'}"], **evaluate.HOW)
+    shutil.rmtree(tmp_path / "run" / "reference")
+    shutil.copytree(reward / "best", tmp_path / "run" / "reference")
+    with pytest.raises(UserError, match="run/reference has another model, RewardModel: the run needs this model"):
+        run_of("dpo", data, chat, tmp_path / "run", resume=True)
     shutil.rmtree(tmp_path / "run" / "reference")
     with pytest.raises(UserError, match="run/reference is missing: the run needs this model"):
         run_of("dpo", data, chat, tmp_path / "run", resume=True)
