@@ -23,7 +23,7 @@ from inside.record import answers
 from machine.device import autocast
 from machine.terminal import watched
 from tasks.encoding import AT_ONCE, LabelledTask
-from tasks.labels import decide, described, label_report, reports
+from tasks.labels import decide, described, graded, indicators, installed, label_report, reports
 from tasks.settings import Classifying
 
 SHOWN = 100  # characters of a text that are shown with its labels
@@ -45,7 +45,7 @@ class ClassificationTask(LabelledTask):
         return super().shape(model) | {"pool": model.config.pool}
 
     def fit(self, model):
-        """Also finds the labels of all rows: labels[split] is (n, N + 1), see `indicators`."""
+        """Also finds the labels of all rows: labels[split], see `indicators`."""
         config, meta = model.config, self.dataset.meta
         if config.several != meta["several"]:
             has, names = ("several" if several else "one" for several in (meta["several"], config.several))
@@ -56,15 +56,8 @@ class ClassificationTask(LabelledTask):
                             f" {config.labels[0]}: name another --dataset")
         super().fit(model)
         self.names, self.several = config.labels, config.several
-        self.labels = {split: self.indicators(split) for split in ("train", "val", "test")}
-
-    def indicators(self, split):
-        """(n, N + 1), bool: whether a text has a label. The last column: whether it has one that the model lacks."""
-        rows, index = self.dataset.rows[split], {name: i for i, name in enumerate(self.names)}
-        found = np.zeros((len(rows), len(self.names) + 1), dtype=bool)
-        for line, row in zip(found, rows):
-            line[[index.get(name, -1) for name in row["labels"]]] = True
-        return found
+        self.labels = {split: indicators([row["labels"] for row in self.dataset.rows[split]], self.names)
+                       for split in self.texts}
 
     def read(self, row):
         return self.framed(self.tokenizer.encode(row["text"]))
@@ -81,8 +74,7 @@ class ClassificationTask(LabelledTask):
         logits = model(**arguments)
         right = (logits > 0).eq(targets).all(-1) if self.several else logits.argmax(-1).eq(targets)
         nats = model.nats(logits, targets)
-        return {"loss": ((nats * weights).sum().item(), weights.sum().item()),
-                "accuracy": ((right * weights).sum().item(), len(weights))}
+        return graded(nats, right, weights)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Measures
@@ -114,8 +106,9 @@ class ClassificationTask(LabelledTask):
         texts, others = ([row["text"] for row in self.dataset.rows[split]] for split in ("train", part))
         texts, several = [texts[row] for row in self.rows], self.dataset.meta["several"]
         found = {"most frequent": np.tile(sets[counts.argmax()], (len(others), 1))}
-        for unit in ("words", "characters"):
-            if unit == "words" or sum(map(len, texts)) <= MOST_CHARACTERS:
+        units = ["words"] + ["characters"] * (sum(map(len, texts)) <= MOST_CHARACTERS)
+        if installed("bags of words and characters", "scikit-learn"):
+            for unit in units:
                 found[f"bag of {unit}"] = decide(bag_of(unit, texts, known, others), several)
         return found
 
@@ -204,15 +197,11 @@ def beginning(text, end=" ..."):
 def bag_of(unit, texts, labels, others):
     """(n, N): the probability of each label for each of the texts `others`, by logistic regression on tf-idf.
 
-    It learns from texts and their labels (B, N). unit: "words", or "characters" (up to three in a row). Raises
-    UserError without scikit-learn.
+    It learns from texts and their labels (B, N). unit: "words", or "characters" (up to three in a row).
     """
-    try:
-        from sklearn.feature_extraction.text import TfidfVectorizer
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.multiclass import OneVsRestClassifier
-    except ImportError:
-        raise UserError("the bag of words needs scikit-learn: pip install scikit-learn") from None
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.multiclass import OneVsRestClassifier
     how = {"token_pattern": r"\w+"} if unit == "words" else {"analyzer": "char", "ngram_range": (1, 3)}
     vectors = TfidfVectorizer(sublinear_tf=True, **how)
     model = OneVsRestClassifier(LogisticRegression(C=10, solver="liblinear"))

@@ -21,6 +21,7 @@ from machine.device import autocast
 from model import init_weights
 from run.cost import size_in_words
 from tasks import TASKS
+from tasks.labels import averaged
 from tasks.task import Task
 from tokenizer import marks_of
 
@@ -174,15 +175,12 @@ class LabelledTask(EncoderTask):
     @torch.no_grad()
     def evaluate(self, model, split, world, dtype, limit=0):
         """{"loss": ..., "accuracy": ...}: what `score` adds up over the split, divided by what it counts."""
-        totals = {}
-        for rows, weight in world.share(self.parts(split, limit)):  # weight: 1, or 0 for what another rank counts
+        def score(rows):
             arguments, weights = self.gather(split, rows)
             with autocast(world.device, dtype):
-                found = self.score(model, arguments, weights)
-            for name, (total, count) in found.items():
-                before = totals.get(name, (0.0, 0.0))
-                totals[name] = before[0] + weight * total, before[1] + weight * count
-        return {name: total / max(count, 1) for name, pair in totals.items() for total, count in [world.sum(*pair)]}
+                return self.score(model, arguments, weights)
+
+        return averaged(world, self.parts(split, limit), score)
 
     def score(self, model, arguments, weights):
         """{name: (total, count)} of a batch, as numbers; the same names for every batch, "loss" among them."""

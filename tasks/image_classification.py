@@ -15,6 +15,7 @@ import warnings
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from batches import ImageTextDataset, fixed_rows, read_images, scaled, shuffled_rows, to_device
 from configurator import UserError, say
@@ -27,7 +28,7 @@ from run.cost import flops_per_token, size_in_words
 from run.pictures import save_picture
 from tasks import TASKS
 from tasks.image_text import SHOWN, check_patch, check_size
-from tasks.labels import described, label_report, reports
+from tasks.labels import averaged, described, graded, indicators, installed, label_report, reports
 from tasks.settings import Recognising
 from tasks.task import Task
 from vit import ImageClassifier, ImageClassifierConfig, ViT, ViTConfig, init_parts
@@ -126,13 +127,12 @@ class ImageClassificationTask(PictureTask):
         return {**super().shape(model), "pool": "first" if model.config.vision.cls else "mean"}
 
     def fit(self, model):
-        """Also finds the labels of all rows: labels[split] is bool (n, N + 1), the last column for unknown labels."""
+        """Also finds the labels of all rows: labels[split], see `indicators`."""
         check_size(model, self.dataset)
         if not set(model.config.labels) & set(self.dataset.meta["labels"]):
             raise UserError(f"the data set {self.dataset.folder} has none of the model's classes, such as"
                             f" {model.config.labels[0]}: name another --dataset")
-        index = {name: i for i, name in enumerate(model.config.labels)}
-        self.labels = {split: np.eye(len(index) + 1, dtype=bool)[[index.get(row["label"], -1) for row in rows]]
+        self.labels = {split: indicators([[row["label"]] for row in rows], model.config.labels)
                        for split, rows in self.dataset.rows.items()}
         if wanted := getattr(self.settings, "train_rows", 0):
             self.rows = self.drawn(wanted)
@@ -162,19 +162,15 @@ class ImageClassificationTask(PictureTask):
     @torch.no_grad()
     def evaluate(self, model, split, world, dtype, limit=0):
         """{"loss": mean nats, "accuracy": share of right answers}. A class that the model lacks is an error."""
-        total = known = right = count = 0
-        most = max(1, limit // len(model.vision.wpe.weight)) if limit else 0
-        for rows, weight in world.share(fixed_rows(len(self.images[split]), AT_ONCE, most)):
+        def score(rows):
             targets, weights = self.targets(split, rows)
             images = read_images(self.dataset.images, self.images[split][rows], world.device)
             with autocast(world.device, dtype):
                 logits = model(images)
-            nats = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-            total += weight * (nats * weights).sum().item()
-            right += weight * (logits.argmax(-1).eq(targets) * weights).sum().item()
-            known, count = known + weight * weights.sum().item(), count + weight * len(rows)
-        total, known, right, count = world.sum(total, known, right, count)
-        return {"loss": total / max(known, 1), "accuracy": right / count}
+            return graded(F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1).eq(targets), weights)
+
+        most = max(1, limit // len(model.vision.wpe.weight)) if limit else 0
+        return averaged(world, fixed_rows(len(self.images[split]), AT_ONCE, most), score)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Measures
@@ -201,7 +197,9 @@ class ImageClassificationTask(PictureTask):
         x, classes = self.training_pixels
         others, n_labels = self.pixels(self.images[part]), self.labels["train"].shape[1] - 1
         decided = {"most frequent": np.full(len(others), np.bincount(classes).argmax()),
-                   "nearest mean": nearest(x, classes, others), "logistic regression": self.regression.predict(others)}
+                   "nearest mean": nearest(x, classes, others)}
+        if installed("logistic regression", "scikit-learn"):
+            decided["logistic regression"] = self.regression.predict(others)
         return {name: found[:, None] == np.arange(n_labels) for name, found in decided.items()}
 
     def pixels(self, images):
@@ -226,11 +224,8 @@ class ImageClassificationTask(PictureTask):
 
     @functools.cached_property
     def regression(self):
-        """scikit-learn's logistic regression on `training_pixels`. Raises UserError without scikit-learn."""
-        try:
-            from sklearn.linear_model import LogisticRegression
-        except ImportError:
-            raise UserError("the logistic regression needs scikit-learn: pip install scikit-learn") from None
+        """scikit-learn's logistic regression on `training_pixels`."""
+        from sklearn.linear_model import LogisticRegression
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that 100 steps did not reach the very optimum
             return LogisticRegression(C=0.1, max_iter=100).fit(*self.training_pixels)

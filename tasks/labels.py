@@ -1,9 +1,10 @@
-"""What the tasks share whose rows have labels: the choice of labels, how they are shown, measures, and their report.
+"""What evaluations share, and the tasks whose rows have labels: the choice of labels, measures, and their report.
 
 Axes: n rows, N labels of the model.
 """
 
 import functools
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,24 @@ import torch
 from configurator import say
 from run.files import to_json, write_text
 from run.pictures import draw_map, save_picture
+
+
+def averaged(world, parts, score):
+    """{name: total / count} over all parts, the same on every rank. score(part): {name: (total, count)} of a part."""
+    totals = {}
+    for part, weight in world.share(parts):  # weight: 1, or 0 for a part that another rank counts
+        for name, pair in score(part).items():
+            totals[name] = totals.get(name, 0.0) + weight * np.array(pair)
+    return {name: total / max(count, 1) for name, pair in totals.items() for total, count in [world.sum(*pair)]}
+
+
+def graded(nats, right, weights):
+    """The loss and the accuracy of a batch, for `averaged`. All arguments: tensors (B,).
+
+    weights: 1; 0 for a row whose label the model lacks. Such a row adds no nats, and counts as an error.
+    """
+    return {"loss": ((nats * weights).sum().item(), weights.sum().item()),
+            "accuracy": ((right * weights).sum().item(), len(weights))}
 
 
 def reports(task, model, split, world, dtype, settings):
@@ -28,8 +47,8 @@ def label_report(rows, shares, labels, wanted, floors, part, settings, several=F
     """{name: value}: accuracy and F1 of a part, beside those of methods that need no model.
 
     Writes the answers to predictions.jsonl (predictions_test.jsonl) in settings.out_dir, and settings.picture.
-    rows: dicts of the data set. shares: (n, N), the model's probabilities. wanted: (n, N + 1), bool; the last column:
-    whether a row has a label that the model lacks. floors: {method: its labels (n, N), bool}.
+    rows: dicts of the data set. shares: (n, N), the model's probabilities. wanted: see `indicators`. floors: {method:
+    its labels (n, N), bool}.
     """
     decided = decide(shares, several)
     result = averages(decided, wanted)
@@ -38,16 +57,41 @@ def label_report(rows, shares, labels, wanted, floors, part, settings, several=F
     for name, value, count in zip(labels, f1(decided, wanted), wanted.sum(0)):
         if count:
             result[f"f1, {name} ({count})"] = float(value)
-    if not settings.init_from:  # else there is no folder of a run
-        path = Path(settings.out_dir) / ("predictions_test.jsonl" if part == "test" else "predictions.jsonl")
-        write_text(path, "".join(to_json({**row, **answer(labels, p, several)}) for row, p in zip(rows, shares)))
+    write_rows(settings, "predictions", part, ({**row, **answer(labels, p, several)} for row, p in zip(rows, shares)))
     if settings.picture:
         draw_confusion(wanted, decided, labels, settings.picture, part)
     return result
 
 
+def write_rows(settings, name, part, rows):
+    """Writes rows, dicts, to NAME.jsonl (part "test": NAME_test.jsonl) in settings.out_dir, if there is a run."""
+    if not settings.init_from:
+        path = Path(settings.out_dir) / f"{name}{'_test' * (part == 'test')}.jsonl"
+        write_text(path, "".join(map(to_json, rows)))
+
+
+def installed(what, *packages):
+    """Whether packages, named as pip does, are installed. If not, says that `what`, a part of a report, is left out."""
+    missing = [each for each in packages if not find_spec({"scikit-learn": "sklearn"}.get(each, each))]
+    if missing:
+        say(f"{what}: left out; for more, pip install {' '.join(missing)}")
+    return not missing
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Labels
+
+def indicators(rows, names):
+    """(n, N + 1), bool: which of the labels `names` rows have. The last column: whether they have another one.
+
+    rows: the labels of each, a list.
+    """
+    index = {name: i for i, name in enumerate(names)}
+    found = np.zeros((len(rows), len(names) + 1), dtype=bool)
+    for line, labels in zip(found, rows):
+        line[[index.get(name, -1) for name in labels]] = True
+    return found
+
 
 def decide(shares, several=False):
     """(n, N), bool: which labels rows get whose labels have the probabilities `shares`, (n, N)."""

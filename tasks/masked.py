@@ -28,6 +28,7 @@ from machine.device import autocast
 from run.cost import size_in_words
 from sources.texts import read_file
 from tasks.encoding import AT_ONCE, EncoderTask
+from tasks.labels import averaged
 from tasks.text import TextTask
 
 MASK = "[MASK]"
@@ -89,20 +90,19 @@ class MaskedTask(EncoderTask):
 
         The first window of a batch seeds the draws, so evaluations with the same limit hide the same tokens.
         """
-        tokens, right, nats, count = self.dataset.tokens(split, self.window), 0, 0.0, 0
-        batches = fixed_windows(len(tokens), self.window, max(1, AT_ONCE // self.block_size), limit)
-        for (offsets, length), weight in world.share(batches):  # weight: 1, or 0 for a batch that another rank counts
+        def score(batch):
+            offsets, length = batch
             generator = torch.Generator().manual_seed(int(offsets[0]))
             hidden = self.hide(self.read(split, offsets, length), self.chosen(length), generator)
             hidden = {name: tensor.to(world.device) for name, tensor in hidden.items()}
             targets = hidden.pop("targets")
             with autocast(world.device, dtype):
                 logits = model(**hidden)  # (B, A, V)
-            nats += weight * F.cross_entropy(logits.mT, targets, reduction="sum").item()
-            right += weight * (logits.argmax(-1) == targets).sum().item()
-            count += weight * targets.numel()
-        nats, right, count = world.sum(nats, right, count)
-        return {"loss": nats / count, "accuracy": right / count}
+            nats, right = F.cross_entropy(logits.mT, targets, reduction="sum"), logits.argmax(-1) == targets
+            return {"loss": (nats.item(), targets.numel()), "accuracy": (right.sum().item(), targets.numel())}
+
+        n = len(self.dataset.tokens(split, self.window))
+        return averaged(world, fixed_windows(n, self.window, max(1, AT_ONCE // self.block_size), limit), score)
 
     def details(self, model, split, world, dtype, settings, found):
         """{name: value}: perplexity, and what knowing how often each token occurs in training would reach."""

@@ -37,11 +37,10 @@ from inside.record import answers
 from machine.device import autocast
 from machine.terminal import watched
 from run.cost import size_in_words
-from run.files import to_json, write_text
 from sources.questions import WORD
 from sources.texts import read_file
 from tasks.encoding import AT_ONCE, LabelledTask
-from tasks.labels import reports
+from tasks.labels import reports, write_rows
 from tasks.settings import QuestionAnswering
 
 ON_A_CPU = 2048  # tokens per batch of answers: a CPU gains nothing by more, and loses time to padding
@@ -240,11 +239,9 @@ class QuestionAnsweringTask(LabelledTask):
         for name, each in groups.items():
             if len(each):
                 result |= {f"exact_match{name}": float(each[:, 0].mean()), f"f1{name}": float(each[:, 1].mean())}
-        if not settings.init_from:  # else there is no folder of a run
-            path = Path(settings.out_dir) / ("answers_test.jsonl" if part == "test" else "answers.jsonl")
-            lines = [{**row, "found": text, "start": one.start, "p": round(one.p, 4), "lead": round(one.lead, 4)}
-                     for row, text, one in zip(rows, texts, found)]
-            write_text(path, "".join(map(to_json, lines)))
+        lines = ({**row, "found": text, "start": one.start, "p": round(one.p, 4), "lead": round(one.lead, 4)}
+                 for row, text, one in zip(rows, texts, found))
+        write_rows(settings, "answers", part, lines)
         return result
 
     # ------------------------------------------------------------------------------------------------------------------

@@ -27,12 +27,12 @@ from inside.picture import check_chosen
 from inside.record import answers
 from machine.device import autocast
 from machine.terminal import watched
-from run.files import to_json, write_text
+from run.files import write_text
 from run.pictures import draw_map, save_picture
 from sources.labelled import WORD
 from tasks.classification import bag_of
 from tasks.encoding import AT_ONCE, LabelledTask
-from tasks.labels import averages, decide, reports
+from tasks.labels import averages, decide, installed, reports, write_rows
 
 NONE, UNKNOWN = -1, -2  # instead of a label's id: the word or sentence has no label, or one that the model lacks
 WORST = 10  # labels that an evaluation shows; it writes all of them to a file
@@ -196,8 +196,11 @@ class TaggingTask(LabelledTask):
         if settings.picture and part == settings.split:
             picture = confusion(rows, found, model.config.intents)
             say(f"{save_picture(picture, settings.picture)}: a row for each right intent, a column for each found one")
+        lines = ({**row, "found_tags": one.tags, "found_intent": one.intent} for row, one in zip(rows, found))
+        write_rows(settings, "labels", part, lines)
         if not settings.init_from:  # else there is no folder of a run
-            keep(Path(settings.out_dir), "labels_test" if part == "test" else "labels", rows, found, scores)
+            path = Path(settings.out_dir) / ("labels_test.md" if part == "test" else "labels.md")
+            write_text(path, table_of(scores))
         worst = sorted((score["f1-score"], label, score["support"]) for label, score in scores.items())
         worst = [each for each in worst if each[2]][:WORST]  # without labels that were found and are in no row
         return result | {f"f1, {label} ({count})": f1 for f1, label, count in worst}
@@ -336,15 +339,13 @@ def shown(row, found):
     return text + f" -> {found.intent}" * bool(found.intent) + f"\n  (right: {' -> '.join(wrong)})" * bool(wrong)
 
 
-def keep(folder, name, rows, found, scores):
-    """Writes the labels found in each row, and a table of each label's precision, recall, F1 and count, to files."""
-    lines = [{**row, "found_tags": one.tags, "found_intent": one.intent} for row, one in zip(rows, found)]
-    write_text(folder / f"{name}.jsonl", "".join(map(to_json, lines)))
+def table_of(scores):
+    """A Markdown table of each label's precision, recall, F1 and count."""
     table = ["| label | precision | recall | F1 | count |", "| --- | --- | --- | --- | --- |"]
     for label, score in scores.items():
         shares = " | ".join(f"{score[key]:.3f}" for key in ("precision", "recall", "f1-score"))
         table.append(f"| {label} | {shares} | {score['support']} |")
-    write_text(folder / f"{name}.md", "\n".join(table) + "\n")
+    return "\n".join(table) + "\n"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -369,6 +370,8 @@ def tag_report(train, rows, found):
                "non_o_accuracy, usual tags": accuracy(all_wanted, all_usual, but="O")}
     if not all(re.match("O$|[BI]-", tag) for tag in all_wanted):
         return result, {}  # parts of speech, say, make no spans
+    if not installed("F1 of spans", "seqeval", "scikit-learn"):
+        return result, {}
     scores, floor = span_scores(wanted, found), span_scores(wanted, usual)
     result = {"span_f1": scores.pop("micro avg")["f1-score"], **result}
     return {**result, "span_f1, usual tags": floor["micro avg"]["f1-score"]}, scores
@@ -383,9 +386,10 @@ def intent_report(train, rows, found):
         known, wanted = (np.array([row["intent"] for row in part])[:, None] == names for part in (train, rows))
         wanted = np.c_[wanted, ~wanted.any(1)]  # the last column: none of the names
         texts, others = ([" ".join(row["words"]) for row in part] for part in (train, rows))
-        guessed = decide(bag_of("words", texts, known, others), False)
-        floors = {"intent_accuracy, most frequent": float(wanted[:, counts.argmax()].mean()),
-                  "intent_accuracy, bag of words": averages(guessed, wanted)["accuracy"]}
+        floors = {"intent_accuracy, most frequent": float(wanted[:, counts.argmax()].mean())}
+        if installed("bag of words", "scikit-learn"):
+            guessed = decide(bag_of("words", texts, known, others))
+            floors["intent_accuracy, bag of words"] = averages(guessed, wanted)["accuracy"]
     return floors, label_scores([row["intent"] for row in rows], found)
 
 
@@ -407,23 +411,19 @@ def usual_tags(train, rows):
 
 def span_scores(right, found):
     """{span, or "micro avg": {"precision", "recall", "f1-score", "support"}}, by seqeval, of lists of tags."""
-    try:
-        from seqeval.metrics import classification_report
-    except ImportError:
-        raise UserError("the F1 of spans needs seqeval: pip install seqeval") from None
-    return without_means(classification_report(right, found, output_dict=True, zero_division=0), "micro avg")
+    from seqeval.metrics import classification_report
+    report = classification_report(right, found, output_dict=True, zero_division=0)
+    return {name: {**score, "support": int(score["support"])} for name, score in report.items()
+            if name not in ("macro avg", "weighted avg")}
 
 
 def label_scores(right, found):
-    """{label: {"precision", "recall", "f1-score", "support"}}, by scikit-learn. right, found: labels."""
-    from sklearn.metrics import classification_report
-    return without_means(classification_report(right, found, output_dict=True, zero_division=0))
-
-
-def without_means(report, *keep):
-    """A classification report without its means over all labels, except those in `keep`."""
-    means = {"accuracy", "micro avg", "macro avg", "weighted avg", "samples avg"} - {*keep}
-    return {name: {**score, "support": int(score["support"])} for name, score in report.items() if name not in means}
+    """The same of labels, {label: scores}."""
+    both = collections.Counter(one for one, other in zip(right, found) if one == other)
+    wanted, given = collections.Counter(right), collections.Counter(found)
+    return {label: {"precision": both[label] / max(1, given[label]), "recall": both[label] / max(1, wanted[label]),
+                    "f1-score": 2 * both[label] / (wanted[label] + given[label]), "support": wanted[label]}
+            for label in sorted({*right, *found})}
 
 
 def confusion(rows, found, names):

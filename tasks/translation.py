@@ -16,7 +16,6 @@ import itertools
 import math
 import re
 import shlex
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -34,8 +33,8 @@ from machine.device import autocast
 from machine.terminal import watched
 from model import init_weights
 from run.cost import size_in_words
-from run.files import to_json, write_text
 from seq2seq import Seq2Seq, Seq2SeqConfig
+from tasks.labels import write_rows
 from tasks.settings import Translating
 from tasks.task import Task
 from tokenizer import same_vocabulary
@@ -170,10 +169,8 @@ class TranslationTask(Task):
         with autocast(self.world.device, dtype):
             how = Translating(beam=settings.beam, length_penalty=settings.length_penalty)
             written = [best[0].text for best in self.translate(model, texts, how)]
-        if not settings.init_from:  # else there is no folder of a run
-            path = Path(settings.out_dir) / ("translations_test.jsonl" if part == "test" else "translations.jsonl")
-            write_text(path, "".join(to_json({"source": a, "target": b, "translation": c})
-                                     for a, b, c in zip(sources, wanted, written)))
+        lines = ({"source": a, "target": b, "translation": c} for a, b, c in zip(sources, wanted, written))
+        write_rows(settings, "translations", part, lines)
         train = self.dataset.rows["train"]
         near = nearest([row["source"] for row in train], sources)
         bleu, chrf, signature = measures(written, wanted)

@@ -3,6 +3,7 @@
 import functools
 import json
 import shlex
+import sys
 from unittest import mock
 
 import numpy as np
@@ -14,7 +15,7 @@ from test_train import resume
 import evaluate
 import sample
 import train
-from configurator import UserError
+from configurator import UserError, say
 from machine.distributed import World
 from run import checkpoint
 from sources import labelled, texts
@@ -181,6 +182,16 @@ def test_evaluate_scores_the_labels_beside_the_floors(runs, folders, tmp_path, s
         left, top = drawn.width - 7 - 3 * 30, drawn.height - 7 - 3 * 30  # of the first of three squares of 30 pixels
         shades = [[drawn.getpixel((left + 30 * x + 15, top + 30 * y + 15))[0] for x in range(3)] for y in range(3)]
         assert all(row[i] == min(row) < 100 for i, row in enumerate(shades))  # the right answers are the darkest
+
+
+def test_without_scikit_learn_the_bags_are_left_out_in_a_line(runs, folders, monkeypatch, capsys):
+    task, model = opened(runs[False], folders[False])
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    say.cache_clear()  # so that it is said again
+    settings = settings_for("classification", "evaluating", out_dir=str(runs[False]), device="cpu")
+    found = task.details(model, "val", ALONE, torch.float32, settings, {})
+    assert found["macro_f1"] > 0.8 and "accuracy, most frequent" in found and not any("bag" in name for name in found)
+    assert "bags of words and characters: left out; for more, pip install scikit-learn\n" in capsys.readouterr().err
 
 
 def test_the_bags_learn_from_the_texts_that_the_model_learns_from(folders):

@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import struct
+import sys
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ import prepare
 import sample
 import train
 from batches import ImageTextDataset, scaled
-from configurator import UserError, parse
+from configurator import UserError, parse, say
 from inside.attention import rollout
 from machine.distributed import World
 from run import checkpoint
@@ -358,6 +359,14 @@ def test_pictures_are_moved_and_mirrored_whole():
         0, 5, 10, 15}  # columns beyond the edge repeat it
     again = changed(image, 2, True, torch.Generator().manual_seed(0))
     assert (found == again).all() and not image[:, 5].any()
+
+
+def test_without_scikit_learn_the_regression_is_left_out_in_a_line(trained, data, monkeypatch, capsys):
+    task, _ = opened(trained, data)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    say.cache_clear()  # so that it is said again
+    assert list(task.floors("val")) == ["most frequent", "nearest mean"]
+    assert capsys.readouterr().err == "logistic regression: left out; for more, pip install scikit-learn\n"
 
 
 def test_an_evaluation_is_the_mean_over_all_pictures_beside_floors(trained, data, capsys):

@@ -18,14 +18,14 @@ from test_train import resume
 
 import evaluate
 import train
-from configurator import UserError
+from configurator import UserError, say
 from encoder import Tagger
 from machine.distributed import World
 from run import checkpoint
 from run.cost import count_parameters
 from sources import labelled
 from tasks.loading import load
-from tasks.tagging import UNKNOWN, in_brackets
+from tasks.tagging import UNKNOWN, in_brackets, label_scores
 
 ROOT = Path(train.__file__).parent
 ALONE = World(0, 1, torch.device("cpu"))
@@ -180,6 +180,25 @@ def test_it_learns_and_the_evaluation_counts_as_the_names_do(opened, trained, fo
     assert result["intent_accuracy"] == 1 > result["test intent_accuracy"] and (trained / "intents.png").exists()
     assert result["test f1, who (1)"] == 0  # labels that training did not have are errors
     assert "| to | " in (trained / "labels.md").read_text()
+
+
+def test_without_scikit_learn_the_models_own_measures_are_shown(opened, trained, monkeypatch, capsys):
+    task, model = opened
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    say.cache_clear()  # so that it is said again
+    settings = settings_for("tagging", "evaluating", out_dir=str(trained), device="cpu")
+    found = task.details(model, "val", ALONE, torch.float32, settings, {})
+    assert found["sentences_right"] > 0.5 and "tag_accuracy, usual tags" in found
+    assert not any("bag" in name or "span" in name for name in found)
+    said = capsys.readouterr().err
+    assert "F1 of spans: left out; for more, pip install scikit-learn\n" in said and "bag of words: left out" in said
+
+
+def test_scores_of_intents_are_scikit_learns():
+    metrics = pytest.importorskip("sklearn.metrics")
+    right, found = np.random.default_rng(0).integers((5, 7), size=(40, 2)).T.astype(str).tolist()
+    expected = metrics.classification_report(right, found, output_dict=True, zero_division=0)
+    assert label_scores(right, found) == {name: expected[name] for name in sorted({*right, *found})}
 
 
 def test_a_label_that_the_model_lacks_has_no_weight_but_counts(opened):
