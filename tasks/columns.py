@@ -36,7 +36,7 @@ from sources.documents import READERS
 from sources.labelled import rows_of
 from tasks.classification import beginning
 from tasks.image_text import check_patch
-from tasks.labels import averages, decide, described, label_report, reports
+from tasks.labels import averaged, averages, decide, described, graded, label_report, reports
 from tasks.settings import Predicting
 from tasks.task import Task
 
@@ -109,18 +109,15 @@ class ColumnsTask(Task):
     @torch.no_grad()
     def evaluate(self, model, split, world, dtype, limit=0):
         """{"loss": mean nats, "accuracy": share of right answers}. A class that the model lacks is an error."""
-        sums = np.zeros(4)
-        most = max(1, int(limit / self.mean_tokens(split))) if limit else 0
-        for rows, weight in world.share(fixed_rows(len(self.labels[split]), AT_ONCE, most)):
+        def score(rows):
             found, weights = self.gather(split, rows)
             targets = found.pop("targets")
             with autocast(world.device, dtype):
                 logits = model(**found)
-            nats, right = F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1).eq(targets)
-            sums += weight * np.array([(nats * weights).sum().item(), weights.sum().item(),
-                                       (right * weights).sum().item(), len(rows)])
-        total, known, right, count = world.sum(*sums.tolist())
-        return {"loss": total / max(known, 1), "accuracy": right / count}
+            return graded(F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1).eq(targets), weights)
+
+        most = max(1, int(limit / self.mean_tokens(split))) if limit else 0
+        return averaged(world, fixed_rows(len(self.labels[split]), AT_ONCE, most), score)
 
     def mean_tokens(self, split):
         """The mean number of tokens of a row of a split, [CLS] among them."""
