@@ -47,6 +47,7 @@ def check_training(settings):
                         f" --min_lr={settings.learning_rate / 10:.3g}")
     if settings.shard and not settings.resume and os.environ.get("WORLD_SIZE", "1") == "1":
         raise UserError("shard = True: does nothing for one worker; leave it out, or start several with torchrun")
+    check_publish(getattr(settings, "publish", ""), settings.out_dir, settings.init_from)
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,6 @@ class LanguageModel:
 @dataclass(frozen=True)
 class Text(LanguageModel):
     publish: str = ""  # folder to write the best model to at the end, as transformers can load it
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_publish(self.publish, self.out_dir, self.init_from)
 
 
 @dataclass(frozen=True)
@@ -133,7 +130,6 @@ class DPO:
             raise UserError("init_from = 'scratch': --task=dpo goes on from a model that answers; add --init_from=RUN")
         if self.shard:
             raise UserError("shard = True: --task=dpo keeps a whole copy of the model it starts from; leave it out")
-        check_publish(self.publish, self.out_dir, self.init_from)
 
 
 @dataclass(frozen=True)
@@ -188,7 +184,6 @@ class RL:
             if f"{os.path.realpath(self.reward)}/".startswith(f"{os.path.realpath(self.out_dir)}/"):
                 raise UserError(f"reward = {self.reward}: lies in out_dir = {self.out_dir}, whose earlier run is moved"
                                 " away; choose another --out_dir")
-        check_publish(self.publish, self.out_dir, self.init_from)
 
 
 @dataclass(frozen=True)
@@ -235,7 +230,6 @@ class ImageText:
         if self.init_from != "scratch":
             check_idle(self, "is for a model that starts from scratch", "init_vision", "init_decoder")
         check_sample_tokens(self)
-        check_publish(self.publish, self.out_dir, self.init_from)
 
 
 @dataclass(frozen=True)
@@ -292,7 +286,6 @@ class Masked(Encoding):
         super().__post_init__()
         if not 0 < self.mask_rate < 1:
             raise UserError(f"mask_rate = {self.mask_rate}: must lie between 0 and 1")
-        check_publish(self.publish, self.out_dir, self.init_from)
 
 
 @dataclass(frozen=True)
@@ -387,7 +380,6 @@ class QuestionAnswering(Encoding):
     def __post_init__(self):
         super().__post_init__()
         check_ranges(self, answer_words=1, stride=0, train_rows=0)
-        check_publish(self.publish, self.out_dir, self.init_from)
 
 
 def check_sizes(settings):
@@ -426,7 +418,24 @@ def check_model(settings):
 
 
 @dataclass(frozen=True)
-class Writing:
+class Nothing:
+    """What a task adds that has no settings for sampling, or for an evaluation; and the base of what others add."""
+
+    def __post_init__(self):
+        check_model(self)
+
+
+def check_drawing(settings):
+    """Raises UserError if a text can't be drawn token by token in this way."""
+    check_ranges(settings, max_new_tokens=1, temperature=0.0, top_k=0, top_p=0.0, seed=0)
+    if not 0 < settings.top_p <= 1:
+        raise UserError(f"top_p = {settings.top_p}: must be above 0 and at most 1")
+    if settings.temperature == 0:
+        check_idle(settings, "temperature = 0 always takes the likeliest token", "top_k", "top_p", "seed")
+
+
+@dataclass(frozen=True)
+class Writing(Nothing):
     # the text
     num_samples: int = 1  # how many samples to write; with images, for each of them
     max_new_tokens: int = 500  # most tokens of a sample; an answer about an image also ends at the model's block_size
@@ -437,32 +446,28 @@ class Writing:
     seed: int = 1337  # same seed, same samples
 
     def __post_init__(self):
-        check_model(self)
-        check_ranges(self, num_samples=1, max_new_tokens=1, temperature=0.0, top_k=0, top_p=0.0, seed=0)
+        super().__post_init__()
+        check_ranges(self, num_samples=1)
         if self.num_samples > 100_000:  # all of them are kept in memory
             raise UserError(f"num_samples = {self.num_samples}: must be at most 100,000")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p = {self.top_p}: must be above 0 and at most 1")
-        if self.temperature == 0:
-            check_idle(self, "temperature = 0 always takes the likeliest token", "top_k", "top_p", "seed")
+        check_drawing(self)
 
 
 @dataclass(frozen=True)
-class Looking:
+class Looking(Nothing):
     # where it looks
     attention: str = ""  # a .png or .jpg to write: where each token looks, in the text or in a translator's source
     attention_layer: int = 0  # draw one block, counted from 1; 0: the mean of all
     attention_head: int = 0  # draw one head, counted from 1; 0: the mean of all
     attention_each: bool = False  # draw each of these blocks and heads by itself, in small maps, instead of the mean
 
-
-def check_looking(settings):
-    """Raises UserError if the fields of Looking can't be drawn, or are set for no picture."""
-    check_ranges(settings, attention_layer=0, attention_head=0)
-    if settings.attention:
-        check_picture(settings, "attention")
-    else:
-        check_idle(settings, "is for --attention=FILE", "attention_layer", "attention_head", "attention_each")
+    def __post_init__(self):
+        super().__post_init__()  # of Writing, in Chatting
+        check_ranges(self, attention_layer=0, attention_head=0)
+        if self.attention:
+            check_picture(self, "attention")
+        else:
+            check_idle(self, "is for --attention=FILE", "attention_layer", "attention_head", "attention_each")
 
 
 @dataclass(frozen=True)
@@ -473,7 +478,6 @@ class Chatting(Looking, Writing):
 
     def __post_init__(self):
         super().__post_init__()
-        check_looking(self)
         if self.chat and self.num_samples > 1:
             raise UserError(f"num_samples = {self.num_samples}: a conversation has one answer at a time; leave it out")
         if self.attention and (self.chat or self.num_samples > 1):
@@ -512,54 +516,54 @@ def check_picture(settings, name):
 
 
 @dataclass(frozen=True)
-class Matching:
+class Matching(Nothing):
     # the image
     image: str = ""  # an image file, or several separated by commas: each is compared with the captions in --prompt
 
+
+@dataclass(frozen=True)
+class Seeing(Nothing):
+    # the image
+    image: str = ""  # an image file, or several separated by commas
+
     def __post_init__(self):
-        check_model(self)
+        super().__post_init__()
+        if hasattr(self, "prompt"):  # from a command line
+            check_idle(self, "this model reads images alone", "prompt")
 
 
 @dataclass(frozen=True)
-class Recognising:
-    # the image
-    image: str = ""  # an image file, or several separated by commas
+class Recognising(Seeing):
     # the answers
     top: int = 3  # how many of the likeliest classes to show; 0: all
     attention: str = ""  # a .png or .jpg to write: how much of each part of the image reached the answer by attention
 
     def __post_init__(self):
-        check_model(self)
+        super().__post_init__()
         check_ranges(self, top=0)
         check_picture(self, "attention")
         if self.attention and len(image_files(self.image)) > 1:
             raise UserError(f"attention = {self.attention}: needs one --image")
-        if hasattr(self, "prompt"):  # from a command line
-            check_idle(self, "this model reads images alone", "prompt")
 
 
 @dataclass(frozen=True)
-class Guessing:
-    # the image
-    image: str = ""  # an image file, or several separated by commas
+class Guessing(Seeing):
     draw: str = ""  # a .png or .jpg to write: for each image what the model saw, its guess, and the whole image
     seed: int = 1337  # decides which patches are hidden
 
     def __post_init__(self):
-        check_model(self)
+        super().__post_init__()
         check_ranges(self, seed=0)
         check_picture(self, "draw")
-        if hasattr(self, "prompt"):  # from a command line
-            check_idle(self, "this model reads images alone", "prompt")
 
 
 @dataclass(frozen=True)
-class Scoring:
+class Scoring(Nothing):
     # the answer
     answer: str = ""  # the answer to the prompt, which gets a score
 
     def __post_init__(self):
-        check_model(self)
+        super().__post_init__()
         if not self.answer:
             raise UserError("answer = '': a reward model scores an answer to the prompt: add --answer=TEXT")
 
@@ -578,16 +582,12 @@ class Translating(Looking):
     show_steps: bool = False  # first show each token as it comes, with its probability and the likeliest tokens
 
     def __post_init__(self):
-        check_model(self)
-        check_ranges(self, n_best=1, max_new_tokens=1, temperature=0.0, top_k=0, top_p=0.0, seed=0)
-        check_looking(self)
+        super().__post_init__()
+        check_ranges(self, n_best=1)
+        check_drawing(self)
         check_beam(self, "n_best")
         if self.n_best > self.beam:
             raise UserError(f"n_best = {self.n_best}: is above beam = {self.beam}; add --beam={self.n_best}")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p = {self.top_p}: must be above 0 and at most 1")
-        if self.temperature == 0:
-            check_idle(self, "temperature = 0 always takes the likeliest token", "top_k", "top_p", "seed")
         if self.beam > 1:
             check_idle(self, "a beam search draws nothing, and has no single steps", "temperature", "show_steps")
 
@@ -599,9 +599,8 @@ class Filling(Looking):
     rank: str = ""  # FILE:path, a file of texts, one per line: show those whose vectors are most like the prompt's
 
     def __post_init__(self):
-        check_model(self)
+        super().__post_init__()
         check_ranges(self, top=0)
-        check_looking(self)
         if self.rank and not self.rank.startswith("FILE:"):
             raise UserError(f"rank = {self.rank}: names a file of texts, such as --rank=FILE:{self.rank}")
         if self.attention and self.rank:
@@ -614,22 +613,17 @@ class Classifying(Looking):
     top: int = 3  # how many of the likeliest labels to show; 0: all
 
     def __post_init__(self):
-        check_model(self)
+        super().__post_init__()
         check_ranges(self, top=0)
-        check_looking(self)
 
 
 @dataclass(frozen=True)
-class Predicting(Looking):
+class Predicting(Classifying):
     # the row
     row: str = ""  # a row as JSON, such as '{"age": 29}', or FILE:path of a table; what a row lacks is missing
-    # the answers
-    top: int = 3  # how many of the likeliest classes to show; 0: all
 
     def __post_init__(self):
-        check_model(self)
-        check_ranges(self, top=0)
-        check_looking(self)
+        super().__post_init__()
         if hasattr(self, "prompt"):  # from a command line
             check_idle(self, "this model reads rows of a table: use --row", "prompt")
         if self.row.startswith("FILE:"):
@@ -649,21 +643,13 @@ def is_object(text):
 
 
 @dataclass(frozen=True)
-class Labelling(Looking):
-    def __post_init__(self):
-        check_model(self)
-        check_looking(self)
-
-
-@dataclass(frozen=True)
 class Asking(Looking):
     # the text
     context: str = ""  # the text with the answer; FILE:path reads a file
     no_answer_threshold: float = 0.0  # no answer if its score exceeds the best one's by more; 1000: always an answer
 
     def __post_init__(self):
-        check_model(self)
-        check_looking(self)
+        super().__post_init__()
         if not self.context.strip():
             raise UserError("context = '': this model finds answers in a text: add --context=FILE:page.txt, or"
                             " --context=TEXT")
@@ -683,70 +669,57 @@ def check_beam(settings, *names):
 # For evaluate.py, joined with evaluate.Settings
 
 @dataclass(frozen=True)
-class Windows:
+class Windows(Nothing):
     # the estimate from random windows
     random_windows: int = 200  # batches of random windows; 0: no estimate
     batch_size: int = 64  # windows per batch
     seed: int = 1337  # decides where the windows are
 
     def __post_init__(self):
-        check_model(self)
+        super().__post_init__()
         check_ranges(self, random_windows=0, batch_size=1, seed=0)
         if not self.random_windows:
             check_idle(self, "is for --random_windows above 0", "batch_size", "seed")
 
 
 @dataclass(frozen=True)
-class Problems:
-    # the problems
+class Tested(Nothing):
+    # what is scored
     test: bool = False  # also score the second held-out part, which no choice was made on: once, at the very end
-
-    def __post_init__(self):
-        check_model(self)
 
 
 @dataclass(frozen=True)
-class Questions(Problems):
+class Questions(Tested):
     no_answer_threshold: float = 0.0  # no answer if its score exceeds the best one's by more; 1000: always an answer
 
 
 @dataclass(frozen=True)
-class Translations:
+class Translations(Tested):
     # the translations, which are greedy or the best of a beam
     beam: int = 1  # translations kept at each step; 1: the likeliest token at each
     length_penalty: float = 0.6  # with a beam: 0 ranks by the sum of log-probabilities; above 0 favours long ones
-    test: bool = False  # also score the second held-out part, which no choice was made on: once, at the very end
 
     def __post_init__(self):
-        check_model(self)
+        super().__post_init__()
         check_beam(self)
 
 
 @dataclass(frozen=True)
-class Labels:
-    # the labels
-    test: bool = False  # also score the second held-out part, which no choice was made on: once, at the very end
+class Labels(Tested):
     picture: str = ""  # a .png or .jpg to write: which label was taken for which
 
     def __post_init__(self):
-        check_model(self)
+        super().__post_init__()
         check_picture(self, "picture")
 
 
 @dataclass(frozen=True)
-class Answers:
+class Answers(Tested):
     # the answers, if a world can check them
     samples: int = 8  # how many answers to draw for each problem, at temperature 1
     reward: str = ""  # the folder of a reward run: also count the problems whose best sample, by its scores, is right
     seed: int = 1337  # same seed, same samples
-    test: bool = False  # also score the second held-out part, which no choice was made on: once, at the very end
 
     def __post_init__(self):
-        check_model(self)
+        super().__post_init__()
         check_ranges(self, samples=1, seed=0)
-
-
-@dataclass(frozen=True)
-class Nothing:
-    def __post_init__(self):
-        check_model(self)

@@ -38,7 +38,7 @@ from tasks.image_classification import ImageClassificationTask
 from tasks.image_text import ImageTextTask
 from tasks.masked import MaskedTask
 from tasks.reward import RewardTask
-from tasks.settings import Answering, Chatting, Classifying, Filling, Labelling, Looking, Recognising, Translating
+from tasks.settings import Answering, Chatting, Classifying, Filling, Looking, Recognising, Translating
 from tasks.tagging import TaggingTask
 from tasks.text import TextTask
 from tasks.translation import TranslationTask
@@ -294,7 +294,7 @@ def test_the_record_of_a_tagger():
     task = task_of(TaggingTask, tokenizer)
     model = made(Tagger(TaggerConfig(**SIZES, vocab_size=size, block_size=20, tags=("O", "B-x", "I-x"),
                                      intents=("go", "come"))))
-    found = task.inside(model, {"text": "to you now"}, Labelling())
+    found = task.inside(model, {"text": "to you now"}, Looking())
     assert "".join(found["tokens"]) == "[CLS]to you now"
     ids = torch.tensor([[marks_of(tokenizer).cls, *tokenizer.encode("to you now")]])
     places = torch.tensor([[1, 3, 7]])  # the second word's first token is the space before it
@@ -537,7 +537,7 @@ def test_encoders_draw_their_texts(tmp_path):
     sizes = dict(SIZES, vocab_size=size, block_size=20)
     for cls, model, how in (
             (MaskedTask, MaskedLM(EncoderConfig(**sizes)), Filling),
-            (TaggingTask, Tagger(TaggerConfig(**sizes, tags=("O", "x"))), Labelling),
+            (TaggingTask, Tagger(TaggerConfig(**sizes, tags=("O", "x"))), Looking),
             (ClassificationTask, Classifier(ClassifierConfig(**sizes, labels=("a", "b"))), Classifying)):
         task = task_of(cls, LETTERS, mask_rate=0.15)
         text = "he[MASK]lo" if cls is MaskedTask else "hello"
@@ -551,7 +551,7 @@ def test_encoders_draw_their_texts(tmp_path):
 @pytest.mark.parametrize("settings, message", [
     (lambda: Chatting(attention="map.txt"), "attention = map.txt: must end in .png or .jpg"),
     (lambda: Chatting(attention_layer=1), "attention_layer = 1: is for --attention=FILE"),
-    (lambda: Labelling(attention_each=True), "attention_each = True: is for --attention=FILE"),
+    (lambda: Looking(attention_each=True), "attention_each = True: is for --attention=FILE"),
     (lambda: Chatting(attention="map.png", num_samples=2), "attention = map.png: shows one text"),
     (lambda: Chatting(attention="map.png", chat=True), "attention = map.png: shows one text"),
     (lambda: Filling(attention="map.png", rank="FILE:x"), "attention = map.png: shows one text, and --rank"),
