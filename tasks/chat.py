@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 import tokenizer as tokenizers
-from batches import DialogueDataset, fixed_rows, shuffled_rows, to_device
+from batches import DialogueDataset, fixed_rows, padded, shuffled_rows, to_device
 from chat import Chat, chat_tokenizer, check_messages
 from configurator import UserError, check_idle
 from critic import Critic, as_kind
@@ -34,12 +34,14 @@ from machine.device import autocast
 from machine.terminal import watched
 from model import GPT
 from run.cost import flops_per_token, size_in_words
+from tasks.labels import averaged
 from tasks.scores import best_of
 from tasks.settings import Chatting
 from tasks.text import EVAL_TOKENS, TextTask
 from worlds import SIZES, WORLDS
 
 AT_ONCE = 512  # answers that are written at once
+GREEDY = functools.partial(pick_tokens, temperature=0)
 
 
 class ChatTask(TextTask):
@@ -97,12 +99,8 @@ class ChatTask(TextTask):
         if not rows:
             raise UserError(f"block_size = {self.block_size}: no {split} dialogue has an answer within it; use a larger"
                             " one")
-        joined = [tuple(map(np.concatenate, zip(*row))) for row in rows]
-        longest = max(len(ids) for ids, _ in joined)
-        ids, written = np.zeros((len(rows), longest), np.int32), np.zeros((len(rows), longest), bool)
-        for i, (some, theirs) in enumerate(joined):
-            ids[i, :len(some)], written[i, :len(some)] = some, theirs
-        return ids, written
+        ids, written = zip(*(map(np.concatenate, zip(*row)) for row in rows))  # the dialogues of each row, joined
+        return padded(ids, 0)[0].astype(np.int32), padded(written, False)[0].astype(bool)
 
     def whole_turns(self, messages):
         """((ids, written), how many) of the first messages, as many turns as the model reads; (None, 0): no answer."""
@@ -135,18 +133,15 @@ class ChatTask(TextTask):
     @torch.no_grad()
     def evaluate(self, model, split, world, dtype, limit=0):
         """{"loss": mean nats of what the assistant writes}; in a world also "exact": the share of right answers."""
-        ids, written = self.rows[split]
-        T, total, count = ids.shape[1] - 1, torch.zeros((), dtype=torch.float64), 0
-        for rows, weight in world.share(fixed_rows(len(ids), max(1, EVAL_TOKENS // T), -(-limit // T))):
+        def score(rows):
             arguments, weights = self.arguments(split, rows)
             with autocast(world.device, dtype):
-                total += weight * (model(**arguments) * weights).sum().cpu()
-            count += weight * int(written[rows, 1:].sum())
-        total, count = world.sum(total, count)
-        found = {"loss": total / count}
+                return {"loss": ((model(**arguments) * weights).sum().item(), weights.sum().item())}
+
+        n, T = len(self.rows[split][0]), self.rows[split][0].shape[1] - 1
+        found = averaged(world, fixed_rows(n, max(1, EVAL_TOKENS // T), -(-limit // T)), score)
         if self.judging:
-            verdicts = self.answer(model, self.problems(split), 1, functools.partial(pick_tokens, temperature=0))
-            found["exact"] = share(verdicts, 1.0)
+            found["exact"] = share(self.answer(model, self.problems(split), 1, GREEDY), 1.0)
         return found
 
     def details(self, model, split, world, dtype, settings, found):
@@ -159,10 +154,10 @@ class ChatTask(TextTask):
         if not self.judge:
             check_idle(settings, "these dialogues have no answers that can be checked", "test", "reward")
             return {}
-        result, greedy = {}, functools.partial(pick_tokens, temperature=0)
+        result = {}
         for start, part in [("", split)] + [("test ", "test")] * settings.test:
             problems = self.problems(part)
-            first = self.answer(model, problems, 1, greedy)
+            first = self.answer(model, problems, 1, GREEDY)
             drawn = functools.partial(pick_tokens, generator=torch.Generator(world.device).manual_seed(settings.seed))
             texts = self.texts(model, problems, settings.samples, drawn)
             verdicts = self.verdicts(problems, texts)
@@ -308,14 +303,13 @@ class ChatTask(TextTask):
 
     def show(self, model, short=False):
         """Problems of the world, or what a validation dialogue asks, with the model's answers."""
-        greedy = functools.partial(pick_tokens, temperature=0)
         if not self.judging:
             asked, s = self.first_question(), self.settings
             sampling = Chatting(max_new_tokens=min(100, s.sample_tokens) if short else s.sample_tokens)
-            answer = said("assistant", "".join(self.reply(model, asked, greedy, sampling)))
+            answer = said("assistant", "".join(self.reply(model, asked, GREEDY, sampling)))
             return "\n".join(f"{each['role']}: {each['content']}" for each in [*asked, answer])
         prompts = self.problems("val")[:3 if short else 10]
-        texts = self.write_all(model, [self.chat.prompt([said("user", prompt)]) for prompt in prompts], 1, greedy)
+        texts = self.write_all(model, [self.chat.prompt([said("user", prompt)]) for prompt in prompts], 1, GREEDY)
         words = {1.0: "right", 0.0: "wrong", None: "malformed"}
         return "\n".join(f"{prompt}  {text}  ({words[self.judge.check(prompt, text)]})"
                          for prompt, (text,) in zip(prompts, texts))

@@ -15,7 +15,7 @@ import warnings
 import numpy as np
 import torch
 
-from batches import length_batches, padded, to_device
+from batches import fixed_rows, length_batches, padded, to_device
 from configurator import UserError, say
 from encoder import Classifier, ClassifierConfig
 from inside.picture import check_chosen
@@ -169,8 +169,8 @@ class ClassificationTask(LabelledTask):
 
     def show(self, model, short=False):
         """Texts of the validation part with their likeliest labels: ten, or if short three."""
-        rows, count = self.dataset.rows["val"], 3 if short else 10
-        places = np.arange(min(count, len(rows))) * len(rows) // min(count, len(rows))
+        rows = self.dataset.rows["val"]
+        places, = fixed_rows(len(rows), len(rows), 3 if short else 10)
         shares = self.probabilities(model, [self.texts["val"][place] for place in places])
         decided, config, shown = decide(shares, model.config.several), model.config, []
         for place, p, chosen in zip(places, shares, decided):

@@ -14,15 +14,13 @@ validation problems are answered too, and checked.
 Axes: B pairs, T tokens of an answer with its prompt, but the last.
 """
 
-import functools
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from generate import pick_tokens
-from tasks.chat import share
+from tasks.chat import GREEDY, share
 from tasks.reference import keep, recall
 from tasks.reward import PairsTask
 from worlds import SIZES, WORLDS
@@ -93,8 +91,7 @@ class DPOTask(PairsTask):
         found = super().evaluate(model, split, world, dtype, limit)
         if self.judging:
             problems = self.problems(split)[:max(1, limit // self.pairs[split]["ids"].shape[2]) if limit else None]
-            verdicts = self.answer(model, problems, 1, functools.partial(pick_tokens, temperature=0))
-            found["exact"] = share(verdicts, 1.0)
+            found["exact"] = share(self.answer(model, problems, 1, GREEDY), 1.0)
         return found
 
     def problems(self, split):

@@ -11,8 +11,7 @@ import dataclasses
 import numpy as np
 import torch
 
-import tokenizer as tokenizers
-from batches import LabelledDataset, length_batches, padded, shuffled_rows, to_device
+from batches import LabelledDataset, fixed_rows, length_batches, padded, shuffled_rows, to_device
 from configurator import UserError, say
 from encoder import Encoder, EncoderConfig
 from inside.picture import draw_own
@@ -124,8 +123,7 @@ class LabelledTask(EncoderTask):
 
     def open(self, folder, world):
         self.dataset, self.world = LabelledDataset(folder, *TASKS[self.settings.task].kinds), world
-        if self.tokenizers is None:  # else the loaded model has brought its own
-            self.tokenizers = {"tokenizer": tokenizers.load(folder / "tokenizer.json")}
+        self.open_tokenizer(folder)
 
     def fit(self, model):
         """Tokenizes all rows, and chooses those to learn from."""
@@ -166,10 +164,7 @@ class LabelledTask(EncoderTask):
     def parts(self, split, limit=0):
         """The rows of a split in batches of like length. limit: at most so many tokens, evenly spread; 0: all."""
         lengths = np.array([len(ids) for ids in self.texts[split]])
-        rows = np.arange(len(lengths))
-        wanted = limit and max(1, int(limit / lengths.mean()))
-        if limit and wanted < len(rows):
-            rows = rows[np.arange(wanted) * len(rows) // wanted]
+        rows, = fixed_rows(len(lengths), len(lengths), limit and max(1, int(limit / lengths.mean())))
         return [rows[part] for part in length_batches(lengths[rows], AT_ONCE)]
 
     @torch.no_grad()

@@ -43,13 +43,17 @@ class PictureTask(Task):
 
     fixed_shapes = True
     rows_label = "the training pictures"
-    rows = None  # the training pictures to learn from, indices; None: all
 
     def open(self, folder, world):
         """Also finds images[split], (n,): where in the data set the split's pictures are."""
         self.dataset, self.world = ImageTextDataset(folder, *TASKS[self.settings.task].kinds), world
         self.tokenizers = {}  # those of a SigLIP are not needed
         self.images = {split: np.array([row["image"] for row in rows]) for split, rows in self.dataset.rows.items()}
+
+    @functools.cached_property
+    def rows(self):
+        """The training pictures to learn from, indices: all, unless `fit` chooses some."""
+        return np.arange(len(self.images["train"]))
 
     def build(self, generator):
         s, size = self.settings, self.dataset.image_size
@@ -87,9 +91,8 @@ class PictureTask(Task):
         return {name: getattr(model.config.vision, name) for name in SHAPE}
 
     def pick(self, step):
-        s, rows = self.settings, self.rows
-        picked = shuffled_rows(len(self.images["train"] if rows is None else rows), s.batch_size, s.seed, step)
-        return picked if rows is None else rows[picked]
+        s = self.settings
+        return self.rows[shuffled_rows(len(self.rows), s.batch_size, s.seed, step)]
 
     def read(self, rows, generator):
         """Training pictures, changed as the settings say: (B, 3, S, S) in [-1, 1], on the device."""
@@ -106,7 +109,7 @@ class PictureTask(Task):
         return f"{super().command(out_dir)} --image=FILE"
 
     def summary(self, model):
-        s, n = self.settings, len(self.images["train"] if self.rows is None else self.rows)
+        s, n = self.settings, len(self.rows)
         return (f"model: {size_in_words(model)}, {len(model.vision.wpe.weight)} tokens for a picture; data: {n:,}"
                 f" pictures of {s.dataset}; {s.max_iters} updates = {s.batch_size * s.max_iters / n:.1f} epochs")
 
@@ -175,13 +178,7 @@ class ImageClassificationTask(PictureTask):
     # ------------------------------------------------------------------------------------------------------------------
     # Measures
 
-    def details(self, model, split, world, dtype, settings, found):
-        """{name: value}: `report` of the split; with settings.test also of the part "test".
-
-        Writes the model's answers to predictions.jsonl (predictions_test.jsonl) in settings.out_dir, and the picture,
-        which is of the last part.
-        """
-        return reports(self, model, split, world, dtype, settings)
+    details = reports
 
     def report(self, model, part, dtype, settings):
         """{name: value}: see `label_report`."""
@@ -217,8 +214,7 @@ class ImageClassificationTask(PictureTask):
     @functools.cached_property
     def training_pixels(self):
         """(pixels (n, P), classes (n,)) of the training pictures, or of some of them: at most MOST_NUMBERS."""
-        rows = np.arange(len(self.images["train"])) if self.rows is None else self.rows
-        rows = rows[~self.labels["train"][rows, -1]]
+        rows = self.rows[~self.labels["train"][self.rows, -1]]
         rows = rows[::-(-len(rows) * self.dataset.images[0].size // MOST_NUMBERS)]
         return self.pixels(self.images["train"][rows]), self.labels["train"][rows, :-1].argmax(1)
 
@@ -277,8 +273,8 @@ class ImageClassificationTask(PictureTask):
 
     def show(self, model, short=False):
         """Pictures of the validation part with their likeliest labels: ten, or if short three."""
-        rows, count = self.dataset.rows["val"], 3 if short else 10
-        places = np.arange(min(count, len(rows))) * len(rows) // min(count, len(rows))
+        rows = self.dataset.rows["val"]
+        places, = fixed_rows(len(rows), len(rows), 3 if short else 10)
         images = read_images(self.dataset.images, self.images["val"][places], self.world.device)
         shown = []
         for place, shares in zip(places, self.probabilities(model, images)):
@@ -288,7 +284,7 @@ class ImageClassificationTask(PictureTask):
         return "\n".join(shown)
 
     def summary(self, model):
-        seen = self.labels["train"][slice(None) if self.rows is None else self.rows, :-1].any(0).sum()
+        seen = self.labels["train"][self.rows, :-1].any(0).sum()
         return f"{super().summary(model)}; {len(model.config.labels)} classes, pictures of {seen} of them"
 
 

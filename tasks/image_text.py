@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from batches import ImageTextDataset, fixed_rows, read_images, shuffled_rows, to_device
+from batches import ImageTextDataset, fixed_rows, padded, read_images, shuffled_rows, to_device
 from configurator import UserError
 from generate import generate, pick_tokens, picker
 from inside import record
@@ -26,6 +26,7 @@ from run import checkpoint, pictures
 from run.cost import flops_per_token, size_in_words
 from run.pictures import save_picture
 from sources.images import CONTROLS
+from tasks.labels import averaged
 from tasks.loading import load
 from tasks.task import Task
 from tokenizer import Transcript, transcribe
@@ -103,11 +104,7 @@ class ImageTextTask(WithImages):
         prompts = {prompt: encode_prompt(self.tokenizer, prompt) for prompt in {row["prompt"] for row in rows}}
         answers = {answer: with_eos(self.tokenizer, answer) for answer in {row["answer"] for row in rows}}
         prefix = np.array([len(prompts[row["prompt"]]) for row in rows])
-        lengths = prefix + np.array([len(answers[row["answer"]]) for row in rows])
-        ids = np.zeros((len(rows), lengths.max()), dtype=np.int64)
-        for i, row in enumerate(rows):
-            ids[i, :prefix[i]] = prompts[row["prompt"]]
-            ids[i, prefix[i]:lengths[i]] = answers[row["answer"]]
+        ids, lengths = padded([np.append(prompts[row["prompt"]], answers[row["answer"]]) for row in rows], 0)
         return Rows(np.array([row["image"] for row in rows]), ids, prefix, lengths)
 
     def build(self, generator):
@@ -184,16 +181,14 @@ class ImageTextTask(WithImages):
     @torch.no_grad()
     def evaluate(self, model, split, world, dtype, limit=0):
         """{"loss": mean nats of the tokens of all answers}."""
-        data, total, count = self.data[split], 0.0, 0
-        most_rows = max(1, limit // data.ids.shape[1]) if limit else 0
-        for rows, weight in world.share(fixed_rows(len(data.images), self.settings.batch_size, most_rows)):
+        def score(rows):
             arguments, weights = self.gather(data, rows)
-            weights *= weight  # 1, or 0 for rows that another rank counts
             with autocast(world.device, dtype):
-                total += (model(**arguments) * weights).sum().item()
-            count += int(weights.sum())
-        total, count = world.sum(total, count)
-        return {"loss": total / count}
+                return {"loss": ((model(**arguments) * weights).sum().item(), weights.sum().item())}
+
+        data = self.data[split]
+        most_rows = max(1, limit // data.ids.shape[1]) if limit else 0
+        return averaged(world, fixed_rows(len(data.images), self.settings.batch_size, most_rows), score)
 
     def details(self, model, split, world, dtype, settings, found):
         """{name: value}: "rows", their number; "exact" and "exact (image blanked)", the shares of exact answers.

@@ -33,8 +33,8 @@ def graded(nats, right, weights):
             "accuracy": ((right * weights).sum().item(), len(weights))}
 
 
-def reports(task, model, split, world, dtype, settings):
-    """{name: value} for evaluate.py: task.report of a split; with settings.test also measures and report of "test"."""
+def reports(task, model, split, world, dtype, settings, found=None):
+    """{name: value}, as Task.details: task.report of a split; with settings.test also measures and report of "test"."""
     result = world.from_main(functools.partial(task.report, model, split, dtype, settings))
     if settings.test:
         tested = task.evaluate(model, "test", world, dtype)

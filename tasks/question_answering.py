@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from batches import length_batches, padded, to_device
+from batches import fixed_rows, length_batches, padded, to_device
 from configurator import UserError, say
 from encoder import Answerer, AnswererConfig
 from inside.picture import check_chosen
@@ -40,7 +40,7 @@ from run.cost import size_in_words
 from sources.questions import WORD
 from sources.texts import read_file
 from tasks.encoding import AT_ONCE, LabelledTask
-from tasks.labels import reports, write_rows
+from tasks.labels import averaged, reports, write_rows
 from tasks.settings import QuestionAnswering
 
 ON_A_CPU = 2048  # tokens per batch of answers: a CPU gains nothing by more, and loses time to padding
@@ -183,33 +183,29 @@ class QuestionAnsweringTask(LabelledTask):
         lengths = np.array([len(ids) for ids in self.texts[split]])
         starts = np.flatnonzero(np.diff(self.asked_of[split], prepend=-1))
         counts = np.diff([*starts, len(lengths)])
-        longest, rows = np.maximum.reduceat(lengths, starts), np.arange(len(starts))
-        wanted = limit and max(1, int(limit / (longest * counts).mean()))
-        if limit and wanted < len(rows):
-            rows = rows[np.arange(wanted) * len(rows) // wanted]
-        batches = length_batches((longest * counts)[rows], AT_ONCE)
+        tokens = counts * np.maximum.reduceat(lengths, starts)
+        rows, = fixed_rows(len(starts), len(starts), limit and max(1, int(limit / tokens.mean())))
+        batches = length_batches(tokens[rows], AT_ONCE)
         return [np.concatenate([starts[row] + np.arange(counts[row]) for row in rows[batch]]) for batch in batches]
 
     @torch.no_grad()
     def evaluate(self, model, split, world, dtype, limit=0):
         """{"loss": nats of a window, "exact_match", "f1": means over the questions}."""
-        nats = windows = exact = overlap = questions = 0
-        for part, weight in world.share(self.parts(split, limit)):  # weight: 1, or 0 for what another rank counts
+        def score_part(part):
             arguments, _ = self.gather(split, part)
             targets = arguments.pop("targets")
             with autocast(world.device, dtype):
                 logits = model(**arguments)
-            nats += weight * F.cross_entropy(logits, targets, reduction="none").mean(1).sum().item()
-            windows += weight * len(part)
+            nats, scores = F.cross_entropy(logits, targets, reduction="none").mean(1).sum().item(), []
             rows = self.asked_of[split][part]
             for row, group in itertools.groupby(zip(rows, part, self.spans(logits)), key=lambda each: each[0]):
                 wanted = self.dataset.rows[split][row]
                 group = [(self.windows_of[split][place], span) for _, place, span in group]
-                scores = score(answer_in(wanted["context"], best_of(wanted["context"], group)), wanted)
-                exact, overlap = exact + weight * scores[0], overlap + weight * scores[1]
-                questions += weight
-        nats, windows, exact, overlap, questions = world.sum(nats, windows, exact, overlap, questions)
-        return {"loss": nats / windows, "exact_match": exact / questions, "f1": overlap / questions}
+                scores.append(score(answer_in(wanted["context"], best_of(wanted["context"], group)), wanted))
+            exact, overlap = map(sum, zip(*scores))
+            return {"loss": (nats, len(part)), "exact_match": (exact, len(scores)), "f1": (overlap, len(scores))}
+
+        return averaged(world, self.parts(split, limit), score_part)
 
     def details(self, model, split, world, dtype, settings, found):
         """{name: value}: `report` of the split; with settings.test also measures and `report` of the part "test".

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from batches import shuffled_rows, to_device
+from batches import padded, shuffled_rows, to_device
 from configurator import UserError
 from critic import Critic, as_kind
 from generate import pick_tokens
@@ -277,13 +277,10 @@ class RLTask(ChatTask):
 
 def joined(prompts, answers):
     """(ids (n, T + 1) int64, written (n, T) float32) of n prompts and answers, lists of ids: see `Answers`."""
-    longest = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers))
-    ids, written = np.zeros((len(prompts), longest), np.int64), np.zeros((len(prompts), longest - 1), np.float32)
-    for row, (prompt, answer) in enumerate(zip(prompts, answers)):
-        begin, end = len(prompt), len(prompt) + len(answer)
-        ids[row, :begin], ids[row, begin:end] = prompt, answer
-        written[row, begin - 1:end - 1] = 1
-    return ids, written
+    ids, lengths = padded([[*prompt, *answer] for prompt, answer in zip(prompts, answers)], 0)
+    places, starts = np.arange(1, ids.shape[1]), np.array(list(map(len, prompts)))
+    written = (places >= starts[:, None]) & (places < lengths[:, None])
+    return ids, written.astype(np.float32)
 
 
 def at_the_end(rewards, written):

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 import tokenizer as tokenizers
-from batches import PairsDataset, batches_per_epoch, length_batches, padded, to_device, token_batches
+from batches import PairsDataset, batches_per_epoch, fixed_rows, length_batches, padded, to_device, token_batches
 from beam import beam_search
 from configurator import UserError, say
 from generate import generate, picker
@@ -34,7 +34,7 @@ from machine.terminal import watched
 from model import init_weights
 from run.cost import size_in_words
 from seq2seq import Seq2Seq, Seq2SeqConfig
-from tasks.labels import write_rows
+from tasks.labels import averaged, write_rows
 from tasks.settings import Translating
 from tasks.task import Task
 from tokenizer import same_vocabulary
@@ -132,18 +132,15 @@ class TranslationTask(Task):
     @torch.no_grad()
     def evaluate(self, model, split, world, dtype, limit=0):
         """{"loss": mean nats of a target token}, without smoothing. limit: in target tokens; 0: all."""
-        rows, lengths = self.rows[split], self.lengths[split]
-        wanted = limit and max(1, int(limit / lengths[rows, 1].mean()))
-        if limit and wanted < len(rows):
-            rows = rows[np.arange(wanted) * len(rows) // wanted]  # evenly spread
-        total = count = 0
-        for batch, weight in world.share([rows[part] for part in length_batches(lengths[rows].max(1), AT_ONCE)]):
-            arguments, weights = self.gather(split, batch)
+        def score(rows):
+            arguments, weights = self.gather(split, rows)
             with autocast(world.device, dtype):
-                total += weight * (model(**arguments) * weights).sum().item()
-            count += weight * weights.sum().item()
-        total, count = world.sum(total, count)
-        return {"loss": total / count}
+                return {"loss": ((model(**arguments) * weights).sum().item(), weights.sum().item())}
+
+        rows, lengths = self.rows[split], self.lengths[split]
+        chosen, = fixed_rows(len(rows), len(rows), limit and max(1, int(limit / lengths[rows, 1].mean())))
+        rows = rows[chosen]
+        return averaged(world, [rows[part] for part in length_batches(lengths[rows].max(1), AT_ONCE)], score)
 
     def details(self, model, split, world, dtype, settings, found):
         """{name: value}: perplexity and `report` of the split; with settings.test also of the part "test".
