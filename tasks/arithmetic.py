@@ -14,7 +14,6 @@ Axes: B batch, T tokens of a problem and its answer but the last, V vocabulary, 
 import functools
 import operator
 import re
-import shlex
 
 import numpy as np
 import torch
@@ -187,7 +186,7 @@ class ArithmeticTask(TextTask):
         return f"the problems {' '.join(problem for problem, _ in self.problems(rows))}"
 
     def command(self, out_dir):
-        return f"{super().command(out_dir)} {shlex.quote(f'--prompt=7{self.operations[0]}5=')}"
+        return super().command(out_dir, f"--prompt=7{self.operations[0]}5=")
 
     def summary(self, model):
         train, val = (len(self.parts[part]) for part in ("train", "val"))

@@ -178,18 +178,14 @@ class ChatTask(TextTask):
         """[[what the judge says of each of `count` answers] for each prompt]."""
         return self.verdicts(prompts, self.texts(model, prompts, count, pick))
 
-    def texts(self, model, prompts, count, pick):
-        """[[`count` answers] for each prompt]."""
-        return self.write_all(model, [self.chat.prompt([said("user", prompt)]) for prompt in prompts], count, pick)
-
     def verdicts(self, prompts, texts):
         return [[self.judge.check(prompt, text) for text in found] for prompt, found in zip(prompts, texts)]
 
-    def write_all(self, model, prompts, count, pick):
-        """[[`count` texts that continue it] for each prompt, an array of ids]."""
-        texts = [[] for _ in prompts]
-        for rows in watched(alike(prompts, count), "answering"):
-            for i, ids in zip(rows, self.continuations(model, [prompts[i] for i in rows], pick)):
+    def texts(self, model, prompts, count, pick):
+        """[[`count` answers] for each prompt]."""
+        asked, texts = [self.chat.prompt([said("user", prompt)]) for prompt in prompts], [[] for _ in prompts]
+        for rows in watched(alike(asked, count), "answering"):
+            for i, ids in zip(rows, self.continuations(model, [asked[i] for i in rows], pick)):
                 texts[i].append(self.text_of(ids))
         return texts
 
@@ -309,7 +305,7 @@ class ChatTask(TextTask):
             answer = said("assistant", "".join(self.reply(model, asked, GREEDY, sampling)))
             return "\n".join(f"{each['role']}: {each['content']}" for each in [*asked, answer])
         prompts = self.problems("val")[:3 if short else 10]
-        texts = self.write_all(model, [self.chat.prompt([said("user", prompt)]) for prompt in prompts], 1, GREEDY)
+        texts = self.texts(model, prompts, 1, GREEDY)
         words = {1.0: "right", 0.0: "wrong", None: "malformed"}
         return "\n".join(f"{prompt}  {text}  ({words[self.judge.check(prompt, text)]})"
                          for prompt, (text,) in zip(prompts, texts))
@@ -320,7 +316,7 @@ class ChatTask(TextTask):
         return messages[:next(i for i, each in enumerate(messages) if each["role"] == "assistant")]
 
     def command(self, out_dir):
-        return f"{super().command(out_dir)} --chat"
+        return super().command(out_dir, "--chat")
 
     def summary(self, model):
         ids, written = self.rows["train"]

@@ -9,7 +9,6 @@ Where a text has one label, the likeliest is chosen; where it may have several, 
 Axes: B texts, n texts of a split, N labels of the model.
 """
 
-import shlex
 import warnings
 
 import numpy as np
@@ -182,7 +181,7 @@ class ClassificationTask(LabelledTask):
 
     def command(self, out_dir):
         text = beginning(self.dataset.rows["val"][0]["text"], "")
-        return f"{super().command(out_dir)} {shlex.quote(f'--prompt={text}')}"
+        return super().command(out_dir, f"--prompt={text}")
 
 
 def beginning(text, end=" ..."):

@@ -6,7 +6,6 @@
 Axes: B batch, n rows of a split, T tokens of a caption, C channels.
 """
 
-import shlex
 from typing import NamedTuple
 
 import numpy as np
@@ -145,7 +144,7 @@ class ContrastiveTask(WithImages):
     def command(self, out_dir):
         captions = dict.fromkeys(row["answer"] for row in self.dataset.rows["val"] if row["kind"] == "caption")
         prompt = "|".join(list(captions)[:2])
-        return f"{super().command(out_dir)} --image=FILE {shlex.quote(f'--prompt={prompt}')}"
+        return super().command(out_dir, "--image=FILE", f"--prompt={prompt}")
 
     def cost(self, model):
         text, n_tokens = model.text, self.data["train"].ids.shape[1]

@@ -33,6 +33,10 @@ class EncoderTask(Task):
 
     counted = "the share of texts whose labels are all right"  # what the measure "accuracy" is, as text
 
+    def __init__(self, settings, tokenizers=None, source=""):
+        super().__init__(settings, tokenizers, source)
+        self.known = {}  # the ids of each word that `word_ids` has read
+
     @property
     def marks(self):
         return marks_of(self.tokenizer)
@@ -103,6 +107,13 @@ class EncoderTask(Task):
     def draw(self, model, ids, sampling, types=None):
         """Writes the picture sampling.attention of a text. Returns a line about it. ids: framed. types: see `notes`."""
         return draw_own(model, list(map(self.namer(), ids)), lambda: self.read_alone(model, ids, types), sampling)
+
+    def word_ids(self, word):
+        """The ids of a word, with the space before it: a list. One without ids, such as a control character, is [MASK].
+        """
+        if word not in self.known:
+            self.known[word] = self.tokenizer.encode(word).tolist() or [self.marks.mask]
+        return self.known[word]
 
     def framed(self, ids):
         """A text's ids with what stands around them, at most block_size: a list. A longer text loses its end."""

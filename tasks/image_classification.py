@@ -106,7 +106,7 @@ class PictureTask(Task):
         return pictures.read_image(request["image"])
 
     def command(self, out_dir):
-        return f"{super().command(out_dir)} --image=FILE"
+        return super().command(out_dir, "--image=FILE")
 
     def summary(self, model):
         s, n = self.settings, len(self.rows)

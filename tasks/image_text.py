@@ -9,7 +9,6 @@ Axes: B batch, n rows of a split, T tokens of a row, A tokens of the longest ans
 import dataclasses
 import functools
 import math
-import shlex
 from typing import NamedTuple
 
 import numpy as np
@@ -309,7 +308,7 @@ class ImageTextTask(WithImages):
 
     def command(self, out_dir):
         prompt = self.dataset.rows["val"][0]["prompt"]
-        return f"{super().command(out_dir)} --image=FILE {shlex.quote(f'--prompt={prompt}')} --temperature=0"
+        return super().command(out_dir, "--image=FILE", f"--prompt={prompt}", "--temperature=0")
 
     def cost(self, model):
         """(tokens, FLOPs) of an update with all parameters trained; frozen ones are not deducted."""

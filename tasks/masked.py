@@ -12,7 +12,6 @@ Axes: B rows, S tokens of a row with [CLS], A chosen ones, V vocabulary.
 """
 
 import math
-import shlex
 from pathlib import Path
 
 import numpy as np
@@ -268,4 +267,4 @@ class MaskedTask(EncoderTask):
         half = len(ids) // 2
         text = f"{self.tokenizer.decode(ids[:half])}{MASK}{self.text_after(ids[:half + 1], ids[half + 1:])}"
         text = " ".join(text.split())
-        return f"{super().command(out_dir)} {shlex.quote(f'--prompt={text}')}"
+        return super().command(out_dir, f"--prompt={text}")

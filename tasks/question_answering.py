@@ -20,7 +20,6 @@ Axes: B windows, W words of a window, [CLS] in front of them.
 import collections
 import itertools
 import re
-import shlex
 import string
 from pathlib import Path
 from typing import NamedTuple
@@ -82,10 +81,6 @@ class QuestionAnsweringTask(LabelledTask):
     asked = ("no_answer_threshold",)
     rows_label = "the windows"
 
-    def __init__(self, settings, tokenizers=None, source=""):
-        super().__init__(settings, tokenizers, source)
-        self.known = {}  # the ids of each word that was read, with the space before it
-
     def new(self, generator, shape):
         of_bert = shape["block"] == "post"  # the encoder of another model keeps its types
         return super().new(generator, {"n_types": 2 if of_bert else 3, **shape, "dense": not of_bert})
@@ -94,14 +89,9 @@ class QuestionAnsweringTask(LabelledTask):
     # From texts to tensors
 
     def pieces(self, text):
-        """([(start, end)] of each word, the ids of each word) of a text. What has no ids is read as [MASK]."""
-        spans, found = [match.span() for match in WORD.finditer(text)], []
-        for start, end in spans:
-            word = " " * (start == 0 or text[start - 1].isspace()) + text[start:end]
-            if word not in self.known:
-                self.known[word] = self.tokenizer.encode(word).tolist() or [self.marks.mask]
-            found.append(self.known[word])
-        return spans, found
+        """The ids of each word of a text: a list of lists."""
+        return [self.word_ids(" " * (match.start() == 0 or text[match.start() - 1].isspace()) + match[0])
+                for match in WORD.finditer(text)]
 
     def read_for(self, model):
         """From now on, texts are cut into windows for this model. Raises UserError for a stride that is too long."""
@@ -115,7 +105,7 @@ class QuestionAnsweringTask(LabelledTask):
 
     def windows(self, question, context):
         """The Windows of a text, at least one. A question that fills more than half of a window loses its end."""
-        marks, (_, asked), (_, words) = self.marks, self.pieces(question), self.pieces(context)
+        marks, asked, words = self.marks, self.pieces(question), self.pieces(context)
         shared = {word.lower() for word in WORD.findall(question)} if self.marked else ()
         types = [1 + (word.lower() in shared) for word in WORD.findall(context)]
         sep = marks.mask if marks.sep is None else marks.sep
@@ -335,7 +325,7 @@ class QuestionAnsweringTask(LabelledTask):
 
     def check_words(self, questions, text):
         """Names words that the model does not know, and counts questions that are cut, on stderr."""
-        if cut := sum(sum(map(len, self.pieces(question)[1])) >= self.block_size // 2 for question in questions):
+        if cut := sum(sum(map(len, self.pieces(question))) >= self.block_size // 2 for question in questions):
             say(f"questions that fill half of the model's {self.block_size} tokens, and lose their end: {cut} of"
                 f" {len(questions)}")
         if hasattr(self.tokenizer, "unknown") and (unknown := self.tokenizer.unknown(" ".join([*questions, text]))):
@@ -355,8 +345,7 @@ class QuestionAnsweringTask(LabelledTask):
     def command(self, out_dir):
         row = min(self.dataset.rows["val"], key=lambda row: len(row["context"]))
         context = row["context"] if len(row["context"]) <= SHOWN else "FILE:page.txt"
-        own = [f"--prompt={row['question']}", f"--context={context}"]
-        return f"{super().command(out_dir)} {shlex.join(own)}"
+        return super().command(out_dir, f"--prompt={row['question']}", f"--context={context}")
 
 
 def words_of_answer(row):

@@ -14,7 +14,6 @@ With `sft`, it also goes on learning to write the chosen answers, and then judge
 Axes: B pairs, T tokens.
 """
 
-import shlex
 
 import numpy as np
 import torch
@@ -213,8 +212,7 @@ class RewardTask(PairsTask):
 
     def command(self, out_dir):
         pair = self.dataset.rows["val"][0]
-        return shlex.join(["python", "sample.py", f"--out_dir={out_dir}", f"--prompt={pair['messages'][-1]['content']}",
-                           f"--answer={pair['chosen']}"])
+        return Task.command(self, out_dir, f"--prompt={pair['messages'][-1]['content']}", f"--answer={pair['chosen']}")
 
 
 def agreement(margins):

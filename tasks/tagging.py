@@ -13,7 +13,6 @@ Axes: B sentences, W words of a sentence.
 import collections
 import itertools
 import re
-import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,10 +50,6 @@ class TaggingTask(LabelledTask):
     models = {"tagger": (Tagger, TaggerConfig)}
     rows_label = "the sentences"
 
-    def __init__(self, settings, tokenizers=None, source=""):
-        super().__init__(settings, tokenizers, source)
-        self.known = {}  # the ids of each word that was read, with the space before it
-
     def own(self):
         """{"tags": names, "intents": names} of what the model learns: all that the data set has, or what --learn names.
 
@@ -72,12 +67,8 @@ class TaggingTask(LabelledTask):
     # From words to tensors
 
     def pieces(self, words):
-        """The ids of each word: a list of lists. A word without ids, such as a control character, is read as [MASK]."""
-        texts = [" " * (i > 0) + word for i, word in enumerate(words)]
-        for text in texts:
-            if text not in self.known:
-                self.known[text] = self.tokenizer.encode(text).tolist() or [self.marks.mask]
-        return [self.known[text] for text in texts]
+        """The ids of each word: a list of lists."""
+        return [self.word_ids(" " * (i > 0) + word) for i, word in enumerate(words)]
 
     def places(self, words):
         """The position of each word's first token, as far as the model sees them: a list, perhaps shorter."""
@@ -290,7 +281,7 @@ class TaggingTask(LabelledTask):
 
     def command(self, out_dir):
         prompt = " ".join(self.dataset.rows["val"][0]["words"])
-        return f"{super().command(out_dir)} {shlex.quote(f'--prompt={prompt}')}"
+        return super().command(out_dir, f"--prompt={prompt}")
 
     def summary(self, model):
         config = model.config

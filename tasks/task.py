@@ -102,9 +102,9 @@ class Task:
         sampling = build(TASKS[s.task].sampling, {"max_new_tokens": count, "seed": s.seed})
         return "".join(piece for _, piece in self.sample(model, [{"text": ""}], sampling))
 
-    def command(self, out_dir):
-        """The shell command that samples from the run in out_dir."""
-        return shlex.join(["python", "sample.py", f"--out_dir={out_dir}"])
+    def command(self, out_dir, *more):
+        """The shell command that samples from the run in out_dir. more: arguments that a subclass adds."""
+        return shlex.join(["python", "sample.py", f"--out_dir={out_dir}", *more])
 
     def finish(self):
         """Called on the main rank when the run has made all updates and is saved. Publishes the best model if asked."""

@@ -198,7 +198,7 @@ class TranslationTask(Task):
 
     def command(self, out_dir):
         prompt = self.dataset.rows["val"][int(self.rows["val"][0])]["source"]
-        return f"{super().command(out_dir)} {shlex.quote(f'--prompt={prompt}')}"
+        return super().command(out_dir, f"--prompt={prompt}")
 
     def summary(self, model):
         s, kept, total = self.settings, self.rows["train"], len(self.lengths["train"])

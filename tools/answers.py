@@ -110,7 +110,7 @@ def answered(settings, task, model, pick, split, count, seed):
         prompts = [prompt for prompt, _ in task.judge.problems(split, count, seed)]
     except ValueError as error:
         raise UserError(f"problems = {count}: {error}") from None
-    texts = task.write_all(model, [task.chat.prompt([said("user", each)]) for each in prompts], settings.samples, pick)
+    texts = task.texts(model, prompts, settings.samples, pick)
     verdicts = [[task.judge.check(prompt, text) for text in found] for prompt, found in zip(prompts, texts)]
     print(f"{split}: {settings.samples} answers to each of {count:,} problems: {share(verdicts, 1.0):.1%} right,"
           f" {share(verdicts, None):.1%} malformed")
