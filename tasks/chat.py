@@ -90,12 +90,11 @@ class ChatTask(TextTask):
                 room = self.block_size + 1
             rows[-1].append(found)
             room -= len(found[0])
-        if left_out and self.world.is_main:
-            print(f"{left_out:,} of {len(self.dataset.rows[split]):,} {split} dialogues are left out: their first"
-                  f" answer ends after block_size = {self.block_size} tokens")
-        if cut and self.world.is_main:
-            print(f"{cut:,} of {len(self.dataset.rows[split]):,} {split} dialogues lose their last turns, which end"
-                  f" after block_size = {self.block_size} tokens")
+        told = {"are left out: their first answer ends": left_out, "lose their last turns, which end": cut}
+        for what, count in told.items():
+            if count and self.world.is_main:
+                print(f"{count:,} of {len(self.dataset.rows[split]):,} {split} dialogues {what} after block_size ="
+                      f" {self.block_size} tokens")
         if not rows:
             raise UserError(f"block_size = {self.block_size}: no {split} dialogue has an answer within it; use a larger"
                             " one")

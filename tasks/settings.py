@@ -20,12 +20,15 @@ def check_training(settings):
                  warmup_iters=0, lr_decay_iters=0, weight_decay=0.0, beta1=0.0, beta2=0.0, grad_clip=0.0,
                  eval_interval=1, eval_tokens=0, log_interval=1, max_minutes=0.0, save_minutes=0.0, max_grad_norm=0.0,
                  max_loss_rise=0.0, sample_tokens=0, lora_rank=0, lora_alpha=0.0, seed=0, dropout=0.0)
+    check_sizes(settings)
     for name, rate in settings.rates.items():
         if not rate >= 0:
             raise UserError(f"rates.{name} = {rate}: must be at least 0")
-    for name in ("beta1", "beta2", "dropout"):
-        if getattr(settings, name) >= 1:
+    for name in ("beta1", "beta2", "dropout", "smoothing", "hide_rate"):
+        if getattr(settings, name, 0) >= 1:
             raise UserError(f"{name} = {getattr(settings, name)}: must be below 1")
+    if not 0 < getattr(settings, "mask_rate", 0.5) < 1:
+        raise UserError(f"mask_rate = {settings.mask_rate}: must lie between 0 and 1")
     if settings.shard and settings.dtype == "float16":
         raise UserError("shard = True: does not work with --dtype=float16; use --dtype=bfloat16")
     if settings.optimizer == "adamw":
@@ -50,6 +53,14 @@ def check_training(settings):
     check_publish(getattr(settings, "publish", ""), settings.out_dir, settings.init_from)
 
 
+def check_sizes(settings):
+    """Raises UserError for sizes that no model or data set can have. Tasks have these settings, or some of them."""
+    least = dict(n_layer=1, n_encoder_layer=0, n_head=1, n_embd=1, n_hidden=0, block_size=1, patch_size=1, train_rows=0)
+    check_ranges(settings, **{name: low for name, low in least.items() if hasattr(settings, name)})
+    if hasattr(settings, "n_head"):
+        check_shape(settings.n_embd, settings.n_head, getattr(settings, "n_kv_head", 0), settings.dropout)
+
+
 @dataclass(frozen=True)
 class LanguageModel:
     # the model
@@ -70,7 +81,6 @@ class LanguageModel:
     zero_init: bool = False  # start the last matrices of each block at zero, so that it adds nothing at first
 
     def __post_init__(self):
-        check_sizes(self)
         if self.init_from != "scratch":
             check_idle(self, "is for a model that starts from scratch", "zero_init")
 
@@ -205,7 +215,6 @@ class Contrastive:
     vision: Vision = Vision()  # the vision tower
 
     def __post_init__(self):
-        check_sizes(self)
         check_sample_tokens(self)
         if self.shard:
             raise UserError("shard = True: the scalar parameters of --task=contrastive can't be sharded; leave it out")
@@ -226,7 +235,6 @@ class ImageText:
     vision: Vision = Vision()  # the vision tower
 
     def __post_init__(self):
-        check_sizes(self)
         if self.init_from != "scratch":
             check_idle(self, "is for a model that starts from scratch", "init_vision", "init_decoder")
         check_sample_tokens(self)
@@ -252,11 +260,8 @@ class Translation:
     smoothing: float = 0.1  # share of each target's weight that is spread over the whole vocabulary
 
     def __post_init__(self):
-        check_sizes(self)
         check_sample_tokens(self)
-        check_ranges(self, n_encoder_layer=0, smoothing=0.0)
-        if self.smoothing >= 1:
-            raise UserError(f"smoothing = {self.smoothing}: must be below 1")
+        check_ranges(self, smoothing=0.0)
 
 
 @dataclass(frozen=True)
@@ -273,7 +278,6 @@ class Encoding:
     positions: Literal["learned", "sinusoidal", "rotary"] = "learned"  # of the tokens
 
     def __post_init__(self):
-        check_sizes(self)
         check_sample_tokens(self)
 
 
@@ -282,20 +286,11 @@ class Masked(Encoding):
     mask_rate: float = 0.15  # the share of each row's tokens that are hidden and predicted
     publish: str = ""  # folder to write the best model to at the end, as transformers can load it
 
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 < self.mask_rate < 1:
-            raise UserError(f"mask_rate = {self.mask_rate}: must lie between 0 and 1")
-
 
 @dataclass(frozen=True)
 class Classification(Encoding):
     pool: Literal["mean", "first"] = "mean"  # what the head reads: the mean of all tokens, or [CLS]
     train_rows: int = 0  # learn from so many training rows only, drawn with the seed; 0: all
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_ranges(self, train_rows=0)
 
 
 @dataclass(frozen=True)
@@ -311,8 +306,7 @@ class Pictures:
     flip: bool = False  # mirror each second one, left to right
 
     def __post_init__(self):
-        check_ranges(self, n_layer=1, n_head=1, n_embd=1, patch_size=1, shift=0)
-        check_shape(self.n_embd, self.n_head, 0, self.dropout)
+        check_ranges(self, shift=0)
         check_sample_tokens(self)
 
 
@@ -321,20 +315,11 @@ class ImageClassification(Pictures):
     pool: Literal["mean", "first"] = "mean"  # what the last layer reads: the mean of all patches, or a class token
     train_rows: int = 0  # learn from so many pictures only, the same share of each class, drawn with the seed; 0: all
 
-    def __post_init__(self):
-        super().__post_init__()
-        check_ranges(self, train_rows=0)
-
 
 @dataclass(frozen=True)
 class MaskedPatches(Pictures):
     mask_rate: float = 0.6  # the share of each picture's patches that are hidden and predicted
     normalise: bool = True  # predict pixels less their patch's mean, divided by their standard deviation
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 < self.mask_rate < 1:
-            raise UserError(f"mask_rate = {self.mask_rate}: must lie between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -350,11 +335,8 @@ class Columns:
     hide_rate: float = 0.1  # the share of their values that training makes missing, drawn anew each time
 
     def __post_init__(self):
-        check_ranges(self, patch_size=1, hide_rate=0.0)
-        check_sizes(self)
+        check_ranges(self, hide_rate=0.0)
         check_sample_tokens(self)
-        if self.hide_rate >= 1:
-            raise UserError(f"hide_rate = {self.hide_rate}: must be below 1")
 
 
 @dataclass(frozen=True)
@@ -365,9 +347,7 @@ class Tagging(Encoding):
 
     def __post_init__(self):
         super().__post_init__()
-        check_ranges(self, train_rows=0, hide_rate=0.0)
-        if self.hide_rate >= 1:
-            raise UserError(f"hide_rate = {self.hide_rate}: must be below 1")
+        check_ranges(self, hide_rate=0.0)
 
 
 @dataclass(frozen=True)
@@ -379,15 +359,7 @@ class QuestionAnswering(Encoding):
 
     def __post_init__(self):
         super().__post_init__()
-        check_ranges(self, answer_words=1, stride=0, train_rows=0)
-
-
-def check_sizes(settings):
-    """Raises UserError for sizes that no model can have."""
-    check_ranges(settings, n_layer=1, n_head=1, n_embd=1, block_size=1)
-    if hasattr(settings, "n_hidden"):
-        check_ranges(settings, n_hidden=0)
-    check_shape(settings.n_embd, settings.n_head, getattr(settings, "n_kv_head", 0), settings.dropout)
+        check_ranges(self, answer_words=1, stride=0)
 
 
 def check_sample_tokens(settings):
