@@ -30,11 +30,10 @@ from critic import Critic, as_kind
 from generate import generate, pick_tokens, picker
 from inside import record
 from inside.picture import check_chosen, draw_text
-from machine.device import autocast
 from machine.terminal import watched
 from model import GPT
 from run.cost import flops_per_token, size_in_words
-from tasks.labels import averaged
+from tasks.labels import mean_nats
 from tasks.scores import best_of
 from tasks.settings import Chatting
 from tasks.text import EVAL_TOKENS, TextTask
@@ -132,13 +131,9 @@ class ChatTask(TextTask):
     @torch.no_grad()
     def evaluate(self, model, split, world, dtype, limit=0):
         """{"loss": mean nats of what the assistant writes}; in a world also "exact": the share of right answers."""
-        def score(rows):
-            arguments, weights = self.arguments(split, rows)
-            with autocast(world.device, dtype):
-                return {"loss": ((model(**arguments) * weights).sum().item(), weights.sum().item())}
-
         n, T = len(self.rows[split][0]), self.rows[split][0].shape[1] - 1
-        found = averaged(world, fixed_rows(n, max(1, EVAL_TOKENS // T), -(-limit // T)), score)
+        batches = fixed_rows(n, max(1, EVAL_TOKENS // T), -(-limit // T))
+        found = mean_nats(model, world, dtype, batches, functools.partial(self.arguments, split))
         if self.judging:
             found["exact"] = share(self.answer(model, self.problems(split), 1, GREEDY), 1.0)
         return found

@@ -27,7 +27,7 @@ from run import pictures
 from run.cost import flops_per_token, size_in_words
 from run.pictures import save_picture
 from tasks import TASKS
-from tasks.image_text import SHOWN, check_patch, check_size
+from tasks.image_text import SHOWN, check_patch, check_size, image_of
 from tasks.labels import averaged, described, graded, indicators, installed, label_report, reports
 from tasks.settings import Recognising
 from tasks.task import Task
@@ -98,12 +98,6 @@ class PictureTask(Task):
         """Training pictures, changed as the settings say: (B, 3, S, S) in [-1, 1], on the device."""
         images = self.dataset.images[self.images["train"][rows]]
         return scaled(changed(images, self.settings.shift, self.settings.flip, generator), self.world.device)
-
-    def seen(self, request):
-        """The PIL image of a request. Raises UserError if it has none."""
-        if not request.get("image"):
-            raise UserError("this model reads images: add --image=FILE")
-        return pictures.read_image(request["image"])
 
     def command(self, out_dir):
         return super().command(out_dir, "--image=FILE")
@@ -242,7 +236,7 @@ class ImageClassificationTask(PictureTask):
         """
         device, size = next(model.parameters()).device, model.config.vision.image_size
         for index, request in enumerate(requests):
-            found = self.seen(request)
+            found = image_of(request)
             image = pictures.pixels(found, size).to(device)[None]
             shares, = self.probabilities(model, image)
             path = f"{request['image']}: " * (len(requests) > 1)
@@ -255,7 +249,7 @@ class ImageClassificationTask(PictureTask):
 
     def inside(self, model, request, sampling):
         """The record of a picture: its patches as tokens, where they look, and the likeliest classes."""
-        picture = self.seen(request)
+        picture = image_of(request)
         vision, trunk = model.config.vision, model.vision.transformer
         image = pictures.pixels(picture, vision.image_size)[None].to(next(model.parameters()).device)
         N, side, first = vision.n_patches, vision.image_size // vision.patch_size, int(vision.cls)

@@ -25,7 +25,7 @@ from run import checkpoint, pictures
 from run.cost import flops_per_token, size_in_words
 from run.pictures import save_picture
 from sources.images import CONTROLS
-from tasks.labels import averaged
+from tasks.labels import mean_nats
 from tasks.loading import load
 from tasks.task import Task
 from tokenizer import Transcript, transcribe
@@ -68,6 +68,13 @@ class WithImages(Task):
         n, s = len(self.data["train"].images), self.settings
         return (f"model: {size_in_words(model)}, {self.n_patches} image tokens; data:"
                 f" {n:,} rows of {s.dataset}; {s.max_iters} updates = {s.batch_size * s.max_iters / n:.1f} epochs")
+
+
+def image_of(request):
+    """The PIL image of a request. Raises UserError if it has none."""
+    if not request.get("image"):
+        raise UserError("this model reads images: add --image=FILE")
+    return pictures.read_image(request["image"])
 
 
 def check_patch(name, patch, size):
@@ -180,14 +187,10 @@ class ImageTextTask(WithImages):
     @torch.no_grad()
     def evaluate(self, model, split, world, dtype, limit=0):
         """{"loss": mean nats of the tokens of all answers}."""
-        def score(rows):
-            arguments, weights = self.gather(data, rows)
-            with autocast(world.device, dtype):
-                return {"loss": ((model(**arguments) * weights).sum().item(), weights.sum().item())}
-
         data = self.data[split]
         most_rows = max(1, limit // data.ids.shape[1]) if limit else 0
-        return averaged(world, fixed_rows(len(data.images), self.settings.batch_size, most_rows), score)
+        batches = fixed_rows(len(data.images), self.settings.batch_size, most_rows)
+        return mean_nats(model, world, dtype, batches, functools.partial(self.gather, data))
 
     def details(self, model, split, world, dtype, settings, found):
         """{name: value}: "rows", their number; "exact" and "exact (image blanked)", the shares of exact answers.
@@ -249,7 +252,7 @@ class ImageTextTask(WithImages):
         Raises UserError if a request has no image, or if its image or prompt can't be used.
         """
         device, paths = next(model.parameters()).device, list(dict.fromkeys(r.get("image") for r in requests))
-        found = [self.seen({"image": path}) for path in paths]
+        found = [image_of({"image": path}) for path in paths]
         images = torch.stack([pictures.pixels(picture, model.config.vision.image_size) for picture in found]).to(device)
         prompts = [encode_prompt(self.tokenizer, r["text"].rstrip("\r\n")) for r in requests]  # files end in newlines
         with torch.inference_mode():
@@ -271,18 +274,12 @@ class ImageTextTask(WithImages):
             yield 0, save_picture(pictures.draw_attention(found[0], weights, requests[0]["text"], names),
                                   sampling.attention)
 
-    def seen(self, request):
-        """The PIL image of a request. Raises UserError if it has none."""
-        if not request.get("image"):
-            raise UserError("this model answers prompts about an image: add --image=FILE")
-        return pictures.read_image(request["image"])
-
     def inside(self, model, request, sampling):
         """The record of an image, a prompt and the answer. Its attention "image" is that of each token to the patches.
 
         The model reads a prompt in both directions, so only what comes after it was predicted.
         """
-        picture, prompt = self.seen(request), encode_prompt(self.tokenizer, request["text"].rstrip("\r\n"))
+        picture, prompt = image_of(request), encode_prompt(self.tokenizer, request["text"].rstrip("\r\n"))
         device, N = next(model.parameters()).device, model.config.vision.n_patches
         image = pictures.pixels(picture, model.config.vision.image_size)[None].to(device)
         with torch.inference_mode():

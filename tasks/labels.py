@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from configurator import say
+from machine.device import autocast
 from run.files import to_json, write_text
 from run.pictures import draw_map, save_picture
 
@@ -22,6 +23,16 @@ def averaged(world, parts, score):
         for name, pair in score(part).items():
             totals[name] = totals.get(name, 0.0) + weight * np.array(pair)
     return {name: total / max(count, 1) for name, pair in totals.items() for total, count in [world.sum(*pair)]}
+
+
+def mean_nats(model, world, dtype, parts, gather):
+    """{"loss": mean nats of a target} over all parts. gather(part): (the model's arguments, weights of the targets)."""
+    def score(part):
+        arguments, weights = gather(part)
+        with autocast(world.device, dtype):
+            return {"loss": ((model(**arguments) * weights).sum().item(), weights.sum().item())}
+
+    return averaged(world, parts, score)
 
 
 def graded(nats, right, weights):

@@ -25,7 +25,7 @@ from machine.terminal import watched
 from run import pictures
 from run.pictures import save_picture
 from tasks.image_classification import AT_ONCE, PictureTask
-from tasks.image_text import check_patch, check_size
+from tasks.image_text import check_patch, check_size, image_of
 from vit import MaskedPatches, MaskedPatchesConfig, blanked, images_of, mean_and_spread, patches_of
 
 MOST_PICTURES = 50_000  # training pictures from which the mean picture is made
@@ -156,7 +156,7 @@ class MaskedPatchesTask(PictureTask):
         vision, panels = model.config.vision, []
         device, generator = next(model.parameters()).device, torch.Generator().manual_seed(sampling.seed)
         for index, request in enumerate(requests):
-            image = pictures.pixels(self.seen(request), vision.image_size).to(device)
+            image = pictures.pixels(image_of(request), vision.image_size).to(device)
             places = self.places(1, vision.n_patches, generator)[0].to(device)
             loss, guess = self.guess(model, image, places)
             path = f"{request['image']}: " * (len(requests) > 1)

@@ -34,7 +34,7 @@ from machine.terminal import watched
 from model import init_weights
 from run.cost import size_in_words
 from seq2seq import Seq2Seq, Seq2SeqConfig
-from tasks.labels import averaged, write_rows
+from tasks.labels import mean_nats, write_rows
 from tasks.settings import Translating
 from tasks.task import Task
 from tokenizer import same_vocabulary
@@ -132,15 +132,11 @@ class TranslationTask(Task):
     @torch.no_grad()
     def evaluate(self, model, split, world, dtype, limit=0):
         """{"loss": mean nats of a target token}, without smoothing. limit: in target tokens; 0: all."""
-        def score(rows):
-            arguments, weights = self.gather(split, rows)
-            with autocast(world.device, dtype):
-                return {"loss": ((model(**arguments) * weights).sum().item(), weights.sum().item())}
-
         rows, lengths = self.rows[split], self.lengths[split]
         chosen, = fixed_rows(len(rows), len(rows), limit and max(1, int(limit / lengths[rows, 1].mean())))
         rows = rows[chosen]
-        return averaged(world, [rows[part] for part in length_batches(lengths[rows].max(1), AT_ONCE)], score)
+        batches = [rows[part] for part in length_batches(lengths[rows].max(1), AT_ONCE)]
+        return mean_nats(model, world, dtype, batches, functools.partial(self.gather, split))
 
     def details(self, model, split, world, dtype, settings, found):
         """{name: value}: perplexity and `report` of the split; with settings.test also of the part "test".

@@ -188,7 +188,7 @@ def test_write_returns_the_answer_about_an_image(loaded, photos):
 
 
 def test_settings_that_do_not_fit_together_are_refused(published, photos):
-    with pytest.raises(UserError, match="this model answers prompts about an image: add --image=FILE"):
+    with pytest.raises(UserError, match="this model reads images: add --image=FILE"):
         run(published)
     with pytest.raises(UserError, match="image = none.png: can't be read"):
         run(published, image=f"{photos[0]},none.png")
