@@ -130,7 +130,12 @@ class EncoderTask(Task):
 
 
 class LabelledTask(EncoderTask):
-    """Base class of tasks with rows of texts and labels. A subclass has read(row), targets(split, rows), score."""
+    """Base class of tasks with rows of texts and labels. A subclass has
+
+    read(row)                         the ids of a row's text, framed. row: a dict of the data set
+    targets(split, rows)              ({argument of the model beside tokens and lengths: array}, weights of the targets)
+    score(model, arguments, weights)  {name: (total, count)} of a batch, for `averaged`, "loss" among the names
+    """
 
     def open(self, folder, world):
         self.dataset, self.world = LabelledDataset(folder, *TASKS[self.settings.task].kinds), world
@@ -148,14 +153,6 @@ class LabelledTask(EncoderTask):
         if wanted:  # settings that lack it, of a published model, lack the seed too
             order = np.random.Generator(np.random.Philox(key=s.seed)).permutation(n)
             self.rows = np.sort(order[:wanted])
-
-    def read(self, row):
-        """The ids of a row's text, framed. row: a dict of the data set."""
-        raise NotImplementedError
-
-    def targets(self, split, rows):
-        """({argument of the model beside tokens and lengths: array}, weights of the targets: an array)."""
-        raise NotImplementedError
 
     def pick(self, step):
         s = self.settings
@@ -187,10 +184,6 @@ class LabelledTask(EncoderTask):
                 return self.score(model, arguments, weights)
 
         return averaged(world, self.parts(split, limit), score)
-
-    def score(self, model, arguments, weights):
-        """{name: (total, count)} of a batch, as numbers; the same names for every batch, "loss" among them."""
-        raise NotImplementedError
 
     def summary(self, model):
         s, n = self.settings, len(self.rows)

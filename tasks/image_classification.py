@@ -172,7 +172,7 @@ class ImageClassificationTask(PictureTask):
     # ------------------------------------------------------------------------------------------------------------------
     # Measures
 
-    details = reports
+    details = reports  # of `report`, with settings.test for the part "test" too
 
     def report(self, model, part, dtype, settings):
         """{name: value}: see `label_report`."""
