@@ -27,8 +27,6 @@ def check_training(settings):
     for name in ("beta1", "beta2", "dropout", "smoothing", "hide_rate"):
         if getattr(settings, name, 0) >= 1:
             raise UserError(f"{name} = {getattr(settings, name)}: must be below 1")
-    if not 0 < getattr(settings, "mask_rate", 0.5) < 1:
-        raise UserError(f"mask_rate = {settings.mask_rate}: must lie between 0 and 1")
     if settings.shard and settings.dtype == "float16":
         raise UserError("shard = True: does not work with --dtype=float16; use --dtype=bfloat16")
     if settings.optimizer == "adamw":
@@ -54,9 +52,12 @@ def check_training(settings):
 
 
 def check_sizes(settings):
-    """Raises UserError for sizes that no model or data set can have. Tasks have these settings, or some of them."""
-    least = dict(n_layer=1, n_encoder_layer=0, n_head=1, n_embd=1, n_hidden=0, block_size=1, patch_size=1, train_rows=0)
+    """Raises UserError for sizes and shares that can't be. A task has some of these settings."""
+    least = dict(n_layer=1, n_encoder_layer=0, n_head=1, n_embd=1, n_hidden=0, block_size=1, patch_size=1, train_rows=0,
+                 smoothing=0.0, hide_rate=0.0)
     check_ranges(settings, **{name: low for name, low in least.items() if hasattr(settings, name)})
+    if not 0 < getattr(settings, "mask_rate", 0.5) < 1:
+        raise UserError(f"mask_rate = {settings.mask_rate}: must lie between 0 and 1")
     if hasattr(settings, "n_head"):
         check_shape(settings.n_embd, settings.n_head, getattr(settings, "n_kv_head", 0), settings.dropout)
 
@@ -261,7 +262,6 @@ class Translation:
 
     def __post_init__(self):
         check_sample_tokens(self)
-        check_ranges(self, smoothing=0.0)
 
 
 @dataclass(frozen=True)
@@ -335,7 +335,6 @@ class Columns:
     hide_rate: float = 0.1  # the share of their values that training makes missing, drawn anew each time
 
     def __post_init__(self):
-        check_ranges(self, hide_rate=0.0)
         check_sample_tokens(self)
 
 
@@ -344,10 +343,6 @@ class Tagging(Encoding):
     learn: Literal["both", "tags", "intents"] = "both"  # labels of words, of sentences, or what the data have
     hide_rate: float = 0.0  # the share of tagged words (but "O") that training makes unknown: new ones will be
     train_rows: int = 0  # learn from so many training rows only, drawn with the seed; 0: all
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_ranges(self, hide_rate=0.0)
 
 
 @dataclass(frozen=True)
