@@ -22,7 +22,8 @@ def averaged(world, parts, score):
     for part, weight in world.share(parts):  # weight: 1, or 0 for a part that another rank counts
         for name, pair in score(part).items():
             totals[name] = totals.get(name, 0.0) + weight * np.array(pair)
-    return {name: total / max(count, 1) for name, pair in totals.items() for total, count in [world.sum(*pair)]}
+    sums = {name: world.sum(*pair) for name, pair in totals.items()}
+    return {name: total / max(count, 1) for name, (total, count) in sums.items()}
 
 
 def mean_nats(model, world, dtype, parts, gather):
