@@ -15,6 +15,7 @@ import prepare
 import sample
 import train
 from configurator import parse, read_file
+from tasks import TASKS
 from tasks import settings as task_settings
 from tools import alignments, answers, bench, compare, figures, ladder, publish, scaling, stages, transfer, versus
 
@@ -78,6 +79,9 @@ def test_commands_parse(line, monkeypatch):
     script, *arguments = shlex.split(line.replace("-m tools.", "tools."), comments=True)
     if "--batchsize=32" in arguments:  # the README's example of a mistake
         arguments.remove("--batchsize=32")
+    if "--help" in arguments and any(argument.startswith("--task=") for argument in arguments):
+        assert {argument.removeprefix("--task=") for argument in arguments} - {"--help"} <= TASKS.keys()
+        return
     arguments = [argument for argument in arguments if argument != "--help"]
     if script == "prepare.py":
         arguments = [argument for argument in arguments if argument.startswith("-")]
