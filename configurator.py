@@ -135,7 +135,9 @@ def from_command_line(cls, doc, usual=None, **how):
         try:
             cls, _ = widened(cls, read_arguments(argv), how.get("more"))
         except UserError:
-            cls = joined(cls, usual) if usual else cls
+            if not usual:
+                raise
+            cls = joined(cls, usual)
         print(help_text(cls, doc, files="more" in how), flush=True)  # other commands take no config files
         raise SystemExit(0)
 
@@ -467,7 +469,9 @@ def help_lines(cls, prefix=""):
                 yield from help_lines(field.type, f"{prefix}{name}.")
             elif field:
                 value = ".NAME=VALUE" if typing.get_origin(field.type) is dict else f"={field.default}"
-                yield f"  {f'--{prefix}{name}{value}':40} {text}"
+                choices = [each for each in typing.get_args(field.type) if isinstance(each, str) and each]
+                more = f"; one of {', '.join(choices)}" if any(each not in text for each in choices) else ""
+                yield f"  {f'--{prefix}{name}{value}':40} {text}{more}"
 
 
 def differences(settings):

@@ -26,7 +26,7 @@ from tasks.settings import check_training
 @dataclass(frozen=True)
 class Settings:
     # task, data and folders
-    task: Literal[tuple(TASKS)] = "text"  # what to train: text, contrastive, image-text, arithmetic
+    task: Literal[tuple(TASKS)] = "text"  # what to train; --help --task=NAME lists a task's own settings
     out_dir: str = "out"  # folder for everything the run writes
     dataset: str = "shakespeare_char"  # a name under data/, or a folder made by prepare.py
     init_from: str = "scratch"  # scratch, a run's folder, a published folder or hub id, gpt2, gpt2-medium, -large, -xl

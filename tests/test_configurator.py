@@ -15,7 +15,17 @@ import evaluate
 import prepare
 import sample
 import train
-from configurator import UserError, check_ranges, differences, help_text, joined, one_line_errors, parse, with_home
+from configurator import (
+    UserError,
+    check_ranges,
+    differences,
+    from_command_line,
+    help_text,
+    joined,
+    one_line_errors,
+    parse,
+    with_home,
+)
 from tasks import TASKS
 
 ROOT = Path(train.__file__).parent
@@ -331,7 +341,7 @@ def test_help_without_a_docstring_and_without_a_real_stdout(monkeypatch, capsys)
         assert end.value.code == 0
 
 
-def test_help_documents_every_setting(monkeypatch):
+def test_help_documents_every_setting(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "120")
     text = help_text(Example, "What it does.")
     assert "What it does." in text and "a heading" in text
@@ -341,6 +351,11 @@ def test_help_documents_every_setting(monkeypatch):
     for cls in (*(script.Settings for script in (train, sample, evaluate, prepare)), *of_tasks):
         documented = help_text(cls, "")
         assert all(re.search(rf"  --{each.name}[.=].* +\S", documented) for each in fields(cls)), cls
+    assert re.search(r"--optimizer=adamw .*; one of adamw, muon\n", help_text(train.Settings, ""))
+    monkeypatch.setattr("sys.argv", ["train.py", "--help", "--task=txt"])
+    with pytest.raises(SystemExit, match="2"):
+        from_command_line(train.Settings, "", **train.HOW)
+    assert "task must be one of text, " in capsys.readouterr().err
     with pytest.raises(UserError, match="unknown setting --pair_loss .* it is only for --task=contrastive"):
         parse(train.Settings, ["--pair_loss=softmax"], **train.HOW)
     with pytest.raises(UserError, match="setting --vision .* only for --task=contrastive and --task=image-text"):
