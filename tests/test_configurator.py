@@ -353,6 +353,7 @@ def test_help_documents_every_setting(monkeypatch, capsys):
         assert all(re.search(rf"  --{each.name}[.=].* +\S", documented) for each in fields(cls)), cls
     assert re.search(r"--optimizer=adamw .*; one of adamw, muon\n", help_text(train.Settings, ""))
     monkeypatch.setattr("sys.argv", ["train.py", "--help", "--task=txt"])
+    monkeypatch.setattr("sys.excepthook", None)  # it is set again
     with pytest.raises(SystemExit, match="2"):
         from_command_line(train.Settings, "", **train.HOW)
     assert "task must be one of text, " in capsys.readouterr().err
