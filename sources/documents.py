@@ -191,18 +191,26 @@ def read_table(path, column=""):
         check_start(path, file.peek())
         rows = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True,
                           delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        read = 0  # lines of whole rows
         try:
             names = [name.strip() for name in next(filter(None, rows), [])]
             if doubles := {name for name in names if name and names.count(name) > 1}:
                 raise UserError(f"{path}: several columns are named {', '.join(doubles)}: rename all but one")
-            for row in filter(None, rows):
-                where = f"{path}, line {rows.line_num}"
+            read = rows.line_num
+            for row in rows:
+                read = rows.line_num
+                where = f"{path}, line {read}"
+                if not row:
+                    continue
                 if len(row) != len(names):
                     raise UserError(f"{where}: has {len(row)} fields, but the first line names {len(names)}: put"
                                     " double quotes around a field that contains separators")
                 yield where, dict(zip(names, row))
-        except (csv.Error, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
             raise UserError(f"{path}, after line {rows.line_num}: is not a table in UTF-8: {error}") from None
+        except csv.Error as error:
+            raise UserError(f"{path}, the row that begins in line {read + 1}: has a double quote that is not closed, or"
+                            f" text after a closing one ({error}): close it; inside a field, write it twice") from None
 
 
 def read_parquet(path, column):

@@ -344,7 +344,8 @@ def test_unusable_documents_give_the_reason(in_process, tmp_path, monkeypatch):
     for depth in (500, 200_000):
         check("line 1: .*(is not valid text|recursion)", a_jsonl=b'{"text": %s}' % (b"[" * depth + b"]" * depth))
     check("a.csv, line 2: has 3 fields, but the first line names 2: put double quotes", a_csv=b"text,b\na,b,c")
-    check("a.csv, after line 2: is not a table in UTF-8: unexpected end", a_csv=b'text,b\n"a,b')
+    check("a.csv, the row that begins in line 4: has a double quote that is not closed, .*unexpected end",
+          a_csv=b'text,b\nc,d\n\n"a,b\ne,f')
     check("a.csv, after line 0: is not a table in UTF-8: .* byte 0xff", a_csv=b"text,b\n\xff,c")
     check("a.jsonl is UTF-16, .*: run iconv", a_jsonl='{"text": "x"}'.encode("utf-16"))
     check("no column is named text, only a, b: choose one", a_tsv=b"a\tb\nc\td")
