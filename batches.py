@@ -362,9 +362,10 @@ class LabelledDataset:
 class ColumnsDataset:
     """A prepared folder of rows of a table. meta: from meta.json; its columns say the kind of each value.
 
-    rows: {split: list of dicts} with label (a name) and values: {column: a float, the name of a category, a text, or
-    the index of a picture; None if it is missing}. images: uint8 (n, S, S, 3), memory-mapped, and image_size: S; None
-    if no column has pictures. Raises UserError if the files don't fit meta.json.
+    rows: {split: list of dicts} with label (the name of a class; where meta.json names none, a float) and values:
+    {column: a float, the name of a category, a text, or the index of a picture; None if it is missing}. images: uint8
+    (n, S, S, 3), memory-mapped, and image_size: S; None if no column has pictures. Raises UserError if the files don't
+    fit meta.json.
     """
     TYPES = {"number": float, "category": str, "text": str, "picture": int}
 
@@ -372,8 +373,10 @@ class ColumnsDataset:
         self.folder, self.meta = folder, read_meta(folder, "columns")
         self.image_size = self.meta.get("image_size")
         self.images = open_images(folder, self.meta) if self.image_size else None
-        self.rows = Rows(self, {"values": dict, "label": str})
-        if not all(column.get("kind") in self.TYPES and column.get("std", 1) > 0 for column in self.meta["columns"]):
+        self.rows = Rows(self, {"values": dict, "label": str if self.meta["labels"] else float})
+        quantity = [] if self.meta["labels"] else [{"kind": "number", "std": self.meta.get("std", 0)}]
+        if not all(each.get("kind") in self.TYPES and each.get("std", 1) > 0
+                   for each in self.meta["columns"] + quantity):
             raise UserError(f"{folder / 'meta.json'} is damaged: prepare the data set again")
         types = {column["name"]: self.TYPES[column["kind"]] for column in self.meta["columns"]}
         pictures = [column["name"] for column in self.meta["columns"] if column["kind"] == "picture"]

@@ -1,11 +1,11 @@
-"""A classifier of the rows of a table: numbers, categories, texts and pictures are tokens of one list.
+"""A model of the rows of a table: numbers, categories, texts and pictures are tokens of one list.
 
     python train.py config/titanic.py               trains one, also on a laptop's CPU
 
 The list is [CLS], a token for each category, a token for each number, the tokens of each text, the patches of each
-picture. An embedding of its column is added to each token, and the classes are read at [CLS], as in the FT-Transformer
+picture. An embedding of its column is added to each token, and the label is read at [CLS], as in the FT-Transformer
 (Gorishniy et al. 2021). With numbers = "head" the numbers skip the trunk: they go into the head beside [CLS], as in the
-Tab Transformer (Huang et al. 2020).
+Tab Transformer (Huang et al. 2020). The label is a class, or a quantity such as a price.
 
 Axes: B rows, c columns of categories, m of numbers, t of texts, p of pictures, K of those with tokens, S tokens of a
 text, N patches of a picture, L tokens of the list, C channels (n_embd), H and W height and width in pixels.
@@ -31,7 +31,9 @@ class ColumnsConfig(TransformerConfig):
     bias: bool = True
     columns: tuple = ()  # dicts with name and kind; of numbers also mean and std, of categories also values
     label: str = ""  # the name of the column that is predicted
-    labels: tuple = ()  # the names of the classes
+    labels: tuple = ()  # the names of the classes; (): the label is a quantity
+    mean: float = 0.0  # of a quantity, in the training rows
+    std: float = 1.0  # likewise
     numbers: str = "tokens"  # where numbers go: into the list as tokens, or into the head
     vocab_size: int = 0  # of the texts
     block_size: int = 32  # the most tokens of a text
@@ -44,7 +46,7 @@ class ColumnsConfig(TransformerConfig):
         check_choices(self, numbers=("tokens", "head"))
         for name in ("columns", "labels"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON makes lists of them
-        if len(self.labels) < 2:
+        if len(self.labels) == 1:
             raise UserError(f"labels = {list(self.labels)}: a classifier needs at least two")
 
     def places(self, kind):
@@ -72,7 +74,7 @@ class ColumnsConfig(TransformerConfig):
         return ViTConfig(n_head=1, n_embd=self.n_embd, image_size=self.image_size, patch_size=self.patch_size)
 
 
-class ColumnsClassifier(nn.Module):
+class ColumnsModel(nn.Module):
     """Embeddings of each kind of column, a trunk, and a head. `init_columns` sets its weights."""
 
     def __init__(self, config):
@@ -91,11 +93,13 @@ class ColumnsClassifier(nn.Module):
         self.patch_positions = nn.Embedding(config.n_patches, C) if count["picture"] else None
         self.dropout = Dropout(config.dropout)
         self.transformer = Transformer(config)
-        self.head = Head(config, len(config.labels), 0 if tokens else 2 * m)
+        self.head = Head(config, len(config.labels) or 1, 0 if tokens else 2 * m)
+        self.errors = F.cross_entropy if config.labels else F.mse_loss
 
     def forward(self, categories, numbers, missing, tokens=None, lengths=None, images=None, seen=None, targets=None):
-        """The logits of the classes, (B, number of labels), in float32; or, given targets (B,), the nats of each row.
+        """The logits of the classes, (B, number of classes), or the standardised quantity (B, 1), in float32.
 
+        Given targets, the nats of each, (B,); or of standardised quantities (B, 1) the squared error of each, (B, 1).
         categories: ids (B, c), 0 for a missing or unknown one. numbers: (B, m), standardised, and 0 where `missing`
         (B, m) is True. tokens: ids (B, t, S), padded on the right, and lengths (B, t), 0 for a missing text. images:
         (B, p, 3, H, W) in [-1, 1], and seen (B, p), False for a missing picture. None where there are no such columns.
@@ -105,8 +109,8 @@ class ColumnsClassifier(nn.Module):
         x = self.transformer(self.dropout(x), mask=mask)[:, 0]  # (B, C)
         if self.config.numbers == "head":
             x = torch.cat((x, numbers.to(x.dtype), missing.to(x.dtype)), dim=1)
-        logits = self.head(x)
-        return logits if targets is None else F.cross_entropy(logits, targets, reduction="none")
+        outputs = self.head(x)
+        return outputs if targets is None else self.errors(outputs, targets, reduction="none")
 
     def embed(self, categories, numbers, missing, tokens, lengths, images, seen):
         """(the list (B, L, C), which of its tokens are there (B, L)). Arguments: see `forward`."""
@@ -131,7 +135,7 @@ class ColumnsClassifier(nn.Module):
 
 @torch.no_grad()
 def init_columns(model, generator=None):
-    """Initialises a ColumnsClassifier in place by `init_weights`; patches start with sines and cosines as positions."""
+    """Initialises a ColumnsModel in place by `init_weights`; patches start with sines and cosines as positions."""
     init_weights(model, generator, std=model.config.n_embd**-0.5)
     if model.patches is not None:
         model.patch_positions.weight.copy_(sincos_2d(model.config.vision))

@@ -48,11 +48,13 @@ LABELLED = {  # texts with labels, from sources/labelled_sets.py: kind, recipe, 
 IMAGE_LABELS = {  # pictures by class: settings for sources.labelled_images.How
     "fashion_mnist": dict(image_size=28), "digit_scans": dict(image_size=16)}
 BUILT_IN_PICTURES = "digit_scans"  # needs no network, but scikit-learn
-COLUMNS = {  # rows of a table with a class: settings for sources.columns.How
+COLUMNS = {  # rows of a table, each with a label: settings for sources.columns.How
     "titanic": dict(labels="survived", columns="pclass:category,sex:category,age:number,sibsp:number,parch:number,"
                                                "fare:number,embarked:category,name:text", tokenizer="bpe:500",
                     val_fraction=0.15),
     "breast_cancer": dict(labels="tumour", val_fraction=0.15),
+    "diabetes": dict(labels="progression", columns="all,sex:category", val_fraction=0.15),
+    "diamonds": dict(labels="price"),
     "ledger": dict(labels="reached", columns="slip:picture,note:text,kind:category,target:number", image_size=16)}
 DIALOGUES = ("countdown", "calculator")  # of worlds.py, which need no network
 EQUATIONS = {f"{world}_text": world for world in DIALOGUES}  # texts of those worlds, to pre-train on
@@ -233,7 +235,7 @@ def prepare_columns(name, target, how):
     rows, source, revision = columns.fetch(name, DATA / name)
     folder, how = locate(target) if target == name else claim(target, source), columns.How(**how)
     if how.columns == COLUMNS[name].get("columns"):  # these are all but the usual label
-        kept = [column for column in how.columns.split(",") if column.partition(":")[0] != how.labels]
+        kept = [column for column in how.columns.split(",") if column.partition(":")[0] != how.labels.partition(":")[0]]
         how = how._replace(columns=",".join(kept))
     columns.prepare(rows, folder, how, source, revision)
     return target

@@ -1,11 +1,12 @@
-"""The columns task: a transformer reads a row of a table, with its texts and pictures, and names its class.
+"""The columns task: a transformer reads a row of a table, with its texts and pictures, and predicts its label.
 
     python train.py config/titanic.py
     python sample.py --out_dir=out/titanic --row='{"sex": "female", "age": 29, "name": "Smith, Miss. Anna"}'
     python evaluate.py --out_dir=out/titanic --test=True
 
 The model takes a value that is missing, or a category that training lacked, for what it is: missing. evaluate.py also
-hides each column from all rows, which tells what the model uses it for.
+hides each column from all rows, which tells what the model uses it for. tasks/outcomes.py has what differs between
+labels that are classes and those that are a quantity.
 
 Axes: B batch, n rows of a split, N labels of the model, c columns of categories, m of numbers, t of texts, p of
 pictures, S tokens of a text, K columns with tokens.
@@ -24,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from batches import ColumnsDataset, fixed_rows, padded, scaled, shuffled_rows, to_device
-from columns import KINDS, ColumnsClassifier, ColumnsConfig, init_columns
+from columns import KINDS, ColumnsConfig, ColumnsModel, init_columns
 from configurator import UserError, check_idle, say
 from inside.attention import noted
 from inside.picture import check_chosen, draw
@@ -36,7 +37,8 @@ from sources.documents import READERS
 from sources.labelled import rows_of
 from tasks.classification import beginning
 from tasks.image_text import check_patch
-from tasks.labels import averaged, averages, decide, described, graded, label_report, reports
+from tasks.labels import averaged, installed, reports
+from tasks.outcomes import outcome
 from tasks.settings import Predicting
 from tasks.task import Task
 
@@ -50,7 +52,7 @@ MOST_NUMBERS = 50_000_000  # in the training rows from which they learn: 200 MB
 
 
 class ColumnsTask(Task):
-    models = {"columns": (ColumnsClassifier, ColumnsConfig)}
+    models = {"columns": (ColumnsModel, ColumnsConfig)}
     rows_label = "the training rows"
 
     def open(self, folder, world):
@@ -64,9 +66,9 @@ class ColumnsTask(Task):
         s, meta = self.settings, self.dataset.meta
         shape = {name: getattr(s, name) for name in (*SHAPE, "dropout")}
         size = self.tokenizer.vocab_size if self.tokenizers else 0
-        model = ColumnsClassifier(ColumnsConfig(
-            **shape, columns=meta["columns"], label=meta["label"], labels=meta["labels"], vocab_size=size,
-            image_size=meta.get("image_size", 0)))
+        about = ("columns", "label", "labels", "mean", "std", "image_size")
+        about = {name: meta[name] for name in about if name in meta}
+        model = ColumnsModel(ColumnsConfig(**shape, **about, vocab_size=size))
         for kind, name in (("number", "numbers"), ("text", "block_size"), ("picture", "patch_size")):
             if not model.config.places(kind):
                 check_idle(s, f"{s.dataset} has no column of the kind {kind}", name)
@@ -79,14 +81,12 @@ class ColumnsTask(Task):
         return {name: getattr(model.config, name) for name in SHAPE}
 
     def fit(self, model):
-        """Also finds the tables and labels of all splits. labels[split] is bool (n, N + 1); the last: unknown ones."""
-        self.config, rows = model.config, self.dataset.rows
+        """Also finds the tables and labels of all splits, as the model's `outcome` has them."""
+        self.config, self.outcome, rows = model.config, outcome(model.config), self.dataset.rows
         check_columns(self.config, self.dataset)
         self.tables = {split: encoded([row["values"] for row in rows[split]], self.config, self.tokenizers)
                        for split in rows}
-        index = {name: i for i, name in enumerate(self.config.labels)}
-        self.labels = {split: np.eye(len(index) + 1, dtype=bool)[[index.get(row["label"], -1) for row in rows[split]]]
-                       for split in rows}
+        self.labels = {split: self.outcome.labels(rows[split]) for split in rows}
 
     def pick(self, step):
         s = self.settings
@@ -99,22 +99,25 @@ class ColumnsTask(Task):
     def gather(self, split, rows, hidden=None):
         """(the model's arguments, the weight of each row) for some rows of a split, on the device.
 
-        A row of a class that the model lacks has weight 0: it teaches nothing. hidden: see `arguments`.
+        hidden: see `arguments`.
         """
-        labels, device = self.labels[split][rows], self.world.device
+        targets, weights = self.outcome.targets(self.labels[split][rows])
+        device = self.world.device
         found = arguments(self.config, self.tables[split], self.dataset.images, rows, device, hidden)
-        found["targets"] = to_device(labels[:, :-1].argmax(1), device)
-        return found, to_device((~labels[:, -1]).astype(np.float32), device)
+        return {**found, "targets": to_device(targets, device)}, to_device(weights, device)
 
     @torch.no_grad()
     def evaluate(self, model, split, world, dtype, limit=0):
-        """{"loss": mean nats, "accuracy": share of right answers}. A class that the model lacks is an error."""
+        """{"loss": mean nats, "accuracy": share of right answers}; of a quantity {"loss": mean squared error}.
+
+        A class that the model lacks is an error. A quantity is standardised here.
+        """
         def score(rows):
             found, weights = self.gather(split, rows)
             targets = found.pop("targets")
             with autocast(world.device, dtype):
-                logits = model(**found)
-            return graded(F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1).eq(targets), weights)
+                outputs = model(**found)
+            return self.outcome.graded(outputs, targets, weights)
 
         most = max(1, int(limit / self.mean_tokens(split))) if limit else 0
         return averaged(world, fixed_rows(len(self.labels[split]), AT_ONCE, most), score)
@@ -127,55 +130,42 @@ class ColumnsTask(Task):
     # ------------------------------------------------------------------------------------------------------------------
     # Measures
 
-    def details(self, model, split, world, dtype, settings, found):
-        """{name: value}: `report` of the split; with settings.test also of the part "test".
-
-        Writes the model's answers to predictions.jsonl (predictions_test.jsonl) in settings.out_dir, and the picture,
-        which is of the last part.
-        """
-        return reports(self, model, split, world, dtype, settings)
+    details = reports
 
     def report(self, model, part, dtype, settings):
-        """{name: value}: see `label_report`; and the accuracy where a column is hidden from all rows, for each."""
-        config, wanted, table = model.config, self.labels[part], self.tables[part]
-        shares = self.probabilities(model, table, self.dataset.images, dtype)
-        result = label_report(self.dataset.rows[part], shares, config.labels, wanted, self.floors(part), part, settings)
+        """{name: value}: the outcome's report; and its measure where a column is hidden from all rows, for each."""
+        config, table, images = model.config, self.tables[part], self.dataset.images
+        if not config.labels:
+            check_idle(settings, f"shows which class was taken for which; {config.label} is a quantity", "picture")
+        labels, found = self.labels[part], self.outcome
+        result = found.report(self.dataset.rows[part], self.answers(model, table, images, dtype), labels,
+                              self.floors(part), part, settings)
         if len(config.columns) > MOST_HIDDEN:
             say(f"of {len(config.columns)} columns, the first {MOST_HIDDEN} are hidden in turn")
         for i, column in enumerate(watched(config.columns[:MOST_HIDDEN], "hiding columns")):
             hidden = np.arange(len(config.columns)) == i
-            shares = self.probabilities(model, table, self.dataset.images, dtype, hidden)
-            result[f"accuracy, without {column['name']}"] = averages(decide(shares), wanted)["accuracy"]
-        return {"rows": len(wanted), **result}
+            score = found.score(self.answers(model, table, images, dtype, hidden), labels)
+            result[f"{found.measure}, without {column['name']}"] = score[found.measure]
+        return {"rows": len(labels), **result}
 
     def floors(self, part):
-        """{name: decisions (n, N)} for the rows of a part, learned from the training rows."""
-        most_frequent, regression, boosting = self.classifiers
-        x = self.features(part, np.arange(len(self.labels[part])))
-        decided = {"most frequent": np.full(len(x), most_frequent),
-                   "logistic regression": regression.predict(np.nan_to_num(x)),  # there 0 is the mean
-                   "gradient boosting": boosting.predict(x)}
-        return {name: found[:, None] == np.arange(len(self.config.labels)) for name, found in decided.items()}
+        """{method: what it predicts for each row of a part (n,), a target}; {} without scikit-learn."""
+        x = self.methods and self.features(part, np.arange(len(self.labels[part])))
+        return {name: method.predict(x) for name, method in self.methods.items()}
 
     @functools.cached_property
-    def classifiers(self):
-        """(the most frequent class of training, scikit-learn's logistic regression, its gradient boosting).
-
-        Raises UserError without scikit-learn.
-        """
-        try:
-            from sklearn.ensemble import HistGradientBoostingClassifier
-            from sklearn.linear_model import LogisticRegression
-        except ImportError:
-            raise UserError("the logistic regression needs scikit-learn: pip install scikit-learn") from None
-        labels, known = self.labels["train"][:, :-1], np.flatnonzero(~self.labels["train"][:, -1])
+    def methods(self):
+        """{name: the outcome's method, which has learned from the training rows}; {} without scikit-learn."""
+        if not installed("other methods beside the model", "scikit-learn"):
+            return {}
+        targets, weights = self.outcome.targets(self.labels["train"])
+        known = np.flatnonzero(weights)
         width = self.features("train", known[:1]).shape[1]
         known = known[::-(-len(known) * width // MOST_NUMBERS)]
-        x, classes = self.features("train", known), labels[known].argmax(1)
-        regression, boosting = LogisticRegression(max_iter=1000), HistGradientBoostingClassifier(random_state=0)
+        x = self.features("train", known)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the steps did not reach the very optimum
-            return np.bincount(classes).argmax(), regression.fit(np.nan_to_num(x), classes), boosting.fit(x, classes)
+            return {name: method.fit(x, targets[known].ravel()) for name, method in self.outcome.methods().items()}
 
     def features(self, split, rows):
         """Some rows of a split as numbers for the floors, float32 (B, features); NaN: a missing number.
@@ -208,21 +198,23 @@ class ColumnsTask(Task):
     # Answers
 
     @torch.inference_mode()
-    def probabilities(self, model, table, images, dtype=torch.float32, hidden=None):
-        """(n, N), float32: the probability of each label for each row of a Table. Arguments: see `arguments`."""
+    def answers(self, model, table, images, dtype=torch.float32, hidden=None):
+        """The outcome's answers for the rows of a Table, such as probabilities (n, N). Arguments: see `arguments`."""
         device, found = next(model.parameters()).device, []
         for rows in fixed_rows(len(table.numbers), AT_ONCE):
             with autocast(device, dtype):
-                logits = model(**arguments(model.config, table, images, rows, device, hidden))
-            found.append(logits.softmax(-1).cpu().numpy())
+                outputs = model(**arguments(model.config, table, images, rows, device, hidden))
+            found.append(outcome(model.config).answers(outputs.cpu()))
         return np.concatenate(found)
 
     def sample(self, model, requests, sampling):
-        """Yields (index of a request, piece): the likeliest classes of the row; of several, below each row's beginning.
+        """Yields (index of a request, piece): the row's likeliest classes, or quantity; of several, below each's start.
 
         What a row lacks, what the model does not know and what it does not read is said on stderr.
         """
-        config = model.config
+        config, found = model.config, outcome(model.config)
+        if not config.labels:
+            check_idle(sampling, f"{config.label} is a quantity, so there is one answer", "top")
         check_chosen(model, sampling)
         rows = read_rows(sampling.row, config)
         if sampling.attention and len(rows) > 1:
@@ -230,8 +222,8 @@ class ColumnsTask(Task):
         say_missing(rows, config)
         values, images = with_pictures(rows, config)
         table = encoded(values, config, self.tokenizers)
-        lines = [f"{config.label}: {described(config.labels, p, sampling.top)}"
-                 for p in self.probabilities(model, table, images)]
+        lines = [f"{config.label}: {found.shown(answer, sampling.top)}"
+                 for answer in self.answers(model, table, images)]
         if len(rows) > 1:
             lines = [f"{in_words(row)}\n  {line}" for row, line in zip(rows, lines)]
         for index, _ in enumerate(requests):
@@ -242,15 +234,13 @@ class ColumnsTask(Task):
             yield 0, draw_columns(model, arguments(config, table, images, [0], device), sampling)
 
     def show(self, model, short=False):
-        """Rows of the validation part with their likeliest classes: ten, or if short three."""
-        rows, count, shown = self.dataset.rows["val"], 3 if short else 10, []
+        """Rows of the validation part with the model's answers: ten, or if short three."""
+        rows, count, shown, found = self.dataset.rows["val"], 3 if short else 10, [], outcome(model.config)
         places = np.arange(min(count, len(rows))) * len(rows) // min(count, len(rows))
         table = Table(*(part[places] if len(part) else part for part in self.tables["val"]))
-        for place, shares in zip(places, self.probabilities(model, table, self.dataset.images)):
-            found, label = described(model.config.labels, shares, Predicting.top), rows[place]["label"]
-            is_right = model.config.labels[shares.argmax()] == label
-            shown.append(f"{in_words(rows[place]['values'])}\n  {model.config.label}: {found}"
-                         + f"  (right: {label})" * (not is_right))
+        for place, answer in zip(places, self.answers(model, table, self.dataset.images)):
+            words = found.shown(answer, Predicting.top, rows[place]["label"])
+            shown.append(f"{in_words(rows[place]['values'])}\n  {model.config.label}: {words}")
         return "\n".join(shown)
 
     def command(self, out_dir):
@@ -276,9 +266,11 @@ class ColumnsTask(Task):
 def check_columns(config, dataset):
     """Raises UserError unless the data set has the model's columns, and predicts the same one."""
     meta, where = dataset.meta, dataset.folder
-    if meta["label"] != config.label or not set(config.labels) & set(meta["labels"]):
-        raise UserError(f"{where} is for predicting {meta['label']} ({', '.join(meta['labels']):.60}), and the model"
-                        f" predicts {config.label} ({', '.join(config.labels):.60}): name another --dataset")
+    there, read = set(meta["labels"]), set(config.labels)
+    if meta["label"] != config.label or not there & read and (there or read):
+        its, own = (", ".join(labels)[:60] or "a quantity" for labels in (meta["labels"], config.labels))
+        raise UserError(f"{where} is for predicting {meta['label']} ({its}), and the model predicts {config.label}"
+                        f" ({own}): name another --dataset")
     there, read = ({column["name"]: column["kind"] for column in columns} for columns in (meta["columns"],
                                                                                             config.columns))
     for name in there | read:
@@ -333,7 +325,7 @@ def encoded(rows, config, tokenizers):
 
 
 def arguments(config, table, images, rows, device, hidden=None):
-    """The arguments of a ColumnsClassifier for some rows of a Table, on the device.
+    """The arguments of a ColumnsModel for some rows of a Table, on the device.
 
     images: uint8, (any, H, W, 3), or None without pictures. hidden: bool (B, columns) or (columns,), values to leave
     out; None: none.

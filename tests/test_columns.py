@@ -2,7 +2,9 @@
 
 import functools
 import json
+import re
 import shlex
+import sys
 from types import SimpleNamespace
 from unittest import mock
 
@@ -11,19 +13,20 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import run_of, settings_for
+from conftest import curve_of, run_of, settings_for
 from test_train import resume
 
 import evaluate
 import sample
-from columns import ColumnsClassifier, ColumnsConfig, init_columns
-from configurator import UserError, parse
+from columns import ColumnsConfig, ColumnsModel, init_columns
+from configurator import UserError, parse, say
 from inside.attention import attention_weights
 from machine.distributed import World
 from run import checkpoint
 from tasks import columns as columns_task
 from tasks.columns import ColumnsTask, arguments, draw_columns, encoded
 from tasks.loading import load
+from tasks.outcomes import Quantity
 from tokenizer import WordTokenizer
 from vit import ViT, sincos_2d
 
@@ -52,8 +55,15 @@ def make_rows(count, seed=0):
     return rows
 
 
-def write_set(folder, columns=COLUMNS, seed=0, **changes):
-    """A prepared folder by hand. changes: of meta.json."""
+def price(values):
+    """A quantity that is linear in three columns. A missing number counts as its mean, a missing category as another.
+    """
+    age, fare = (column["mean"] if values[column["name"]] is None else values[column["name"]] for column in COLUMNS[:2])
+    return 5000.0 + 30 * (age - 40) - 200 * (fare - 2) + {"female": -400, "male": 300, None: 0}[values["sex"]]
+
+
+def write_set(folder, columns=COLUMNS, seed=0, quantity=False, **changes):
+    """A prepared folder by hand. quantity: whether the label is a `price`. changes: of meta.json."""
     folder.mkdir()
     vocabulary = WordTokenizer(WORDS)
     vocabulary.save(folder / "tokenizer.json")
@@ -65,6 +75,11 @@ def write_set(folder, columns=COLUMNS, seed=0, **changes):
     names = [column["name"] for column in columns]
     for split, count in (("train", 200), ("val", 60), ("test", 60)):
         rows = make_rows(count, seed + len(split))
+        if quantity:
+            rows = [{**row, "label": price(row["values"])} for row in rows]
+        if quantity and split == "train":
+            prices = [row["label"] for row in rows]
+            meta |= {"label": "price", "labels": [], "mean": np.mean(prices), "std": np.std(prices)}
         for row in rows:
             row["values"] = {name: row["values"].get(name) for name in names}
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -102,13 +117,25 @@ def opened(folder, data):
     return task, model
 
 
+@pytest.fixture(scope="module")
+def prices(tmp_path_factory):
+    return write_set(tmp_path_factory.mktemp("data") / "prices", quantity=True)
+
+
+@pytest.fixture(scope="module")
+def regressed(tmp_path_factory, tiny, prices):
+    folder = tmp_path_factory.mktemp("runs") / "out"
+    run(folder, tiny, dataset=str(prices), max_iters=200, eval_interval=100, numbers="head", hide_rate=0.0)
+    return folder
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The model
 
-def made(numbers="tokens", columns=COLUMNS, **changes):
+def made(numbers="tokens", columns=COLUMNS, labels=("no", "yes", "perhaps"), **changes):
     """A random model in eval mode."""
-    model = ColumnsClassifier(ColumnsConfig(
-        n_layer=2, n_head=2, n_embd=16, columns=columns, labels=("no", "yes", "perhaps"), numbers=numbers,
+    model = ColumnsModel(ColumnsConfig(
+        n_layer=2, n_head=2, n_embd=16, columns=columns, labels=labels, numbers=numbers,
         vocab_size=9, block_size=5, image_size=SIZE, patch_size=4, **changes))
     for i, value in enumerate(model.state_dict().values()):
         value.copy_(torch.randn(value.shape, generator=torch.Generator().manual_seed(i)) * 0.7)
@@ -178,6 +205,17 @@ def test_each_row_equals_its_own_list_put_together_by_hand(numbers):
     torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
     targets = torch.arange(len(rows)) % 3
     torch.testing.assert_close(model(**found, targets=targets), -logits.log_softmax(-1)[range(len(rows)), targets])
+
+
+@torch.no_grad()
+def test_a_quantity_is_one_output_and_its_error_is_squared():
+    model = made(labels=(), mean=5.0, std=3.0)
+    rows, images, found = inputs(model)
+    outputs, targets = model(**found), torch.linspace(-2, 2, len(rows))
+    by_rows = torch.stack([by_hand(model, row, images) for row in rows])  # (12, 1)
+    torch.testing.assert_close(outputs, by_rows, atol=2e-5, rtol=1e-4)
+    expected = [[(float(output) - float(target))**2] for output, target in zip(outputs, targets)]
+    torch.testing.assert_close(model(**found, targets=targets[:, None]), torch.tensor(expected))
 
 
 @torch.no_grad()
@@ -302,6 +340,72 @@ def test_a_resumed_run_equals_an_undisturbed_one(tiny, tmp_path):
     assert len(whole) == 5 and one["head.dense.weight"].shape == (16, 16 + 4)
 
 
+def test_a_resumed_run_of_a_quantity_equals_an_undisturbed_one(tiny, prices, tmp_path):
+    changes = dict(dataset=str(prices), max_iters=8, eval_interval=4, log_interval=2, dropout=0.1, micro_batch_size=6)
+    whole = run(tmp_path / "whole", tiny, **changes)
+    run(tmp_path / "parts", tiny, **{**changes, "max_iters": 4, "lr_decay_iters": 8})
+    resume(tmp_path / "parts", "--max_iters=8")
+    one, other = (checkpoint.load(tmp_path / name / "last").state for name in ("whole", "parts"))
+    torch.testing.assert_close(one, other, atol=0, rtol=0)
+    assert whole == curve_of(tmp_path / "parts") and one["head.out.weight"].shape == (1, 16)
+
+
+def test_measures_of_a_quantity_are_those_of_scikit_learn_and_a_linear_one_is_learned(regressed, prices):
+    metrics = pytest.importorskip("sklearn.metrics")
+    evaluate.main(settings_for("columns", "evaluating", out_dir=str(regressed), device="cpu", test=True))
+    measured = json.loads((regressed / "evaluation.json").read_text())
+    rows = {part: [json.loads(line) for line in (prices / f"{part}.jsonl").read_text().splitlines()]
+            for part in ("train", "val", "test")}
+    mean, std = (getattr(np, name)([row["label"] for row in rows["train"]]) for name in ("mean", "std"))
+    for start, part in (("", "val"), ("test ", "test")):
+        path = regressed / f"predictions{'_test' * bool(start)}.jsonl"
+        found = [json.loads(line) for line in path.read_text().splitlines()]
+        truth, own = ([row[name] for row in found] for name in ("truth", "answer"))
+        assert truth == [row["label"] for row in rows[part]] and found[0]["values"] == rows[part][0]["values"]
+        for name, answers in (("", own), (", mean", [mean] * len(truth))):
+            expected = {"rmse": metrics.root_mean_squared_error(truth, answers),
+                        "mae": metrics.mean_absolute_error(truth, answers), "r2": metrics.r2_score(truth, answers)}
+            written = {key: measured[f"{start}{key}{name}"] for key in expected}
+            assert written == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        assert measured[f"{start}loss"] == pytest.approx((measured[f"{start}rmse"] / std)**2, rel=1e-4)
+        assert measured[f"{start}r2"] > 0.95 and measured[f"{start}r2, ridge regression"] > 0.95
+        assert measured[f"{start}r2"] > measured[f"{start}r2, gradient boosting"] > 0.5
+        assert measured[f"{start}rmse, without sex"] > 3 * measured[f"{start}rmse"]
+        assert measured[f"{start}rmse, without note"] < 1.5 * measured[f"{start}rmse"]
+    with pytest.raises(UserError, match="picture = 'a.png': shows which class was taken for which; price is a quant"):
+        evaluate.main(settings_for("columns", "evaluating", out_dir=str(regressed), device="cpu", picture="a.png"))
+
+
+def test_the_loss_of_a_quantity_is_the_same_on_any_number_of_workers(regressed, prices):
+    task, model = opened(regressed, prices)
+    values = [row["values"] for row in task.dataset.rows["val"]]
+    table = encoded(values, model.config, task.tokenizers)
+    outputs = model(**arguments(model.config, table, task.dataset.images, np.arange(60), ALONE.device))[:, 0].double()
+    labels = torch.tensor([row["label"] for row in task.dataset.rows["val"]]).double()
+    expected = ((outputs - (labels - model.config.mean) / model.config.std)**2).mean().item()
+    shares = []
+    with mock.patch.object(columns_task, "AT_ONCE", 13), mock.patch.object(World, "sum", lambda world, *sums: shares.
+                                                                           append(sums) or sums):
+        for size in (1, 2, 3):
+            shares.clear()
+            for rank in range(size):
+                task.evaluate(model, "val", World(rank, size, ALONE.device), torch.float32)
+            total, count = np.sum(shares, axis=0)
+            assert (total / count, count) == (pytest.approx(expected, rel=1e-5), 60), size
+
+
+def test_evaluating_without_scikit_learn_says_what_it_leaves_out(trained, regressed, capsys):
+    for folder, name in ((trained, "accuracy"), (regressed, "rmse")):
+        say.cache_clear()  # it says a line once
+        missing = dict.fromkeys(("sklearn", *(name for name in sys.modules if name.startswith("sklearn."))))
+        with mock.patch.dict("sys.modules", missing):
+            evaluate.main(settings_for("columns", "evaluating", out_dir=str(folder), device="cpu", test=True))
+        said = capsys.readouterr()
+        assert f"  {name} " in said.out and f"  test {name}, without sex" in said.out
+        assert not re.search("boosting|most frequent|mean", said.out)
+        assert said.err.count("other methods beside the model: left out; for more, pip install scikit-learn\n") == 1
+
+
 def test_another_run_may_start_from_it_if_it_reads_the_same_columns(trained, tiny, tmp_path):
     run(tmp_path / "more", tiny, init_from=str(trained), rates={"transformer": 0.0}, max_iters=2, eval_interval=2)
     (_, first, _), (_, second, _) = load(trained), load(tmp_path / "more")
@@ -375,6 +479,40 @@ def test_a_picture_shows_which_columns_each_column_looked_at(trained, data, caps
             assert weights[0, 1, i, j].item() == pytest.approx(block.sum(1).mean().item(), abs=1e-5)
     out, _ = sampled(trained, capsys, f"--row={json.dumps(ROW)}", f"--attention={tmp_path}/map.png")
     assert out.endswith(f"wrote {tmp_path}/map.png\n") and Image.open(tmp_path / "map.png").width > 100
+
+
+def test_a_quantity_is_answered_in_its_own_unit(regressed, prices, capsys, tmp_path):
+    task, model = opened(regressed, prices)
+    config, row = model.config, {**ROW, "photo": None}
+    output = model(**arguments(config, encoded([row], config, task.tokenizers), task.dataset.images, [0], ALONE.device))
+    expected = config.mean + config.std * output.item()
+    say.cache_clear()
+    out, err = sampled(regressed, capsys, f"--row={json.dumps(ROW)}")
+    assert 100 <= config.std < 1000 and out == f"price: {expected:,.0f}\n" and "missing: photo\n" in err
+    assert task.write(model, row=json.dumps(ROW)) + "\n" == out
+    (tmp_path / "rows.csv").write_text("age,sex,price\n50,female,7\n,male,8\n")
+    out, _ = sampled(regressed, capsys, f"--row=FILE:{tmp_path}/rows.csv")
+    assert len(re.findall(r"\n  price: \d,\d{3}\n", out)) == 2
+    first = task.show(model).splitlines()[1]
+    assert first.endswith(f"  (right: {task.dataset.rows['val'][0]['label']:,.0f})")
+    _, script, _, asked = shlex.split(task.command(regressed))
+    assert script == "sample.py" and sampled(regressed, capsys, asked)[0].startswith("price: ")
+    with pytest.raises(UserError, match="top = 1: price is a quantity, so there is one answer; leave it out"):
+        sampled(regressed, capsys, f"--row={json.dumps(ROW)}", "--top=1")
+    out, _ = sampled(regressed, capsys, f"--row={json.dumps(ROW)}", f"--attention={tmp_path}/map.png")
+    assert out.startswith("price: ") and (tmp_path / "map.png").exists()
+    for std, shown in ((79_000.0, "182,300"), (2.0, "182,345.68"), (0.05, "182,345.6781"), (3e6, "180,000")):
+        assert Quantity(SimpleNamespace(std=std)).shown(182_345.67812) == shown
+
+
+def test_a_model_of_classes_does_not_predict_a_quantity(trained, regressed, data, prices, tiny, tmp_path):
+    other = write_set(tmp_path / "other", label="price")
+    for start, dataset, message in (
+            (trained, prices, "is for predicting price .a quantity., and the model predicts saved .no, yes.: name"),
+            (regressed, data, "is for predicting saved .no, yes., and the model predicts price .a quantity.: name"),
+            (regressed, other, "is for predicting price .no, yes., and the model predicts price .a quantity.: name")):
+        with pytest.raises(UserError, match=message):
+            run(tmp_path / "out", tiny, init_from=str(start), dataset=str(dataset))
 
 
 def test_wrong_use_is_one_line(trained, tiny, data, dataset, tmp_path, capsys):

@@ -6,7 +6,10 @@ import gzip
 import itertools
 import json
 import random
+import re
 import runpy
+import zipfile
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,7 @@ from test_pairs import data, write  # noqa: F401, data is a fixture
 import prepare
 from batches import ColumnsDataset
 from configurator import UserError
-from sources import columns, known
+from sources import columns, known, labelled_sets
 from sources.download import Offline
 
 ROOT = Path(prepare.__file__).parent
@@ -120,6 +123,45 @@ def test_the_kind_of_a_column_is_found(tmp_path, cells, kind):
     assert columns.find_kind("c", [(cell, tmp_path) for cell in cells if not columns.is_missing(cell)]) == kind
 
 
+@pytest.mark.parametrize("cells, kind, hint", [
+    (["2024-05-01", "2024-5-2"] * 9, "category", "c: holds dates, such as 2024-05-01, and is taken for a category; to"),
+    ([f"{i}.12.2023" for i in range(1, 31)], "text", "taken for a text; .* it c:category in --columns, or write days"),
+    (["02134", "10001"] * 9, "number", "c: holds numbers that look like codes, such as 02134, and is taken"),
+    ([1000.0 + i for i in range(20)], "number", "such as 1000, .* to change that, name it c:category in --columns$"),
+    ([str(1000 + i % 19) for i in range(20)], "number", "^$"), (["2024", "0", "0.5", "10"] * 9, "number", "^$"),
+    ([f"{i}.2" for i in range(10, 40)], "number", "^$"), (["May 2024", "June 2024"] * 9, "category", "^$")])
+def test_dates_and_codes_get_a_hint(tmp_path, capsys, cells, kind, hint):
+    rows = [{"cells": {"c": cell}, "folder": tmp_path} for cell in cells]
+    assert columns.kinds_of({"c": ""}, rows, "x") == {"c": kind}
+    assert re.search(hint, capsys.readouterr().out.strip())
+    columns.kinds_of({"c": kind}, rows, "x")  # it is told
+    assert not capsys.readouterr().out
+
+
+def test_a_quantity_is_found_by_its_values_or_told(data, tmp_path, capsys):  # noqa: F811
+    draw = random.Random(1)
+    prices = [round(draw.gauss(200_000, 80_000), 2) for _ in range(58)] + ["", "NA"]
+    path = write_csv(tmp_path / "a.csv", changed(kind=prices, stars=[i % 5 for i in range(60)]))
+    run(path)
+    dataset = ColumnsDataset(data / "a")
+    labels = {part: [row["label"] for row in dataset.rows[part]] for part in PARTS}
+    assert sorted(sum(labels.values(), [])) == sorted(prices[:58]) and dataset.meta["left_out"]["unlabelled"] == 2
+    assert dataset.meta["labels"] == []
+    assert dataset.meta["mean"] == pytest.approx(np.mean(labels["train"]))
+    assert dataset.meta["std"] == pytest.approx(np.std(labels["train"]))
+    said = capsys.readouterr().out
+    assert "left out: 2 without a label" in said
+    assert re.search(r"^kind: a quantity, in training from [\d,.]+ to .*; to predict classes, --labels=kind:category$",
+                     said, re.M)
+    run(path, labels="stars", name="classes")
+    assert ColumnsDataset(data / "classes").meta["labels"] == ["0", "1", "2", "3", "4"]
+    assert "to predict a quantity, --labels=stars:number\n" in capsys.readouterr().out
+    run(path, labels="stars:number", name="quantity")
+    assert ColumnsDataset(data / "quantity").rows["val"][0]["label"] in (0.0, 1.0, 2.0, 3.0, 4.0)
+    run(write_csv(tmp_path / "b.csv", changed(kind=[i % 20 for i in range(60)])), labels="kind:category")
+    assert 10 < len(ColumnsDataset(data / "b").meta["labels"]) <= 20
+
+
 def test_columns_are_chosen_by_name_and_kind(data, tmp_path, capsys):  # noqa: F811
     rows = [{**row, "photo": "", "": i, "a:b": i % 4} for i, row in enumerate(make_rows())]
     path = write_csv(tmp_path / "a.csv", rows)
@@ -216,7 +258,7 @@ def changed(**values):
     rows = [{name: row[name] for name in ("age", "colour", "note", "kind")} for row in make_rows(60)]
     for name, value in values.items():
         for i, row in enumerate(rows):
-            row[name] = value[i] if isinstance(value, list) else value
+            row[name] = value[i] if isinstance(value, list | range) else value
     return rows
 
 
@@ -225,12 +267,18 @@ def changed(**values):
     (changed(), dict(columns="!x"), "has no column x; choose from age, colour, note, kind"),
     (changed(), dict(labels="kin"), "labels = kin: .* has no column kin; did you mean kind"),
     (changed(), dict(columns="age,kind"), "kind is the column to predict, --labels: leave it out here"),
-    (changed(), dict(columns="age:nummer"), "'nummer' is no kind of column: choose from number, category, text, pic"),
+    (changed(), dict(columns="age:nummer"), "'nummer' is no kind: choose from number, category, text, pic"),
     (changed(), dict(columns="!age,!colour,!note"), "leaves no column of .*a.csv to predict kind from: add one"),
     (changed(kind=["z"] + ["x", "y"] * 30), {}, "only one row has the label z .1 such labels., so that none can be"),
     (changed(kind=[f"id {i}" for i in range(60)]), {}, "60 different labels in 60 rows: each row has its own, as"),
-    (changed(kind=[i / 3 for i in range(60)]), {}, r"60 different labels .* are a quantity, and .* \(regression\) is"),
-    (changed(kind="x"), {}, "all 60 rows have the label x: there must be at least two"),
+    (changed(kind=[i / 3 for i in range(59)] + ["inf"]), {}, "line 61: kind = 'inf': is not finite, or too large"),
+    (changed(kind=[f"{i},200" for i in range(60)]), {}, "'0,200' is no plain number: .*, or .* --labels=kind:category"),
+    (changed(), dict(labels="kind:number"), "kind = '[xy]': must be a number, .* with --labels=kind:category$"),
+    (changed(), dict(labels="kind:text"), "labels = kind:text: 'text' is no kind: choose from number, category$"),
+    (changed(), dict(labels="kind:class"), "labels = kind:class: 'class' is no kind: choose from number"),
+    (changed(kind=7), dict(labels="kind:number"), "all rows for training have the label 7.0: there must"),
+    (changed(kind=range(60)), dict(labels="kind:category"), "60 different labels in 60 rows: each row has its own"),
+    (changed(kind="x"), {}, "all rows for training have the label x: there must be at least"),
     (changed(kind=""), {}, "no row has both a label and a value .left out: 60 without a label"),
     (changed(age=["old"] + list(range(59))), dict(columns="age:number"), "line 2: age = 'old': must be a number, or"),
     (changed(age=["inf"] + list(range(59))), {}, "line 2: age = 'inf': is not finite, or too large: correct it"),
@@ -299,6 +347,21 @@ def test_a_wide_table_is_shown_in_short(data, tmp_path, capsys):  # noqa: F811
     assert "\nand 960 of kind number\n" in said and len(said.splitlines()) < 60
 
 
+def test_a_quantity_without_a_deviation_is_damaged(data, tmp_path):  # noqa: F811
+    run(write_csv(tmp_path / "a.csv", changed(kind=[i / 7 for i in range(60)])))
+    meta, rows = data / "a" / "meta.json", data / "a" / "val.jsonl"
+    whole = meta.read_text(), rows.read_text()
+    for path, pattern, new in ((meta, r'"std": 2\.', '"std": -2.'), (meta, '"std"', '"dev"'),
+                               (rows, r'"label": [\d.]+', '"label": "x"')):
+        path.write_text(re.sub(pattern, new, path.read_text()))
+        assert (meta.read_text(), rows.read_text()) != whole
+        with pytest.raises(UserError, match="prepare"):
+            ColumnsDataset(data / "a")
+        meta.write_text(whole[0])
+        rows.write_text(whole[1])
+    ColumnsDataset(data / "a")
+
+
 @pytest.mark.parametrize("name, damage", [
     ("meta.json", lambda text: text.replace('"labels"', '"x"')), ("train.jsonl", lambda text: text[:-9]),
     ("meta.json", lambda text: text.replace('"number"', '"numbr"')),
@@ -363,6 +426,31 @@ def test_breast_cancer_is_that_of_scikit_learn(data):  # noqa: F811
     assert set(kinds(dataset).values()) == {"number"} and dataset.meta["labels"] == ["benign", "malignant"]
     expected = [(values.tolist(), str(found.target_names[target])) for values, target in zip(found.data, found.target)]
     assert sorted((list(values.values()), label) for values, label in everything(dataset)) == sorted(expected)
+
+
+def test_diabetes_is_that_of_scikit_learn(data):  # noqa: F811
+    load = pytest.importorskip("sklearn.datasets").load_diabetes
+    known.ensure("diabetes")
+    dataset, found = ColumnsDataset(data / "diabetes"), load(scaled=False)
+    assert kinds(dataset) == {name: "category" if name == "sex" else "number" for name in found.feature_names}
+    expected = [(values.tolist(), target) for values, target in zip(found.data, found.target)]
+    rows = [(list(map(float, values.values())), label) for values, label in everything(dataset)]
+    assert sorted(rows) == sorted(expected)
+
+
+def test_diamonds_come_from_a_wheel_and_a_length_of_0_is_missing(data, tmp_path, monkeypatch):  # noqa: F811
+    lines = ['"carat","cut","price","x","y","z"', *(f'{i / 100},"Good",{326 + i},{i % 30},4.1,2.43' for i in range(60))]
+    with zipfile.ZipFile(tmp_path / "a.whl", "w") as file:
+        file.writestr("plotnine/data/diamonds.csv", "\n".join(lines))
+    monkeypatch.setattr(labelled_sets, "pip_download", lambda *about: tmp_path / "a.whl")
+    with pytest.raises(UserError, match="a.whl is not as expected"):
+        known.ensure("diamonds")
+    digest = sha256((tmp_path / "a.whl").read_bytes()).hexdigest()
+    monkeypatch.setattr(columns, "DIAMONDS", (*columns.DIAMONDS[:2], digest))
+    known.ensure("diamonds")
+    rows = everything(ColumnsDataset(data / "diamonds"))
+    assert sorted(label for _, label in rows) == list(range(326, 386))
+    assert [label for values, label in rows if values["x"] is None] == [326, 356]
 
 
 def test_each_column_of_the_ledger_is_needed():
