@@ -133,7 +133,10 @@ class ColumnsTask(Task):
     details = reports
 
     def report(self, model, part, dtype, settings):
-        """{name: value}: the outcome's report; and its measure where a column is hidden from all rows, for each."""
+        """{name: value}: the outcome's report; and its measure where a column is hidden from all rows, for each.
+
+        Writes the answers to predictions.jsonl (predictions_test.jsonl) in settings.out_dir.
+        """
         config, table, images = model.config, self.tables[part], self.dataset.images
         if not config.labels:
             check_idle(settings, f"shows which class was taken for which; {config.label} is a quantity", "picture")
@@ -256,7 +259,8 @@ class ColumnsTask(Task):
         full = sum(len(ids) == config.block_size for row in self.tables["train"].texts for ids in row)
         return (f"model: {size_in_words(model)}; data: {n:,} rows of {s.dataset}; columns: {counts}"
                 + f"; {full:,} texts fill the model's {config.block_size} tokens (a longer one is cut)" * (full > 0)
-                + f"; {s.max_iters} updates = {s.max_iters * s.batch_size / n:.1f} epochs")
+                + f"; {s.max_iters} updates = {s.max_iters * s.batch_size / n:.1f} epochs"
+                + f"\nloss: the square of (error of {config.label} / {config.std:,.6g})" * (not config.labels))
 
     def cost(self, model):
         """(mean tokens of an update, 0: its FLOPs are not counted)."""

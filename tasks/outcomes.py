@@ -97,10 +97,7 @@ class Quantity:
                 "r2": float(1 - (errors**2).sum() / max((spread**2).sum(), 1e-300))}
 
     def report(self, rows, answers, labels, floors, part, settings):
-        """{name: value}: `score`, also that of each floor. floors: {method: its answers (n,), standardised}.
-
-        Writes the answers to predictions.jsonl (predictions_test.jsonl) in settings.out_dir.
-        """
+        """{name: value}: `score`, also that of each floor. floors: {method: its answers (n,), standardised}."""
         result = self.score(answers, labels)
         for name, found in floors.items():
             result |= {f"{key}, {name}": value for key, value in self.score(self.answers(found), labels).items()}
