@@ -90,7 +90,6 @@ SETTINGS_OF = {  # for each kind of source, its settings that some other kinds l
 CHAT_RECIPES = {"chat": "config/chat/dialogues.py", "preferences": "config/chat/dpo.py"}
 PAIRS_RECIPE = "config/translate_en_it.py"
 PICTURES_RECIPE = "config/fashion_mnist.py"
-COLUMNS_RECIPE = "config/titanic.py"
 TASKS = {"vlm": "image-text", "translate": "translation", "classify": "classification", "tag": "tagging",
          "dpo": "dpo", "answer": "question-answering", **{name.partition("_")[0]: "columns" for name in known.COLUMNS}}
 # by the start of a recipe's name; others are of texts
@@ -192,7 +191,7 @@ def prepare_own(settings, sources, named):
     if settings.columns == "all" and not settings.labels:
         raise UserError("columns = all: is for predicting one column from the others: name it with --labels=COLUMN")
     if settings.labels and settings.columns:
-        return prepare_own_columns(settings, sources, named), COLUMNS_RECIPE
+        return prepare_own_columns(settings, sources, named)
     if settings.labels or settings.tags:
         return prepare_own_labelled(settings, sources, named)
     paths = list(map(Path, sources))
@@ -258,7 +257,7 @@ def prepare_own_pictures(settings, path, rows):
 
 
 def prepare_own_columns(settings, sources, named):
-    """Prepares tables, one column of which is predicted from others. Returns the data set's name."""
+    """Prepares tables, to predict a column from others. Returns (the data set's name, path of a recipe in config/)."""
     check_kind(settings, "rows of a table")
     if "://" in sources[0]:
         raise UserError(f"{sources[0]}: only texts are fetched from a URL; download the file, and give its path")
@@ -267,8 +266,8 @@ def prepare_own_columns(settings, sources, named):
     if settings.tokenizer == Settings.tokenizer and "tokenizer" not in named:
         how = how._replace(tokenizer=columns.How().tokenizer)
     rows = columns.read(list(map(Path, sources)), settings.labels, settings.files)
-    columns.prepare(rows, claim(name, source), how, source)
-    return name
+    meta = columns.prepare(rows, claim(name, source), how, source)
+    return name, "config/titanic.py" if meta["labels"] else "config/diamonds.py"
 
 
 def prepare_own_labelled(settings, sources, named):

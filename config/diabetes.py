@@ -18,7 +18,7 @@ hide_rate = 0.1
 
 optimizer = "muon"
 learning_rate = 2e-3  # of AdamW, for the head, the embeddings, the biases and the norms
-muon_lr = 0.01
+muon_lr = 0.003
 lr_schedule = "linear"
 min_lr = 0.0
 warmup_iters = 10

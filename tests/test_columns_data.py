@@ -150,7 +150,7 @@ def test_a_quantity_is_found_by_its_values_or_told(data, tmp_path, capsys):  # n
     assert dataset.meta["mean"] == pytest.approx(np.mean(labels["train"]))
     assert dataset.meta["std"] == pytest.approx(np.std(labels["train"]))
     said = capsys.readouterr().out
-    assert "left out: 2 without a label" in said
+    assert "left out: 2 without a label" in said and "python train.py config/diamonds.py --dataset=a " in said
     assert re.search(r"^kind: a quantity, in training from [\d,.]+ to .*; to predict classes, --labels=kind:category$",
                      said, re.M)
     run(path, labels="stars", name="classes")

@@ -27,7 +27,8 @@ FIGURES = [entry for entry in json.loads((ROOT / "figures.json").read_text(encod
 FOLDERS = sorted(path.parent for path in ROOT.glob("*/__init__.py")) + [ROOT / "config", ROOT / "data", ROOT / "tests"]
 OUT = {"translate": "out/translate_en_it", "config/chat/": "out/chat/countdown", "fashion": "out/fashion_mnist",
        "large_scans": "out/digit_scans",
-       **{name: f"out/{name}" for name in ("answer_facts", "digit_scans", "titanic", "breast_cancer", "ledger")}}
+       **{name: f"out/{name}" for name in ("answer_facts", "digit_scans", "titanic", "breast_cancer", "ledger",
+                                             "diabetes", "diamonds")}}
 RECIPES = sorted((ROOT / "config").rglob("*.py"))
 DOCUMENTED = [path for folder in (ROOT, *FOLDERS[:-2]) for path in folder.glob("*.py") if path.stem != "configurator"]
 DOCUMENTED += (ROOT / "config").glob("*/*.py")
