@@ -14,12 +14,6 @@ def outcome(config):
     return Classes(config) if config.labels else Quantity(config)
 
 
-def linear(estimator):
-    """The estimator on features whose missing numbers are 0, which is their mean."""
-    from sklearn import pipeline, preprocessing
-    return pipeline.make_pipeline(preprocessing.FunctionTransformer(np.nan_to_num), estimator)
-
-
 class Classes:
     measure = "accuracy"  # it tells what a column is used for, when that is hidden
 
@@ -56,9 +50,11 @@ class Classes:
 
     def methods(self):
         """{name: scikit-learn's estimator}, of the methods that stand beside the model."""
-        from sklearn import dummy, ensemble, linear_model
+        from sklearn import dummy, ensemble, impute, linear_model, pipeline
+        filled = impute.SimpleImputer(strategy="constant", fill_value=0)  # the mean of a number
+        regression = linear_model.LogisticRegression(max_iter=1000)
         return {"most frequent": dummy.DummyClassifier(),
-                "logistic regression": linear(linear_model.LogisticRegression(max_iter=1000)),
+                "logistic regression": pipeline.make_pipeline(filled, regression),
                 "gradient boosting": ensemble.HistGradientBoostingClassifier(random_state=0)}
 
 
@@ -106,6 +102,8 @@ class Quantity:
         return result
 
     def methods(self):
-        from sklearn import dummy, ensemble, linear_model
-        return {"mean": dummy.DummyRegressor(), "ridge regression": linear(linear_model.Ridge()),
+        from sklearn import dummy, ensemble, impute, linear_model, pipeline
+        filled = impute.SimpleImputer(strategy="constant", fill_value=0)
+        return {"mean": dummy.DummyRegressor(),
+                "ridge regression": pipeline.make_pipeline(filled, linear_model.Ridge()),
                 "gradient boosting": ensemble.HistGradientBoostingRegressor(random_state=0)}
