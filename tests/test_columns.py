@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
@@ -18,13 +19,14 @@ from test_train import resume
 
 import evaluate
 import sample
+from batches import ColumnsDataset
 from columns import ColumnsConfig, ColumnsModel, init_columns
 from configurator import UserError, parse, say
 from inside.attention import attention_weights
 from machine.distributed import World
 from run import checkpoint
 from tasks import columns as columns_task
-from tasks.columns import ColumnsTask, arguments, draw_columns, encoded
+from tasks.columns import ColumnsTask, arguments, check_columns, draw_columns, encoded
 from tasks.loading import load
 from tasks.outcomes import Quantity
 from tokenizer import WordTokenizer
@@ -518,6 +520,8 @@ def test_a_model_of_classes_does_not_predict_a_quantity(trained, regressed, data
             (regressed, other, "is for predicting price .no, yes., and the model predicts price .a quantity.: name")):
         with pytest.raises(UserError, match=message):
             run(tmp_path / "out", tiny, init_from=str(start), dataset=str(dataset))
+    with pytest.raises(UserError, match="is for predicting price .a quantity., and the model predicts price .no, yes"):
+        check_columns(replace(load(trained)[1].config, label="price"), ColumnsDataset(prices))
 
 
 def test_wrong_use_is_one_line(trained, tiny, data, dataset, tmp_path, capsys):

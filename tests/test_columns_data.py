@@ -128,7 +128,7 @@ def test_the_kind_of_a_column_is_found(tmp_path, cells, kind):
     ([f"{i}.12.2023" for i in range(1, 31)], "text", "taken for a text; .* it c:category in --columns, or write days"),
     (["02134", "10001"] * 9, "number", "c: holds numbers that look like codes, such as 02134, and is taken"),
     ([1000.0 + i for i in range(20)], "number", "such as 1000, .* to change that, name it c:category in --columns$"),
-    ([str(1000 + i % 19) for i in range(20)], "number", "^$"), (["2024", "0", "0.5", "10"] * 9, "number", "^$"),
+    ([str(1000 + i % 19) for i in range(20)], "number", "^$"), (["2024", "0", "10"] * 9, "number", "^$"),
     ([f"{i}.2" for i in range(10, 40)], "number", "^$"), (["May 2024", "June 2024"] * 9, "category", "^$")])
 def test_dates_and_codes_get_a_hint(tmp_path, capsys, cells, kind, hint):
     rows = [{"cells": {"c": cell}, "folder": tmp_path} for cell in cells]
