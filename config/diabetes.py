@@ -7,7 +7,7 @@
 The data come with scikit-learn. Five to ten seconds of one busy CPU core with AMX. Seeds 1337, 1 and 2 had a root mean
 squared error of 50.9, 52.4 and 54.1 on the 61 validation rows and 49.9, 48.2 and 50.2 on the 63 test rows; a ridge
 regression has 53.1 and 48.9, gradient boosting 55.3 and 59.7, the mean 67.1 and 73.5. It is level with the ridge
-regression: so few rows show little more than a straight line. On so few a figure is sure to 4 or 5. With a token for
+regression: so few rows show little more than a straight line. On so few a figure is sure to 5 or 6. With a token for
 each number, two blocks and muon_lr = 0.01 it had 53.0, 54.7 and 52.4 on validation.
 """
 

@@ -1,15 +1,14 @@
 """Makes a data set of a table's rows, each with a label: {train,val,test}.jsonl, meta.json, perhaps images.bin.
 
     python prepare.py passengers.csv --labels=survived --columns=all       predict one column from all others
-    python prepare.py houses.csv --labels=price --columns=all              also a quantity; or as it is said to be:
-    python prepare.py wines.csv --labels=points:number --columns=all       a number, a quantity; category, a class
+    python prepare.py wines.csv --labels=points:number --columns=all       a quantity, not a class (points:category)
     python prepare.py passengers.csv --labels=survived --columns="sex,age,deck:category,name:text,photo:picture"
     python prepare.py passengers.csv --labels=survived --columns="!ticket,deck:category"       from all but ticket
     python prepare.py titanic                           a known one; also breast_cancer, ledger, diabetes, diamonds
 
 Tables are .csv, .tsv, .jsonl or .parquet. A column holds numbers, categories, texts, or names of picture files beside
 the table. The kinds that are not told are found from the rows for training; all are printed. An empty cell is missing;
-in a column of numbers, so is a word such as NA. A label is a quantity if it has many values, and all are numbers.
+in a column of numbers, so is a word such as NA. A label is a quantity if it is a number with many values, as a price.
 
 The files train, val and test of a folder keep that part, and so do rows whose column `split` says it. What has no part
 gets one by a hash of its `page`, if the table has that column, or of its values: rows that share these stay together,
@@ -106,11 +105,10 @@ def prepare(rows, folder, how, source, revision=""):
 # Which columns
 
 def find_label_kind(rows, name):
-    """number, for a quantity, if the labels are numbers and too many for classes; else category."""
+    """number, for a quantity, if the labels are numbers and too many for classes; else another kind."""
     cells = [(row["cells"].get(name), row["folder"]) for row in rows if text_of(row, name)]
-    if len({text_in(cell) for cell, _ in cells}) <= max(10, min(MOST_CLASSES, len(cells) / 4)):
-        return "category"
-    return "number" if find_kind(name, cells, "labels") == "number" else "category"
+    are_few = len({text_in(cell) for cell, _ in cells}) <= max(10, min(MOST_CLASSES, len(cells) / 4))
+    return "category" if are_few else find_kind(name, cells, "labels")
 
 
 def choose_columns(rows, how, source):
@@ -501,11 +499,8 @@ def fetch(name, folder):
 
     Raises Offline if it can't be had, and UserError without scikit-learn.
     """
-    if name == "breast_cancer":
-        return of_sklearn(name, "tumour", "tumour", folder)
-    if name == "diabetes":
-        return of_sklearn(name, "progression", "person", folder, scaled=False)
-    return {"titanic": titanic, "ledger": ledger, "diamonds": diamonds}[name](folder)
+    loaders = {"titanic": titanic, "ledger": ledger, "diamonds": diamonds}
+    return loaders[name](folder) if name in loaders else of_sklearn(name, folder)
 
 
 def sklearn_datasets():
@@ -541,13 +536,14 @@ def titanic(folder):
     return rows, "OpenML's data set 40945", "1"
 
 
-def of_sklearn(name, label, unit, folder, **how):
+def of_sklearn(name, folder):
     """A table that comes with scikit-learn: 569 tumours with thirty measures each, or 442 people with diabetes."""
+    label, how = {"breast_cancer": ("tumour", {}), "diabetes": ("progression", {"scaled": False})}[name]
     found = getattr(sklearn_datasets(), f"load_{name}")(**how)
     names = list(map(str, found.feature_names))
-    targets = map(str, found.target_names[found.target]) if "target_names" in found else found.target.tolist()
-    rows = [{"where": f"{unit} {i}", "folder": folder, "cells": {**dict(zip(names, measures)), label: target}}
-            for i, (measures, target) in enumerate(zip(found.data.tolist(), targets), start=1)]
+    labels = found.target_names[found.target] if "target_names" in found else found.target
+    rows = [{"where": f"row {i}", "folder": folder, "cells": {**dict(zip(names, measures)), label: value}}
+            for i, (measures, value) in enumerate(zip(found.data.tolist(), labels.tolist()), start=1)]
     return rows, f"scikit-learn's load_{name}", ""
 
 
