@@ -110,8 +110,9 @@ def users_fault(error):
         known = error.filename is not None or error.errno in USERS_ERRORS
         return f"{error.filename or 'the output'}: {error.strerror}" if known and error.strerror else ""
     if re.search(OUT_OF_MEMORY, f"{type(error).__name__}: {error}"):
+        reason = str(error).partition("\n")[0][:200]
         return ("not enough memory: lower --micro_batch_size (in sampling --num_samples), or the model's sizes"
-                f" ({str(error).partition(chr(10))[0]:.200})")
+                + f" ({reason})" * bool(reason))
     return ""
 
 

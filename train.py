@@ -10,7 +10,7 @@ Config files override the defaults, and --name=value overrides both. The run wri
 earlier.N. The settings of every run follow; --help --task=NAME also shows those of a task.
 
 Exit status: 0 the run has finished; 2 an error, explained in one line. The run has saved and can be resumed after: 75
---max_minutes or SIGUSR1; 129 SIGHUP; 130 Ctrl-C; 141 the output was closed; 143 SIGTERM.
+--max_minutes or SIGUSR1; 129 SIGHUP; 130 Ctrl-C; 141 the output was closed; 143 SIGTERM. torchrun makes 1 of all but 0.
 """
 
 import os

@@ -60,6 +60,8 @@ class Guard:
         self.signalled = self.signalled or SIGNALS[number]
         if self.world.size == 1 and SIGNALS[number] in (130, 143):
             self.__exit__()
+            if os.isatty(2):
+                os.write(2, b"\nsaving after this update; Ctrl-C again ends the run at once\n")
 
     @property
     def status(self):

@@ -59,8 +59,8 @@ def prepare(source, folder, tokenizer_name, val_fraction=0.1, processes=0):
         for split in ("train", "val"):
             if totals[f"{split}_tokens"] < 2:
                 (folder / "recipe.json").unlink()  # frees the folder for another source
-                raise UserError(f"none of {totals['documents']:,} documents is for {split}: add documents, or change"
-                                " --val_fraction")
+                raise UserError(f"{source.location} has {totals['documents']:,} documents, of which none is for"
+                                f" {split}: add documents, or change --val_fraction")
         print(f"for validation: {totals['val_tokens']:,} tokens, in documents chosen by their hashes")
         digest = hashlib.sha256("".join(record["sha256"] for record in records).encode()).hexdigest()
         meta = {"source": source.location, "revision": source.revision, "sha256": digest, "tokenizer": tokenizer.kind,
@@ -207,7 +207,8 @@ def read_table(path, column=""):
                                     " double quotes around a field that contains separators")
                 yield where, dict(zip(names, row))
         except UnicodeDecodeError as error:
-            raise UserError(f"{path}, after line {rows.line_num}: is not a table in UTF-8: {error}") from None
+            raise UserError(f"{path}: is not a table in UTF-8 ({error}; lines before that: {rows.line_num}): convert"
+                            " it, for instance: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW.csv") from None
         except csv.Error as error:
             raise UserError(f"{path}, the row that begins in line {read + 1}: has a double quote that is not closed, or"
                             f" text after a closing one ({error}): close it; inside a field, write it twice") from None

@@ -91,6 +91,11 @@ def test_a_split_that_is_too_short_or_damaged_is_named(dataset, tmp_path):
     (tmp_path / "torn" / "val.bin").write_bytes(b"xx")
     with pytest.raises(UserError, match=f"val.bin does not hold the {meta['val_tokens']:,} tokens"):
         Dataset(tmp_path / "torn")
+    tokens = np.fromfile(dataset / "val.bin", meta["dtype"])
+    tokens[-1] = meta["vocab_size"]
+    tokens.tofile(tmp_path / "torn" / "val.bin")
+    with pytest.raises(UserError, match="val.bin has numbers that are no tokens: prepare it again"):
+        Dataset(tmp_path / "torn")
 
 
 @pytest.fixture(scope="module")

@@ -346,11 +346,12 @@ def test_unusable_documents_give_the_reason(in_process, tmp_path, monkeypatch):
     check("a.csv, line 2: has 3 fields, but the first line names 2: put double quotes", a_csv=b"text,b\na,b,c")
     check("a.csv, the row that begins in line 4: has a double quote that is not closed, .*unexpected end",
           a_csv=b'text,b\nc,d\n\n"a,b\ne,f')
-    check("a.csv, after line 0: is not a table in UTF-8: .* byte 0xff", a_csv=b"text,b\n\xff,c")
+    check("a.csv: is not a table in UTF-8 .* byte 0xff .* lines before that: 0.: convert it, .*iconv",
+          a_csv=b"text,b\n\xff,c")
     check("a.jsonl is UTF-16, .*: run iconv", a_jsonl='{"text": "x"}'.encode("utf-16"))
     check("no column is named text, only a, b: choose one", a_tsv=b"a\tb\nc\td")
     check("no column is named text, only a, b: choose one", a_csv=b"\n\na, b \nc,d")
-    check("none of 1 documents is for", a_jsonl=b'{"text": "x"}')
+    check("has 1 documents, of which none is for", a_jsonl=b'{"text": "x"}')
     with pytest.raises(UserError, match=r"'.*caf.udce9.jsonl': this path is not UTF-8; rename"):
         documents.local_source("", [tmp_path / "caf\udce9.jsonl"])
     check("there are documents .*a.parquet. and texts .*b.txt.: choose one kind", a_parquet=good, b_txt=b"words")

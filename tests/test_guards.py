@@ -50,6 +50,17 @@ def test_the_ranks_shares_are_summed():
     assert guard.read() == {"loss": 3.0, "mean_loss": 3.0, "grad_norm": 0.5, "hits": 6.0}
 
 
+def test_the_first_ctrl_c_is_answered_on_a_terminal(monkeypatch):
+    said = []
+    monkeypatch.setattr(os, "isatty", lambda number: number == 2)
+    monkeypatch.setattr(os, "write", lambda number, line: said.append((number, line)))
+    with make() as guard:
+        signal.raise_signal(signal.SIGINT)
+        assert guard.status == 130
+    (number, line), = said
+    assert number == 2 and b"Ctrl-C again ends the run at once" in line
+
+
 @pytest.mark.parametrize("loss, norm, settings, message", [
     (math.nan, 1.0, {}, "the loss is nan .*: try a lower --learning_rate"),
     (1.0, math.inf, {}, "norm inf .*: try a lower --learning_rate"),

@@ -139,7 +139,7 @@ def test_texts_beside_documents_are_left_out_or_refused(data, tmp_path, capsys):
     assert "README.md is not a document" in capsys.readouterr().out
     assert json.loads((data / "documents" / "meta.json").read_text())["documents"] == 100
     (tmp_path / "few.jsonl").write_text('{"text": "x"}')
-    with pytest.raises(UserError, match="none of 1 documents is for .*: add documents"):
+    with pytest.raises(UserError, match="has 1 documents, of which none is for .*: add documents"):
         run(tmp_path / "few.jsonl", tokenizer="byte", name="more", processes=1)
     run(folder, tokenizer="byte", name="more", processes=1)
 
