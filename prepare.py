@@ -75,6 +75,7 @@ from sources.known import CORPORA, GENERATED, PAIRS, TOKENIZERS, claim, locate, 
 from tasks import find_task
 
 GPT2_TOKENS = 100_000_000  # training tokens above which a GPT-2 from scratch is worthwhile
+MANY_ROWS = 5000  # of a table for training: more than the updates of the recipes for small ones can use
 SETTINGS_OF = {  # for each kind of source, its settings that some other kinds lack
     "texts": ("newlines", "files"), "documents": ("column", "processes", "max_files", "files"),
     "captions": ("image_size",), "pictures by class": ("image_size", "files", "unreadable"),
@@ -267,7 +268,8 @@ def prepare_own_columns(settings, sources, named):
         how = how._replace(tokenizer=columns.How().tokenizer)
     rows = columns.read(list(map(Path, sources)), settings.labels, settings.files)
     meta = columns.prepare(rows, claim(name, source), how, source)
-    return name, "config/titanic.py" if meta["labels"] else "config/diamonds.py"
+    recipe = "diamonds" if meta["train_rows"] >= MANY_ROWS else "titanic" if meta["labels"] else "diabetes"
+    return name, f"config/{recipe}.py"
 
 
 def prepare_own_labelled(settings, sources, named):

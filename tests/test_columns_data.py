@@ -138,7 +138,7 @@ def test_dates_and_codes_get_a_hint(tmp_path, capsys, cells, kind, hint):
     assert not capsys.readouterr().out
 
 
-def test_a_quantity_is_found_by_its_values_or_told(data, tmp_path, capsys):  # noqa: F811
+def test_a_quantity_is_found_by_its_values_or_told(data, tmp_path, capsys, monkeypatch):  # noqa: F811
     draw = random.Random(1)
     prices = [round(draw.gauss(200_000, 80_000), 2) for _ in range(58)] + ["", "NA"]
     path = write_csv(tmp_path / "a.csv", changed(kind=prices, stars=[i % 5 for i in range(60)]))
@@ -150,13 +150,15 @@ def test_a_quantity_is_found_by_its_values_or_told(data, tmp_path, capsys):  # n
     assert dataset.meta["mean"] == pytest.approx(np.mean(labels["train"]))
     assert dataset.meta["std"] == pytest.approx(np.std(labels["train"]))
     said = capsys.readouterr().out
-    assert "left out: 2 without a label" in said and "python train.py config/diamonds.py --dataset=a " in said
+    assert "left out: 2 without a label" in said and "python train.py config/diabetes.py --dataset=a " in said
     assert re.search(r"^kind: a quantity, in training from [\d,.]+ to .*; to predict classes, --labels=kind:category$",
                      said, re.M)
     run(path, labels="stars", name="classes")
     assert ColumnsDataset(data / "classes").meta["labels"] == ["0", "1", "2", "3", "4"]
     assert "to predict a quantity, --labels=stars:number\n" in capsys.readouterr().out
+    monkeypatch.setattr(prepare, "MANY_ROWS", 20)
     run(path, labels="stars:number", name="quantity")
+    assert "python train.py config/diamonds.py --dataset=quantity " in capsys.readouterr().out
     assert ColumnsDataset(data / "quantity").rows["val"][0]["label"] in (0.0, 1.0, 2.0, 3.0, 4.0)
     run(write_csv(tmp_path / "b.csv", changed(kind=[i % 20 for i in range(60)])), labels="kind:category")
     assert 10 < len(ColumnsDataset(data / "b").meta["labels"]) <= 20
