@@ -132,9 +132,9 @@ def to_published(model):
 
 def to_published_config(model):
     """The dict for the config.json of a model without `misfit`."""
-    c = model.config.vision
-    sizes = {their: getattr(c, ours) for ours, their in SIZES.items()} | {"intermediate_size": c.n_hidden or 4 * c.n_embd}
-    labels = model.config.labels
+    c, labels = model.config.vision, model.config.labels
+    sizes = {their: getattr(c, ours) for ours, their in SIZES.items()}
+    sizes["intermediate_size"] = c.n_hidden or 4 * c.n_embd
     return {"architectures": [CLASS], "model_type": "vit", **sizes, "num_channels": 3, "qkv_bias": True,
             "hidden_act": next(theirs for theirs, ours in ACTIVATIONS.items() if ours == c.mlp),
             "hidden_dropout_prob": c.dropout, "attention_probs_dropout_prob": c.dropout,
