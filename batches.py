@@ -102,8 +102,10 @@ def read_meta(folder, *kinds):
     if not complete:
         raise UserError(f"{path} is damaged: prepare the data set again")
     if found not in kinds:
+        hint = "; its pictures have no classes: sort them into a folder for each, and prepare them again"
         raise UserError(f"{folder} is a data set of kind {found}, and this model needs one of kind"
-                        f" {' or '.join(kinds)}: name another --dataset")
+                        f" {' or '.join(kinds)}: name another --dataset"
+                        + hint * (found == "images" and "image-labels" in kinds))
     return meta
 
 

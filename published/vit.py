@@ -5,8 +5,9 @@
 In: images are stretched to a square by bicubic interpolation, where transformers may take another one: probabilities
 differ a little. A model whose images were normalised otherwise than to -1 .. 1 is refused.
 Out: by preprocessor_config.json transformers stretches and scales images as run.pictures.pixels does; with torchvision
-installed, it rounds some pixels otherwise, by 1 of 255. It cuts off values of 16 bits, where we scale them, and its
-pipeline shows the hidden colour of transparent pixels, where we show white.
+installed, it rounds some pixels otherwise, by 1 of 255. We scale values of 16 bits, and transformers cuts them off. Its
+pipeline shows the hidden colour of transparent pixels, where we show white; its image processor alone does not turn a
+photo upright.
 """
 
 import math

@@ -308,7 +308,7 @@ def test_pictures_in_no_folder_of_a_class_are_divided_and_none_is_on_both_sides(
         picture = Image.open(source / row["file"]).resize((8, 8), Image.Resampling.BICUBIC)
         assert row.keys() == {"image", "file"} and (data.images[row["image"]] == np.asarray(picture)).all()
     run_settings = settings_for("image-classification", dataset=str(tmp_path / "set"), patch_size=4)
-    with pytest.raises(UserError, match="its pictures have no classes: sort them into a folder for each, and prepare"):
+    with pytest.raises(UserError, match="of kind images, .* image-labels: .* have no classes: sort them into a folder"):
         ImageClassificationTask(run_settings).open(tmp_path / "set", ALONE)
 
 
