@@ -81,6 +81,7 @@ META_KEYS = {"text": ("dtype", "train_tokens", "val_tokens"),
              "image-text": ("image_size", "images", "train_rows", "val_rows"),
              "pairs": ("dtype", "shared", "train_rows", "val_rows", "test_rows"),
              "image-labels": ("image_size", "images", "labels", "train_rows", "val_rows", "test_rows"),
+             "images": ("image_size", "images", "train_rows", "val_rows"),
              "labels": ("labels", "several", "train_rows", "val_rows", "test_rows"),
              "tags": ("tags", "intents", "train_rows", "val_rows", "test_rows"),
              "answers": ("train_rows", "val_rows", "test_rows"),
@@ -101,8 +102,10 @@ def read_meta(folder, *kinds):
     if not complete:
         raise UserError(f"{path} is damaged: prepare the data set again")
     if found not in kinds:
+        hint = "; its pictures have no classes: sort them into a folder for each, and prepare them again"
         raise UserError(f"{folder} is a data set of kind {found}, and this model needs one of kind"
-                        f" {' or '.join(kinds)}: name another --dataset")
+                        f" {' or '.join(kinds)}: name another --dataset"
+                        + hint * (found == "images" and "image-labels" in kinds))
     return meta
 
 
@@ -150,8 +153,8 @@ class ImageTextDataset:
     """A prepared folder of images with text. images: uint8 (n, S, S, 3), memory-mapped. meta: from meta.json.
 
     rows: {"train": [...], "val": [...]} of dicts with image (an index), prompt, answer, kind, and the original width
-    and height in pixels. kind "image-labels": with image, label and file; also for "test". Raises UserError if the
-    files don't fit meta.json.
+    and height in pixels. kind "image-labels": with image, label and file; also for "test". kind "images": with image
+    and file. Raises UserError if the files don't fit meta.json.
     """
 
     def __init__(self, folder, *kinds):

@@ -7,7 +7,8 @@
     python prepare.py my.txt --tokenizer=HuggingFaceTB/SmolLM2-135M      of a model on the hub
     python prepare.py shakespeare_char                  a known data set (train.py does this by itself)
     python prepare.py my_folder/ --image_size=48        images with a captions.jsonl: see sources/images.py
-    python prepare.py my_folder/ --image_size=32        pictures, in a folder for each class: sources/labelled_images.py
+    python prepare.py my_folder/ --image_size=32        pictures, in a folder for each class or without classes: see
+                                                        sources/labelled_images.py
     python prepare.py my_folder/ --tokenizer=gpt2       documents in .parquet, .jsonl, .csv or .tsv files, and
     python prepare.py fineweb                           documents of the Hugging Face Hub: see sources/documents.py
     python prepare.py talks.jsonl                       dialogues, "messages" in each line; or preferences between two
@@ -78,7 +79,8 @@ GPT2_TOKENS = 100_000_000  # training tokens above which a GPT-2 from scratch is
 MANY_ROWS = 5000  # of a table for training: more than the updates of the recipes for small ones can use
 SETTINGS_OF = {  # for each kind of source, its settings that some other kinds lack
     "texts": ("newlines", "files"), "documents": ("column", "processes", "max_files", "files"),
-    "captions": ("image_size",), "pictures by class": ("image_size", "files", "unreadable"),
+    "captions": ("image_size",),
+    **dict.fromkeys(("pictures by class", "pictures without classes"), ("image_size", "files", "unreadable")),
     "known pictures by class": ("image_size",), "metadata": ("image_size", "column"),
     "pairs": ("languages", "columns", "shared", "min_words", "max_words"),
     "known pairs": ("languages", "shared", "min_words", "max_words"),
@@ -90,7 +92,7 @@ SETTINGS_OF = {  # for each kind of source, its settings that some other kinds l
     "a known corpus": ("column", "processes", "max_files"), "known images": ("image_size",)}
 CHAT_RECIPES = {"chat": "config/chat/dialogues.py", "preferences": "config/chat/dpo.py"}
 PAIRS_RECIPE = "config/translate_en_it.py"
-PICTURES_RECIPE = "config/fashion_mnist.py"
+PICTURES_RECIPES = {"pictures by class": "config/fashion_mnist.py", "pictures without classes": "--task=masked-patches"}
 TASKS = {"vlm": "image-text", "translate": "translation", "classify": "classification", "tag": "tagging",
          "dpo": "dpo", "answer": "question-answering", **{name.partition("_")[0]: "columns" for name in known.COLUMNS}}
 # by the start of a recipe's name; others are of texts
@@ -204,14 +206,15 @@ def prepare_own(settings, sources, named):
     if dialogues.are_dialogues(paths):
         return prepare_own_dialogues(settings, paths)
     tables = images.find_tables(paths[0]) if len(paths) == 1 else []
-    if classes := [] if is_url or tables or len(paths) > 1 or not paths[0].is_dir() else \
+    if found := [] if is_url or tables or len(paths) > 1 or not paths[0].is_dir() else \
             labelled_images.find(paths[0], settings.files):
-        return prepare_own_pictures(settings, paths[0], classes), PICTURES_RECIPE
+        return prepare_own_pictures(settings, paths[0], found)
     text_files, row_files = ([], []) if is_url or tables else texts.find(paths, documents.READERS, settings.files)
     if not (is_url or tables or text_files or row_files):
         which = f" that match --files={settings.files}" if settings.files else ""
-        raise UserError(f"{', '.join(sources)}: there are no texts or documents{which}; images need a captions.jsonl,"
-                        " see sources/images.py, or a folder for each of several classes")
+        raise UserError(f"{', '.join(sources)}: there are no texts or documents{which}; to be taken as pictures, most"
+                        " files must be some, in the folder itself (sources/labelled_images.py) or in one for each"
+                        " class, or it must have a captions.jsonl (sources/images.py)")
     check_kind(settings, tables[0].stem.lower() if tables else "documents" if row_files else "texts")
     name = own_name(settings, urlsplit(sources[0]).path if is_url else sources[0])
     source = sources[0] if is_url else ", ".join(map(os.path.abspath, sources))
@@ -248,13 +251,14 @@ def prepare_own_pairs(settings, sources, named):
 
 
 def prepare_own_pictures(settings, path, rows):
-    """Prepares a folder of pictures by class. Returns the data set's name. rows: from labelled_images.find."""
-    check_kind(settings, "pictures by class")
-    check_idle(settings, "pictures by class have no text", "tokenizer")
+    """Prepares a folder of pictures. rows: from labelled_images.find. Returns (the data set's name, how to train)."""
+    kind = "pictures by class" if labelled_images.has_classes(rows) else "pictures without classes"
+    check_kind(settings, kind)
+    check_idle(settings, f"{kind} have no text", "tokenizer")
     name, source = own_name(settings, path), os.path.abspath(path)
     how = labelled_images.How(settings.image_size, settings.val_fraction, settings.unreadable)
     labelled_images.prepare(rows, claim(name, source), how, source)
-    return name
+    return name, PICTURES_RECIPES[kind]
 
 
 def prepare_own_columns(settings, sources, named):

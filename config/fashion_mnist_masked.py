@@ -11,26 +11,10 @@ with 1,000 labels 81.2, 78.3 and 79.9 %. Beside the recipe: --train_rows=200 --b
 --warmup_iters=30 --eval_interval=300, 600 updates for 1,000 labels, and for the start from here --rates.vision=0.3.
 """
 
+_base = "fashion_mnist.py"
 task = "masked-patches"
-dataset = "fashion_mnist"
 out_dir = "out/fashion_mnist_masked"
 
-n_layer = 4
-n_head = 4
-n_embd = 64
-patch_size = 4
-flip = True
-
-optimizer = "muon"
-learning_rate = 2e-3  # of AdamW, for the patches, the positions, the biases, the norms and the head
-muon_lr = 0.01
-lr_schedule = "linear"
-min_lr = 0.0
-warmup_iters = 50
-beta2 = 0.98
-weight_decay = 0.05
-
-batch_size = 64
+shift = 0
 max_iters = 2400  # 2.8 epochs
 eval_interval = 1200
-log_interval = 50

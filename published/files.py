@@ -31,6 +31,7 @@ from published import check_publish, download
 from run.checkpoint import clear, fill, read_config, unfilled
 from run.files import read_json, reason, rename, write_json
 from tokenizer import Tokenizer, find
+from vit import ImageClassifier
 from vlm import Gemma, PaliGemma
 
 # {file of the weights: pattern of it, its shards and their index}. The first that exists; loading either runs no code.
@@ -40,7 +41,8 @@ FAMILIES = {  # by the model_type in config.json
     "paligemma": "published.paligemma", "bert": "published.bert", "vit": "published.vit"}
 HEAD = "lm_head.weight"  # the output head in every first layout; a tied model has none
 LAYOUTS = {GPT: ("gpt2", "llama"), Gemma: ("llama",), PaliGemma: ("paligemma",), MaskedLM: ("bert",),
-           SentenceEncoder: ("bert",), Answerer: ("bert",), Critic: ("gpt2", "llama")}  # that may hold a class of ours
+           SentenceEncoder: ("bert",), Answerer: ("bert",), ImageClassifier: ("vit",),
+           Critic: ("gpt2", "llama")}  # that may hold a class of ours
 
 FITS = {  # {what a value of config.json must be: whether it is}
     "a whole number from 1 to 2^31 - 1": lambda value: type(value) is int and 0 < value < 2**31,
@@ -182,11 +184,14 @@ def arrange(stored, model, family, theirs, folder):
 # Saving
 
 def layout(model, tokenizer):
-    """The module of the first layout that can hold the model. Raises UserError that says why no layout can."""
+    """The module of the first layout that can hold the model. Raises UserError that says why no layout can.
+
+    tokenizer: None of a model of images alone.
+    """
     if type(model) not in LAYOUTS:
         known = ", ".join(cls.__name__ for cls in LAYOUTS)
         raise UserError(f"no published layout holds a {type(model).__name__}, only the models {known}")
-    if type(tokenizer).as_library is Tokenizer.as_library:
+    if tokenizer and type(tokenizer).as_library is Tokenizer.as_library:
         tokenizer.as_library()  # raises
     reasons = []
     for name in LAYOUTS[type(model)]:

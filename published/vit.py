@@ -1,9 +1,13 @@
-"""Published vision transformers that classify images: their config.json and the names of their tensors; in only.
+"""Vision transformers that classify images: their config.json and the names of their tensors; in and out.
 
     python sample.py --init_from=google/vit-base-patch16-224 --image=cat.jpg
 
-Images are stretched to a square by bicubic interpolation, where transformers may take another one: probabilities differ
-a little. A model whose images were normalised otherwise than to -1 .. 1 is refused.
+In: images are stretched to a square by bicubic interpolation, where transformers may take another one: probabilities
+differ a little. A model whose images were normalised otherwise than to -1 .. 1 is refused.
+Out: by preprocessor_config.json transformers stretches and scales images as run.pictures.pixels does; with torchvision
+installed, it rounds some pixels otherwise, by 1 of 255. We scale values of 16 bits, and transformers cuts them off. Its
+pipeline shows the hidden colour of transparent pixels, where we show white; its image processor alone does not turn a
+photo upright.
 """
 
 import math
@@ -11,10 +15,12 @@ import math
 from configurator import UserError
 from published.bert import ACTIVATIONS
 from published.files import KINDS, SIZE, Source, locate, require
-from run.files import read_json
+from run.files import read_json, write_json
 from vit import ImageClassifier, ImageClassifierConfig, ViTConfig
 
 MODEL = ImageClassifier
+CLASS = "ViTForImageClassification"
+REMEDY = "--pool=first --stem=False"  # and with the defaults: what can be published
 
 # (ours, theirs), applied in this order
 NAMES = (("vision.cls.weight", "embeddings.cls_token"), ("vision.wpe.weight", "embeddings.position_embeddings"),
@@ -32,8 +38,11 @@ SIZES = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_emb
 DEFAULTS = {"num_hidden_layers": 12, "num_attention_heads": 12, "hidden_size": 768, "intermediate_size": 3072,
             "layer_norm_eps": 1e-12, "image_size": 224, "patch_size": 16}  # of a key that config.json lacks
 ONLY = {"hidden_act": ACTIVATIONS, "num_channels": (3,), "qkv_bias": (True,), "quantization_config": (None,),
-        "architectures": (["ViTForImageClassification"],)}  # {their key: the only values that can be loaded}
+        "architectures": ([CLASS],)}  # {their key: the only values that can be loaded}
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In
 
 def to_config(theirs, name, block_size=0, dropout=0.0):
     """The ImageClassifierConfig of a config.json. Raises UserError for what our model can't compute."""
@@ -83,3 +92,53 @@ def source(ours, theirs):
     for our_part, their_part in NAMES:
         ours = ours.replace(our_part, their_part)
     return Source(ours)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Out
+
+def misfit(config):
+    """The settings of an ImageClassifierConfig that ViT's layout can't hold, such as "pool = 'mean'"; "": it can."""
+    c = config.vision
+    fitting = {"stem": (False,), "block": ("pre",), "final_norm": (True,), "norm": ("layernorm",), "bias": (True,),
+               "mlp": tuple(ACTIVATIONS.values()), "n_kv_head": (0, c.n_head), "head_dim": (0, c.n_embd / c.n_head),
+               "qk_norm": (False,)}
+    found = {name: getattr(c, name) for name, values in fitting.items() if getattr(c, name) not in values}
+    found = found if c.cls else {"pool": "mean", **found}
+    return ", ".join(f"{name} = {value!r}" for name, value in found.items())
+
+
+def save(model, _, folder, shard_size):
+    """Writes a model without `misfit` into `folder`, with what its images need, for transformers.
+
+    shard_size: most bytes per weight file.
+    """
+    from huggingface_hub import save_torch_state_dict
+    save_torch_state_dict(to_published(model), folder, max_shard_size=shard_size)
+    size = model.config.vision.image_size
+    write_json(folder / "preprocessor_config.json", {
+        "image_processor_type": "ViTImageProcessor", "do_convert_rgb": True, "do_resize": True,
+        "size": {"height": size, "width": size}, "resample": 3,  # bicubic
+        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3})
+    write_json(folder / "config.json", to_published_config(model))
+
+
+def to_published(model):
+    """{published name: tensor} of a model without `misfit`."""
+    state = {source(ours, {}).name: tensor for ours, tensor in model.state_dict().items()}
+    state |= {name: state[name][None] for name in ROWS_IN_A_BATCH_OF_ONE}
+    return {name if name.startswith("classifier.") else f"vit.{name}": tensor for name, tensor in state.items()}
+
+
+def to_published_config(model):
+    """The dict for the config.json of a model without `misfit`."""
+    c, labels = model.config.vision, model.config.labels
+    sizes = {their: getattr(c, ours) for ours, their in SIZES.items()}
+    sizes["intermediate_size"] = c.n_hidden or 4 * c.n_embd
+    return {"architectures": [CLASS], "model_type": "vit", **sizes, "num_channels": 3, "qkv_bias": True,
+            "hidden_act": next(theirs for theirs, ours in ACTIVATIONS.items() if ours == c.mlp),
+            "hidden_dropout_prob": c.dropout, "attention_probs_dropout_prob": c.dropout,
+            "id2label": {str(i): name for i, name in enumerate(labels)},
+            "label2id": {name: i for i, name in enumerate(labels)},
+            "torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}

@@ -1,12 +1,14 @@
-"""Makes a data set of pictures by class: images.bin, {train,val,test}.jsonl, meta.json.
+"""Makes a data set of pictures by class, or without classes: images.bin, {train,val,test}.jsonl, meta.json.
 
     python prepare.py my_folder/ --image_size=48        a folder for each class: my_folder/cats/1.jpg, ...; or below
     python prepare.py fashion_mnist                     my_folder/train/, my_folder/test/ and perhaps my_folder/val/
     python prepare.py digit_scans                       the second and third are known ones
+    python prepare.py my_pictures/ --image_size=64      no classes: my_pictures/1.jpg, ...; for --task=masked-patches
 
 A part that has no folder, val or test, is taken from the pictures for training: of each class the same share, chosen by
 a hash of the pixels. A picture for training that occurs twice in a class is left out the second time. Copies that
-differ in a pixel are not found: where pictures come in series, give each part a folder of its own.
+differ in a pixel are not found: where pictures come in series, give each part a folder of its own. Pictures without
+classes need no test part.
 """
 
 import functools
@@ -42,7 +44,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class How(NamedTuple):
-    """How pictures by class are prepared; prepare.py's settings of the same names."""
+    """How pictures are prepared; prepare.py's settings of the same names."""
     image_size: int = 48
     val_fraction: float = 0.1  # of each class for validation, and once more for test, unless these are given
     unreadable: str = "refuse"  # or "skip"
@@ -51,25 +53,32 @@ class How(NamedTuple):
 def prepare(rows, folder, how, source, revision=""):
     """Writes the data set of an iterable of rows into the folder, and returns the dict of meta.json.
 
-    A row is a dict with label, file (a name to show), split ("" if it may be in any), and read, a function that returns
-    a PIL image in RGB. Raises UserError if one can't be read and how.unreadable is "refuse", if a split would be empty,
-    or if a class has one picture.
+    A row is a dict with label (None in all rows: there are no classes), file (a name to show), split ("" if it may be
+    in any), and read, a function that returns a PIL image in RGB. Raises UserError if one can't be read and
+    how.unreadable is "refuse", if a split would be empty, or if a class has one picture.
     """
     with writing(folder):
         kept, left_out = write_images(rows, folder / "images.bin.new", how)
         choose_splits(kept, how.val_fraction, source)
-        meta = {"kind": "image-labels", "source": str(source), "revision": revision, "sha256": "", "images": len(kept),
-                "image_size": how.image_size, "labels": labels_of(kept, source), "left_out": left_out}
+        own = {"labels": labels_of(kept, source)} if has_classes(kept) else {}
+        tell_copies(kept)
+        meta = {"kind": "image-labels" if own else "images", "source": str(source), "revision": revision, "sha256": "",
+                "images": len(kept), "image_size": how.image_size, **own, "left_out": left_out}
         digest = hashlib.sha256(np.memmap(folder / "images.bin.new", mode="r"))
-        for split in PARTS:
+        parts = [split for split in PARTS if any(row["split"] == split for row in kept)]
+        for split in parts:
             chosen = [row for row in kept if row["split"] == split]
             meta[f"{split}_rows"] = len(chosen)
-            lines = [json.dumps({name: row[name] for name in ("image", "label", "file")}) + "\n" for row in chosen]
-            text = "".join(lines).encode()
+            names = ("image", "label", "file") if own else ("image", "file")
+            text = "".join(json.dumps({name: row[name] for name in names}) + "\n" for row in chosen).encode()
             (folder / f"{split}.jsonl.new").write_bytes(text)
             digest.update(text)
         meta["sha256"] = digest.hexdigest()
-        return finish(folder, ("images.bin", *(f"{split}.jsonl" for split in PARTS)), meta)
+        return finish(folder, ("images.bin", *(f"{split}.jsonl" for split in parts)), meta)
+
+
+def has_classes(rows):
+    return any(row["label"] is not None for row in rows)
 
 
 def write_images(rows, path, how):
@@ -98,15 +107,19 @@ def write_images(rows, path, how):
             file.write(pixels)
             kept.append({**row, "image": len(kept), "digest": digest})
     print(f"pictures: {len(kept):,}; left out: {left_out['unreadable']:,} that can't be read, {left_out['duplicate']:,}"
-          " that are equal to an earlier one of their class", flush=True)
+          " that are equal to an earlier one" + " of their class" * has_classes(kept), flush=True)
     return kept, dict(left_out)
 
 
 def choose_splits(rows, val_fraction, source):
-    """Sets the splits of rows in place: val and test as given, and what is not given from the others of each class."""
-    missing = [split for split in ("val", "test") if all(row["split"] != split for row in rows)]
+    """Sets the splits of rows in place: val and test as given, and what is not given from the others of each class.
+
+    Without classes a test part is taken only if it is given.
+    """
+    wanted = ("val", "test") if has_classes(rows) else ("val",)
+    missing = [split for split in wanted if all(row["split"] != split for row in rows)]
     if not missing and val_fraction != How().val_fraction:
-        raise UserError(f"val_fraction = {val_fraction}: {source} has folders for both val and test; leave it out")
+        raise UserError(f"val_fraction = {val_fraction}: {source} has folders for {' and '.join(wanted)}; leave it out")
     if val_fraction * len(missing) >= 1:
         raise UserError(f"val_fraction = {val_fraction}: must be below 0.5: the test part is as large")
     classes = {}
@@ -114,6 +127,8 @@ def choose_splits(rows, val_fraction, source):
         if row["split"] not in ("val", "test"):
             classes.setdefault(row["label"], []).append(row)
     lonely = [name for name, found in classes.items() if len(found) == 1]
+    if lonely == [None] and missing:
+        raise UserError(f"{source}: has one picture alone, so that none can be held out: add some")
     if lonely and missing:
         raise UserError(f"{source}: only one picture is of the class {lonely[0]} ({len(lonely):,} such classes), so"
                         " that none can be held out: add pictures, or remove its folder")
@@ -122,15 +137,16 @@ def choose_splits(rows, val_fraction, source):
         for i, row in enumerate(found):
             is_held_out = i < share * len(missing) and i < len(found) - 1
             row["split"] = missing[i // share] if is_held_out else "train"
-    for split in PARTS:
+    for split in ("train", *wanted):
         if not any(row["split"] == split for row in rows):
             raise UserError(f"{source}: none of its {len(rows):,} pictures is for {split}: add some")
-    for split in ("val", "test"):
-        print(f"{split}: {'by hash, the same share of each class' if split in missing else 'as given'}", flush=True)
+    drawn = "by hash" + ", the same share of each class" * has_classes(rows)
+    for split in wanted:
+        print(f"{split}: {drawn if split in missing else 'as given'}", flush=True)
 
 
 def labels_of(rows, source):
-    """The names of the classes in training. Says what is amiss with the others: unknown classes, copies of pictures."""
+    """The names of the classes in training. Says which classes of the other parts are unknown."""
     labels = sorted({row["label"] for row in rows if row["split"] == "train"})
     if len(labels) < 2:
         raise UserError(f"{source}: the pictures for training are of {len(labels)} class, {labels[0]}: there must be at"
@@ -138,26 +154,33 @@ def labels_of(rows, source):
     print(f"classes, {len(labels):,}: {', '.join(labels[:20])}{', ...' * (len(labels) > 20)}", flush=True)
     if alike := len(labels) - len({name.lower() for name in labels}):
         print(f"classes whose names differ from another one in capital letters alone: {alike:,}", flush=True)
-    trained = {row["digest"] for row in rows if row["split"] == "train"}
     for split in ("val", "test"):
         found = [row for row in rows if row["split"] == split]
         if unknown := sorted({row["label"] for row in found} - {*labels}):
             count = sum(row["label"] in unknown for row in found)
             print(printable(f"{split}: {count:,} of {len(found):,} pictures are of classes that training lacks, such as"
                             f" {unknown[0]}; they count as errors"), flush=True)
+    return labels
+
+
+def tell_copies(rows):
+    """Says how many pictures of the other parts are also in training."""
+    trained = {row["digest"] for row in rows if row["split"] == "train"}
+    for split in ("val", "test"):
+        found = [row for row in rows if row["split"] == split]
         if copies := sum(row["digest"] in trained for row in found):
             print(f"{split}: {copies:,} of {len(found):,} pictures are also in training", flush=True)
-    return labels
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Folders
 
 def find(folder, pattern=""):
-    """The rows of a folder whose folders are classes; [] if most of its files are no pictures in folders.
+    """The rows of a folder whose folders are classes; or, if most of its files are pictures in none, without labels.
 
-    The folders above the classes may be the parts, such as train/ and test/. pattern: see texts.wanted. Raises
-    UserError if there is one class, or if some of the folders are parts and others are none.
+    [] if most files are neither. The folders above the classes, or above pictures without classes, may be the parts,
+    such as train/ and test/. pattern: see texts.wanted. Raises UserError if there is one class, or if some of the
+    folders are parts and others are none.
     """
     files = list(files_in(folder, pattern))
     parts = {file: file.relative_to(folder).parts for file in files if file.suffix.lower() in PICTURES}
@@ -165,6 +188,9 @@ def find(folder, pattern=""):
     told = {name for name in tops if name.lower() in SPLITS}
     depth = 1 if tops and tops == told else 0
     found = {file: names for file, names in parts.items() if len(names) > depth + 1}
+    loose = {file: names for file, names in parts.items() if file not in found}
+    if 2 * len(loose) > len(files):
+        return unlabelled(loose, len(files))
     if 2 * len(found) <= len(files):
         return []
     if tops != told and len({SPLITS[name.lower()] for name in told}) > 1:
@@ -173,10 +199,19 @@ def find(folder, pattern=""):
     classes = {names[depth] for names in found.values()}
     if len(classes) < 2:
         raise UserError(f"{folder}: its pictures lie in one folder, {shown(*classes)}: each of at least two classes"
-                        f" needs one; if the classes are below it, give {folder / min(classes)}")
+                        f" needs one; if the classes are below it, or there are none, give {folder / min(classes)}")
     if others := len(files) - len(found):
         print(f"left out: {others:,} files that are no pictures in the folder of a class", flush=True)
     return [{"label": shown(names[depth]), "split": SPLITS[names[0].lower()] if depth else "",
+             "file": shown("/".join(names)), "read": functools.partial(read_image, file)}
+            for file, names in found.items()]
+
+
+def unlabelled(found, count):
+    """The rows of pictures without classes. found: {path: its names below the folder}, count: of the folder's files."""
+    if count > len(found):
+        print(f"left out: {count - len(found):,} files that are no pictures, or lie in other folders", flush=True)
+    return [{"label": None, "split": SPLITS[names[0].lower()] if len(names) > 1 else "",
              "file": shown("/".join(names)), "read": functools.partial(read_image, file)}
             for file, names in found.items()]
 

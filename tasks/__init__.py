@@ -38,7 +38,7 @@ TASKS = {
                                 settings.Labels, ("image-labels",), ("vit",)),
     "columns": Row("ColumnsTask", settings.Columns, settings.Predicting, settings.Labels, ("columns",)),
     "masked-patches": Row("MaskedPatchesTask", settings.MaskedPatches, settings.Guessing, settings.Nothing,
-                          ("image-labels", "image-text")),
+                          ("images", "image-labels", "image-text")),
     "chat": Row("ChatTask", settings.Chat, settings.Chatting, settings.Answers, ("chat",)),
     "reward": Row("RewardTask", settings.Reward, settings.Scoring, settings.Tested, ("preferences",)),
     "dpo": Row("DPOTask", settings.DPO, settings.Chatting, settings.Answers, ("preferences",)),

@@ -43,6 +43,7 @@ class PictureTask(Task):
 
     fixed_shapes = True
     rows_label = "the training pictures"
+    tokenizer = None  # these models read no text
 
     def open(self, folder, world):
         """Also finds images[split], (n,): where in the data set the split's pictures are."""

@@ -1,14 +1,15 @@
 """The masked-patches task: a vision transformer draws hidden patches of pictures, and needs no classes to learn it.
 
     python train.py config/fashion_mnist_masked.py
+    python prepare.py my_pictures/ --image_size=64       a folder of pictures; then --dataset=my_pictures
     python sample.py --out_dir=out/fashion_mnist_masked --image=shirt.png --draw=guess.png
     python evaluate.py --out_dir=out/fashion_mnist_masked
     python train.py config/fashion_mnist.py --init_from=out/fashion_mnist_masked --train_rows=200
 
 The loss is the mean squared error of the pixels of the hidden patches. With normalise = True a patch's pixels are taken
 less their mean and divided by their standard deviation (He et al. 2022), so that only its pattern counts: who always
-guesses 0 has a loss of about 1, and of 0 for a patch of one colour. The data are pictures by class, or pictures with
-text; classes and text are not read. prepare.py takes no pictures without classes: divide them into two folders.
+guesses 0 has a loss of about 1, and of 0 for a patch of one colour. The data are pictures without classes, by class, or
+with text; classes and text are not read.
 
 Axes: B batch, N patches of a picture, A hidden ones, P pixel values of a patch, S side of a picture in pixels.
 """

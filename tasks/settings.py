@@ -314,6 +314,7 @@ class Pictures:
 class ImageClassification(Pictures):
     pool: Literal["mean", "first"] = "mean"  # what the last layer reads: the mean of all patches, or a class token
     train_rows: int = 0  # learn from so many pictures only, the same share of each class, drawn with the seed; 0: all
+    publish: str = ""  # folder to write the best model to at the end, as transformers can load it
 
 
 @dataclass(frozen=True)

@@ -241,7 +241,7 @@ def test_folders_of_parts_stay_what_they_are(tmp_path, parts, given):
         tops = {row["file"].partition("/")[0] for row in rows}
         assert {labelled_images.SPLITS[top.lower()] for top in tops} == {split if split in given else "train"}
     if given == "val test":
-        with pytest.raises(UserError, match="val_fraction = 0.2: made up has folders for both val and test"):
+        with pytest.raises(UserError, match="val_fraction = 0.2: made up has folders for val and test"):
             prepared(source, tmp_path / "set", val_fraction=0.2)
 
 
@@ -278,6 +278,54 @@ def test_folders_that_are_no_classes_are_not_taken_for_some(tmp_path):
         labelled_images.find(one)
     assert not labelled_images.find(texts)
     assert len(labelled_images.find(texts, "*.png")) == 3
+
+
+def make_loose(folder, count=20, parts=("",), seed=0):
+    """Noisy pictures of one colour each, in the folder itself or in folders of `parts`."""
+    for source in make_pictures(folder / "made", count, parts, seed).rglob("*.png"):
+        *part, colour, name = source.relative_to(folder / "made").parts
+        folder.joinpath(*part).mkdir(exist_ok=True)
+        source.rename(folder.joinpath(*part, f"{colour}_{name}"))
+    shutil.rmtree(folder / "made")
+    return folder
+
+
+def test_pictures_in_no_folder_of_a_class_are_divided_and_none_is_on_both_sides(tmp_path, capsys):
+    source = make_loose(tmp_path / "my_pictures")
+    for i in range(30):  # copies
+        shutil.copy(source / f"red_{i % 3}.png", source / f"z{i}.png")
+    (source / "about.txt").write_text("three colours")
+    prepare.main(prepare.Settings(name=str(tmp_path / "set"), image_size=8, val_fraction=0.2), [str(source)])
+    said = capsys.readouterr().out
+    for line in ("left out: 1 files that are no pictures, or lie in other folders", "30 that are equal to an earlier",
+                 "val: by hash\n", "train on it: python train.py --task=masked-patches --dataset="):
+        assert line in said
+    data = ImageTextDataset(tmp_path / "set", "images")
+    assert {split: len(rows) for split, rows in data.rows.items()} == {"train": 48, "val": 12}
+    pixels = {split: {data.images[row["image"]].tobytes() for row in rows} for split, rows in data.rows.items()}
+    assert len(pixels["train"] | pixels["val"]) == 60
+    for row in data.rows["val"]:
+        picture = Image.open(source / row["file"]).resize((8, 8), Image.Resampling.BICUBIC)
+        assert row.keys() == {"image", "file"} and (data.images[row["image"]] == np.asarray(picture)).all()
+    run_settings = settings_for("image-classification", dataset=str(tmp_path / "set"), patch_size=4)
+    with pytest.raises(UserError, match="of kind images, .* image-labels: .* have no classes: sort them into a folder"):
+        ImageClassificationTask(run_settings).open(tmp_path / "set", ALONE)
+
+
+def test_parts_of_pictures_without_classes_stay_and_what_can_not_be_divided_is_refused(tmp_path, capsys):
+    source = make_loose(tmp_path / "source", 4, ("train", "val", "test"))
+    shutil.copy(source / "train" / "red_0.png", source / "val")
+    meta = prepared(source, tmp_path / "set")
+    assert [meta[f"{split}_rows"] for split in ("train", "val", "test")] == [12, 12, 12]
+    assert "val: 1 of 12 pictures are also in training" in capsys.readouterr().out
+    with pytest.raises(UserError, match="val_fraction = 0.2: made up has folders for val; leave it out"):
+        prepared(source, tmp_path / "set", val_fraction=0.2)
+    (tmp_path / "one").mkdir()
+    shutil.copy(source / "train" / "red_0.png", tmp_path / "one")
+    with pytest.raises(UserError, match="made up: has one picture alone, so that none can be held out: add some"):
+        prepared(tmp_path / "one", tmp_path / "new")
+    with pytest.raises(UserError, match="tokenizer = 'byte': pictures without classes have no text"):
+        prepare.main(prepare.Settings(name=str(tmp_path / "new"), tokenizer="byte"), [str(source)])
 
 
 def test_a_loose_picture_makes_no_class_of_the_parts_and_a_class_beside_them_is_refused(tmp_path):

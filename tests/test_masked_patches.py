@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_of, settings_for
-from test_image_classification import ALONE, COLOURS, make_pictures, opened, prepared, sampled
+from test_image_classification import ALONE, COLOURS, make_loose, make_pictures, opened, prepared, sampled
 from test_train import resume
 
 import evaluate
@@ -187,6 +187,13 @@ def test_a_resumed_run_equals_an_undisturbed_one_and_other_tasks_go_on_from_it(t
     torch.testing.assert_close(checkpoint.load(tmp_path / "more" / "last").state, one, atol=1e-3, rtol=0)
 
 
+def test_pictures_without_classes_will_do(tiny, tmp_path):
+    prepared(make_loose(tmp_path / "source"), tmp_path / "set")
+    found = run(tmp_path / "out", {**tiny, "dataset": str(tmp_path / "set"), "max_iters": 4, "eval_interval": 4})
+    assert [row["step"] for row in found if "val_loss" in row] == [4]
+    evaluate.main(settings_for("masked-patches", "evaluating", out_dir=str(tmp_path / "out"), device="cpu"))
+
+
 def test_pictures_with_text_will_do_and_are_taken_once(tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()
@@ -241,7 +248,7 @@ def test_wrong_use_is_one_line(trained, tiny, dataset, tmp_path, capsys):
     for changes, message in (
             (dict(patch_size=3), "patch_size = 3: does not divide the images' 8 pixels; 2, 4, 8 do"),
             (dict(patch_size=8), "patch_size = 8: is the whole picture"),
-            (dict(dataset=str(dataset)), "of kind text, and this model needs one of kind image-labels or image-text"),
+            (dict(dataset=str(dataset)), "of kind text, and this model needs one of kind images or image-labels"),
             (dict(batch_size=999), "batch_size = 999: must be from 1 to"),
             (dict(mask_rate=1.0), "mask_rate = 1.0: must lie between 0 and 1"),
             (dict(init_from=str(trained), normalise=True), "normalise = True, but .* has False: leave it out"),

@@ -7,10 +7,13 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import settings_for
+from PIL import Image
 from test_crash import every_fault, no_fsync  # noqa: F401
+from test_image_classification import make_pictures, prepared
 
 import train
 from configurator import UserError, parse
@@ -18,8 +21,11 @@ from lecture import Bigram, BigramConfig
 from lora import merge_lora
 from model import GPT, MLP, GPTConfig, init_weights
 from published import check_publish, files
+from run import pictures
 from tasks.loading import load, publish
 from tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, same_vocabulary
+from tools import publish as command
+from vit import ImageClassifier, ImageClassifierConfig, ViTConfig
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -241,7 +247,6 @@ def test_a_run_publishes_its_best_model_and_another_run_starts_from_it(tmp_path,
 
 
 def test_the_command_publishes_a_finished_run(trained, tmp_path, capsys):
-    from tools import publish as command
     settings, _ = parse(command.Settings, [f"--out_dir={trained}", f"--to={tmp_path / 'model'}", "--dtype=bfloat16"])
     command.main(settings)
     assert "published in" in capsys.readouterr().out
@@ -256,3 +261,68 @@ def test_the_command_publishes_a_finished_run(trained, tmp_path, capsys):
                            ([f"--out_dir={trained}", f"--to={Path(trained).parent}"], "needs that folder")):
         with pytest.raises(UserError, match=message):
             parse(command.Settings, words)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Classifiers of images
+
+def write_pictures(folder):
+    """Writes noisy pictures as files whose modes, shapes and formats differ. Returns their paths."""
+    generator = np.random.default_rng(0)
+    shapes = {"colour.png": (20, 31, 3), "grey.png": (8, 8), "large_grey.jpg": (50, 40), "small.bmp": (5, 3, 3),
+              "transparent.png": (20, 9, 4), "grey_transparent.png": (9, 9, 2)}
+    for name, shape in shapes.items():
+        Image.fromarray(generator.integers(0, 256, shape, dtype=np.uint8)).save(folder / name)
+    return [folder / name for name in shapes]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("parts", [{}, dict(mlp="gelu_erf", n_hidden=20, norm_eps=0.05, patch_size=2)])
+def test_transformers_gives_the_same_logits_for_a_picture_file(parts, tmp_path):
+    vision = ViTConfig(**{"n_layer": 2, "n_head": 2, "n_embd": 16, "image_size": 8, "patch_size": 4, "cls": True,
+                          **parts})
+    model = ImageClassifier(ImageClassifierConfig(vision, ("T-shirt/top", "Bag", "bag"))).eval()
+    for i, p in enumerate(model.parameters()):
+        torch.nn.init.normal_(p, std=0.4, generator=torch.Generator().manual_seed(i))
+    files.save(model, None, tmp_path / "model")
+    theirs, info = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "model",
+                                                                                output_loading_info=True)
+    assert not any(info.values()) and type(theirs).__name__ == "ViTForImageClassification"
+    reader = transformers.AutoImageProcessor.from_pretrained(tmp_path / "model")
+    namer = transformers.pipeline("image-classification", str(tmp_path / "model"))
+    again, found = files.load(tmp_path / "model")
+    assert found == {} and again.config.labels == model.config.labels
+    for path in write_pictures(tmp_path):
+        own = pictures.pixels(pictures.read_image(path), 8)[None]
+        pixels = reader(Image.open(path), return_tensors="pt")["pixel_values"]
+        torch.testing.assert_close(pixels, own, atol=1.01 / 127.5, rtol=0)  # torchvision may round otherwise
+        expected = model(own)
+        assert expected.std() > 0.1 and torch.equal(again(own), expected)
+        torch.testing.assert_close(theirs.eval()(own).logits, expected, atol=1e-5, rtol=0)
+        if "transparent" not in path.name:
+            named = {each["label"]: each["score"] for each in namer(str(path))}
+            shares = dict(zip(model.config.labels, expected[0].softmax(-1).tolist()))
+            assert named == pytest.approx(shares, abs=2e-3)
+
+
+def test_a_run_with_pictures_is_published_or_refused_before_it_trains(tmp_path, capsys):
+    prepared(make_pictures(tmp_path / "source"), tmp_path / "set")
+    tiny = dict(dataset=str(tmp_path / "set"), n_layer=1, n_head=2, n_embd=16, patch_size=4, batch_size=8, max_iters=4,
+                eval_interval=2, device="cpu", dtype="float32", sample_tokens=0)
+    out_dir, folder = str(tmp_path / "run"), str(tmp_path / "model")
+    train.main(settings_for("image-classification", **tiny, pool="first", out_dir=out_dir, publish=folder), {})
+    assert f"published in {folder} as a vit" in capsys.readouterr().out
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(load(folder)[1](images), load(out_dir)[1](images))
+    for changes, found in ((dict(stem=True), "pool = 'mean', stem = True"), ({}, "pool = 'mean'")):
+        own = dict(tiny, **changes, out_dir=str(tmp_path / "mean"))
+        message = f"the layout of vit can't hold {found}. Train one with --pool=first --stem=False$"
+        with pytest.raises(UserError, match=message):
+            train.main(settings_for("image-classification", **own, publish=str(tmp_path / "new")), {})
+        assert not (tmp_path / "mean" / "log.jsonl").exists() and not (tmp_path / "new").exists()
+    train.main(settings_for("image-classification", **own), {})
+    with pytest.raises(UserError, match=message):
+        command.main(parse(command.Settings, [f"--out_dir={tmp_path / 'mean'}", f"--to={tmp_path / 'new'}"])[0])
+    train.main(settings_for("masked-patches", **tiny, out_dir=str(tmp_path / "masked")), {})
+    with pytest.raises(UserError, match="no published layout holds a MaskedPatches, only the models GPT, "):
+        publish(tmp_path / "masked", tmp_path / "new")

@@ -169,5 +169,6 @@ def test_recipes_parse_and_name_their_command(path):
         modern = {"positions", "norm", "mlp", "qk_norm", "zero_init", "optimizer", "muon_lr", "lr_schedule",
                   "weight_decay", "grad_clip"} if path.stem == "124m_fast" else set()
         longer = {"max_iters", "eval_interval", "weight_decay"} if path.stem == "shakespeare_char_long" else set()
+        masked = {"task", "shift", "max_iters", "eval_interval"} if path.stem == "fashion_mnist_masked" else set()
         ppo = {"method", "samples", "divide", "rates.score"} if path.stem == "ppo" else set()
-        assert changed <= {"out_dir", "learning_rate", "min_lr"} | sizes | parts | data | modern | longer | ppo
+        assert changed <= {"out_dir", "learning_rate", "min_lr"} | sizes | parts | data | modern | longer | masked | ppo

@@ -365,7 +365,8 @@ OF_TASK = {  # entries that differ for one task
                        "lora_rank": Change(2, init_from="one_classification")},
     "image-classification": {"dataset": Change("data/more_classes"), "eval_tokens": Change(8),
                              "sample_tokens": Change(0), "init_from": Change("one_image-classification"),
-                             "lora_rank": Change(2, init_from="one_image-classification"), "train_rows": Change(9)},
+                             "lora_rank": Change(2, init_from="one_image-classification"), "train_rows": Change(9),
+                             "publish": Change("published", pool="first")},
     "masked-patches": {"dataset": Change("data/more_classes"), "eval_tokens": Change(8), "sample_tokens": Change(0),
                        "mask_rate": Change(0.8),
                        "init_from": Change("one_masked-patches"),
@@ -538,13 +539,15 @@ PREPARING = {
     "unreadable": Change("skip")}
 PREPARING_KIND = {("images", "tokenizer"): Change("bpe:1500"), ("columns", "columns"): Change("text,photo,count"),
                   ("columns", "unreadable"): refused("refuse", source="damaged_columns", unreadable="skip"),
-                  ("classes", "unreadable"): refused("refuse", source="damaged", unreadable="skip")}
+                  ("classes", "unreadable"): refused("refuse", source="damaged", unreadable="skip"),
+                  ("loose", "unreadable"): refused("refuse", source="damaged_loose", unreadable="skip")}
 FOR_PAIRS = ("languages", "columns", "shared", "min_words", "max_words")
 IDLE = {  # settings that do nothing for a kind of source
     "texts": ("image_size", "column", "processes", "max_files", "labels", "tags", "unreadable", *FOR_PAIRS),
     "documents": ("newlines", "image_size", "labels", "tags", "unreadable", *FOR_PAIRS),
     "images": ("files", "newlines", "column", "processes", "max_files", "labels", "tags", "unreadable", *FOR_PAIRS),
-    "classes": ("tokenizer", "newlines", "column", "processes", "max_files", "labels", "tags", *FOR_PAIRS),
+    **dict.fromkeys(("classes", "loose"), ("tokenizer", "newlines", "column", "processes", "max_files", "labels",
+                                           "tags", *FOR_PAIRS)),
     "pairs.tsv": ("files", "newlines", "image_size", "column", "processes", "max_files", "labels", "tags",
                   "unreadable"),
     "labels": ("newlines", "image_size", "processes", "max_files", "tags", "unreadable", *FOR_PAIRS),
@@ -577,6 +580,10 @@ def make_sources(folder):
         path.rename(path.with_name(f"a{path.name}"))
     shutil.copytree(folder / "classes", folder / "damaged")
     (folder / "damaged" / "red" / "1.png").write_bytes(b"no picture")
+    for kind, source in (("loose", "classes"), ("damaged_loose", "damaged")):
+        (folder / kind).mkdir()
+        for path in (folder / source).rglob("*.png"):
+            shutil.copy(path, folder / kind / f"{path.stem}_{path.parent.name}.png")
     shutil.copytree(folder / "columns", folder / "damaged_columns")
     (folder / "damaged_columns" / "1.png").write_bytes(b"no picture")
     captions = folder / "images" / "captions.jsonl"
@@ -626,7 +633,7 @@ def test_each_setting_of_prepare_changes_the_data_or_is_refused(lab, kind, name)
     if not os.path.exists(kind):
         make_sources(lab.folder)
     change = PREPARING_KIND.get((kind, name), PREPARING[name])
-    base = {"source": kind, "tokenizer": "char" if kind in ("texts", "images", "classes") else "byte"}
+    base = {"source": kind, "tokenizer": "char" if kind in ("texts", "images", "classes", "loose") else "byte"}
     base |= {"pairs.tsv": {"languages": "en,it"}, "labels": {"labels": "label"}, "tags": {"tags": True},
              "columns": {"labels": "label", "columns": "all"}}.get(kind, {})
     idle = refused(True if name == "tags" else change.value)

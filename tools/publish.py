@@ -7,7 +7,8 @@ In Python, transformers.AutoModelForCausalLM.from_pretrained("shakespeare") and 
 --init_from=shakespeare does. A GPT with learned positions and LayerNorm goes out as a GPT-2, one with rotary positions,
 an RMSNorm and a gated MLP as a Llama, a PaliGemma as a PaliGemma. A masked model of --block=post goes out as a BERT,
 for transformers.AutoModelForMaskedLM, and one that finds answers for AutoModelForQuestionAnswering, if it has BERT's
-tokenizer. The folder must be new or empty, or hold a published model, which is replaced.
+tokenizer. A classifier of images with --pool=first goes out as a ViT, for AutoModelForImageClassification and
+AutoImageProcessor. The folder must be new or empty, or hold a published model, which is replaced.
 train.py does the same at the end of a run that has --publish=FOLDER.
 """
 
