@@ -1,7 +1,7 @@
 """Scores a trained model on a whole split. Deterministic: the same command gives the same digits.
 
     python evaluate.py --out_dir=out                    the best checkpoint, on the validation split; also on a CPU
-    python evaluate.py --out_dir=out/titanic --test=True --picture=map.png      of rows with labels: the test part too
+    python evaluate.py --out_dir=out/titanic --test=True --picture=map.png      of rows with labels: also map_test.png
     python evaluate.py --init_from=gpt2 --dataset=shakespeare_gpt2      a published model, by name or folder
     torchrun --nproc_per_node=2 evaluate.py --out_dir=out
     python evaluate.py --help --task=translation        what a model of this task takes; with --out_dir, a run's

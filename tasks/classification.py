@@ -81,8 +81,7 @@ class ClassificationTask(LabelledTask):
     def details(self, model, split, world, dtype, settings, found):
         """{name: value}: `report` of the split; with settings.test also of the part "test".
 
-        Writes each text's labels and the model's to predictions.jsonl (predictions_test.jsonl) in settings.out_dir, and
-        the picture, which is of the last part. Raises UserError for a picture of texts with several labels.
+        Writes what `label_report` says. Raises UserError for a picture of texts with several labels.
         """
         if settings.picture and self.several:
             raise UserError(f"picture = {settings.picture}: shows which label was taken for which, and the texts of"

@@ -58,7 +58,7 @@ def reports(task, model, split, world, dtype, settings, found=None):
 def label_report(rows, shares, labels, wanted, floors, part, settings, several=False):
     """{name: value}: accuracy and F1 of a part, beside those of methods that need no model.
 
-    Writes the answers to predictions.jsonl (predictions_test.jsonl) in settings.out_dir, and settings.picture.
+    Writes the answers to predictions.jsonl in settings.out_dir, and settings.picture; see `of_part` for their names.
     rows: dicts of the data set. shares: (n, N), the model's probabilities. wanted: see `indicators`. floors: {method:
     its labels (n, N), bool}.
     """
@@ -71,15 +71,20 @@ def label_report(rows, shares, labels, wanted, floors, part, settings, several=F
             result[f"f1, {name} ({count})"] = float(value)
     write_rows(settings, "predictions", part, ({**row, **answer(labels, p, several)} for row, p in zip(rows, shares)))
     if settings.picture:
-        draw_confusion(wanted, decided, labels, settings.picture, part)
+        draw_confusion(wanted, decided, labels, of_part(settings.picture, part), part)
     return result
 
 
 def write_rows(settings, name, part, rows):
-    """Writes rows, dicts, to NAME.jsonl (part "test": NAME_test.jsonl) in settings.out_dir, if there is a run."""
+    """Writes rows, dicts, to NAME.jsonl, as `of_part` names it, in settings.out_dir, if there is a run."""
     if not settings.init_from:
-        path = Path(settings.out_dir) / f"{name}{'_test' * (part == 'test')}.jsonl"
-        write_text(path, "".join(map(to_json, rows)))
+        write_text(of_part(Path(settings.out_dir) / f"{name}.jsonl", part), "".join(map(to_json, rows)))
+
+
+def of_part(path, part):
+    """The path of a file about a part of the data: as given, but with _test behind its name for the part "test"."""
+    path = Path(path)
+    return path.with_stem(f"{path.stem}_test") if part == "test" else path
 
 
 def installed(what, *packages):

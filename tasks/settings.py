@@ -674,7 +674,7 @@ class Translations(Tested):
 
 @dataclass(frozen=True)
 class Labels(Tested):
-    picture: str = ""  # a .png or .jpg to write: which label was taken for which
+    picture: str = ""  # a .png or .jpg to write: which label was taken for which; with --test also NAME_test
 
     def __post_init__(self):
         super().__post_init__()

@@ -31,7 +31,7 @@ from run.pictures import draw_map, save_picture
 from sources.labelled import WORD
 from tasks.classification import bag_of
 from tasks.encoding import AT_ONCE, LabelledTask
-from tasks.labels import averages, decide, installed, reports, write_rows
+from tasks.labels import averages, decide, installed, of_part, reports, write_rows
 
 NONE, UNKNOWN = -1, -2  # instead of a label's id: the word or sentence has no label, or one that the model lacks
 WORST = 10  # labels that an evaluation shows; it writes all of them to a file
@@ -171,8 +171,8 @@ class TaggingTask(LabelledTask):
     def report(self, model, part, dtype, settings):
         """{name: value} of a part: sentences without an error, span F1, the worst labels, and what needs no model.
 
-        Writes labels.jsonl and labels.md in settings.out_dir (labels_test for the part "test"): the labels found in
-        each sentence, and the precision, recall and F1 of each label.
+        Writes labels.jsonl and labels.md in settings.out_dir: the labels found in each sentence, and the precision,
+        recall and F1 of each label; and settings.picture. See `of_part` for their names.
         """
         rows, train = self.dataset.rows[part], [self.dataset.rows["train"][row] for row in self.rows]
         with autocast(self.world.device, dtype):
@@ -184,14 +184,13 @@ class TaggingTask(LabelledTask):
             if known[name] and any(row[name] for row in rows):
                 values, of_labels = report(train, rows, found)
                 result, scores = result | values, scores | of_labels
-        if settings.picture and part == settings.split:
-            picture = confusion(rows, found, model.config.intents)
-            say(f"{save_picture(picture, settings.picture)}: a row for each right intent, a column for each found one")
+        if settings.picture:
+            path = save_picture(confusion(rows, found, model.config.intents), of_part(settings.picture, part))
+            say(f"{path}: a row for each right intent, a column for each found one")
         lines = ({**row, "found_tags": one.tags, "found_intent": one.intent} for row, one in zip(rows, found))
         write_rows(settings, "labels", part, lines)
         if not settings.init_from:  # else there is no folder of a run
-            path = Path(settings.out_dir) / ("labels_test.md" if part == "test" else "labels.md")
-            write_text(path, table_of(scores))
+            write_text(of_part(Path(settings.out_dir) / "labels.md", part), table_of(scores))
         worst = sorted((score["f1-score"], label, score["support"]) for label, score in scores.items())
         worst = [each for each in worst if each[2]][:WORST]  # without labels that were found and are in no row
         return result | {f"f1, {label} ({count})": f1 for f1, label, count in worst}

@@ -178,6 +178,7 @@ def test_evaluate_scores_the_labels_beside_the_floors(runs, folders, tmp_path, s
         assert several or found[f"{start}macro_f1"] == pytest.approx(
             np.mean([value for key, value in found.items() if key.startswith(f"{start}f1, ")]))
     if not several:
+        assert Image.open(tmp_path / "confusion_test.png").size == Image.open(picture).size
         drawn = Image.open(picture)
         left, top = drawn.width - 7 - 3 * 30, drawn.height - 7 - 3 * 30  # of the first of three squares of 30 pixels
         shades = [[drawn.getpixel((left + 30 * x + 15, top + 30 * y + 15))[0] for x in range(3)] for y in range(3)]

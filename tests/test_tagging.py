@@ -157,6 +157,7 @@ def test_it_learns_and_the_evaluation_counts_as_the_names_do(opened, trained, fo
     task, model = opened
     evaluate.main(settings_for("tagging", "evaluating", out_dir=str(trained), device="cpu", test=True,
                                picture=str(trained / "intents.png")))
+    assert (trained / "intents_test.png").stat().st_size
     result = json.loads((trained / "evaluation.json").read_text())
     said = "accuracy: the mean of the shares of words and of sentences with the right label\n"
     assert said in task.summary(model)
