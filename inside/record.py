@@ -91,8 +91,8 @@ def notes_of(trunk, T, before=0, both_ways=False):
 def trunk_of(model):
     """The trunk that answers: the decoder of a model that has one. Raises UserError for one of lecture.py's models."""
     if not all_blocks(model):
-        raise UserError(f"a {type(model).__name__} has no blocks of model.py, so it can't be looked into: train a GPT,"
-                        " the last rung of the ladder")
+        raise UserError(f"the model {type(model).__name__} has no blocks of model.py, so it can't be looked into: train"
+                        " a GPT, the last rung of the ladder")
     part = getattr(model, "decoder", getattr(model, "encoder", model))
     return getattr(part, "transformer", part)
 

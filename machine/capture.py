@@ -185,7 +185,7 @@ def compile_steps(model, device):
     if device.type != "cuda" or not has_triton():
         raise UserError("compile = True: only steps on CUDA, with Triton installed, are compiled; drop it")
     if not hasattr(model, "make_caches"):
-        raise UserError(f"compile = True: a {type(model).__name__} has no steps to compile; drop it")
+        raise UserError(f"compile = True: the model {type(model).__name__} has no steps to compile; drop it")
     plain, compiled = model.hidden, torch.compile(model.hidden, dynamic=False)
 
     def hidden(tokens, caches=None, start=0, **context):

@@ -99,7 +99,8 @@ def wrap(model, blocks, sharded, compiled, recompute, dtype, world):
     recompute: compute each of `blocks` again in the backward pass, to save memory; raises UserError if there are none.
     """
     if recompute and not blocks:
-        raise UserError(f"recompute = True: a {type(model).__name__} has no blocks to compute again; leave it out")
+        raise UserError(f"recompute = True: the model {type(model).__name__} has no blocks to compute again; leave it"
+                        " out")
     for block in blocks:
         if compiled and sharded:
             block.forward = torch.compile(block.forward)  # FSDP2's hooks, which gather parameters, are not compiled

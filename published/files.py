@@ -190,7 +190,7 @@ def layout(model, tokenizer):
     """
     if type(model) not in LAYOUTS:
         known = ", ".join(cls.__name__ for cls in LAYOUTS)
-        raise UserError(f"no published layout holds a {type(model).__name__}, only the models {known}")
+        raise UserError(f"no published layout holds the model {type(model).__name__}, only {known}")
     if tokenizer and type(tokenizer).as_library is Tokenizer.as_library:
         tokenizer.as_library()  # raises
     reasons = []

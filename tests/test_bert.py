@@ -365,7 +365,7 @@ def test_what_the_layout_cannot_hold_is_named():
         model = MaskedLM(EncoderConfig(**{**fits, name: value}))
         with pytest.raises(UserError, match=f"layout of bert can't hold {name} = {value!r}. Train one with --block=po"):
             files.layout(model, letters)
-    with pytest.raises(UserError, match="no published layout holds a Classifier"):
+    with pytest.raises(UserError, match="no published layout holds the model Classifier"):
         files.layout(Classifier(ClassifierConfig(labels=("a", "b"))), letters)
     with pytest.raises(UserError, match="layout of bert can't hold dense = True. Train one with --block=post"):
         files.layout(Answerer(AnswererConfig(**fits)), letters)

@@ -488,7 +488,7 @@ def test_a_record_of_256_tokens_is_small():
 
 
 @pytest.mark.parametrize("task, model, message", [
-    (TextTask, lambda: Bigram(BigramConfig(28)), "a Bigram has no blocks of model.py"),
+    (TextTask, lambda: Bigram(BigramConfig(28)), "the model Bigram has no blocks of model.py"),
     (RewardTask, gpt, "no GPT can be looked into yet"),
 ])
 def test_what_has_no_inside_says_so(task, model, message):

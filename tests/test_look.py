@@ -352,7 +352,7 @@ def test_a_model_that_cant_be_looked_into_is_one_line(tmp_path, tiny, monkeypatc
     out = str(tmp_path / "bigram")
     train.main(settings_for("text", **{**{name: value for name, value in tiny.items() if "n_" not in name},
                                        "model": "bigram", "out_dir": out, "max_iters": 2, "warmup_iters": 0}), {})
-    with pytest.raises(UserError, match="^a Bigram "):
+    with pytest.raises(UserError, match="^the model Bigram "):
         look.main(settings(out))
     assert not (tmp_path / "look.html").exists()
 

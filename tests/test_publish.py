@@ -122,7 +122,7 @@ def test_a_published_model_is_complete_readable_by_all_and_of_one_dtype(tmp_path
     (GPT(GPTConfig(positions="rotary", norm="layernorm")), r"gpt2 can't hold positions = 'rotary'"),
     (GPT(GPTConfig(norm="plain_rmsnorm", mlp="swiglu")), r"gpt2 can't hold norm = 'plain_rmsnorm', mlp = 'swiglu'"),
     (GPT(GPTConfig(n_kv_head=1, head_dim=16)), r"gpt2 can't hold n_kv_head = 1, head_dim = 16"),
-    (Bigram(BigramConfig()), "no published layout holds a Bigram, only the models GPT, Gemma, PaliGemma")],
+    (Bigram(BigramConfig()), "no published layout holds the model Bigram, only GPT, Gemma, PaliGemma")],
     ids=["bigrams", "qk_norm", "rotary", "rmsnorm", "heads", "lecture"])
 def test_a_model_that_no_layout_holds_is_refused_by_name(model, message, tmp_path):
     with pytest.raises(UserError, match=message) as error:
@@ -324,5 +324,5 @@ def test_a_run_with_pictures_is_published_or_refused_before_it_trains(tmp_path, 
     with pytest.raises(UserError, match=message):
         command.main(parse(command.Settings, [f"--out_dir={tmp_path / 'mean'}", f"--to={tmp_path / 'new'}"])[0])
     train.main(settings_for("masked-patches", **tiny, out_dir=str(tmp_path / "masked")), {})
-    with pytest.raises(UserError, match="no published layout holds a MaskedPatches, only the models GPT, "):
+    with pytest.raises(UserError, match="no published layout holds the model MaskedPatches, only GPT, "):
         publish(tmp_path / "masked", tmp_path / "new")
