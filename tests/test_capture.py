@@ -184,7 +184,7 @@ def test_steps_that_cannot_be_compiled_are_refused(monkeypatch):
     with pytest.raises(UserError, match="compile = True: only steps on CUDA"):
         capture.compile_steps(GPT(GPTConfig(**SHAPE)), torch.device("cpu"))
     monkeypatch.setattr(capture, "has_triton", lambda: True)
-    with pytest.raises(UserError, match="compile = True: a Linear has no steps"):
+    with pytest.raises(UserError, match="compile = True: the model Linear has no steps"):
         capture.compile_steps(torch.nn.Linear(1, 1), torch.device("cuda"))
 
 
