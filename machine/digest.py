@@ -6,6 +6,7 @@ that all this code reads. It is computed from tokens, without comments, docstrin
 
 import functools
 import hashlib
+import io
 import linecache
 import sys
 import tokenize
@@ -118,17 +119,32 @@ def source_tokens(code):
     margin = len(lines[0]) - len(lines[0].lstrip())
     unindented = (line[margin:] if not line[:margin].strip() and len(line) > margin else line.lstrip(" ")
                   for line in lines)
+    return " ".join(plain_tokens(unindented))
+
+
+@functools.cache
+def file_tokens(text):
+    """The tokens of a Python file's text, as those of `source_tokens`; the text itself if Python can't read it."""
+    try:
+        return " ".join(plain_tokens(io.StringIO(text), whole=True))
+    except (SyntaxError, tokenize.TokenError):
+        return text
+
+
+def plain_tokens(lines, whole=False):
+    """Yields the tokens of a function's source lines, or of a whole file's, without comments and docstrings."""
     layout = (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
-    words, at_start, depth = [], False, 0  # at_start: of a statement
-    for token in whole_strings(unindented):
+    at_start, depth = whole, 0  # at_start: of a statement
+    for token in whole_strings(lines):
         depth += (token.type == tokenize.INDENT) - (token.type == tokenize.DEDENT)
-        if token.type == tokenize.DEDENT and depth == 0:
+        if token.type == tokenize.DEDENT and depth == 0 and not whole:
             break  # the function's end
         if token.type in (tokenize.COMMENT, tokenize.NL) or at_start and token.type == tokenize.STRING:
             continue
-        words.append(tokenize.tok_name[token.type] if token.type in layout else token.string)
+        if whole and at_start and token.type == tokenize.NEWLINE:
+            continue  # of a docstring
+        yield tokenize.tok_name[token.type] if token.type in layout else token.string
         at_start = token.type in layout
-    return " ".join(words)
 
 
 def whole_strings(lines):

@@ -3,10 +3,13 @@
 import json
 import math
 import random
+import shutil
+import subprocess
 
 import pytest
 
 from configurator import UserError
+from run.curves import series
 from tools import compare, paired, versus
 
 
@@ -48,7 +51,8 @@ def test_runs_are_grouped_over_seeds(tmp_path, capsys):
     compare.main(folders[:1], compare.Settings(markdown=True, out=str(tmp_path / "one.svg")))
     assert capsys.readouterr().out.startswith("| best | last | updates | time | folder |\n| --- |")
     with pytest.raises(UserError, match="none of these"):
-        compare.main([str(tmp_path / "empty")], compare.Settings())
+        compare.main([str(tmp_path / "empty"), str(tmp_path / "nothere")], compare.Settings())
+    assert "nothere: left out: there is no such folder\n" in capsys.readouterr().err
 
 
 def test_runs_with_other_data_or_code_are_other_groups(tmp_path, capsys):
@@ -123,29 +127,41 @@ def test_the_verdict_is_in_words():
     assert "--seeds" in said([0.1])
 
 
-def test_a_comparison_trains_each_run_once_and_refuses_other_recipes(tmp_path, monkeypatch, capsys):
-    trained, data = [], ["x"]
+class Ended:
+    """A process that has ended."""
+    returncode = 0
+    __enter__ = poll = lambda self: self
+    __exit__ = wait = lambda self, *error: None
+
+
+@pytest.fixture
+def trainings(tmp_path, monkeypatch):
+    """(names of the runs that were trained, what the next one finds): {"data": its digest, "code": `code_of`}."""
+    trained, now = [], {"data": "x", "code": {"optimizer.py": "1", "model.py": "1"}}
 
     def train(command, **_):
         values = dict(text.lstrip("-").split("=") for text in command[2:] if "=" in text)
         trained.append(values["out_dir"][-7:])
         rate = float(values.get("learning_rate", 1))
         noise = random.Random(values["seed"]).random()
-        mark(make_run(tmp_path / values["out_dir"], 1, rate + noise, ms=rate), data[-1])
+        mark(make_run(tmp_path / values["out_dir"], 1, rate + noise, ms=rate), now["data"])
         return Ended()
 
-    class Ended:
-        returncode = 0
-        __enter__ = poll = lambda self: self
-        __exit__ = wait = lambda self, *error: None
-
     monkeypatch.setattr(versus.subprocess, "Popen", train)
+    monkeypatch.setattr(versus, "code_of", lambda root: now["code"])
+    return trained, now
+
+
+def test_a_comparison_trains_each_run_once_and_refuses_other_recipes(trainings, tmp_path, capsys):
+    trained, now = trainings
     out = tmp_path / "out"
     recipes, shared = ["", "--learning_rate=0.9"], ["--max_iters=100"]
     versus.main(recipes, shared, versus.Settings(seeds=2, out=str(out)))
     assert trained == ["a/seed1", "b/seed1", "b/seed2", "a/seed2"]
     versus.main(recipes, shared, versus.Settings(seeds=3, out=str(out)))
-    assert trained[4:] == ["a/seed3", "b/seed3"] and "b is better by 0.1000 \u00b1 0.0000" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert trained[4:] == ["a/seed3", "b/seed3"] and "b is better by 0.1000 \u00b1 0.0000" in said
+    assert "(if the machine was quiet: a took 0.1 s, b took 0.1 s)" in said
     found = json.loads((out / "versus.json").read_text())
     assert found["at equal updates"]["b - a"] == pytest.approx(-0.1) and (out / "versus.svg").exists()
     assert math.isclose(found["at equal time"]["pairs"][0]["at"], 0.09)
@@ -159,10 +175,97 @@ def test_a_comparison_trains_each_run_once_and_refuses_other_recipes(tmp_path, m
         versus.main([""], shared, versus.Settings(out=str(out)))
     with pytest.raises(UserError, match="out = .*: is the folder of a training run; name a new folder, --out="):
         versus.main(recipes, shared, versus.Settings(out=str(out / "a" / "seed1")))
-    data.append("y")
+    new = tmp_path / "new"
+    with pytest.raises(UserError, match="a and b have the same settings"):
+        versus.main(["", " --dropout=0.0"], shared, versus.Settings(out=str(new)))
+    with pytest.raises(UserError, match=f"{out}: is a folder, and .* python -m tools.compare {out} {out / 'a'}$"):
+        versus.main([str(out), f"{out / 'a'} --dropout=0.1"], [], versus.Settings(out=str(new)))
+    assert not new.exists()
+    now["data"] = "y"
     with pytest.raises(UserError, match="seed4 was trained with other data than .*seed1"):
         versus.main(recipes, shared, versus.Settings(seeds=4, out=str(out)))
     for text in ("{}", "[]", "{", '{"settings": {"a": 1}}', "[" * 100_000):
         (out / "versus.json").write_text(text)
         with pytest.raises(UserError, match="does not say what it compares"):
             versus.main(recipes, shared, versus.Settings(out=str(out)))
+
+
+def test_runs_of_other_code_are_refused_before_anything_is_shown(trainings, tmp_path, monkeypatch, capsys):
+    trained, now = trainings
+    out, code = tmp_path / "out", now["code"]
+
+    def compare(seeds):
+        versus.main(["", "--learning_rate=0.9"], ["--max_iters=100"], versus.Settings(seeds=seeds, out=str(out)))
+
+    compare(1)
+    capsys.readouterr()
+    now["code"] = {**code, "optimizer.py": "2"}
+    for seeds in (1, 2):
+        with pytest.raises(UserError, match=r"changed since .*out were trained \(optimizer.py\): undo that, "
+                                            "choose a new folder, --out=NEW, or delete a, b in .*out$"):
+            compare(seeds)
+    assert len(trained) == 2 and not capsys.readouterr().out
+    now["code"] = code
+    compare(2)
+    assert trained[2:] == ["b/seed2", "a/seed2"]
+    monkeypatch.setattr(versus, "series", lambda *about: now.update(code={}) or series(*about))  # edited meanwhile
+    with pytest.raises(UserError, match="model.py, optimizer.py"):
+        compare(3)
+    (out / "code.json").unlink()
+    with pytest.raises(UserError, match="no code.json"):
+        compare(2)
+    for name in "ab":
+        shutil.rmtree(out / name)
+    now["code"] = {"x.py": "1"}
+    monkeypatch.setattr(versus, "series", series)
+    compare(1)
+    assert json.loads((out / "code.json").read_text()) == now["code"]
+
+
+def test_the_code_is_what_trains(tmp_path):
+    files = {"train.py": "import os\nimport model\n\ndef f():\n    from tasks import NAMES\n", "model.py": "x = 1\n",
+             "tasks/__init__.py": '"""Tasks."""\n', "tasks/one.py": "y = f\"{1}\"\n", "tasks/fast.c": "int z;\n",
+             "tools/__init__.py": "", "look.py": "import model\n", "config/model.py": "", "tasks/README.md": "look"}
+
+    def code(**edited):
+        for name, text in (files | edited).items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(text)
+        return versus.code_of(tmp_path)
+
+    first = code()
+    assert first.keys() == {"train.py", "model.py", "tasks/__init__.py", "tasks/one.py", "tasks/fast.c"}
+    same = {"model.py": '# why\n"""What\nit is."""\n\nx = 1  # one', "look.py": "x", "tasks/README.md": "x"}
+    assert code(**same) == first
+    for name, text in (("model.py", "x = 2\n"), ("tasks/one.py", 'y = f"{2}"\n'), ("tasks/fast.c", "int y;\n"),
+                       ("tasks/__init__.py", "(")):
+        now = code(**{name: text})
+        assert [other for other in first if now[other] != first[other]] == [name]
+    ours = versus.code_of(versus.ROOT)
+    assert {"optimizer.py", "sources/known.py", "tasks/chat.py", "lecture.py", "machine/decode.c"} <= ours.keys()
+    assert not [name for name in ours if name.startswith(("tools", "tests", "config/", "look", "sample", "ideas"))]
+
+
+def test_progress_is_that_of_the_log(tmp_path, monkeypatch):
+    class Running(Ended):
+        steps = [0, 10, 20]
+
+        def poll(self):
+            return None if self.steps else 0
+
+        def wait(self, seconds):
+            assert seconds  # else nothing would be shown until the end
+            make_run(tmp_path / "a" / "seed1", 1, 2.0, n=self.steps.pop(0) // 10)
+            raise subprocess.TimeoutExpired("train.py", seconds)
+
+    class Line(Ended):
+        disable, n, shown = False, 0, []
+
+        def update(self, more):
+            self.n += more
+            self.shown.append(self.n)
+
+    monkeypatch.setattr(versus.subprocess, "Popen", lambda *about, **how: Running())
+    monkeypatch.setattr(versus, "progress", lambda total, what, unit: Line())
+    versus.train(["train.py"], 1, tmp_path / "a" / "seed1", 30)
+    assert Line.shown == [10, 20]

@@ -71,7 +71,9 @@ def read_runs(folders):
         if folder.endswith(".svg"):  # an earlier picture, from out/sweep/*
             continue
         rows, settings = curves.read_log(folder), curves.read_settings(folder)
-        if not rows or not settings:
+        if not os.path.isdir(folder):
+            left_out.append(f"{folder}: left out: there is no such folder")
+        elif not rows or not settings:
             what = "rows in log.jsonl" if not rows else "settings in run.json"
             left_out.append(f"{folder}: left out: it has no {what}")
         elif not (val := series(rows, "val_loss")):

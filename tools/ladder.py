@@ -36,7 +36,7 @@ from run.curves import read_log
 from run.files import read_json, write_text
 from tasks.loading import load
 from tools.compare import draw_together
-from tools.versus import settings_of, train
+from tools.versus import require_same_code, settings_of, train
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "config" / "ladder" / "README.md"
@@ -81,11 +81,10 @@ def climb(name, rung, settings):
     words, losses, logs = ["train.py", *rung.recipe.split()], [], []
     for seed in range(1337, 1337 + settings.seeds):
         folder = Path(settings.out) / name / f"seed{seed}"
-        print(f"{name}, seed {seed}: ", end="", flush=True)
         train(words, seed, folder, settings_of(rung.recipe, [])["max_iters"])
         losses.append(evaluate(folder))
         logs.append(read_log(folder))
-        print(f"{losses[-1]:.3f} after {logs[-1][-1]['seconds']:.0f} s", flush=True)
+        print(f"{name}, seed {seed}: {losses[-1]:.3f} after {logs[-1][-1]['seconds']:.0f} s", flush=True)
     first = folder.with_name("seed1337")
     task, model, _ = load(first, "cpu")
     text = " / ".join(task.write(model, "", max_new_tokens=90, seed=1337).split("\n")).strip(" /")
@@ -140,6 +139,7 @@ Each of them by itself:
 def main(settings):
     os.chdir(ROOT)  # recipes and data sets are named from there
     os.environ["OMP_NUM_THREADS"] = "1"  # so small a model is not faster with more, and every machine sums in one order
+    require_same_code(Path(settings.out))
     results, logs = {}, {}
     for name, rung in LADDER.items():
         results[name], logs[name] = climb(name, rung, settings)

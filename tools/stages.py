@@ -70,7 +70,7 @@ if __name__ == "__main__":  # --help and typos answer before torch is imported
     SETTINGS, _ = from_command_line(Settings, __doc__)
 
 from run.files import read_json
-from tools.versus import settings_of, train
+from tools.versus import require_same_code, settings_of, train
 
 ROOT = Path(__file__).resolve().parent.parent
 BEST_OF = "best of 8"  # what evaluate.py calls it
@@ -152,6 +152,7 @@ def main(settings):
     os.environ["OMP_NUM_THREADS"] = "1"  # so small a model is not faster with more
     chosen = {key: STAGES[key] for key in settings.only.split(",")} if settings.only else STAGES
     out, found = Path(settings.out).resolve() / settings.world, {}
+    require_same_code(out)
     for seed in map(int, settings.seeds.split(",")):
         for key, row in walk(seed, settings.world, chosen, out / str(seed)).items():
             found.setdefault(key, []).append(row)

@@ -41,7 +41,7 @@ if __name__ == "__main__":  # --help and typos answer before torch is imported
 
 from run import curves
 from run.files import read_json, write_text
-from tools.versus import train
+from tools.versus import require_same_code, train
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = (50, 200, 1000, 0)  # labelled texts to learn from; 0: all
@@ -146,6 +146,7 @@ def main(settings):
     os.chdir(ROOT)  # recipes and data sets are named from there
     os.environ["OMP_NUM_THREADS"] = "1"  # so small a model is not faster with more
     data, out, results = DATA[settings.data], Path(settings.out) / settings.data, {}
+    require_same_code(out)
     for name, start in starts(settings).items():
         found = learn(name, start, out)
         results[name] = [(each["accuracy"], each["test accuracy"]) for each in found]

@@ -7,7 +7,8 @@
 
 A recipe is a quoted list of arguments for train.py; settings outside the quotes apply to both recipes. The runs of a
 and b take turns, so that a machine that slows down slows both. The same command continues a comparison that was
-stopped; with a higher --seeds it trains the missing runs. The runs, versus.json and versus.svg are in --out.
+stopped; with a higher --seeds it trains the missing runs. The runs, versus.json and versus.svg are in --out. So is
+code.json, which knows the code that trained them: edited code (but for comments and docstrings) needs a new --out.
 
 --patch is a change of the code, as `git diff` writes it. One recipe is then enough: a is trained by the code as it is,
 b by a copy of it in --out/code, to which the patch is applied. The copy stays: python out/versus/code/sample.py
@@ -20,14 +21,18 @@ comparisons, if the differences are about normally distributed.
 The validation losses are compared twice. "At equal updates" is after the last step at which all runs were evaluated.
 "At equal time", which counts the updates only, is when the quicker run of a pair ends. The slower run's loss at that
 time is interpolated between two evaluations, so choose a low --eval_interval. Its learning rate has not fallen to the
-end of its schedule by then, which is unfair to it: give the slower recipe the --max_iters that it has time for.
+end of its schedule by then, which is unfair to it: give the slower recipe the --max_iters that it has time for. Other
+programs slow a run down, so compare at equal time on a quiet machine, where runs of one recipe take the same time.
 """
 
+import hashlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +60,8 @@ if __name__ == "__main__":  # --help and typos answer before torch is imported
 from dataclasses import asdict
 
 from configurator import parse
+from machine.digest import file_tokens
+from machine.terminal import progress
 from run.checkpoint import is_run
 from run.curves import read_log, series
 from run.files import read_json, write_json
@@ -65,10 +72,54 @@ from train import HOW
 from train import Settings as Training
 
 ROOT = Path(__file__).resolve().parent.parent
+RUNS = "[ab]/seed*"  # the runs' folders in --out
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The code with a patch
+# The code, and a copy of it with a patch
+
+def code_of(root):
+    """{path: digest} of the Python and C files in the folder `root` that train.py uses: what it imports, and so on.
+
+    Of a package that is imported, each file counts: tasks are found by name. Python files count without comments,
+    docstrings and layout.
+    """
+    found, todo, seen = {}, {"train"}, set()
+    while todo:
+        seen.add(name := todo.pop())
+        inside = (root / name).rglob("*.*") if (root / name / "__init__.py").exists() else ()
+        for path in (root / f"{name}.py", *inside):
+            if path.suffix not in (".py", ".c") or not path.exists():
+                continue
+            text = path.read_text(encoding="utf-8", errors="replace")
+            text = file_tokens(text) if path.suffix == ".py" else text
+            found[str(path.relative_to(root))] = hashlib.sha256(text.encode()).hexdigest()[:16]
+            todo |= {*re.findall(r"(?:^|NEWLINE |INDENT |DEDENT )(?:from|import) (\w+)", text)} - seen
+    return found
+
+
+def require_same_code(out, runs="*/*"):
+    """Raises UserError if other code trained the runs (see `begun`) in the folder `out`. Else writes out/code.json.
+
+    runs: a pattern of their folders.
+    """
+    path, now = out / "code.json", code_of(ROOT)
+    if old := sorted({run.parent.name for run in out.glob(runs) if begun(run)}):
+        then = read_json(path) if path.exists() else None
+        advice = f"choose a new folder, --out=NEW, or delete {', '.join(old)} in {out}"
+        if not isinstance(then, dict):
+            raise UserError(f"{out} has no code.json that says what code trained the runs there: {advice}")
+        if changed := sorted(name for name in {**then, **now} if then.get(name) != now.get(name)):
+            names = ", ".join(changed[:3]) + f" and {len(changed) - 3} more" * (len(changed) > 3)
+            raise UserError(f"the code has changed since the runs in {out} were trained ({names}): undo that, {advice}")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(path, now)
+
+
+def begun(run):
+    """Whether the run in a folder was evaluated or saved."""
+    return is_run(run) or bool(series(read_log(run), "val_loss"))
+
 
 def read_patch(path):
     """The text of a patch, or None if `path` is "". Raises UserError if the file can't be read."""
@@ -103,7 +154,7 @@ def patched_copy(path, folder):
         shutil.copytree(package, new / package.name, ignore=shutil.ignore_patterns("__pycache__"))
     try:
         apply(path, new)
-        if begun(folder.parent / "b") and folder.exists() and code_in(new) != code_in(folder):
+        if any_begun(folder.parent / "b") and folder.exists() and code_of(new) != code_of(folder):
             raise UserError(f"the code has changed since {folder} was made, which trained recipe b: undo that, or"
                             " write the new comparison to a new folder, --out=NEW")
     except UserError:
@@ -111,11 +162,6 @@ def patched_copy(path, folder):
         raise
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
-
-
-def code_in(folder):
-    """{path: bytes} of the source files in a copy of the code."""
-    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*.*") if file.suffix in (".py", ".c")}
 
 
 def apply(path, folder):
@@ -156,9 +202,9 @@ def settings_of(recipe, shared):
             if name not in ("seed", "out_dir", "resume")}
 
 
-def begun(folder):
+def any_begun(folder):
     """Whether a run of a recipe was evaluated or saved. folder: the recipe's, with a folder for each seed."""
-    return any(is_run(run) or series(read_log(run), "val_loss") for run in folder.glob("seed*"))
+    return any(map(begun, folder.glob("seed*")))
 
 
 def require_same(path, now, patch=None):
@@ -179,7 +225,7 @@ def require_same(path, now, patch=None):
         other = f"whose recipe {name} has another {changed}"
         if name == "b" and not changed and record.get("patch") != patch:
             changed, other = "patch", f"with {'another' if record.get('patch') else 'no'} patch"
-        if changed and begun(path.parent / name):
+        if changed and any_begun(path.parent / name):
             raise UserError(f"{path.parent} holds a comparison {other}: write the new one to a new folder, --out=NEW,"
                             f" or delete {path.parent / name} to train {name} anew")
 
@@ -192,22 +238,28 @@ def require_same_origin(folder, first):
                         " back what was changed, or choose another folder with --out")
 
 
+def finished(folder, max_iters):
+    """Whether the run in a folder has made all updates and was evaluated then."""
+    rows = read_log(folder)
+    return bool(rows) and rows[-1]["step"] >= max_iters and "val_loss" in rows[-1]
+
+
 def train(words, seed, folder, max_iters):
     """Starts or resumes the run in `folder`, unless it has finished. words: a list of arguments for train.py.
 
     Raises UserError if the run fails, SystemExit if it is stopped.
     """
-    rows = read_log(folder)
-    if rows and rows[-1]["step"] >= max_iters and "val_loss" in rows[-1]:
+    if finished(folder, max_iters):
         return
     command = [sys.executable, *words, f"--seed={seed}", f"--out_dir={folder}", "--resume=auto"]
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "output.txt", "a", encoding="utf-8") as file, subprocess.Popen(command, stdout=file) as process:
+    with (open(folder / "output.txt", "a", encoding="utf-8") as file, subprocess.Popen(command, stdout=file) as process,
+          progress(max_iters, f"{folder.parent.name}, {folder.name}", " updates") as line):
         while process.poll() is None:
-            try:
-                process.wait()
-            except KeyboardInterrupt:  # Ctrl-C reaches the run too, which saves
-                continue
+            with suppress(KeyboardInterrupt, subprocess.TimeoutExpired):  # Ctrl-C reaches the run too, which saves
+                process.wait(None if line.disable else 1)
+            if not line.disable and (rows := read_log(folder)):
+                line.update(rows[-1]["step"] - line.n)
     if process.returncode in (75, 130, 143, -2, -15):
         print("stopped; the same command continues", file=sys.stderr)
         raise SystemExit(process.returncode if process.returncode > 0 else 128 - process.returncode)
@@ -224,23 +276,32 @@ def train_all(words, seeds, out, max_iters):
     for seed in range(1, seeds + 1):
         for name in ("ab" if seed % 2 else "ba"):
             folder = out / name / f"seed{seed}"
-            print(f"seed {seed} of {seeds}, {name}: ", end="", flush=True)
+            if not finished(folder, max_iters[name]):
+                require_same_code(out, RUNS)  # it may have been edited since the run before
             train(words[name], seed, folder, max_iters[name])
             require_same_origin(folder, out / name / "seed1")
             rows = read_log(folder)
             step, loss = series(rows, "val_loss")[-1]
-            print(f"validation loss {loss:.4f} after {step:,} updates in {clock(rows[-1]['seconds'])}")
+            print(f"seed {seed} of {seeds}, {name}: validation loss {loss:.4f} after {step:,} updates in"
+                  f" {clock(rows[-1]['seconds'])}", flush=True)
     return {name: [read_log(out / name / f"seed{seed}") for seed in range(1, seeds + 1)] for name in "ab"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reporting
 
-def report(out, recipes, patch, found):
+def durations(runs):
+    """How long the runs of each recipe took, in words. runs: {"a": [the log rows of each seed's run], "b": ...}."""
+    found = {name: sorted(rows[-1]["seconds"] for rows in logs) for name, logs in runs.items()}
+    return ", ".join(f"{name} took " + " to ".join(dict.fromkeys(f"{seconds[i]:,.1f}" for i in (0, -1))) + " s"
+                     for name, seconds in found.items())
+
+
+def report(out, recipes, patch, found, took):
     """Prints the losses of each seed, and whether a or b is better. recipes: {"a": a recipe's text, "b": ...}.
 
     found: {"updates": Pairs at equal updates, "time": Pairs at equal time}, lists with a Pair for each seed, or empty.
-    patch: the file that recipe b's code was changed by, or "".
+    patch: the file that recipe b's code was changed by, or "". took: what `durations` says.
     """
     for name in "ab":
         code = f", with {patch}" if patch and name == "b" else ""
@@ -254,7 +315,8 @@ def report(out, recipes, patch, found):
         print(f"\n{'seed':>4} {unit:>8} {'a':>8} {'b':>8} {'b - a':>9}")
         for seed, at, a, b in pairs:
             print(f"{seed:>4} {at if unit == 'step' else round(at, 1):>8} {a:>8.4f} {b:>8.4f} {b - a:>+9.4f}")
-        print(f"at equal {where}, {verdict(pairs)}")
+        quiet = f" (if the machine was quiet: {took})" if where == "time" else ""
+        print(f"at equal {where}, {verdict(pairs)}{quiet}")
     several = any(len(pairs) > 1 for pairs in found.values())  # one seed has no interval
     note = "; \u00b1 is the 95 % confidence interval of the mean difference" * several
     print(f"\nvalidation losses{note}\nin {out}: the runs, versus.json, versus.svg")
@@ -264,6 +326,9 @@ def report(out, recipes, patch, found):
 
 
 def main(given, shared, settings):
+    if folders := [word for recipe in given for word in shell_words(recipe) if os.path.isdir(word)]:
+        raise UserError(f"{folders[0]}: is a folder, and versus trains recipes; to compare runs that you have: python"
+                        f" -m tools.compare {shlex.join(folders)}")
     if settings.patch and len(given) == 1:
         given = given * 2
     if len(given) != 2:
@@ -275,7 +340,9 @@ def main(given, shared, settings):
         require_same(out / "versus.json", record, patch)
     elif is_run(out) or (out / "run.json").exists():
         raise UserError(f"out = {out}: is the folder of a training run; name a new folder, --out={out / 'versus'}")
-    out.mkdir(parents=True, exist_ok=True)
+    if record["a"] == record["b"] and patch is None:
+        raise UserError("a and b have the same settings: change one of them, or the code of b with --patch=FILE")
+    require_same_code(out, RUNS)
     if patch is not None:
         patched_copy(settings.patch, out / "code")
     folders = {"a": ROOT, "b": ROOT if patch is None else out / "code"}
@@ -296,7 +363,7 @@ def main(given, shared, settings):
     named = {f"{name}: {' '.join(words[name][n:]) or bare}": runs[name] for name in "ab"}
     about = f"two recipes, {settings.seeds} seeds each" + f": {' '.join(words['a'][:n])}, and" * (n > 0)
     draw_together(named, out / "versus.svg", str(out), about)
-    report(out, recipes, settings.patch, found)
+    report(out, recipes, settings.patch, found, durations(runs))
 
 
 if __name__ == "__main__":
