@@ -7,8 +7,8 @@
 
 A recipe is a quoted list of arguments for train.py; settings outside the quotes apply to both recipes. The runs of a
 and b take turns, so that a machine that slows down slows both. The same command continues a comparison that was
-stopped; with a higher --seeds it trains the missing runs. The runs, versus.json and versus.svg are in --out. So is
-code.json, which knows the code that trained them: edited code (but for comments and docstrings) needs a new --out.
+stopped; with a higher --seeds it trains the missing runs. The runs, versus.json and versus.svg are in --out. Code that
+was edited since, but for comments and docstrings, needs a new --out: code.json there knows what trained the runs.
 
 --patch is a change of the code, as `git diff` writes it. One recipe is then enough: a is trained by the code as it is,
 b by a copy of it in --out/code, to which the patch is applied. The copy stays: python out/versus/code/sample.py
@@ -99,12 +99,9 @@ def code_of(root):
 
 
 def require_same_code(out, runs="*/*"):
-    """Raises UserError if other code trained the runs (see `begun`) in the folder `out`. Else writes out/code.json.
-
-    runs: a pattern of their folders.
-    """
+    """Raises UserError if other code trained the runs in a folder (see `begun`). Else writes its code.json."""
     path, now = out / "code.json", code_of(ROOT)
-    if old := sorted({run.parent.name for run in out.glob(runs) if begun(run)}):
+    if old := sorted({run.parent.name for run in begun(out, runs)}):
         then = read_json(path) if path.exists() else None
         advice = f"choose a new folder, --out=NEW, or delete {', '.join(old)} in {out}"
         if not isinstance(then, dict):
@@ -116,9 +113,9 @@ def require_same_code(out, runs="*/*"):
     write_json(path, now)
 
 
-def begun(run):
-    """Whether the run in a folder was evaluated or saved."""
-    return is_run(run) or bool(series(read_log(run), "val_loss"))
+def begun(folder, runs="seed*"):
+    """The folders of the runs in a folder, such as that of a recipe, that were evaluated or saved. runs: a pattern."""
+    return [run for run in folder.glob(runs) if is_run(run) or series(read_log(run), "val_loss")]
 
 
 def read_patch(path):
@@ -154,7 +151,7 @@ def patched_copy(path, folder):
         shutil.copytree(package, new / package.name, ignore=shutil.ignore_patterns("__pycache__"))
     try:
         apply(path, new)
-        if any_begun(folder.parent / "b") and folder.exists() and code_of(new) != code_of(folder):
+        if begun(folder.parent / "b") and folder.exists() and code_of(new) != code_of(folder):
             raise UserError(f"the code has changed since {folder} was made, which trained recipe b: undo that, or"
                             " write the new comparison to a new folder, --out=NEW")
     except UserError:
@@ -202,11 +199,6 @@ def settings_of(recipe, shared):
             if name not in ("seed", "out_dir", "resume")}
 
 
-def any_begun(folder):
-    """Whether a run of a recipe was evaluated or saved. folder: the recipe's, with a folder for each seed."""
-    return any(map(begun, folder.glob("seed*")))
-
-
 def require_same(path, now, patch=None):
     """Raises UserError if the versus.json at `path` has other settings than `now`, or another patch, or is damaged.
 
@@ -225,7 +217,7 @@ def require_same(path, now, patch=None):
         other = f"whose recipe {name} has another {changed}"
         if name == "b" and not changed and record.get("patch") != patch:
             changed, other = "patch", f"with {'another' if record.get('patch') else 'no'} patch"
-        if changed and any_begun(path.parent / name):
+        if changed and begun(path.parent / name):
             raise UserError(f"{path.parent} holds a comparison {other}: write the new one to a new folder, --out=NEW,"
                             f" or delete {path.parent / name} to train {name} anew")
 
@@ -238,18 +230,13 @@ def require_same_origin(folder, first):
                         " back what was changed, or choose another folder with --out")
 
 
-def finished(folder, max_iters):
-    """Whether the run in a folder has made all updates and was evaluated then."""
-    rows = read_log(folder)
-    return bool(rows) and rows[-1]["step"] >= max_iters and "val_loss" in rows[-1]
-
-
 def train(words, seed, folder, max_iters):
     """Starts or resumes the run in `folder`, unless it has finished. words: a list of arguments for train.py.
 
     Raises UserError if the run fails, SystemExit if it is stopped.
     """
-    if finished(folder, max_iters):
+    rows = read_log(folder)
+    if rows and rows[-1]["step"] >= max_iters and "val_loss" in rows[-1]:
         return
     command = [sys.executable, *words, f"--seed={seed}", f"--out_dir={folder}", "--resume=auto"]
     folder.mkdir(parents=True, exist_ok=True)
@@ -276,8 +263,7 @@ def train_all(words, seeds, out, max_iters):
     for seed in range(1, seeds + 1):
         for name in ("ab" if seed % 2 else "ba"):
             folder = out / name / f"seed{seed}"
-            if not finished(folder, max_iters[name]):
-                require_same_code(out, RUNS)  # it may have been edited since the run before
+            require_same_code(out, RUNS)  # it may have been edited since the run before
             train(words[name], seed, folder, max_iters[name])
             require_same_origin(folder, out / name / "seed1")
             rows = read_log(folder)
@@ -292,9 +278,8 @@ def train_all(words, seeds, out, max_iters):
 
 def durations(runs):
     """How long the runs of each recipe took, in words. runs: {"a": [the log rows of each seed's run], "b": ...}."""
-    found = {name: sorted(rows[-1]["seconds"] for rows in logs) for name, logs in runs.items()}
-    return ", ".join(f"{name} took " + " to ".join(dict.fromkeys(f"{seconds[i]:,.1f}" for i in (0, -1))) + " s"
-                     for name, seconds in found.items())
+    found = {name: [rows[-1]["seconds"] for rows in logs] for name, logs in runs.items()}
+    return ", ".join(f"{name}'s runs took {min(times):,.1f} to {max(times):,.1f} s" for name, times in found.items())
 
 
 def report(out, recipes, patch, found, took):
