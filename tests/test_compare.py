@@ -10,7 +10,7 @@ import pytest
 
 from configurator import UserError
 from run.curves import series
-from tools import compare, paired, versus
+from tools import compare, ladder, paired, stages, transfer, versus
 
 
 def make_run(folder, seed, loss, task="text", n=10, ms=10.0, **settings):
@@ -269,3 +269,13 @@ def test_progress_is_that_of_the_log(tmp_path, monkeypatch):
     monkeypatch.setattr(versus, "progress", lambda total, what, unit: Line())
     versus.train(["train.py"], 1, tmp_path / "a" / "seed1", 30)
     assert Line.shown == [10, 20]
+
+
+@pytest.mark.parametrize("tool, folder", [(ladder, ""), (stages, "countdown"), (transfer, "topics")])
+def test_tools_that_keep_finished_runs_refuse_those_of_other_code(tool, folder, tmp_path, monkeypatch):
+    make_run(tmp_path / folder / "one" / "two", 1, 2.0)
+    (tmp_path / folder / "code.json").write_text('{"model.py": "as it was"}')
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # main sets it, and changes the folder: for this test alone
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="the code has changed since .* or delete one in"):
+        tool.main(tool.Settings(out=str(tmp_path)))
