@@ -275,6 +275,7 @@ def test_progress_is_that_of_the_log(tmp_path, monkeypatch):
 def test_tools_that_keep_finished_runs_refuse_those_of_other_code(tool, folder, tmp_path, monkeypatch):
     make_run(tmp_path / folder / "one" / "two", 1, 2.0)
     (tmp_path / folder / "code.json").write_text('{"model.py": "as it was"}')
+    monkeypatch.setattr(tool, "train", lambda *about: pytest.fail("trained"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # main sets it, and changes the folder: for this test alone
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="the code has changed since .* or delete one in"):
