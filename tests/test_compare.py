@@ -136,7 +136,7 @@ class Ended:
 
 @pytest.fixture
 def trainings(tmp_path, monkeypatch):
-    """(names of the runs that were trained, what the next one finds): {"data": its digest, "code": `code_of`}."""
+    """(names of the runs that were trained, what the next one finds): {"data": its digest, "code": `code_in`}."""
     trained, now = [], {"data": "x", "code": {"optimizer.py": "1", "model.py": "1"}}
 
     def train(command, **_):
@@ -148,7 +148,7 @@ def trainings(tmp_path, monkeypatch):
         return Ended()
 
     monkeypatch.setattr(versus.subprocess, "Popen", train)
-    monkeypatch.setattr(versus, "code_of", lambda root: now["code"])
+    monkeypatch.setattr(versus, "code_in", lambda root: now["code"])
     return trained, now
 
 
@@ -231,7 +231,7 @@ def test_the_code_is_what_trains(tmp_path):
         for name, text in (files | edited).items():
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_text(text)
-        return versus.code_of(tmp_path)
+        return versus.code_in(tmp_path)
 
     first = code()
     assert first.keys() == {"train.py", "model.py", "tasks/__init__.py", "tasks/one.py", "tasks/fast.c"}
@@ -241,7 +241,7 @@ def test_the_code_is_what_trains(tmp_path):
                        ("tasks/__init__.py", "(")):
         now = code(**{name: text})
         assert [other for other in first if now[other] != first[other]] == [name]
-    ours = versus.code_of(versus.ROOT)
+    ours = versus.code_in(versus.ROOT)
     assert {"optimizer.py", "sources/known.py", "tasks/chat.py", "lecture.py", "machine/decode.c"} <= ours.keys()
     assert not [name for name in ours if name.startswith(("tools", "tests", "config/", "look", "sample", "ideas"))]
 

@@ -78,7 +78,7 @@ RUNS = "[ab]/seed*"  # the runs' folders in --out
 # ----------------------------------------------------------------------------------------------------------------------
 # The code, and a copy of it with a patch
 
-def code_of(root):
+def code_in(root):
     """{path: digest} of the Python and C files in the folder `root` that train.py uses: what it imports, and so on.
 
     Of a package that is imported, each file counts: tasks are found by name. Python files count without comments,
@@ -100,7 +100,7 @@ def code_of(root):
 
 def require_same_code(out, runs="*/*"):
     """Raises UserError if other code trained the runs in a folder (see `begun`). Else writes its code.json."""
-    path, now = out / "code.json", code_of(ROOT)
+    path, now = out / "code.json", code_in(ROOT)
     if old := sorted({run.parent.name for run in begun(out, runs)}):
         then = read_json(path) if path.exists() else None
         advice = f"choose a new folder, --out=NEW, or delete {', '.join(old)} in {out}"
@@ -151,7 +151,7 @@ def patched_copy(path, folder):
         shutil.copytree(package, new / package.name, ignore=shutil.ignore_patterns("__pycache__"))
     try:
         apply(path, new)
-        if begun(folder.parent / "b") and folder.exists() and code_of(new) != code_of(folder):
+        if begun(folder.parent / "b") and folder.exists() and code_in(new) != code_in(folder):
             raise UserError(f"the code has changed since {folder} was made, which trained recipe b: undo that, or"
                             " write the new comparison to a new folder, --out=NEW")
     except UserError:
