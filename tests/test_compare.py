@@ -161,7 +161,7 @@ def test_a_comparison_trains_each_run_once_and_refuses_other_recipes(trainings, 
     versus.main(recipes, shared, versus.Settings(seeds=3, out=str(out)))
     said = capsys.readouterr().out
     assert trained[4:] == ["a/seed3", "b/seed3"] and "b is better by 0.1000 \u00b1 0.0000" in said
-    assert "(if the machine was quiet: a's runs took 0.1 to 0.1 s, b's runs took 0.1 to 0.1 s)" in said
+    assert "(on a quiet machine only: a's runs took 0.1 to 0.1 s, b's runs took 0.1 to 0.1 s)" in said
     found = json.loads((out / "versus.json").read_text())
     assert found["at equal updates"]["b - a"] == pytest.approx(-0.1) and (out / "versus.svg").exists()
     assert math.isclose(found["at equal time"]["pairs"][0]["at"], 0.09)

@@ -300,7 +300,7 @@ def report(out, recipes, patch, found, took):
         print(f"\n{'seed':>4} {unit:>8} {'a':>8} {'b':>8} {'b - a':>9}")
         for seed, at, a, b in pairs:
             print(f"{seed:>4} {at if unit == 'step' else round(at, 1):>8} {a:>8.4f} {b:>8.4f} {b - a:>+9.4f}")
-        quiet = f"\n(if the machine was quiet: {took})" if where == "time" else ""
+        quiet = f"\n(on a quiet machine only: {took})" if where == "time" else ""
         print(f"at equal {where}, {verdict(pairs)}{quiet}")
     several = any(len(pairs) > 1 for pairs in found.values())  # one seed has no interval
     note = "; \u00b1 is the 95 % confidence interval of the mean difference" * several
