@@ -360,7 +360,7 @@ def read_value(layer, kind):
         value = value.item()  # a NumPy scalar
     choices = typing.get_args(kind) or ((True, False) if kind is bool else ())
     what = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}.get(kind)
-    what = what or "one of " + ", ".join(map(str, choices))
+    what = what or "one of " + ", ".join(filter(None, map(str, choices))) + ", or empty" * ("" in choices)
     if type(value) is int and abs(value) >= 2**63:
         raise UserError(f"{name} in {layer.origin}: must be below 2^63")
     if layer.origin:

@@ -19,7 +19,7 @@ from typing import Literal
 
 from configurator import UserError, check_run, from_command_line, one_line_errors
 from sources.known import check_dataset, ensure, locate
-from tasks import TASKS, elsewhere, find_task
+from tasks import TASKS, elsewhere, find_task, own_data
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def check(settings, given):
     if folder.name in ("reference", "reward") and (folder.parent / "run.json").exists():  # see tasks/reference.py
         raise UserError(f"out_dir = {settings.out_dir}: is a copy of another model that the run in {folder.parent}"
                         " needs as it is: evaluate that model's own run, or copy the folder first")
-    if settings.dataset:
+    if settings.dataset not in ("", *TASKS):  # a task's name: of the data that it makes
         check_dataset(settings.dataset)
 
 
@@ -82,7 +82,8 @@ def main(settings):
     folder = settings.init_from or checkpoint.find_any(settings.out_dir, settings.checkpoint)
     task, model, config = load(folder, world.device, block_size=None)
     dtype, why = pick_dtype(settings.dtype, world.device)
-    name = world.from_main(lambda: ensure(settings.dataset or config["dataset"]))
+    own = own_data(task.settings.task, {"dataset": settings.dataset})
+    name = own or world.from_main(lambda: ensure(settings.dataset or config["dataset"]))
     task.open(locate(name), world)
     task.fit(model)
     found = task.evaluate(model, settings.split, world, dtype)

@@ -75,7 +75,8 @@ def written(model, tokens, count, pick, eos, context, capturing):
 
     def step(tokens, start):
         """What pick chooses after tokens (B, T) at the positions from `start` on, an int or a tensor."""
-        return pick(model.logits(model.hidden(tokens, caches, start, **context)[:, -1]))  # (B, C) -> (B, V) -> (B,)
+        cached = () if caches is None else (caches, start)
+        return pick(model.logits(model.hidden(tokens, *cached, **context)[:, -1]))  # (B, C) -> (B, V) -> (B,)
 
     if capturing and caches is not None:
         step = CapturedStep(step, caches, getattr(pick, "keywords", {}).get("generator"), count)

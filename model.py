@@ -326,7 +326,7 @@ def init_weights(model, generator=None, std=0.02, zero=False):
     | embeddings                                       | normal, std 0.02                            |
     | linear and convolution weights                   | normal, std                                 |
     | o_proj and down_proj weights (into the residual) | normal, std / sqrt(2 blocks); 0 if `zero`   |
-    | biases, gains of the norms                       | 0, 1                                        |
+    | biases, gains of the norms                       | 0, 1 (reset_parameters)                     |
 
     std: 0.02 suits a width of about 1000. For narrower models use 1 / sqrt(width), or activations become tiny.
     """
@@ -340,7 +340,7 @@ def init_weights(model, generator=None, std=0.02, zero=False):
             module.weight.copy_(drawn)
             if getattr(module, "bias", None) is not None:
                 module.bias.zero_()
-        elif isinstance(module, (*NORMS.values(), HeadNorm)):
+        elif hasattr(module, "reset_parameters"):
             module.reset_parameters()
 
 

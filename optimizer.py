@@ -1,4 +1,4 @@
-"""AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the rest.
+"""AdamW (Loshchilov and Hutter 2019) for all parameters, or Muon for the blocks' matrices and AdamW for the rest.
 
 Every parameter group has a "scale": its learning rate is that multiple of the scheduled one.
 """
@@ -29,7 +29,7 @@ def freeze(model, rates):
 
 
 def make_optimizers(model, settings, capturable=False):
-    """{"optimizer": AdamW (Loshchilov and Hutter 2019), "muon": Muon}, without one that has no parameters to train.
+    """{"optimizer": from OPTIMIZERS, "muon": Muon}, without one that has no parameters to train.
 
     If settings.optimizer is "muon", Muon trains the matrices of the blocks. Only parameters with two or more dimensions
     are decayed. settings.rates: see `freeze`, which must have run. capturable: keep the learning rates in tensors on
@@ -61,8 +61,8 @@ def make_optimizers(model, settings, capturable=False):
     fused = next(model.parameters()).device.type in ("cpu", "cuda", "mps")
     optimizers = {}
     if found["optimizer"]:
-        optimizers["optimizer"] = AdamW(found["optimizer"], lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=fused,
-                                        capturable=capturable)
+        optimizers["optimizer"] = OPTIMIZERS[s.optimizer](
+            found["optimizer"], lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=fused, capturable=capturable)
     if found["muon"]:
         optimizers["muon"] = Muon(found["muon"])
     return optimizers
@@ -117,6 +117,10 @@ def without_dynamo(optimizer_class):
 
 
 AdamW = without_dynamo(torch.optim.AdamW)
+
+# The optimizer of all parameters; with muon, of all but the blocks' matrices. A group has its own "weight_decay", and
+# gets its "lr" before an update. If `capturable`, that is a tensor, no step waits for the GPU, and states start at 0.
+OPTIMIZERS = {"adamw": AdamW, "muon": AdamW}
 
 
 @without_dynamo

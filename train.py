@@ -19,8 +19,8 @@ from typing import Literal
 
 from configurator import UserError, differences, from_command_line, one_line_errors
 from sources.known import BUILT_IN, check_dataset, ensure, locate
-from tasks import TASKS, elsewhere
-from tasks.settings import check_training
+from tasks import TASKS, elsewhere, own_data
+from tasks.settings import OPTIMIZERS, check_training
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Settings:
     init_from: str = "scratch"  # scratch, a run's folder, a published folder or hub id, gpt2, gpt2-medium, -large, -xl
     resume: Literal[False, True, "auto"] = False  # continue the run in out_dir; auto: start one if none was saved there
     # optimizer and learning rate
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the blocks' matrices, AdamW for the rest
+    optimizer: Literal[OPTIMIZERS] = "adamw"  # muon: Muon for the blocks' matrices, AdamW for the rest
     batch_size: int = 16  # rows per update, all workers together
     micro_batch_size: int = 0  # rows per forward and backward pass; 0: batch_size / number of workers
     max_iters: int = 200  # number of updates
@@ -91,7 +91,7 @@ def earlier_settings(given):
     if not wanted or not there:
         return {}
     from run import resume
-    return resume.earlier_settings(out_dir, wanted)
+    return resume.earlier_settings(out_dir, wanted, Settings, {task: row.training for task, row in TASKS.items()})
 
 
 def refuse(saved, given):
@@ -101,7 +101,7 @@ def refuse(saved, given):
 
 
 HOW = dict(more=lambda values: TASKS[values["task"]].training, base=earlier_settings, refuse=refuse,
-           check=lambda s, given: check_dataset(s.dataset, s.init_from, TASKS[s.task].kinds),
+           check=lambda s, given: own_data(s.task, given) or check_dataset(s.dataset, s.init_from, TASKS[s.task].kinds),
            elsewhere=elsewhere(lambda row: row.training),
            has_accelerator=has_accelerator)  # how `parse` reads the command line
 if __name__ == "__main__":  # --help and typos answer before torch is imported
@@ -302,7 +302,7 @@ def main(settings, given):
     """Trains. given: {name: value} of the settings that the user named. Raises SystemExit if the run stops early."""
     world = distributed.start(settings.device)
     with owned(settings.out_dir) if world.is_main else nullcontext():
-        name = world.from_main(lambda: ensure(settings.dataset))
+        name = world.from_main(lambda: own_data(settings.task, given) or ensure(settings.dataset))
         task, model, log, stopped, guard = train(replace(settings, dataset=name), given, world)
         with log, guard:
             if world.is_main:

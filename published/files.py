@@ -12,6 +12,7 @@ source finds our parameter in it. bert.py and vit.py have choose, too: the tenso
 import importlib
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 from pickle import UnpicklingError
@@ -26,7 +27,7 @@ from critic import Critic, as_kind
 from encoder import Answerer, MaskedLM, SentenceEncoder
 from machine.decode import KNOWN
 from machine.digest import code_of
-from model import GPT
+from model import GPT, Block
 from published import check_publish, download
 from run.checkpoint import clear, fill, read_config, unfilled
 from run.files import read_json, reason, rename, write_json
@@ -44,6 +45,7 @@ LAYOUTS = {GPT: ("gpt2", "llama"), Gemma: ("llama",), PaliGemma: ("paligemma",),
            SentenceEncoder: ("bert",), Answerer: ("bert",), ImageClassifier: ("vit",),
            Critic: ("gpt2", "llama")}  # that may hold a class of ours
 
+BLOCK = {"ln_1", "ln_2", *(f"attn.{part}_proj" for part in "qkvo"), "mlp.up_proj", "mlp.down_proj"}  # in all layouts
 FITS = {  # {what a value of config.json must be: whether it is}
     "a whole number from 1 to 2^31 - 1": lambda value: type(value) is int and 0 < value < 2**31,
     "a finite number above 0": lambda value: type(value) in (int, float) and 0 < value < math.inf,
@@ -198,6 +200,9 @@ def layout(model, tokenizer):
         family = importlib.import_module(f"published.{name}")
         found = family.misfit(model.config) if hasattr(family, "misfit") else ""
         if not found:
+            if odd := sorted(odd_parts(model)):
+                raise UserError(f"an edited {type(model).__name__} can't be published: no other program's has, or all"
+                                f" others have, {odd[0]}")
             if edited := [name for name, code in code_of(model).items() if KNOWN.get(name, code) != code]:
                 say(f"the code of {', '.join(sorted(edited))} was edited: other programs compute what it was before")
             if hasattr(family, "library"):
@@ -206,6 +211,16 @@ def layout(model, tokenizer):
         reasons.append(f"the layout of {name} can't hold {found}")
     remedy = getattr(family, "REMEDY", "the settings of config/shakespeare_char.py or config/shakespeare_llama.py")
     raise UserError(f"the {type(model).__name__} can't be published: {'; '.join(reasons)}. Train one with {remedy}")
+
+
+def odd_parts(model):
+    """Yields the names of parts with weights that no layout has room for, and of those that blocks lack."""
+    for name, module in model.named_modules():
+        parts = {re.sub(r"\.(weight|bias|lora_[ab])$", "", key) for key in module.state_dict()}
+        if isinstance(module, Block):
+            yield from (f"{name}.{part}" for part in parts - {"mlp.gate_proj"} ^ BLOCK)
+        elif type(module) in (GPT, Gemma):
+            yield from {part for part in parts if ".blocks." not in part} - {"wte", "wpe", "head", "transformer.ln_f"}
 
 
 def save(model, tokenizer, folder, shard_size=5 * 10**9):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 from configurator import UserError, flat_fields, flat_values
 from optimizer import learning_rate
@@ -46,12 +47,21 @@ def pick_up(out_dir, resume):
     return found
 
 
-def earlier_settings(out_dir, resume):
-    """Returns the settings of the run to resume, except max_minutes, which is for one start only; {} for a new run."""
+def earlier_settings(out_dir, resume, cls, of_task):
+    """Returns the settings of the run to resume, except max_minutes, which is for one start only; {} for a new run.
+
+    cls: the settings of every run. of_task: {task: its own}. Raises UserError for a saved choice that is gone.
+    """
     if not to_resume(out_dir, resume):
         return {}
-    saved = flat_values(checkpoint.read_config(checkpoint.find(out_dir, "last"))["settings"])
+    folder = checkpoint.find(out_dir, "last")
+    saved = flat_values(checkpoint.read_config(folder)["settings"])
     saved.pop("max_minutes", None)
+    for name, (kind, _) in {**flat_fields(of_task.get(saved["task"], cls)), **flat_fields(cls)}.items():
+        known = get_args(kind)
+        if known and saved.get(name, known[0]) not in known:
+            raise UserError(f"{name} = {saved[name]!r} in {folder / 'config.json'}: the code has no such choice now;"
+                            f" put it back, or start a new run with --init_from={folder}")
     return saved
 
 

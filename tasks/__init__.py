@@ -18,7 +18,7 @@ class Row(NamedTuple):
     training: type  # the settings that the task adds to train.py's
     sampling: type  # to sample.py's
     evaluating: type  # to evaluate.py's
-    kinds: tuple = ()  # of data sets that it learns from; (): any
+    kinds: tuple | None = ()  # of data sets that it learns from; (): any; None: the task makes its own data
     published: tuple = ()  # values of model_type, or of architectures, in the config.json of published models
 
 
@@ -28,7 +28,7 @@ TASKS = {
     "contrastive": Row("ContrastiveTask", settings.Contrastive, settings.Matching, settings.Nothing, ("image-text",)),
     "image-text": Row("ImageTextTask", settings.ImageText, settings.Answering, settings.Nothing, ("image-text",),
                       ("paligemma",)),
-    "arithmetic": Row("ArithmeticTask", settings.Arithmetic, settings.Nothing, settings.Tested, ("arithmetic",)),
+    "arithmetic": Row("ArithmeticTask", settings.Arithmetic, settings.Nothing, settings.Tested, None),
     "translation": Row("TranslationTask", settings.Translation, settings.Translating, settings.Translations,
                        ("pairs",)),
     "masked": Row("MaskedTask", settings.Masked, settings.Filling, settings.Nothing, ("text",), ("bert",)),
@@ -52,6 +52,14 @@ TASKS = {
 def task_class(name):
     module = importlib.import_module(f"tasks.{name.replace('-', '_')}")
     return getattr(module, TASKS[name].cls)
+
+
+def own_data(task, given):
+    """The name of the data that a task makes: its own; "" for others. Raises UserError if the user gave another."""
+    makes = TASKS[task].kinds is None
+    if makes and given.get("dataset", task) not in ("", task):
+        raise UserError(f"dataset = {given['dataset']}: --task={task} makes its own data; leave it out")
+    return task if makes else ""
 
 
 def task_of(config, folder):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from batches import fixed_rows, read_meta, shuffled_rows, to_device
+from batches import fixed_rows, shuffled_rows, to_device
 from configurator import UserError
 from generate import generate, pick_tokens
 from inside import record
@@ -49,7 +49,6 @@ class ArithmeticTask(TextTask):
         self.block_size = 2 * self.digits + 2 + self.written - 1  # T
 
     def open(self, folder, world):
-        read_meta(folder, "arithmetic")
         self.world, self.tokenizers = world, self.tokenizers or {"tokenizer": TOKENIZER}
         _, a, b, _ = self.solve(np.arange(len(self.operations) * 100**self.digits))
         self.parts = {part: np.flatnonzero(np.isin(tenth(a, b), chosen)) for part, chosen in TENTHS.items()}

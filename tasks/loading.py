@@ -45,13 +45,19 @@ def load(name, device="cpu", dtype=torch.float32, which="best", settings=None, d
     task.step = config.get("step")
     model_cls, config_cls = cls.models[config["model_type"]]
     shape = {key: dropout if key == "dropout" else value for key, value in config["model"].items()}
-    model = checkpoint.unfilled(model_cls, config_cls(**shape), device, dtype)
+    try:
+        model = checkpoint.unfilled(model_cls, config_cls(**shape), device, dtype)
+    except (TypeError, UserError) as error:  # a field, or a part that it names, is gone
+        raise UserError(f"{folder / 'config.json'} does not fit the code of {model_cls.__name__}: {error}; put back the"
+                        " code of that run") from None
     if rank := config.get("lora_rank"):
         add_lora(model, rank, None, config["settings"].get("lora_alpha", 0), config["settings"].get("lora_targets", ""))
-    checkpoint.fill(model, saved.state, folder)
     found = code_of(model)
-    if changed := [name for name, value in config.get("code", {}).items() if found.get(name, value) != value]:
-        say(f"the code of {', '.join(sorted(changed))} has changed since {folder} was trained: results may differ")
+    changed = sorted(name for name, value in config.get("code", {}).items() if found.get(name, value) != value)
+    since = f"the code of {', '.join(changed)} has changed since {folder} was trained" if changed else ""
+    checkpoint.fill(model, saved.state, f"{folder} ({since}: put it back to load them)" if since else folder)
+    if since:
+        say(f"{since}: results may differ")
     return task, model, config
 
 
@@ -87,6 +93,7 @@ def start(settings, given, folder, data, world):
         task = task_class(s.task)(s)
         task.open(data, world)
         model = task.build(generator).to(device)
+    task.tokenizers = task.tokenizers or {}  # None: the task has opened none
     if s.lora_rank and not folder:
         add_lora(model, s.lora_rank, generator, s.lora_alpha, s.lora_targets)
     freeze(model, s.rates)

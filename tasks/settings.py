@@ -3,13 +3,27 @@
 A setting that would do nothing for the chosen task, model or optimizer is refused.
 """
 
+import ast
 import json
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from configurator import UserError, check_idle, check_ranges, check_run, check_shape
 from published import check_publish
+
+
+def keys(file, *tables):
+    """The keys of tables, dicts in a file of ours: a tuple of each. The file is read: importing it imports torch."""
+    code = ast.parse((Path(__file__).parents[1] / file).read_text(encoding="utf-8"))
+    found = {node.targets[0].id: node.value for node in code.body
+             if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)}
+    return [tuple(key.value for key in found[table].keys) for table in tables]
+
+
+NORMS, MLPS, BLOCKS, POSITIONS = keys("model.py", "NORMS", "MLPS", "BLOCKS", "POSITIONS")
+OPTIMIZERS, = keys("optimizer.py", "OPTIMIZERS")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # For train.py, joined with train.Settings: the checks of a class may read those fields too
@@ -29,7 +43,7 @@ def check_training(settings):
             raise UserError(f"{name} = {getattr(settings, name)}: must be below 1")
     if settings.shard and settings.dtype == "float16":
         raise UserError("shard = True: does not work with --dtype=float16; use --dtype=bfloat16")
-    if settings.optimizer == "adamw":
+    if settings.optimizer != "muon":
         check_idle(settings, "is for --optimizer=muon", "muon_lr")
     elif settings.shard:
         raise UserError("optimizer = 'muon': needs whole matrices; leave out --shard, or use --optimizer=adamw")
@@ -72,10 +86,10 @@ class LanguageModel:
     n_embd: int = 64  # width: channels of a token's vector
     block_size: int = 64  # context length in tokens
     bias: bool = False  # whether linear layers and LayerNorms have a bias
-    norm: Literal["", "layernorm", "rmsnorm", "plain_rmsnorm"] = ""  # see NORMS in model.py; empty: the model's own
-    mlp: Literal["", "gelu", "geglu", "swiglu", "relu2"] = ""  # see MLPS in model.py; empty: the model's own
+    norm: Literal[("", *NORMS)] = ""  # see NORMS in model.py; empty: the model's own
+    mlp: Literal[("", *MLPS)] = ""  # see MLPS in model.py; empty: the model's own
     n_hidden: int = 0  # width inside the MLP; 0: 4 * n_embd
-    positions: Literal["", "learned", "sinusoidal", "rotary"] = ""  # of the tokens; empty: the model's own
+    positions: Literal[("", *POSITIONS)] = ""  # of the tokens; empty: the model's own
     qk_norm: bool = False  # normalise each head's queries and keys: attention stays stable at higher learning rates
     tied: bool = True  # use the token embedding as the output head too
     bigrams: bool = False  # also embed each pair of neighbouring tokens; for small vocabularies
@@ -102,8 +116,6 @@ class Arithmetic(Text):
     def __post_init__(self):
         super().__post_init__()
         check_sample_tokens(self)
-        if self.dataset != "arithmetic":
-            raise UserError(f"dataset = {self.dataset}: --task=arithmetic makes its problems; add --dataset=arithmetic")
         if not self.operations or len(set(self.operations) & set("+-*")) < len(self.operations):
             raise UserError(f"operations = {self.operations!r}: must be one or several of +, - and *, each once")
         if "*" not in self.operations:
@@ -253,10 +265,10 @@ class Translation:
     n_hidden: int = 0  # width inside the MLP; 0: 4 * n_embd
     block_size: int = 128  # most tokens of a source, and of a target; longer pairs are left out
     bias: bool = True  # whether linear layers and LayerNorms have a bias
-    norm: Literal["layernorm", "rmsnorm", "plain_rmsnorm"] = "layernorm"  # see NORMS in model.py
-    mlp: Literal["relu", "gelu", "geglu", "swiglu", "relu2"] = "relu"  # see MLPS in model.py
-    block: Literal["pre", "post"] = "pre"  # norms before attention and MLP, or, as in the paper, after them
-    positions: Literal["sinusoidal", "learned", "rotary"] = "sinusoidal"  # of the tokens
+    norm: Literal[NORMS] = "layernorm"  # see NORMS in model.py
+    mlp: Literal[("relu", *MLPS)] = "relu"  # see MLPS in model.py
+    block: Literal[BLOCKS] = "pre"  # norms before attention and MLP, or, as in the paper, after them
+    positions: Literal[POSITIONS] = "sinusoidal"  # of the tokens
     tied: bool = True  # use the target embedding as the output head too
     smoothing: float = 0.1  # share of each target's weight that is spread over the whole vocabulary
 
@@ -272,10 +284,10 @@ class Encoding:
     n_embd: int = 64  # width: channels of a token's vector
     n_hidden: int = 0  # width inside the MLP; 0: 4 * n_embd
     block_size: int = 64  # most tokens of a text, [CLS] included
-    norm: Literal["layernorm", "rmsnorm", "plain_rmsnorm"] = "layernorm"  # see NORMS in model.py
-    mlp: Literal["gelu", "gelu_erf", "relu", "geglu", "swiglu", "relu2"] = "gelu"  # see MLPS in model.py
-    block: Literal["pre", "post"] = "pre"  # norms before attention and MLP, or after them as in BERT
-    positions: Literal["learned", "sinusoidal", "rotary"] = "learned"  # of the tokens
+    norm: Literal[NORMS] = "layernorm"  # see NORMS in model.py
+    mlp: Literal[("gelu_erf", "relu", *MLPS)] = "gelu"  # see MLPS in model.py
+    block: Literal[BLOCKS] = "pre"  # norms before attention and MLP, or after them as in BERT
+    positions: Literal[POSITIONS] = "learned"  # of the tokens
 
     def __post_init__(self):
         check_sample_tokens(self)

@@ -34,6 +34,7 @@ class Task:
 
     def open(self, folder, world):
         """Opens the data set in `folder`. Raises UserError unless it fits the task and its tokenizers."""
+        self.world = world
 
     def build(self, generator):
         """Returns a new model of the shape that the settings name. generator: for its initial weights."""
@@ -135,6 +136,5 @@ class Task:
         if size not in (None, found.vocab_size):
             raise UserError(f"{folder / 'tokenizer.json'} has {found.vocab_size} tokens, and the data set was made with"
                             f" {size}: prepare the data set again")
-        if self.tokenizers is None:
-            self.tokenizers = {"tokenizer": found}
+        self.tokenizers = self.tokenizers or {"tokenizer": found}
         return found

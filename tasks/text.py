@@ -2,8 +2,8 @@
 
     python train.py config/shakespeare_char.py
 
-A language model is a row in MODELS. Its class has `config`, hidden(tokens, caches, start), logits(x), and
-forward(tokens, targets=None, places=None), which ends in `model.predict`. It may have make_caches(rows, size).
+A language model is a row in MODELS. Its class has `config`, hidden(tokens), logits(x), and forward(tokens,
+targets=None, places=None), which ends in `model.predict`. To write faster, see `make_caches` and `hidden` of a GPT.
 
 Axes: B batch, T tokens of a window.
 """

@@ -179,9 +179,9 @@ def test_its_problems_are_its_data_set_unless_another_is_named():
 
 
 def test_other_data_and_models_with_other_tokens_are_refused(trained, dataset, tiny, tmp_path):
-    with pytest.raises(UserError, match="dataset = .*: --task=arithmetic makes its problems; add --dataset=arithmetic"):
+    with pytest.raises(UserError, match="dataset = .*: --task=arithmetic makes its own data; leave it out"):
         run(tmp_path / "a", dataset=str(dataset))
-    with pytest.raises(UserError, match="of kind text, and this model needs one of kind arithmetic"):
+    with pytest.raises(UserError, match="--task=arithmetic makes its own data; leave it out"):
         evaluate.main(settings_for("arithmetic", "evaluating", out_dir=str(trained), dataset=str(dataset)))
     text = {name: value for name, value in tiny.items() if name in flat_fields(type(settings_for("text")))}
     train.main(settings_for("text", **{**text, "max_iters": 1}, out_dir=str(tmp_path / "text")), {})

@@ -8,7 +8,6 @@ Two minutes of computing on one CPU thread; every one of the 99,690 sums of the 
 """
 
 task = "arithmetic"
-dataset = "arithmetic"
 out_dir = "out/ladder/addition"
 
 operations = "+"

@@ -9,7 +9,6 @@ them, it learns its training products by heart and no others: data/arithmetic/RE
 """
 
 task = "arithmetic"
-dataset = "arithmetic"
 out_dir = "out/ladder/calculator"
 
 operations = "+-*"
