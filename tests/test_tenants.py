@@ -1,12 +1,23 @@
-"""A new model, or a new task, needs a class and a row and no other change to train, resume, sample and evaluate."""
+"""What CONTRIBUTING.md promises: a new model, norm, optimizer or task is a class and a row, and nothing else.
+
+Each then trains, resumes, samples and is evaluated. Once the edit is gone, or where it came later, a line says so.
+"""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import model
+from configurator import UserError
+from published import files
+from tasks.loading import load
+from tokenizer import ByteTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -36,15 +47,43 @@ class Unigram(nn.Module):
     def forward(self, tokens, targets=None, places=None):
         return predict(self.logits, self.hidden(tokens), targets, places)
 
-    def hidden(self, tokens, caches=None, start=0):
+    def hidden(self, tokens):
         return self.scores.expand(*tokens.shape, -1)
 
     def logits(self, x):
         return x
 '''
 
+NORM = '''
+class ScaleNorm(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(config.n_embd**0.5))
+
+    def forward(self, x):
+        return self.gain * F.normalize(x, dim=-1)
+
+'''
+
+OPTIMIZER = '''
+@without_dynamo
+class Lion(torch.optim.Optimizer):
+    """Chen et al. 2023."""
+
+    def __init__(self, groups, lr, betas, **_):
+        super().__init__(groups, dict(lr=lr, betas=betas))
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                mean, (beta1, beta2) = self.state[p].setdefault("mean", torch.zeros_like(p)), group["betas"]
+                p.sub_(group["lr"] * ((beta1 * mean + (1 - beta1) * p.grad).sign() + group["weight_decay"] * p))
+                mean.lerp_(p.grad, 1 - beta2)
+
+'''
+
 TOY_TASK = '''
-"""The parity of four bits: a task in one file."""
+"""The parity of four bits: a task in one file, without data or tokenizer."""
 
 from dataclasses import dataclass
 
@@ -75,9 +114,6 @@ class Parity(nn.Module):
 class ParityTask(Task):
     best = ("errors", min)
     models = {"parity": (Parity, ParityConfig)}
-
-    def open(self, folder, world):
-        self.world, self.tokenizers = world, {}
 
     def build(self, generator):
         torch.manual_seed(self.settings.seed)
@@ -121,11 +157,11 @@ def add_row(path, table, row, more=""):
     path.write_text(text.replace(f"\n{table} = {{", f"\n{more}\n{table} = {{\n{row}", 1))
 
 
-def python(house, *arguments):
-    """What the command prints. Fails if its exit status is not 0."""
+def python(house, *arguments, status=0):
+    """What the command prints; if it must fail with another status, what it prints on stderr."""
     done = subprocess.run([sys.executable, *arguments], cwd=house, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert done.returncode == status, done.stderr
+    return done.stderr if status else done.stdout
 
 
 def rows(out_dir):
@@ -154,18 +190,94 @@ def test_a_model_is_a_class_and_a_row(house, dataset):
     assert len(python(house, "sample.py", "--out_dir=parts", "--max_new_tokens=30")) > 30
     found = json.loads((house / "parts" / "evaluation.json").read_text())
     assert found["loss"] == pytest.approx(rows(house / "parts")[-1]["val_loss"], abs=1e-5)
-    done = subprocess.run([sys.executable, "train.py", f"--dataset={dataset}", "--model=unigram", "--n_layer=3"],
-                          cwd=house, capture_output=True, text=True)
-    assert done.returncode == 2 and "n_layer = 3: --model=unigram has no such setting" in done.stderr
+    said = python(house, "train.py", f"--dataset={dataset}", "--model=unigram", "--n_layer=3", status=2)
+    assert "n_layer = 3: --model=unigram has no such setting" in said
+    assert "a Unigram has no blocks of model.py, so it can't be looked into" in python(
+        house, "look.py", "--out_dir=parts", status=2)
 
 
 @pytest.mark.slow
-def test_a_task_is_a_file_and_a_row(house, dataset):
+def test_a_norm_and_an_optimizer_are_classes_and_rows(house, dataset):
+    before = {name: (house / name).read_text() for name in ("model.py", "optimizer.py")}
+    add_row(house / "model.py", "NORMS", '"scalenorm": ScaleNorm, ', NORM)
+    add_row(house / "optimizer.py", "OPTIMIZERS", '"lion": Lion, ', OPTIMIZER)
+    said = " ".join(python(house, "train.py", "--help", "--task=tagging").split())
+    assert "see NORMS in model.py; one of scalenorm, layernorm, rmsnorm, plain_rmsnorm" in said
+    losses = train_resume_evaluate(house, f"--dataset={dataset}", "--norm=scalenorm", "--optimizer=lion",
+                                   "--learning_rate=1e-3", "--min_lr=1e-4")
+    assert losses[-1] < losses[0] - 0.2
+    assert len(python(house, "sample.py", "--out_dir=parts", "--max_new_tokens=30")) > 30
+    said = python(house, "train.py", "--norm=scalednorm", status=2)
+    assert said == ("error: --norm=scalednorm: norm must be one of scalenorm, layernorm, rmsnorm, plain_rmsnorm, or"
+                    " empty\n")
+    assert "muon_lr = 0.1: is for --optimizer=muon" in python(
+        house, "train.py", "--optimizer=lion", "--muon_lr=0.1", status=2)
+    (house / "optimizer.py").write_text(before["optimizer.py"])
+    said = python(house, "train.py", "--resume", "--out_dir=parts", "--max_iters=50", status=2)
+    assert said == ("error: optimizer = 'lion' in parts/last/config.json: the code has no such choice now; put it back,"
+                    " or start a new run with --init_from=parts/last\n")
+    (house / "model.py").write_text(before["model.py"])
+    said = python(house, "sample.py", "--out_dir=parts", status=2)
+    assert re.fullmatch("error: parts/best/config.json does not fit the code of GPT: norm = 'scalenorm': .*; put back"
+                        " the code of that run\n", said)
+
+
+@pytest.mark.slow
+def test_a_task_is_a_file_and_a_row(house):
     (house / "tasks" / "parity.py").write_text(TOY_TASK)
-    row = '    "parity": Row("ParityTask", settings.Nothing, settings.Nothing, settings.Nothing),\n'
+    row = '    "parity": Row("ParityTask", settings.Nothing, settings.Nothing, settings.Nothing, None),\n'
     path = house / "tasks" / "__init__.py"
     path.write_text(path.read_text().replace("TASKS = {\n", "TASKS = {\n" + row, 1))
-    losses = train_resume_evaluate(house, "--task=parity", f"--dataset={dataset}", "--learning_rate=0.1")
+    losses = train_resume_evaluate(house, "--task=parity", "--learning_rate=0.1")
     assert losses[-1] < losses[0] / 2
     assert python(house, "sample.py", "--out_dir=parts", "--prompt=1110").strip() == "odd"
-    assert "errors" in json.loads((house / "parts" / "evaluation.json").read_text())
+    found = json.loads((house / "parts" / "evaluation.json").read_text())
+    assert "errors" in found and found["dataset"] == "parity"
+    for command in ("train.py --task=parity", "evaluate.py --out_dir=parts"):
+        said = python(house, *command.split(), "--dataset=shakespeare_char", status=2)
+        assert "dataset = shakespeare_char: --task=parity makes its own data; leave it out" in said
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# An edited block
+
+@pytest.fixture
+def edited(monkeypatch):
+    """Attention with one more parameter, `gate`."""
+    before = model.Attention.__init__
+
+    def after(self, config):
+        before(self, config)
+        self.gate = torch.nn.Parameter(torch.ones(1))
+
+    monkeypatch.setattr(model.Attention, "__init__", after)
+
+
+def test_a_run_from_before_an_edit_of_its_blocks_says_so(trained, edited):
+    with pytest.raises(UserError) as error:
+        load(trained)
+    why = r"\(the code of model.Attention, .* has changed since .*/best was trained: put it back to load them\)"
+    assert re.fullmatch(rf"the weights of .*/best {why} do not fit: Missing key.* .transformer.blocks.0.attn.gate..*",
+                        str(error.value))
+
+
+@pytest.mark.parametrize("parts", [{}, dict(positions="rotary", norm="plain_rmsnorm", mlp="swiglu")])
+def test_parts_that_no_other_program_knows_are_not_published(parts, edited):
+    refuse(make_gpt(**parts), "transformer.blocks.0.attn.gate")
+
+
+def test_parts_outside_the_blocks_and_missing_ones_are_not_published():
+    gpt = make_gpt()
+    gpt.values = torch.nn.Embedding(2, 2)
+    refuse(gpt, "values")
+    del gpt.values, gpt.transformer.blocks[0].ln_2
+    refuse(gpt, "transformer.blocks.0.ln_2")
+
+
+def make_gpt(**parts):
+    return model.GPT(model.GPTConfig(n_layer=1, n_embd=16, vocab_size=ByteTokenizer().vocab_size, **parts))
+
+
+def refuse(gpt, part):
+    with pytest.raises(UserError, match=f"an edited GPT can't be published: .* have, {part}$"):
+        files.layout(gpt, ByteTokenizer())
