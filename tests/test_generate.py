@@ -108,8 +108,7 @@ class WithoutCaches(torch.nn.Module):
         super().__init__()
         self.model, self.config, self.logits = model, model.config, model.logits
 
-    def hidden(self, tokens, caches, start):
-        assert caches is None and start == 0
+    def hidden(self, tokens):
         return self.model.hidden(tokens)
 
 
