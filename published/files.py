@@ -201,8 +201,8 @@ def layout(model, tokenizer):
         found = family.misfit(model.config) if hasattr(family, "misfit") else ""
         if not found:
             if odd := sorted(odd_parts(model)):
-                raise UserError(f"an edited {type(model).__name__} can't be published: no other program's has, or all"
-                                f" others have, {odd[0]}")
+                raise UserError(f"the model {type(model).__name__} was edited, so it can't be published: those of other"
+                                f" programs have no {odd[0]}, or can't be without it")
             if edited := [name for name, code in code_of(model).items() if KNOWN.get(name, code) != code]:
                 say(f"the code of {', '.join(sorted(edited))} was edited: other programs compute what it was before")
             if hasattr(family, "library"):

@@ -65,7 +65,9 @@ def own_data(task, given):
 def task_of(config, folder):
     """The name of the task for a config.json, ours or a published one, in `folder`. Raises UserError if none fits."""
     saved, model_type = config.get("settings"), config.get("model_type")
-    if isinstance(saved, dict) and saved.get("task") in TASKS:
+    if isinstance(saved, dict) and "task" in saved:
+        if saved["task"] not in TASKS:
+            raise UserError(f"{folder}: task = {saved['task']!r}: the code has no such task now; put it back")
         return saved["task"]
     for kind in (*(config.get("architectures") or ()), model_type):  # one architecture may have a task of its own
         for name, row in TASKS.items():

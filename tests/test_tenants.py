@@ -192,7 +192,7 @@ def test_a_model_is_a_class_and_a_row(house, dataset):
     assert found["loss"] == pytest.approx(rows(house / "parts")[-1]["val_loss"], abs=1e-5)
     said = python(house, "train.py", f"--dataset={dataset}", "--model=unigram", "--n_layer=3", status=2)
     assert "n_layer = 3: --model=unigram has no such setting" in said
-    assert "a Unigram has no blocks of model.py, so it can't be looked into" in python(
+    assert "the model Unigram has no blocks of model.py, so it can't be looked into" in python(
         house, "look.py", "--out_dir=parts", status=2)
 
 
@@ -236,6 +236,10 @@ def test_a_task_is_a_file_and_a_row(house):
     for command in ("train.py --task=parity", "evaluate.py --out_dir=parts"):
         said = python(house, *command.split(), "--dataset=shakespeare_char", status=2)
         assert "dataset = shakespeare_char: --task=parity makes its own data; leave it out" in said
+    path.write_text(path.read_text().replace(row, ""))
+    for command in ("train.py --resume", "evaluate.py", "sample.py"):
+        said = python(house, *command.split(), "--out_dir=parts", status=2)
+        assert re.search("task = 'parity'.*: the code has no such .* now; put it back", said)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -279,5 +283,5 @@ def make_gpt(**parts):
 
 
 def refuse(gpt, part):
-    with pytest.raises(UserError, match=f"an edited GPT can't be published: .* have, {part}$"):
+    with pytest.raises(UserError, match=f"the model GPT was edited, so it can't be published: .* have no {part}, or"):
         files.layout(gpt, ByteTokenizer())
