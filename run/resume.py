@@ -48,10 +48,8 @@ def pick_up(out_dir, resume):
 
 
 def earlier_settings(out_dir, resume, cls, of_task):
-    """Returns the settings of the run to resume, except max_minutes, which is for one start only; {} for a new run.
-
-    cls: the settings of every run. of_task: {task: its own}. Raises UserError for a saved choice that is gone.
-    """
+    """Returns the settings of the run to resume, but max_minutes, which is for one start only; {} for a new run. cls:
+    the class of every run's settings. of_task: {task: its own}. Raises UserError for a saved choice that is gone."""
     if not to_resume(out_dir, resume):
         return {}
     folder = checkpoint.find(out_dir, "last")
