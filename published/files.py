@@ -201,8 +201,8 @@ def layout(model, tokenizer):
         found = family.misfit(model.config) if hasattr(family, "misfit") else ""
         if not found:
             if odd := sorted(odd_parts(model)):
-                raise UserError(f"the model {type(model).__name__} was edited, so it can't be published: those of other"
-                                f" programs have no {odd[0]}, or can't be without it")
+                raise UserError(f"the model {type(model).__name__} was edited, so it can't be published: no layout has"
+                                f" one {odd[0]}")
             if edited := [name for name, code in code_of(model).items() if KNOWN.get(name, code) != code]:
                 say(f"the code of {', '.join(sorted(edited))} was edited: other programs compute what it was before")
             if hasattr(family, "library"):
@@ -214,13 +214,14 @@ def layout(model, tokenizer):
 
 
 def odd_parts(model):
-    """Yields the names of parts with weights that no layout has room for, and of those that blocks lack."""
+    """Yields "with NAME" for each part with weights that no layout has, and "without NAME" for what a block lacks."""
     for name, module in model.named_modules():
         parts = {re.sub(r"\.(weight|bias|lora_[ab])$", "", key) for key in module.state_dict()}
         if isinstance(module, Block):
-            yield from (f"{name}.{part}" for part in parts - {"mlp.gate_proj"} ^ BLOCK)
+            yield from (f"with{'out' * (part in BLOCK)} {name}.{part}" for part in parts - {"mlp.gate_proj"} ^ BLOCK)
         elif type(module) in (GPT, Gemma):
-            yield from {part for part in parts if ".blocks." not in part} - {"wte", "wpe", "head", "transformer.ln_f"}
+            own = {part for part in parts if ".blocks." not in part} - {"wte", "wpe", "head", "transformer.ln_f"}
+            yield from (f"with {part}" for part in own)
 
 
 def save(model, tokenizer, folder, shard_size=5 * 10**9):
