@@ -73,8 +73,9 @@ def refuse_changes(saved, given, own, stand_in):
     for name, asked in given.items():
         value = saved.get(name, ABSENT.get(name, asked))
         if name in fixed and asked not in (value, DEFAULTS.get(name)) and value != stand_in:
-            raise UserError(f"{name} = {asked!r}, but the run in {out_dir} has {value!r}: leave it out to resume, or"
-                            f" start a new run with --init_from={out_dir}")
+            hint = f" (data prepared anew must be named {value}: delete the old ones first)" * (name == "dataset")
+            raise UserError(f"{name} = {asked!r}, but the run in {out_dir} has {value!r}: leave it out to resume{hint},"
+                            f" or start a new run with --init_from={out_dir}")
 
 
 def notes(folder, settings):

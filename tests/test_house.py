@@ -92,8 +92,9 @@ def test_the_whole_is_small():
     # The aim was 5,300. Llama and publishing came with 700 lines, translation 1,700, encoders 2,700, a GPU 350,
     # dialogues 850, rewards and preferences 1,150, records and pictures of what is inside a model 550,
     # the page of look.py 150, the live page 600, compiled steps and one query on a GPU 50,
-    # pictures by class 900, answers marked in a text 820, hidden patches 330, tables with texts and pictures 1,050.
-    most = 20300
+    # pictures by class 900, answers marked in a text 820, hidden patches 330, tables with texts and pictures 1,050,
+    # quantities 180, a ViT out and pictures without classes 110, rows that need no other edit 60, code that changed 70.
+    most = 20620
     assert total <= most, f"{total} lines: delete as many as you add, or raise the limit here and say why"
 
 
