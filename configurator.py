@@ -136,7 +136,7 @@ def from_command_line(cls, doc, usual=None, **how):
         try:
             cls, _ = widened(cls, read_arguments(argv), how.get("more"))
         except UserError:
-            if not usual:
+            if not usual or any(arg.startswith("--task=") for arg in argv):
                 raise
             cls = joined(cls, usual)
         print(help_text(cls, doc, files="more" in how), flush=True)  # other commands take no config files
@@ -420,8 +420,9 @@ def check_shape(n_embd, n_head, n_kv_head, dropout):
 
 
 def check_run(out_dir):
-    """Raises UserError if the folder is missing, before PyTorch is imported to look for a checkpoint in it."""
-    if not os.path.isdir(out_dir):
+    """Raises UserError if the folder is missing or has no checkpoint, before PyTorch is imported to look into one."""
+    names = os.listdir(out_dir) if os.path.isdir(out_dir) else ()
+    if not any(re.fullmatch(r"config\.json|(best|last)(\.new|\.old)?", name) for name in names):
         raise UserError(f"there is no checkpoint in {out_dir}: train one first, python train.py"
                         f" {shlex.quote(f'--out_dir={out_dir}')}")
 

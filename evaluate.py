@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from configurator import UserError, check_run, from_command_line, one_line_errors
+from configurator import UserError, check_run, from_command_line, one_line_errors, say
 from sources.known import check_dataset, ensure, locate
 from tasks import TASKS, elsewhere, find_task, own_data
 
@@ -85,6 +85,8 @@ def main(settings):
     own = own_data(task.settings.task, {"dataset": settings.dataset})
     name = own or world.from_main(lambda: ensure(settings.dataset or config["dataset"]))
     task.open(locate(name), world)
+    if name == config.get("dataset") and config.get("data", task.fingerprint()) != task.fingerprint():
+        say(f"{name} has been prepared anew since {folder} was trained: rows may have changed their part")
     task.fit(model)
     found = task.evaluate(model, settings.split, world, dtype)
     found |= task.details(model, settings.split, world, dtype, settings, found)
@@ -93,7 +95,9 @@ def main(settings):
     if world.is_main:
         print(f"{folder}, {settings.split} split of {name}, {result['dtype']} ({why})")
         for key, value in result.items():
-            print(f"  {key:36} {value:,.6f}" if isinstance(value, float) else f"  {key:36} {value}")
+            if isinstance(value, float):
+                value = f"{value:,.6f}" if value == 0 or 1e-4 <= abs(value) < 1e15 else f"{value:.6g}"
+            print(f"  {key:36} {value}")
         if not settings.init_from:
             save(Path(settings.out_dir) / "evaluation.json", result, task.asked)
     world.close()

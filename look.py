@@ -45,9 +45,10 @@ class Short:
 
 def own_settings(values):
     """Returns the dataclass of settings that the model's task adds. values: {name: value} of the fields of Settings."""
-    if not values["init_from"]:
+    begun = os.path.exists(os.path.join(values["out_dir"], "run.lock"))  # but perhaps not saved yet
+    if not (values["init_from"] or begun):
         check_run(values["out_dir"])
-    name = "" if values["init_from"] else read_settings(values["out_dir"]).get("task")  # a run may not have saved yet
+    name = "" if values["init_from"] else read_settings(values["out_dir"]).get("task")
     task = name if name in TASKS else find_task(values["init_from"] or values["out_dir"])
     if task in CLOSED:
         raise UserError(f"a model of --task={task} can't be looked into yet: use sample.py")

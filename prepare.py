@@ -272,7 +272,9 @@ def prepare_own_columns(settings, sources, named):
         how = how._replace(tokenizer=columns.How().tokenizer)
     rows = columns.read(list(map(Path, sources)), settings.labels, settings.files)
     meta = columns.prepare(rows, claim(name, source), how, source)
-    recipe = "diamonds" if meta["train_rows"] >= MANY_ROWS else "titanic" if meta["labels"] else "diabetes"
+    has_numbers = any(column["kind"] == "number" for column in meta["columns"])  # config/diabetes.py needs some
+    recipe = "diabetes" if has_numbers and not meta["labels"] else "titanic"
+    recipe = "diamonds" if meta["train_rows"] >= MANY_ROWS else recipe
     return name, f"config/{recipe}.py"
 
 

@@ -80,7 +80,9 @@ def prepare(rows, folder, how, source, revision=""):
         label, label_kind = name_and_kind(how.labels, {name for row in rows for name in row["cells"]}, "labels")
         how = how._replace(labels=label)
         asked = choose_columns(rows, how, source)
-        label_kind = label_kind or find_label_kind(rows, how.labels)
+        if not label_kind:
+            clear_absent(rows, how.labels)
+            label_kind = find_label_kind(rows, how.labels)
         kept, left_out = choose_rows(rows, asked, label_kind, how, source)
         splits = {split: [row for row in kept if row["split"] == split] for split in SPLITS}
         labels = labels_of(splits, how.labels, source)
@@ -103,6 +105,16 @@ def prepare(rows, folder, how, source, revision=""):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Which columns
+
+def clear_absent(rows, name):
+    """Takes away labels such as NA if all others are numbers."""
+    labels = {text_of(row, name) for row in rows} - {""}
+    absent = {label for label in labels if label.lower() in ABSENT}
+    if absent < labels and all(map(NUMBER.fullmatch, labels - absent)):
+        for row in rows:
+            if text_of(row, name) in absent:
+                row["cells"] = {**row["cells"], name: None}
+
 
 def find_label_kind(rows, name):
     """number, for a quantity, if the labels are numbers and too many for classes; else another kind."""
@@ -283,11 +295,12 @@ def check_classes(rows, missing, column):
     to_split = Counter(row["label"] for row in rows if row.get("split") not in ("val", "test")) if missing else {}
     lonely = [label for label, count in to_split.items() if count == 1]
     about = f"labels = {column}: {len(counts):,} different labels in {len(rows):,} rows"
+    instead = f", or for a quantity --labels={column}:number" * all(map(NUMBER.fullmatch, counts))
     if len(counts) == len(rows) > 2:
-        raise UserError(f"{about}: each row has its own, as an id has: choose a column of classes")
+        raise UserError(f"{about}: each row has its own, as an id has: choose a column of classes{instead}")
     if lonely:
         raise UserError(f"{about}: only one row has the label {lonely[0]} ({len(lonely):,} such labels), so that none"
-                        " can be held out: add rows, or leave it out")
+                        f" can be held out: add rows, or leave it out{instead}")
 
 
 def labels_of(splits, name, source):
@@ -300,7 +313,7 @@ def labels_of(splits, name, source):
             raise UserError(f"{source}: none of its {sum(map(len, splits.values())):,} rows is for {split}: add rows,"
                             " or a column split with train, val and test")
     labels = sorted({row["label"] for row in splits["train"]})
-    if len(labels) < 2:
+    if len(labels) < 2 or isinstance(labels[0], float) and labels[-1] - labels[0] < LEAST_STD:
         raise UserError(f"{source}: all rows for training have the label {labels[0]}: there must be at least two")
     if isinstance(labels[0], float):
         found = statistics([row["label"] for row in splits["train"]])
@@ -311,6 +324,8 @@ def labels_of(splits, name, source):
     shares = Counter(row["label"] for row in splits["train"]).most_common(5)
     shown = ", ".join(f"{label} {100 * count / len(splits['train']):.0f} %" for label, count in shares)
     other = f"; to predict a quantity, --labels={name}:number" * all(map(NUMBER.fullmatch, labels))
+    if not other and all(map(UNCLEAR.fullmatch, labels)):
+        other = "; for a quantity, write plain numbers, without signs and separators"
     print(printable(f"labels: {len(labels):,}; in training {shown}{', ...' * (len(labels) > 5)}{other}"), flush=True)
     for split in ("val", "test"):
         if unknown := sum(row["label"] not in labels for row in splits[split]):

@@ -208,7 +208,7 @@ def read_table(path, column=""):
                 yield where, dict(zip(names, row))
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: is not a table in UTF-8 ({error}; lines before that: {rows.line_num}): convert"
-                            " it, for instance: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW.csv") from None
+                            f" it, for instance: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW{path.suffix}") from None
         except csv.Error as error:
             raise UserError(f"{path}, the row that begins in line {read + 1}: has a double quote that is not closed, or"
                             f" text after a closing one ({error}): close it; inside a field, write it twice") from None

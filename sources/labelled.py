@@ -265,7 +265,8 @@ def read_labels(paths, text_column, label_column, pattern=""):
         for where, row in rows_of(path):
             for setting, name in (("labels", label_column), ("column", text_column)):
                 if name not in row:
-                    several = ", or predict the labels from several, --columns=all" if setting == "column" else ""
+                    may = setting == "column" or ":" in name
+                    several = ", or predict the labels from several, --columns=all" * may
                     raise UserError(f"{where}: no column is named {name}, only {', '.join(map(str, row))}: choose one"
                                     f" with --{setting}=NAME{several}")
             text = "" if row[text_column] is None else row[text_column]

@@ -83,6 +83,8 @@ class Quantity:
         """A number as text, to a hundredth of its standard deviation's power of ten, such as 182,300."""
         digits = 2 - int(np.floor(np.log10(self.config.std)))
         right = "" if label is None else f"  (right: {self.shown(label)})"
+        if abs(digits) > 9:
+            return f"{float(answer):.4g}{right}"
         return f"{round(float(answer), digits):,.{max(digits, 0)}f}{right}"
 
     def score(self, answers, labels):

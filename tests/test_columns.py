@@ -510,6 +510,8 @@ def test_a_quantity_is_answered_in_its_own_unit(regressed, prices, capsys, tmp_p
     assert out.startswith("price: ") and (tmp_path / "map.png").exists()
     for std, shown in ((79_000.0, "182,300"), (2.0, "182,345.68"), (0.05, "182,345.6781"), (3e6, "180,000")):
         assert Quantity(SimpleNamespace(std=std)).shown(182_345.67812) == shown
+    assert [Quantity(SimpleNamespace(std=std)).shown(5.67891 * std) for std in (1e30, 1e-12)] == ["5.679e+30",
+                                                                                                  "5.679e-12"]
 
 
 def test_a_model_of_classes_does_not_predict_a_quantity(trained, regressed, data, prices, tiny, tmp_path):

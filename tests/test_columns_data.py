@@ -164,6 +164,23 @@ def test_a_quantity_is_found_by_its_values_or_told(data, tmp_path, capsys, monke
     assert 10 < len(ColumnsDataset(data / "b").meta["labels"]) <= 20
 
 
+def test_labels_that_are_no_plain_numbers_are_told(data, tmp_path, capsys):  # noqa: F811
+    numbers = itertools.count()
+
+    def said(cells, **how):
+        run(write_csv(tmp_path / "a.csv", changed(kind=cells)), name=f"set{next(numbers)}", **how)
+        return capsys.readouterr().out
+
+    assert "left out: 6 without a label" in said([18 + i % 4 if i % 10 else "NA" for i in range(60)])
+    assert "labels: 3; " in said(["none" if i % 10 == 0 else "xy"[i % 2] for i in range(60)])  # a class like others
+    assert "; for a quantity, write plain numbers" in said([f"${i % 3},000" for i in range(60)])
+    for cells, how, message in ((range(60), dict(labels="kind:category"), "or for a quantity --labels=kind:number"),
+                                 ([i * 1e-200 for i in range(60)], {}, "have the label .*: there must be at least two"),
+                                 (range(60), dict(labels="kind:number", columns=""), "several, --columns=all")):
+        with pytest.raises(UserError, match=message):
+            said(cells, **how)
+
+
 def test_columns_are_chosen_by_name_and_kind(data, tmp_path, capsys):  # noqa: F811
     rows = [{**row, "photo": "", "": i, "a:b": i % 4} for i, row in enumerate(make_rows())]
     path = write_csv(tmp_path / "a.csv", rows)

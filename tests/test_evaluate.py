@@ -43,6 +43,14 @@ def test_the_loss_is_the_mean_over_all_tokens_of_the_split(trained, dataset):
     assert (found["step"], found["split"], found["checkpoint"]) == (40, "val", "best")
 
 
+def test_data_that_were_prepared_anew_are_told(trained, dataset, monkeypatch, capsys):
+    run(trained)
+    assert "anew" not in capsys.readouterr().err
+    monkeypatch.setattr(TextTask, "fingerprint", lambda task: {"sha256": "another"})
+    run(trained)
+    assert f"{dataset} has been prepared anew since {trained}" in capsys.readouterr().err
+
+
 def test_an_evaluation_repeats_its_digits_and_those_of_training(trained):
     assert run(trained) == run(trained)
     assert run(trained)["loss"] == pytest.approx(checkpoint.read_config(Path(trained) / "best")["val_loss"], abs=1e-9)
