@@ -190,7 +190,8 @@ def test_impossible_settings_are_refused(setting, message):
 
 
 def test_a_missing_run_and_an_unknown_model_are_named(tmp_path, monkeypatch, trained):
-    with pytest.raises(UserError, match="there is no checkpoint in .*: train one first"):  # there is the folder alone
+    (tmp_path / "run.lock").touch()
+    with pytest.raises(UserError, match="there is no checkpoint in .*: train one first"):
         parse(sample.Settings, [f"--out_dir={tmp_path}", "--row=1"], **sample.HOW)
     with pytest.raises(UserError, match="there is no checkpoint in"):
         run(tmp_path)
