@@ -505,6 +505,7 @@ def test_each_column_of_the_ledger_is_needed():
         assert all(found) and not any(one & other for one, other in itertools.combinations(found, 2))
 
 
+@pytest.mark.slow
 def test_the_ledger_is_prepared_from_its_pictures(data, monkeypatch):  # noqa: F811
     scans = pytest.importorskip("sklearn.datasets").load_digits().images
     known.ensure("ledger")

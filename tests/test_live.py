@@ -585,6 +585,7 @@ def test_a_dialogue_has_bubbles_and_a_fresh_start(chromium, chat_run):
         assert tab.run("document.querySelectorAll('.bubble').length") == 0
 
 
+@pytest.mark.slow
 @needs_browser
 def test_the_curves_grow_with_the_run(chromium, trained, tmp_path):
     run = tmp_path / "run"

@@ -627,6 +627,7 @@ def test_help_does_not_import_torch(without_torch, script):
 def without_torch(tmp_path):
     """A function that runs a script, or -m and a module, in a process where importing torch is an error."""
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    (tmp_path / "last").mkdir()  # as in a run's folder
 
     def start(first, *arguments):
         line = [sys.executable, first if first == "-m" else ROOT / first, *arguments]
