@@ -212,9 +212,9 @@ def prepare_own(settings, sources, named):
     text_files, row_files = ([], []) if is_url or tables else texts.find(paths, documents.READERS, settings.files)
     if not (is_url or tables or text_files or row_files):
         which = f" that match --files={settings.files}" if settings.files else ""
-        raise UserError(f"{', '.join(sources)}: there are no texts or documents{which}. A folder of pictures has"
-                        " most of its files directly in it, or in a folder for each class (sources/labelled_images.py), or it"
-                        " has a captions.jsonl (sources/images.py)")
+        raise UserError(f"{', '.join(sources)}: there are no texts or documents{which}. A folder counts as pictures if"
+                        " most of its files are pictures, directly in it or in a folder for each class"
+                        " (sources/labelled_images.py), or if it has a captions.jsonl (sources/images.py)")
     check_kind(settings, tables[0].stem.lower() if tables else "documents" if row_files else "texts")
     name = own_name(settings, urlsplit(sources[0]).path if is_url else sources[0])
     source = sources[0] if is_url else ", ".join(map(os.path.abspath, sources))
